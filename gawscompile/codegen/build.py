@@ -1,0 +1,113 @@
+"""Compiles generated C++ into shared libraries, once per source, in the user's cache, in the background.
+
+Flags come from Inductor's own builder, so our kernels are built for the same instruction set as the code around
+them. Builds run on a small thread pool while Inductor goes on compiling; whoever needs a library waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+from gawscompile.codegen import cache
+
+
+class CompilerMissing(RuntimeError):
+    """There is no C++ compiler; the message says what to install."""
+
+
+class BuildError(RuntimeError):
+    """The C++ compiler refused a generated source; the message holds its output and where the source lies."""
+
+
+@functools.cache
+def compiler() -> str:
+    """The C++ compiler's command. Raises `CompilerMissing` where there is none."""
+    try:
+        found = get_cpp_compiler()
+    except Exception as error:
+        raise CompilerMissing(_MISSING) from error
+    if shutil.which(found) is None:
+        raise CompilerMissing(_MISSING)
+    return found
+
+
+_MISSING = "no C++ compiler was found: install g++ or clang++ (Debian: apt-get install g++), or set CXX to one"
+
+
+@functools.cache
+def _flags() -> tuple[str, str]:
+    """The compile command with placeholders for source and target, and the compiler's version line."""
+    options = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False)
+    command = CppBuilder(name="gaws_target", sources="gaws_source.cpp", output_dir="", BuildOption=options)
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+    return command.get_command_line(), version
+
+
+def _command(source: Path, target: Path) -> list[str]:
+    words = shlex.split(_flags()[0])
+    words[words.index("gaws_source.cpp")] = str(source)
+    words[words.index("-o") + 1] = str(target)
+    return [*words, "-w"]
+
+
+def fingerprint() -> str:
+    """What besides the source decides a library: the command line (CPU features included) and the compiler."""
+    compiler()
+    return "\n".join(_flags())
+
+
+_pool: ThreadPoolExecutor | None = None
+_pending: dict[str, Future[Path]] = {}
+_lock = threading.Lock()
+
+
+def _forget_pool() -> None:
+    """After a fork the pool's threads are gone; a new one is made at need."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+    _pending.clear()
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+def start(source: str) -> Future[Path]:
+    """Build `source`, or find it built: the future of the library's path. Equal sources share one build."""
+    global _pool
+    key = cache.digest(source, fingerprint())
+    with _lock:
+        if key not in _pending:
+            path = cache.folder("kernels") / f"{key}.so"
+            if path.exists():
+                _pending[key] = Future()
+                _pending[key].set_result(path)
+            else:
+                _pool = _pool or ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gaws-build")
+                _pending[key] = _pool.submit(_build, source, path)
+        return _pending[key]
+
+
+def _build(source: str, path: Path) -> Path:
+    text = path.with_suffix(".cpp")
+    cache.write_atomic(text, source)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".so")
+    os.close(handle)
+    try:
+        done = subprocess.run(_command(text, Path(temporary)), capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BuildError(f"{compiler()} failed on {text}:\n{done.stderr[-4000:]}")
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path

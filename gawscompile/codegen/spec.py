@@ -1,0 +1,169 @@
+"""`KernelSpec`: everything that shapes a generated kernel, and nothing else.
+
+A spec describes one *group*: projections of the same activation ``x`` that run together,
+
+    y_i = W_i x + bias_i + residual_i + sum_j s_ij * B_ij (A_ij x)        i = 0 … projections-1
+
+It is frozen, hashable, and prints to one line that parses back to an equal spec. That line is what travels in
+the graph (as an argument of the op), in caches and in reports, so a process that never ran a pass can still
+rebuild the kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class SpecError(ValueError):
+    """A spec that cannot be parsed or describes no kernel; the message names the part at fault."""
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """``s * B (A x)``: A is ``[rank, k]``, B is ``[n, rank]``, both contiguous and of `dtype`.
+
+    `scale` is a number, or None where the scale is a 0-d fp32 tensor read at every call.
+    """
+
+    rank: int
+    dtype: str
+    scale: float | None
+
+    def __str__(self) -> str:
+        scale = "tensor" if self.scale is None else repr(self.scale)
+        return f"lora(r={self.rank} {self.dtype} s={scale})"
+
+
+@dataclass(frozen=True)
+class ProjectionSpec:
+    """One projection of the group; `n` output features, base weight ``[n, k]`` of `dtype`.
+
+    `bias` (``[n]``) and `residual` (shaped like the output) name their dtypes, or are None where absent.
+    """
+
+    n: int
+    dtype: str
+    out: str
+    bias: str | None = None
+    residual: str | None = None
+    lowrank: tuple[LowRankSpec, ...] = ()
+
+    def __str__(self) -> str:
+        words = [f"n={self.n}", f"w={self.dtype}", f"out={self.out}"]
+        words += [f"bias={self.bias}"] if self.bias else []
+        words += [f"residual={self.residual}"] if self.residual else []
+        return " ".join(words + [str(term) for term in self.lowrank])
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks of all low-rank terms."""
+        return sum(term.rank for term in self.lowrank)
+
+
+Role = Literal["weight", "bias", "residual", "a", "b", "scale"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor argument of a kernel: what it is, whose it is, its shape (m: number of tokens) and dtype."""
+
+    role: Role
+    projection: int
+    term: int | None
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """A C and Python identifier, unique within the kernel: ``w0``, ``bias1``, ``a0_1`` …"""
+        stem = {"weight": "w", "residual": "res"}.get(self.role, self.role)
+        return f"{stem}{self.projection}" + (f"_{self.term}" if self.term is not None else "")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A group of projections of one activation ``x`` (``[m, k]``, `dtype` x)."""
+
+    k: int
+    x: str
+    projections: tuple[ProjectionSpec, ...]
+
+    def __str__(self) -> str:
+        return "; ".join([f"k={self.k} x={self.x}", *map(str, self.projections)])
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> KernelSpec:
+        """The spec that prints as `text`. Raises `SpecError`, naming the part that is not understood."""
+        head, *rest = text.split("; ")
+        match = re.fullmatch(r"k=(\d+) x=(\w+)", head)
+        if match is None or not rest:
+            raise SpecError(f"not a kernel spec: {text[:200]!r}")
+        return KernelSpec(int(match[1]), _dtype(match[2]), tuple(_parse_projection(part) for part in rest))
+
+    def operands(self) -> Iterator[Operand]:
+        """The tensor arguments after ``x``, in the order in which every op and kernel takes them."""
+        for i, p in enumerate(self.projections):
+            yield Operand("weight", i, None, (p.n, self.k), p.dtype)
+            if p.bias:
+                yield Operand("bias", i, None, (p.n,), p.bias)
+            if p.residual:
+                yield Operand("residual", i, None, ("m", p.n), p.residual)
+            for j, term in enumerate(p.lowrank):
+                yield Operand("a", i, j, (term.rank, self.k), term.dtype)
+                yield Operand("b", i, j, (p.n, term.rank), term.dtype)
+                if term.scale is None:
+                    yield Operand("scale", i, j, (), "f32")
+
+    def formulas(self) -> list[str]:
+        """The operator sum of each projection, as text for headers and reports."""
+        lines = []
+        for i, p in enumerate(self.projections):
+            terms = [f"W{i} x"]
+            terms += [f"bias{i}"] if p.bias else []
+            terms += [f"res{i}"] if p.residual else []
+            for j, term in enumerate(p.lowrank):
+                scale = f"s{i}_{j}" if term.scale is None else f"{term.scale:g}"
+                terms.append(f"{scale} B{i}_{j}[{p.n}x{term.rank}] (A{i}_{j} x)")
+            lines.append(f"y{i}[{p.n}] = " + " + ".join(terms))
+        return lines
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise SpecError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+    return name
+
+
+_FIELD = re.compile(r"(?:(\w+)=(\w+)|lora\(r=(\d+) (\w+) s=([^)\s]+)\))(?: |$)")
+
+
+def _parse_projection(text: str) -> ProjectionSpec:
+    fields: dict[str, str] = {}
+    lowrank: list[LowRankSpec] = []
+    position = 0
+    while position < len(text):
+        match = _FIELD.match(text, position)
+        if match is None:
+            raise SpecError(f"not a projection spec: {text!r} at {text[position:]!r}")
+        if match[1]:
+            fields[match[1]] = match[2]
+        else:
+            scale = None if match[5] == "tensor" else float(match[5])
+            lowrank.append(LowRankSpec(int(match[3]), _dtype(match[4]), scale))
+        position = match.end()
+    if not {"n", "w", "out"} <= fields.keys() <= {"n", "w", "out", "bias", "residual"}:
+        raise SpecError(f"not a projection spec: {text!r}")
+    optional = {name: _dtype(fields[name]) for name in ("bias", "residual") if name in fields}
+    return ProjectionSpec(
+        n=int(fields["n"]), dtype=_dtype(fields["w"]), out=_dtype(fields["out"]), lowrank=tuple(lowrank), **optional
+    )

@@ -1,0 +1,163 @@
+// The one C++ op of gawscompile:  gaws::project(Tensor x, Tensor[] operands, str program) -> Tensor[]
+//
+// It finds the kernels of `program` (asking Python to build them the first time), checks every operand against the
+// spec (a parameter may have been replaced since compilation), allocates the outputs and runs the plan that the
+// program names for this number of tokens. Only torch's stable ABI is used: one build serves every torch from 2.10.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+using torch::stable::Tensor;
+
+#define CHECK_OK(call) STD_TORCH_CHECK((call) == 0, "gaws::project: failed: " #call)
+
+namespace {
+
+using Kernel = void (*)(int64_t m, const void* x, const void* const* in, void* const* out);
+
+struct Operand {
+  int32_t dtype;
+  std::vector<int64_t> shape;  // -1: the number of tokens, over any leading dimensions
+  std::string name;
+};
+
+struct Projection {
+  int64_t n;
+  int32_t dtype;
+  int64_t weight;  // index of its weight among the operands
+};
+
+struct Program {
+  Kernel gemv, accumulate;  // accumulate: null where nothing is to be added to W x
+  int64_t gemv_max;         // the most tokens that gemv runs; beyond, the library multiplies
+  int64_t k;
+  int32_t x_dtype;
+  std::vector<Operand> operands;
+  std::vector<Projection> projections;
+};
+
+std::shared_mutex mutex;
+std::unordered_map<std::string, std::unique_ptr<Program>> programs;
+const char* (*resolver)(const char* program) = nullptr;  // Python: builds and registers; null or an error message
+
+const Program& find(const std::string& text) {
+  for (int attempt = 0;; ++attempt) {
+    {
+      std::shared_lock lock(mutex);
+      const auto it = programs.find(text);
+      if (it != programs.end()) return *it->second;
+    }
+    STD_TORCH_CHECK(resolver && attempt == 0, "gaws::project: no kernel was registered for: ", text);
+    const char* error = resolver(text.c_str());
+    STD_TORCH_CHECK(error == nullptr, "gaws::project: ", error ? error : "");
+  }
+}
+
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  CHECK_OK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+bool fits(const Tensor& t, const Operand& o, int64_t m) {
+  if (dtype_of(t) != o.dtype || !t.is_cpu()) return false;
+  if (!o.shape.empty() && o.shape[0] == -1) return t.dim() > 0 && t.size(-1) == o.shape[1] && t.numel() == m * o.shape[1];
+  if (t.dim() != int64_t(o.shape.size())) return false;
+  for (size_t d = 0; d < o.shape.size(); ++d)
+    if (t.size(d) != o.shape[d]) return false;
+  return true;
+}
+
+// A view of dense memory, for the library's matmul. `owner` keeps the memory alive.
+Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int32_t dtype) {
+  const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
+  AtenTensorHandle handle;
+  CHECK_OK(aoti_torch_create_tensor_from_blob(
+      data, 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::vector<Tensor> project(Tensor x, std::vector<Tensor> operands, std::string text) {
+  const Program& program = find(text);
+  STD_TORCH_CHECK(
+      x.dim() > 0 && x.size(-1) == program.k && dtype_of(x) == program.x_dtype,
+      "gaws::project: x does not fit the compiled kernel (wanted ", program.k, " features): ", text);
+  STD_TORCH_CHECK(
+      operands.size() == program.operands.size(),
+      "gaws::project: ", operands.size(), " operands, the kernel takes ", program.operands.size(), ": ", text);
+  const int64_t m = program.k ? x.numel() / program.k : 0;
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  std::vector<const void*> in(operands.size());
+  for (size_t i = 0; i < operands.size(); ++i) {
+    STD_TORCH_CHECK(
+        fits(operands[i], program.operands[i], m), "gaws::project: operand ", program.operands[i].name,
+        " no longer has the dtype, shape or device it was compiled for; call torch.compile again after such a change: ",
+        text);
+    if (!operands[i].is_contiguous()) operands[i] = torch::stable::contiguous(operands[i]);
+    in[i] = operands[i].data_ptr();
+  }
+  std::vector<Tensor> outputs;
+  outputs.reserve(program.projections.size());
+  std::vector<void*> out;
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
+  for (const Projection& p : program.projections) {
+    sizes.back() = p.n;
+    int64_t step = 1;
+    for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
+      strides[d] = step;
+      step *= sizes[d];
+    }
+    AtenTensorHandle handle;
+    CHECK_OK(aoti_torch_empty_strided(
+        int64_t(sizes.size()), sizes.data(), strides.data(), p.dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    outputs.emplace_back(handle);
+    out.push_back(outputs.back().data_ptr());
+  }
+  if (m == 0) return outputs;
+  if (m <= program.gemv_max) {
+    program.gemv(m, x.data_ptr(), in.data(), out.data());
+    return outputs;
+  }
+  Tensor rows = view(x.data_ptr(), m, program.k, program.k, 1, program.x_dtype);
+  for (size_t i = 0; i < program.projections.size(); ++i) {
+    const Projection& p = program.projections[i];
+    Tensor y = view(out[i], m, p.n, p.n, 1, p.dtype);
+    Tensor w = view(const_cast<void*>(in[p.weight]), program.k, p.n, 1, program.k, p.dtype);
+    CHECK_OK(aoti_torch_cpu_mm_out(y.get(), rows.get(), w.get()));
+  }
+  if (program.accumulate) program.accumulate(m, x.data_ptr(), in.data(), out.data());
+  return outputs;
+}
+
+}  // namespace
+
+extern "C" void gaws_set_resolver(const char* (*f)(const char*)) { resolver = f; }
+
+extern "C" void gaws_register(
+    const char* text, void* gemv, void* accumulate, int64_t gemv_max, int64_t k, int32_t x_dtype, int64_t n_operands,
+    const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
+    int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights) {
+  auto program = std::make_unique<Program>();
+  program->gemv = Kernel(gemv);
+  program->accumulate = Kernel(accumulate);
+  program->gemv_max = gemv_max;
+  program->k = k;
+  program->x_dtype = x_dtype;
+  for (int64_t i = 0, at = 0; i < n_operands; at += ranks[i++])
+    program->operands.push_back({dtypes[i], {shapes + at, shapes + at + ranks[i]}, names[i]});
+  for (int64_t i = 0; i < n_projections; ++i) program->projections.push_back({widths[i], out_dtypes[i], weights[i]});
+  std::unique_lock lock(mutex);
+  programs.emplace(text, std::move(program));  // never replaced: calls in flight hold references
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gaws, CPU, m) { m.impl("project", TORCH_BOX(&project)); }

@@ -1,0 +1,111 @@
+"""The op that planned groups lower to, ``gaws::project``, and the building of its kernels.
+
+    gaws::project(Tensor x, Tensor[] operands, str program) -> Tensor[]
+
+`x` is ``[..., k]``; `operands` follow ``KernelSpec.operands()``; `program` is a printed ``Program``. One output
+``[..., n_i]`` per projection, contiguous. The op is defined here at import, with its fake; its CPU kernel is
+`dispatch.cpp`, built and loaded by `ensure_loaded`. A program met for the first time in a process (a warm start
+runs no pass) is parsed, emitted, built and registered then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+import torch
+
+from gawscompile.codegen import build, cpp
+from gawscompile.codegen.spec import DTYPES
+from gawscompile.planning.table import Program
+
+_library = torch.library.Library("gaws", "DEF")
+_library.define(
+    "project(Tensor x, Tensor[] operands, str program) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def parse(program: str) -> Program:
+    """`Program.parse`, remembered."""
+    return Program.parse(program)
+
+
+def _fake(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[torch.Tensor]:
+    return [
+        x.new_empty((*x.shape[:-1], p.n), dtype=DTYPES[p.out]) for p in parse(program).spec.projections
+    ]
+
+
+torch.library.register_fake("gaws::project", _fake, lib=_library)
+
+# The numbers of torch's ScalarType, which the stable ABI uses.
+_DTYPE_CODES = {"f32": 6, "bf16": 15, "f16": 5}
+
+_Resolver = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
+_lock = threading.RLock()
+_kept: list[object] = []  # what C++ points to: callbacks, libraries, the last error
+
+
+@functools.cache
+def ensure_loaded() -> ctypes.CDLL:
+    """Build (first time on this machine) and load the op's CPU kernel.
+
+    Raises `build.CompilerMissing`, `build.BuildError` or `cache.CacheError`.
+    """
+    with _lock:
+        source = (Path(__file__).parent / "dispatch.cpp").read_text()
+        library = ctypes.CDLL(str(build.start(source).result()))
+        resolver = _Resolver(_resolve)
+        _kept.append(resolver)
+        library.gaws_set_resolver(resolver)
+        return library
+
+
+def prepare(program: str) -> None:
+    """Start building the kernels of `program` in the background, so that they are ready when first called."""
+    build.start(cpp.emit(parse(program).spec))
+
+
+def _resolve(text: bytes) -> int | None:
+    """Called by the dispatcher for a program that it does not know. Returns an error message's address, or None."""
+    try:
+        register(text.decode())
+    except Exception as error:
+        message = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
+        _kept.append(message)  # C++ reads it after we return
+        return ctypes.addressof(message)
+    return None
+
+
+def register(program: str) -> None:
+    """Build the kernels of `program` and hand them to the dispatcher."""
+    planned = parse(program)
+    spec = planned.spec
+    kernels = ctypes.CDLL(str(build.start(cpp.emit(spec)).result()))
+    operands = list(spec.operands())
+    shapes = [[-1 if size == "m" else int(size) for size in o.shape] for o in operands]
+    flat = [size for shape in shapes for size in shape]
+    first = planned.table.rows[0]
+    gemv_max = 0 if first[0] != "gemv_cpp" else (2**62 if first[1] is None else first[1])
+    accumulate = ctypes.cast(kernels.accumulate, ctypes.c_void_p) if hasattr(kernels, "accumulate") else None
+    ensure_loaded().gaws_register(
+        program.encode(),
+        ctypes.cast(kernels.gemv, ctypes.c_void_p),
+        accumulate,
+        ctypes.c_int64(gemv_max),
+        ctypes.c_int64(spec.k),
+        ctypes.c_int32(_DTYPE_CODES[spec.x]),
+        ctypes.c_int64(len(operands)),
+        (ctypes.c_int32 * len(operands))(*[_DTYPE_CODES[o.dtype] for o in operands]),
+        (ctypes.c_int64 * len(operands))(*map(len, shapes)),
+        (ctypes.c_int64 * len(flat))(*flat),
+        (ctypes.c_char_p * len(operands))(*[o.name.encode() for o in operands]),
+        ctypes.c_int64(len(spec.projections)),
+        (ctypes.c_int64 * len(spec.projections))(*[p.n for p in spec.projections]),
+        (ctypes.c_int32 * len(spec.projections))(*[_DTYPE_CODES[p.out] for p in spec.projections]),
+        (ctypes.c_int64 * len(spec.projections))(*[i for i, o in enumerate(operands) if o.role == "weight"]),
+    )
