@@ -1,0 +1,14 @@
+"""The operator algebra: what an adapted projection means, independent of how it was written or will run."""
+
+from gawscompile.operators.algebra import (
+    Bias,
+    Dense,
+    LowRank,
+    Operator,
+    describe,
+    linear,
+    operator_group,
+    operator_sum,
+)
+
+__all__ = ["Bias", "Dense", "LowRank", "Operator", "describe", "linear", "operator_group", "operator_sum"]

@@ -1,0 +1,162 @@
+"""``torch.compile(model, backend="gaws")``, whole.
+
+    torch.compile → Dynamo → AOTAutograd → our passes, as Inductor's joint-graph pass → Inductor for all the rest
+
+The hook is ``joint_custom_pre_pass``, whose ``uuid`` carries a hash of all our sources and options into Inductor's
+cache keys: an edited pass invalidates what it compiled, and a warm start runs no pass at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from gawscompile.codegen import build, cache
+from gawscompile.debug.records import GraphRecord, Reason
+from gawscompile.debug.store import RECORDS
+from gawscompile.options import Options
+from gawscompile.passes import PIPELINE
+from gawscompile.passes.context import Context, verify
+from gawscompile.planning import devices
+from gawscompile.runtime import ops
+
+log = logging.getLogger("gawscompile")
+
+
+def gaws(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend. `options` are ours and Inductor's (`gawscompile.options.Options`); `mode` is Inductor's.
+
+    Raises `OptionError` for options that do not exist. What our passes cannot take is left to Inductor.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    ours, inductor = Options.split(options)
+    if mode and mode != "default":
+        inductor = {**list_mode_options(mode), **inductor}
+    hook = GawsPass(ours, _parameter_names(gm), _key(gm, example_inputs, ours, inductor))
+    compiled = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
+    RECORDS.compiled(hook.key, hook.record)
+    return compiled
+
+
+class GawsPass(CustomGraphPass):
+    """Our pipeline as one Inductor graph pass. Holds one graph's names and collects its record."""
+
+    def __init__(self, options: Options, parameter_names: list[str], key: str) -> None:
+        self.options = options
+        self.parameter_names = parameter_names
+        self.key = key
+        self.record: GraphRecord | None = None
+
+    def uuid(self) -> Any:
+        """What decides the outcome beside the graph: our sources, our options, the machine that plans are for."""
+        return hashlib.sha256(f"{cache.source_hash()}{self.options}{devices.cpu().name}".encode()).digest()
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.record = GraphRecord(self.key)
+        try:
+            self.rewrite(graph, self.record)
+        except TorchDynamoException:
+            raise
+        except Exception as error:
+            if self.options.strict:
+                raise
+            self.record.reject_all(Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+            log.warning(
+                "gaws: %s; this graph is left to Inductor (options={'strict': True} raises)", error, exc_info=True
+            )
+
+    def rewrite(self, graph: torch.fx.Graph, record: GraphRecord) -> None:
+        """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place."""
+        refusal = _refusal(graph)
+        if refusal is not None:
+            record.reject_all(*refusal)
+            log.info("gaws: %s", record.notes[-1])
+            return
+        work = torch.fx.Graph()
+        copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        work.output(work.graph_copy(graph, copies))
+        context = Context(work, self.options, record, self._names(graph, copies))
+        for stage in PIPELINE:
+            context.stage = stage.__name__.rpartition(".")[2]
+            stage.run(work, context)
+            verify(context)
+        work.eliminate_dead_code()
+        _take_over(graph, work)
+
+    def _names(self, graph: torch.fx.Graph, copies: dict[torch.fx.Node, torch.fx.Node]) -> dict[str, str]:
+        """Placeholder → the name its parameter has in the user's model, where it is one."""
+        names = {}
+        for node in graph.find_nodes(op="placeholder"):
+            index = getattr(node.meta.get("desc"), "idx", None)
+            if index is not None and index < len(self.parameter_names):
+                names[copies[node].name] = self.parameter_names[index]
+        return names
+
+
+def _refusal(graph: torch.fx.Graph) -> tuple[Reason, str] | None:
+    """Why a whole graph is left to Inductor, if it is."""
+    inputs = graph.find_nodes(op="placeholder")
+    if any("Tangent" in type(node.meta.get("desc")).__name__ or node.name.startswith("tangents") for node in inputs):
+        return Reason.GRADIENTS, ""
+    kinds = {v.device.type for node in inputs if isinstance(v := node.meta.get("val"), torch.Tensor) and v.dim() > 0}
+    if kinds != {"cpu"}:
+        return (Reason.DEVICE, ", ".join(sorted(kinds))) if kinds else None
+    try:
+        build.compiler()
+        ops.ensure_loaded()
+    except (build.CompilerMissing, build.BuildError, cache.CacheError) as error:
+        log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", error)
+        return Reason.NO_COMPILER, str(error)
+    return None
+
+
+def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
+    """Put `work` in the place of what `graph` holds (Inductor keeps the graph object that it gave us)."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "placeholder":
+            graph.erase_node(node)
+    inputs = dict(
+        zip(work.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder"), strict=True)
+    )
+    copies: dict[torch.fx.Node, torch.fx.Node] = dict(inputs)
+    result = graph.graph_copy(work, copies)
+    graph.output(result)
+
+
+def _parameter_names(gm: torch.fx.GraphModule) -> list[str]:
+    """For every input of the Dynamo graph the name it has in the user's model ('' where it has none)."""
+    names = gm.meta.get("dynamo_flat_name_to_original_fqn", {})
+    flat = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    return [names.get(name, names.get(name.removeprefix("l_").removesuffix("_"), "")) for name in flat]
+
+
+def _key(gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: Options, inductor: dict[str, Any]) -> str:
+    """Names one compiled graph, the same in every process: what Dynamo traced, for which inputs, with which code."""
+    shapes = [f"{tuple(i.shape)}{i.dtype}{i.device}" if isinstance(i, torch.Tensor) else str(i) for i in inputs]
+    settings = [str(ours), str(sorted(inductor.items(), key=str)), devices.cpu().name, torch.__version__]
+    return cache.digest(cache.source_hash(), gm.code, *shapes, *settings)
+
+
+def _with_hook(inductor: dict[str, Any], hook: GawsPass) -> dict[str, Any]:
+    """Inductor's options with our pass first, and the user's own joint pass, if any, after it."""
+    from torch._inductor import config
+
+    theirs = inductor.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    if theirs is None:
+        return {**inductor, "joint_custom_pre_pass": hook}
+    rest = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
+    return {**inductor, "joint_custom_pre_pass": [hook, *rest]}

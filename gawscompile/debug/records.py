@@ -1,0 +1,95 @@
+"""What the compiler did to a graph: every linear, every group, every rejection with its typed reason.
+
+Records are plain data. They are written to the cache beside the compiled graph, so that a process with a warm cache,
+in which no pass runs, explains itself as the first one did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Reason(str, Enum):
+    """Why a linear, or an adapter of one, was left as it was."""
+
+    GRADIENTS = "gradients are needed: the graph is left to Inductor"
+    DEVICE = "no generated kernels for this device yet: the graph is left to Inductor"
+    NO_COMPILER = "generated C++ needs a compiler and none was found: the graph is left to Inductor"
+    DTYPE = "no generated kernels for this dtype"
+    MIXED_DTYPES = "activation and base weight differ in dtype"
+    WEIGHT_COMPUTED = "the weight is computed in the graph (quantised, merged or reparametrised), not a parameter"
+    WEIGHT_LAYOUT = "the weight is not stored as [out, in] rows"
+    ESCAPES = "an intermediate of the adapter is used elsewhere too"
+    NO_BASE = "a product of two weights without a base projection beside it"
+    SEVERAL_BASES = "more than one base projection of one activation in a sum"
+    SEVERAL_BIASES = "more than one bias vector in a sum"
+    SCALE = "the adapter's scale is neither a number nor one 0-d tensor"
+    FACTOR_SHAPE = "the factors do not form a low-rank update (rank zero, or wider than the projection)"
+    LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
+    NOT_TRACED = "not part of any compiled graph (not called, or outside it after a graph break)"
+    INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
+
+
+@dataclass
+class LinearRecord:
+    """One linear of the graph. `status` is "fused" (runs in a generated kernel) or "rejected" (left as it was)."""
+
+    path: str
+    shape: tuple[int, int]
+    dtype: str
+    status: str = "rejected"
+    operators: str = ""
+    adapters: int = 0
+    group: int | None = None
+    plan: str | None = None
+    kernel: str | None = None
+    reason: str | None = None
+    detail: str | None = None
+    stage: str | None = None
+
+
+@dataclass
+class GroupRecord:
+    """Projections of one activation that run as one op."""
+
+    index: int
+    members: list[str]
+    tokens: str
+    plan: str
+    spec: str
+    kernel: str
+    costs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class GraphRecord:
+    """One compiled graph."""
+
+    key: str
+    linears: list[LinearRecord] = field(default_factory=list)
+    groups: list[GroupRecord] = field(default_factory=list)
+    passes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def linear(self, path: str) -> LinearRecord | None:
+        return next((entry for entry in self.linears if entry.path == path), None)
+
+    def reject_all(self, reason: Reason, detail: str = "") -> None:
+        """The whole graph is left alone, for one reason."""
+        self.notes.append(f"{reason.value}{': ' + detail if detail else ''}")
+        for entry in self.linears:
+            entry.status, entry.reason, entry.detail = "rejected", reason.name, detail or reason.value
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=True, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> GraphRecord:
+        data: dict[str, Any] = json.loads(text)
+        linears = [LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in data.pop("linears")]
+        groups = [GroupRecord(**entry) for entry in data.pop("groups")]
+        return GraphRecord(linears=linears, groups=groups, **data)

@@ -1,0 +1,89 @@
+"""Operators on one activation, and their sums.
+
+Each operator is a NamedTuple, so it may stand in the arguments of an fx node with nodes as its leaves: the graph
+between passes *is* the algebra, prints as such, and runs (``operator_sum`` and its kin are plain functions whose
+meaning is the segment-by-segment computation that frameworks execute).
+
+Shapes: x ``[..., K]``; a base weight ``[N, K]``; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# In a graph the leaves are fx nodes; when it runs they are tensors.
+Leaf = Any
+
+
+class Dense(NamedTuple):
+    """``W x``, W ``[N, K]``."""
+
+    weight: Leaf
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+class LowRank(NamedTuple):
+    """``s * B (A x)`` (LoRA: Hu et al. 2021, eq. 3). `scale` is a number or a 0-d tensor."""
+
+    b: Leaf
+    a: Leaf
+    scale: Any = 1.0
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b) * self.scale
+
+
+class Bias(NamedTuple):
+    """``+ v``, v ``[N]``."""
+
+    vector: Leaf
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.vector
+
+
+Operator = Dense | LowRank | Bias
+OPERATORS: tuple[type, ...] = (Dense, LowRank, Bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The canonical spelling of a linear: x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` → ``[..., N]``."""
+    return F.linear(x, weight, bias)
+
+
+def operator_sum(x: torch.Tensor, terms: tuple[Operator, ...], out: torch.dtype) -> torch.Tensor:
+    """The sum of `terms` on x ``[..., K]``, cast to `out`: ``[..., N]``."""
+    total = terms[0].apply(x)
+    for term in terms[1:]:
+        total = total + term.apply(x)
+    return total.to(out)
+
+
+def operator_group(
+    x: torch.Tensor, sums: tuple[tuple[Operator, ...], ...], outs: tuple[torch.dtype, ...]
+) -> list[torch.Tensor]:
+    """Several sums on one activation."""
+    return [operator_sum(x, terms, out) for terms, out in zip(sums, outs, strict=True)]
+
+
+def describe(terms: tuple[Operator, ...]) -> str:
+    """A sum in words: ``Dense[576x576] + 2·LowRank(r=16)``. Leaves need a shape (tensors, or nodes with a value)."""
+    return " + ".join(_describe(term) for term in terms)
+
+
+def _describe(term: Operator) -> str:
+    if isinstance(term, Dense):
+        return "Dense[{}x{}]".format(*_shape(term.weight))
+    if isinstance(term, LowRank):
+        scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
+        return f"{scale}·LowRank(r={_shape(term.a)[0]})"
+    return f"Bias[{_shape(term.vector)[0]}]"
+
+
+def _shape(leaf: Leaf) -> tuple[int, ...]:
+    return tuple(leaf.meta["val"].shape if isinstance(leaf, torch.fx.Node) else leaf.shape)

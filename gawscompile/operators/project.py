@@ -1,0 +1,27 @@
+"""`project`: a fused group as one node of the graph, with its reference meaning."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gawscompile.codegen.spec import DTYPES, KernelSpec
+
+
+def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[torch.Tensor]:
+    """What the generated kernels of `spec` compute, segment by segment, in the dtypes that eager would use.
+
+    x ``[..., k]``; `operands` as ``KernelSpec.operands()`` lists them; one ``[..., n_i]`` per projection.
+    """
+    parsed = KernelSpec.parse(spec)
+    named = {operand.name: tensor for operand, tensor in zip(parsed.operands(), operands, strict=True)}
+    outputs = []
+    for i, p in enumerate(parsed.projections):
+        y = F.linear(x, named[f"w{i}"], named[f"bias{i}"] if p.bias else None)
+        for j, term in enumerate(p.lowrank):
+            a, b = named[f"a{i}_{j}"], named[f"b{i}_{j}"]
+            scale = named[f"scale{i}_{j}"] if term.scale is None else term.scale
+            y = y + F.linear(F.linear(x.to(a.dtype), a), b) * scale
+        y = y.to(DTYPES[p.out]) if x.dtype != torch.float64 else y
+        outputs.append(y + named[f"res{i}"] if p.residual else y)
+    return outputs

@@ -1,0 +1,121 @@
+"""The cost model: seconds per call of each plan, as a sympy expression in m, the number of tokens.
+
+A plan's time is the time of its bytes plus the time of its operations (the two overlap less than a roofline's maximum
+would have it: measured within 20 % over m = 1 … 256). Crossovers are found by evaluating the expressions.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import sympy
+
+from gawscompile.codegen import cache
+from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.planning import devices
+from gawscompile.planning.devices import Device
+from gawscompile.planning.table import PlanTable
+
+m = sympy.Symbol("m", integer=True, positive=True)
+
+LONGEST = 1 << 16
+"""Beyond so many tokens the last row of a table goes on."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A group's plan table and why: each plan's cost in seconds, in `m`."""
+
+    table: PlanTable
+    kernel: str
+    costs: dict[str, sympy.Expr] = field(hash=False)
+
+    def seconds(self, plan: str, tokens: int) -> float:
+        return float(self.costs[plan].subs(m, tokens))
+
+    def compare(self, tokens: object) -> str:
+        """The plans' estimates for `tokens`, in words."""
+        if not isinstance(tokens, int):
+            return f"for {tokens} tokens"
+        return ", ".join(f"{name} {self.seconds(name, tokens) * 1e6:.0f} µs" for name in self.costs)
+
+
+def plan(spec: KernelSpec, device: Device | None = None) -> Planned:
+    """The plan table of a group on `device` (by default this CPU)."""
+    return _plan(spec, device or devices.cpu())
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(spec: KernelSpec, device: Device) -> Planned:
+    costs = {"gemv_cpp": _gemv(spec, device)}
+    if all(spec.x == p.dtype == p.out for p in spec.projections):  # the library writes in its inputs' dtype
+        costs["gemm_accumulate"] = _gemm(spec, device)
+    return Planned(_table(costs), cache.digest(str(spec))[:12], costs)
+
+
+def _size(dtype: str) -> int:
+    return DTYPES[dtype].itemsize
+
+
+def weight_bytes(spec: KernelSpec) -> int:
+    """Bytes of the group's base weights."""
+    return sum(p.n * spec.k * _size(p.dtype) for p in spec.projections)
+
+
+def adapter_bytes(spec: KernelSpec) -> int:
+    """Bytes of the group's factors."""
+    return sum(t.rank * (spec.k + p.n) * _size(t.dtype) for p in spec.projections for t in p.lowrank)
+
+
+def _adapter_seconds(spec: KernelSpec, device: Device) -> sympy.Expr:
+    """Both factors' work runs on fp32 vectors, whatever their dtype."""
+    flops = 2 * m * sum(t.rank * (spec.k + p.n) for p in spec.projections for t in p.lowrank)
+    return adapter_bytes(spec) / device.bandwidth + flops / device.kernel_rate["f32"]
+
+
+def _gemv(spec: KernelSpec, device: Device) -> sympy.Expr:
+    """One region: each weight read once; past the cache, x is read anew for every block of four rows."""
+    seconds = sympy.Float(device.launch) + weight_bytes(spec) / device.bandwidth + _adapter_seconds(spec, device)
+    for p in spec.projections:
+        seconds += 2 * m * p.n * spec.k / device.kernel_rate[p.dtype]
+        rereads = m * spec.k * _size(spec.x) * p.n / 4
+        spills = m * spec.k * _size(spec.x) > device.cache
+        seconds += sympy.Piecewise((rereads / (4 * device.bandwidth), spills), (0, True))
+    return seconds
+
+
+def _gemm(spec: KernelSpec, device: Device) -> sympy.Expr:
+    """The library's matmul per projection, then one region that adds what the product lacks, in place."""
+    seconds = sympy.Float(0)
+    for p in spec.projections:
+        bytes_ = p.n * spec.k * _size(p.dtype)
+        seconds += device.launch + bytes_ / device.library_bandwidth[p.dtype]
+        seconds += 2 * m * p.n * spec.k / device.library_rate[p.dtype]
+    if any(p.lowrank or p.bias or p.residual for p in spec.projections):
+        traffic = 2 * m * sum(p.n * _size(p.out) for p in spec.projections)
+        seconds += device.launch + _adapter_seconds(spec, device) + traffic / (4 * device.bandwidth)
+    return seconds
+
+
+def _table(costs: dict[str, sympy.Expr]) -> PlanTable:
+    """The cheapest plan for every m, as ranges. Crossovers lie between powers of two and are bisected."""
+    timed = {name: sympy.lambdify(m, cost, "math") for name, cost in costs.items()}
+
+    def best(tokens: int) -> str:
+        return min(timed, key=lambda name: timed[name](tokens))
+
+    rows: list[tuple[str, int | None]] = []
+    low = 1
+    while low < LONGEST:
+        high = 2 * low
+        here, there = best(low), best(high)
+        if here != there:
+            inside, outside = low, high
+            while outside - inside > 1:
+                middle = (inside + outside) // 2
+                inside, outside = (middle, outside) if best(middle) == here else (inside, middle)
+            rows.append((here, inside))
+        low = high
+    rows.append((best(LONGEST), None))
+    return PlanTable(tuple(rows))

@@ -1,0 +1,31 @@
+"""The compiler, top to bottom. Reading `PIPELINE` is reading what happens to a graph.
+
+Each pass is a module with one function, ``run(graph, context)``, that edits the graph in place, records what it
+matched and what it rejected, and may count on what the passes before it establish. To add one: a file here, a test
+in ``tests/passes/``, a line below.
+"""
+
+if __name__ == "passes":
+    raise ImportError("import gawscompile.passes, not passes: the folder is a part of the gawscompile package")
+
+from gawscompile.passes import (
+    canonicalize,
+    choose_plan,
+    fuse_epilogues,
+    fuse_zflora,
+    group_siblings,
+    lower,
+    recover_operators,
+)
+
+PIPELINE = (
+    canonicalize,
+    recover_operators,
+    group_siblings,
+    fuse_zflora,
+    fuse_epilogues,
+    choose_plan,
+    lower,
+)
+
+__all__ = ["PIPELINE"]

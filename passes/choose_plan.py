@@ -1,0 +1,87 @@
+"""A plan table for every fused group, from the cost model, symbolic in the number of tokens.
+
+before::
+
+    fused = operators.project(x, [...], "k=576 x=bf16; …")
+
+after::
+
+    fused = operators.project(x, [...], "gemv_cpp<=31, gemm_accumulate | k=576 x=bf16; …")
+
+Where the number of tokens m is known, the table has one row; where it is symbolic, the op picks its row at run time
+and no guard is added. A group without adapters whose plan would be the library's matmul anyway is given back to
+Inductor as the linears that it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from gawscompile.codegen.spec import KernelSpec
+from gawscompile.debug.records import GroupRecord, Reason
+from gawscompile.operators import linear
+from gawscompile.operators.project import project
+from gawscompile.passes.context import Context, aten, empty_like, shape, value
+from gawscompile.planning.cost import plan
+from gawscompile.planning.table import PlanTable, Program
+
+
+def run(graph: Graph, context: Context) -> None:
+    for node in graph.find_nodes(op="call_function", target=project):
+        x, operands, text = node.args
+        spec = KernelSpec.parse(text)
+        planned = plan(spec)
+        tokens = _tokens(x)
+        table = planned.table
+        if isinstance(tokens, int):
+            table = PlanTable(((table.pick(tokens), None),))
+        entries = node.meta["gaws_entries"]
+        if not any(p.lowrank for p in spec.projections) and table.rows[0][0] == "gemm_accumulate":
+            _give_back(graph, context, node, spec)
+            for entry in entries:
+                context.reject(entry, Reason.LIBRARY, f"m = {tokens}: {planned.compare(tokens)}")
+            continue
+        program = Program(table, spec)
+        node.args = (x, operands, str(program))
+        group = GroupRecord(
+            index=len(context.record.groups),
+            members=[entry.path for entry in entries],
+            tokens=str(tokens),
+            plan=str(table),
+            spec=str(spec),
+            kernel=f"cpp:{planned.kernel}",
+            costs={name: str(cost) for name, cost in planned.costs.items()},
+        )
+        context.record.groups.append(group)
+        for entry in entries:
+            entry.status, entry.group, entry.plan, entry.kernel = "fused", group.index, group.plan, group.kernel
+            entry.reason = entry.detail = entry.stage = None
+        context.matched()
+
+
+def _tokens(x: Node) -> Any:
+    """m as an int, or as the symbolic expression of x's leading dimensions."""
+    m: Any = 1
+    for size in shape(x)[:-1]:
+        m = m * size
+    return m
+
+
+def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> None:
+    """Plain linears again, in canonical spelling; `lower` spells them in aten."""
+    x, operands, _ = node.args
+    named = dict(zip((o.name for o in spec.operands()), operands, strict=True))
+    for item in list(node.users):
+        i = item.args[1]
+        assert item.target is operator.getitem
+        args = (x, named[f"w{i}"]) + ((named[f"bias{i}"],) if f"bias{i}" in named else ())
+        with graph.inserting_before(item):
+            new = context.insert(linear, args, item, empty_like(x, shape(item), value(item).dtype))
+            if f"res{i}" in named:
+                new = context.insert(aten.add.Tensor, (named[f"res{i}"], new), item, new.meta["val"])
+        context.replace(item, new)
+        context.erase(item)
+    context.erase(node)

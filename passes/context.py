@@ -1,0 +1,218 @@
+"""What passes share: the record they write to, names of modules, and the few graph edits that keep values right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from gawscompile.debug.records import GraphRecord, LinearRecord, Reason
+from gawscompile.operators import algebra
+from gawscompile.options import Options
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
+
+
+class VerifierError(AssertionError):
+    """A pass broke the graph: the message names pass and node."""
+
+
+@dataclass
+class Context:
+    """One run of the pipeline over one graph."""
+
+    graph: Graph
+    options: Options
+    record: GraphRecord
+    parameter_names: dict[str, str] = field(default_factory=dict)  # placeholder name → fully qualified name
+    stage: str = ""
+    entries: dict[Node, LinearRecord] = field(default_factory=dict)  # weight's use → its record
+    touched: list[Node] = field(default_factory=list)
+
+    # ---- records ------------------------------------------------------------------------------------------
+
+    def found(self, node: Node, weight: Node) -> LinearRecord:
+        """Every linear of the graph gets an entry when it is first seen; passes then say what became of it."""
+        n, k = shape(weight)
+        entry = LinearRecord(self.module_path(node, weight), (n, k), str(dtype(weight)).removeprefix("torch."))
+        self.record.linears.append(entry)
+        return entry
+
+    def reject(self, entry: LinearRecord, reason: Reason, detail: str = "") -> None:
+        entry.status, entry.reason, entry.detail = "rejected", reason.name, detail or reason.value
+        entry.stage = self.stage
+
+    def matched(self, count: int = 1) -> None:
+        self.record.passes[self.stage] = self.record.passes.get(self.stage, 0) + count
+
+    def module_path(self, node: Node, weight: Node | None = None) -> str:
+        """``model.layers.3.self_attn.q_proj``: from the node's module stack, or else from its weight's name."""
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            path = _clean(next(reversed(stack.values()))[0])
+            if path:
+                return path
+        name = self.parameter_names.get(weight.name, "") if weight is not None else ""
+        return name.removesuffix(".weight").removesuffix(".base_layer") or f"<{node.name}>"
+
+    # ---- edits --------------------------------------------------------------------------------------------
+
+    def insert(self, target: Callable[..., Any], args: tuple[Any, ...], like: Node, value: Any) -> Node:
+        """A new node where the caller's ``inserting_before`` stands; `like` lends its provenance."""
+        node = self.graph.call_function(target, args)
+        for name in ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node"):
+            if name in like.meta:
+                node.meta[name] = like.meta[name]
+        node.meta["val"] = value
+        self.touched.append(node)
+        return node
+
+    def erase(self, node: Node) -> None:
+        """Remove `node`, which nobody reads any more, and whatever only it read (a dead reader is a false reader)."""
+        pending = [node]
+        while pending:
+            dead = pending.pop()
+            if dead._erased or dead.users or dead.op != "call_function":
+                continue
+            sources = dead.all_input_nodes
+            self.graph.erase_node(dead)
+            pending += sources
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Everyone who read `old` reads `new`, which must have its shape and dtype."""
+        if not same_value(old.meta.get("val"), new.meta.get("val")):
+            raise VerifierError(
+                f"{self.stage}: {new.name} {_brief(new)} cannot stand for {old.name} {_brief(old)}"
+            )
+        old.replace_all_uses_with(new)
+        self.touched.extend(new.users)
+
+
+def verify(context: Context) -> None:
+    """The cheap check between passes: what was touched is typed, valued, and reads only what comes before it."""
+    for node in dict.fromkeys(context.touched):
+        if node._erased:
+            continue
+        if node.op == "call_function" and node.meta.get("val") is None:
+            raise VerifierError(f"{context.stage}: {node.format_node()} has no value")
+        for source in node.all_input_nodes:
+            if source._erased or not source < node:
+                raise VerifierError(f"{context.stage}: {node.name} reads {source.name}, which does not come before it")
+    context.touched.clear()
+
+
+# ---- reading the graph --------------------------------------------------------------------------------------
+
+
+def value(node: Any) -> torch.Tensor | None:
+    """The fake tensor that a node stands for."""
+    found = node.meta.get("val") if isinstance(node, Node) else None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal; never adds a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return False
+
+
+def same_sizes(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Shape, dtype and device of two fake values agree."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    return a.dtype == b.dtype and a.device == b.device and same_sizes(a.shape, b.shape)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def through_casts(node: Any) -> Any:
+    """The node whose value, in another floating dtype, `node` is."""
+    while is_call(node, prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype):
+        source = node.args[0]
+        if value(source) is None or not dtype(source).is_floating_point:
+            break
+        node = source
+    return node
+
+
+def is_parameter(node: Any) -> bool:
+    """A graph input (every parameter and buffer is one)."""
+    return isinstance(node, Node) and node.op == "placeholder"
+
+
+def transposed(node: Any) -> Node | None:
+    """The matrix of which `node` is the transpose, if it is one."""
+    if not is_call(node, *TRANSPOSES):
+        return None
+    source = node.args[0]
+    if value(source) is None or len(shape(source)) != 2:
+        return None
+    if node.target is aten.permute.default and [d % 2 for d in node.args[1]] != [1, 0]:
+        return None
+    if node.target is aten.transpose.int and node.args[1] % 2 == node.args[2] % 2:
+        return None
+    return source
+
+
+def base_activation(node: Node) -> Node:
+    """`node` before the views that only merge or split its leading dimensions."""
+    while is_call(node, *VIEWS):
+        source = node.args[0]
+        if not isinstance(source, Node) or value(source) is None or not shape(source):
+            break
+        if not same_size(shape(source)[-1], shape(node)[-1]):
+            break
+        node = source
+    return node
+
+
+def empty_like(x: Node, sizes: tuple[Any, ...], out: torch.dtype) -> torch.Tensor:
+    """A contiguous fake of `sizes` on x's device, under x's fake mode."""
+    fake = x.meta["val"]
+    with fake.fake_mode:
+        return torch.empty(sizes, dtype=out, device=fake.device)
+
+
+def leaves(terms: tuple[algebra.Operator, ...]) -> list[Node]:
+    """The nodes that a sum reads beside its activation."""
+    return [leaf for term in terms for leaf in term if isinstance(leaf, Node)]
+
+
+_MODULES = re.compile(r"\.__dict__\['_modules'\]\['([^']*)'\]|\._modules\['([^']*)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
+
+
+def _clean(path: str) -> str:
+    """``L['self'].__dict__['_modules']['base_model'].model.q_proj.base_layer`` → ``base_model.model.q_proj``."""
+    path = re.sub(r"^(L\['self'\]|L__self__)", "", path)
+    path = re.sub(r"^\._orig_mod", "", path)
+    path = _MODULES.sub(lambda m: "." + (m[1] or m[2] or m[3]), path).strip(".")
+    return path.removesuffix(".base_layer")
+
+
+def _brief(node: Node) -> str:
+    found = node.meta.get("val")
+    return f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else str(found)

@@ -1,0 +1,57 @@
+"""A group of base projections and low-rank adapters becomes one fused (zFLoRA) projection.
+
+before::
+
+    group = operators.operator_group(x, ((Dense(Wq), LowRank(Bq, Aq, 2.0)), (Dense(Wk), Bias(bk))), (…))
+
+after::
+
+    fused = operators.project(x, [Wq, Aq, Bq, Wk, bk], "k=576 x=bf16; n=576 w=bf16 … lora(r=16 f32 s=2.0); n=192 …")
+
+The A's of the group ride in the base projection and the B's are its epilogue (zFLoRA: Gowda et al. 2025, used here as
+an exact rewrite of plain LoRA). From here on a group is a `KernelSpec` and the tensors that it takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.operators import Bias, Dense, LowRank, operator_group
+from gawscompile.operators.project import project
+from gawscompile.passes.context import Context, dtype, shape
+
+
+def run(graph: Graph, context: Context) -> None:
+    for node in graph.find_nodes(op="call_function", target=operator_group):
+        x, sums, outs = node.args
+        operands: list[Node] = []
+        projections = [_projection(terms, out, operands) for terms, out in zip(sums, outs, strict=True)]
+        spec = KernelSpec(int(shape(x)[-1]), DTYPE_NAMES[dtype(x)], tuple(projections))
+        with graph.inserting_before(node):
+            new = context.insert(project, (x, operands, str(spec)), node, node.meta["val"])
+        new.meta["gaws_entries"] = node.meta["gaws_entries"]
+        node.replace_all_uses_with(new)
+        context.erase(node)
+        context.matched()
+
+
+def _projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> ProjectionSpec:
+    """The spec of one sum; its tensors are appended to `operands` in the order of ``KernelSpec.operands``."""
+    (base,) = [term for term in terms if isinstance(term, Dense)]
+    biases = [term.vector for term in terms if isinstance(term, Bias)]
+    lowrank = [term for term in terms if isinstance(term, LowRank)]
+    operands.append(base.weight)
+    operands += biases
+    specs = []
+    for term in lowrank:
+        fixed = float(term.scale) if isinstance(term.scale, (int, float)) else None
+        operands += [term.a, term.b] if fixed is not None else [term.a, term.b, term.scale]
+        specs.append(LowRankSpec(int(shape(term.a)[0]), DTYPE_NAMES[dtype(term.a)], fixed))
+    bias = DTYPE_NAMES[dtype(biases[0])] if biases else None
+    weight = base.weight
+    return ProjectionSpec(
+        int(shape(weight)[0]), DTYPE_NAMES[dtype(weight)], DTYPE_NAMES[out], bias=bias, lowrank=tuple(specs)
+    )
