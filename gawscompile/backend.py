@@ -47,7 +47,7 @@ def gaws(
     if mode and mode != "default":
         inductor = {**list_mode_options(mode), **inductor}
     hook = GawsPass(ours, _parameter_names(gm), _key(gm, example_inputs, ours, inductor))
-    compiled = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
     RECORDS.compiled(hook.key, hook.record)
     return compiled
 

@@ -22,7 +22,7 @@ class Options:
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         """Ours, and what is Inductor's. Raises `OptionError`, naming option, type and the good ones."""
-        from torch._inductor import config as inductor
+        from torch._inductor import list_options
 
         ours: dict[str, Any] = {}
         theirs: dict[str, Any] = {}
@@ -30,7 +30,7 @@ class Options:
         for name, value in (given or {}).items():
             if name in fields:
                 ours[name] = _checked(name, value, fields[name].default)
-            elif name.replace("-", "_") in inductor._config:
+            elif name.replace("-", "_") in list_options():
                 theirs[name.replace("-", "_")] = value
             else:
                 good = ", ".join(f"{f.name}: {type(f.default).__name__}" for f in fields.values())

@@ -25,6 +25,7 @@ from gawscompile.operators import linear
 from gawscompile.passes.context import (
     VIEWS,
     Context,
+    args,
     aten,
     base_activation,
     dtype,
@@ -49,7 +50,7 @@ def run(graph: Graph, context: Context) -> None:
 
 
 def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[Node, torch.dtype], Node]) -> None:
-    bias, x, right = (None, *node.args) if node.target is aten.mm.default else node.args[:3]
+    bias, x, right = (None, *args(node)) if node.target is aten.mm.default else args(node)[:3]
     weight = transposed(right)
     if weight is None:
         if is_parameter(through_casts(right)) and value(right) is not None:
@@ -65,11 +66,11 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[
     activation = base_activation(x)
     if is_call(activation, prims.convert_element_type.default):
         # autocast casts anew for every reader; siblings should be seen to read one activation
-        activation = casts.setdefault((activation.args[0], dtype(activation)), activation)
+        activation = casts.setdefault((args(activation)[0], dtype(activation)), activation)
     with graph.inserting_before(node):
         sizes = (*shape(activation)[:-1], shape(weight)[0])
-        args = (activation, weight) if bias is None else (activation, weight, bias)
-        new = context.insert(linear, args, node, empty_like(x, sizes, dtype(node)))
+        reads = (activation, weight) if bias is None else (activation, weight, bias)
+        new = context.insert(linear, reads, node, empty_like(x, sizes, dtype(node)))
         for user in list(node.users):
             if is_call(user, *VIEWS) and same_sizes(shape(user), sizes):
                 context.replace(user, new)
@@ -77,7 +78,7 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[
         if node.users:
             flat = new
             if activation is not x:
-                rows = x.args[1][:-1]
+                rows = args(x)[1][:-1]
                 flat = context.insert(
                     aten.view.default, (new, [*rows, shape(weight)[0]]), node, empty_like(x, shape(node), dtype(node))
                 )

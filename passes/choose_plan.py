@@ -24,14 +24,14 @@ from gawscompile.codegen.spec import KernelSpec
 from gawscompile.debug.records import GroupRecord, Reason
 from gawscompile.operators import linear
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, aten, empty_like, shape, value
+from gawscompile.passes.context import Context, args, aten, dtype, empty_like, shape
 from gawscompile.planning.cost import plan
 from gawscompile.planning.table import PlanTable, Program
 
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=project):
-        x, operands, text = node.args
+        x, operands, text = args(node)
         spec = KernelSpec.parse(text)
         planned = plan(spec)
         tokens = _tokens(x)
@@ -72,14 +72,14 @@ def _tokens(x: Node) -> Any:
 
 def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> None:
     """Plain linears again, in canonical spelling; `lower` spells them in aten."""
-    x, operands, _ = node.args
+    x, operands, _ = args(node)
     named = dict(zip((o.name for o in spec.operands()), operands, strict=True))
     for item in list(node.users):
-        i = item.args[1]
+        i = args(item)[1]
         assert item.target is operator.getitem
-        args = (x, named[f"w{i}"]) + ((named[f"bias{i}"],) if f"bias{i}" in named else ())
+        reads = (x, named[f"w{i}"]) + ((named[f"bias{i}"],) if f"bias{i}" in named else ())
         with graph.inserting_before(item):
-            new = context.insert(linear, args, item, empty_like(x, shape(item), value(item).dtype))
+            new = context.insert(linear, reads, item, empty_like(x, shape(item), dtype(item)))
             if f"res{i}" in named:
                 new = context.insert(aten.add.Tensor, (named[f"res{i}"], new), item, new.meta["val"])
         context.replace(item, new)

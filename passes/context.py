@@ -117,6 +117,11 @@ def value(node: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def args(node: Node) -> tuple[Any, ...]:
+    """A node's arguments, without fx's twenty-way union that no reader can use."""
+    return node.args
+
+
 def shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
@@ -152,7 +157,7 @@ def is_call(node: Any, *targets: Any) -> bool:
 def through_casts(node: Any) -> Any:
     """The node whose value, in another floating dtype, `node` is."""
     while is_call(node, prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype):
-        source = node.args[0]
+        source = args(node)[0]
         if value(source) is None or not dtype(source).is_floating_point:
             break
         node = source
@@ -168,12 +173,12 @@ def transposed(node: Any) -> Node | None:
     """The matrix of which `node` is the transpose, if it is one."""
     if not is_call(node, *TRANSPOSES):
         return None
-    source = node.args[0]
+    source = args(node)[0]
     if value(source) is None or len(shape(source)) != 2:
         return None
-    if node.target is aten.permute.default and [d % 2 for d in node.args[1]] != [1, 0]:
+    if node.target is aten.permute.default and [d % 2 for d in args(node)[1]] != [1, 0]:
         return None
-    if node.target is aten.transpose.int and node.args[1] % 2 == node.args[2] % 2:
+    if node.target is aten.transpose.int and args(node)[1] % 2 == args(node)[2] % 2:
         return None
     return source
 
@@ -181,7 +186,7 @@ def transposed(node: Any) -> Node | None:
 def base_activation(node: Node) -> Node:
     """`node` before the views that only merge or split its leading dimensions."""
     while is_call(node, *VIEWS):
-        source = node.args[0]
+        source = args(node)[0]
         if not isinstance(source, Node) or value(source) is None or not shape(source):
             break
         if not same_size(shape(source)[-1], shape(node)[-1]):

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, aten, is_call, same_value, value
+from gawscompile.passes.context import Context, args, aten, dtype, is_call, same_value, value
 
 
 def run(graph: Graph, context: Context) -> None:
@@ -37,18 +37,18 @@ def _residual(graph: Graph, context: Context, node: Node, item: Node) -> None:
     if not is_call(item, operator.getitem) or len(users) != 1 or not is_call(users[0], aten.add.Tensor):
         return
     (add,) = users
-    left, right = add.args
+    left, right = args(add)
     residual = left if right is item else right
     if residual is item or value(residual) is None or not residual < node or add.kwargs:
         return
     if not same_value(value(residual), value(item)) or not same_value(value(add), value(item)):
         return
-    x, operands, text = node.args
-    spec, index = KernelSpec.parse(text), item.args[1]
+    x, operands, text = args(node)
+    spec, index = KernelSpec.parse(text), args(item)[1]
     projection = spec.projections[index]
     if projection.residual:
         return
-    changed = dataclasses.replace(projection, residual=DTYPE_NAMES[value(residual).dtype])
+    changed = dataclasses.replace(projection, residual=DTYPE_NAMES[dtype(residual)])
     projections = (*spec.projections[:index], changed, *spec.projections[index + 1 :])
     fused = dataclasses.replace(spec, projections=projections)
     position = next(

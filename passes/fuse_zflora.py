@@ -16,17 +16,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec, LowRankSpec, ProjectionSpec
 from gawscompile.operators import Bias, Dense, LowRank, operator_group
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, dtype, shape
+from gawscompile.passes.context import Context, args, dtype, shape
 
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=operator_group):
-        x, sums, outs = node.args
+        x, sums, outs = args(node)
         operands: list[Node] = []
         projections = [_projection(terms, out, operands) for terms, out in zip(sums, outs, strict=True)]
         spec = KernelSpec(int(shape(x)[-1]), DTYPE_NAMES[dtype(x)], tuple(projections))
@@ -49,7 +50,8 @@ def _projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Proje
     for term in lowrank:
         fixed = float(term.scale) if isinstance(term.scale, (int, float)) else None
         operands += [term.a, term.b] if fixed is not None else [term.a, term.b, term.scale]
-        specs.append(LowRankSpec(int(shape(term.a)[0]), DTYPE_NAMES[dtype(term.a)], fixed))
+        scale_dtype = "f64" if fixed is None and dtype(term.scale) == torch.float64 else "f32"
+        specs.append(LowRankSpec(int(shape(term.a)[0]), DTYPE_NAMES[dtype(term.a)], fixed, scale_dtype))
     bias = DTYPE_NAMES[dtype(biases[0])] if biases else None
     weight = base.weight
     return ProjectionSpec(

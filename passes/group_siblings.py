@@ -21,28 +21,34 @@ from collections import defaultdict
 from torch.fx import Graph, Node
 
 from gawscompile.operators import operator_group, operator_sum
-from gawscompile.passes.context import Context, leaves
+from gawscompile.passes.context import Context, args, leaves
 
 
 def run(graph: Graph, context: Context) -> None:
     siblings: dict[Node, list[Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=operator_sum):
-        siblings[node.args[0]].append(node)
+        siblings[args(node)[0]].append(node)
     for members in siblings.values():
-        first = members[0]
-        x = first.args[0]  # not the key: if that was a member of an earlier group, it has been replaced
-        group = [m for m in members if all(leaf < first for leaf in leaves(m.args[1]))]
-        with graph.inserting_before(first):
-            new = context.insert(
-                operator_group,
-                (x, tuple(m.args[1] for m in group), tuple(m.args[2] for m in group)),
-                first,
-                [m.meta["val"] for m in group],
-            )
-            new.meta["gaws_entries"] = [entry for m in group for entry in m.meta["gaws_entries"]]
-            for i, member in enumerate(group):
-                item = context.insert(operator.getitem, (new, i), member, member.meta["val"])
-                context.replace(member, item)
-        for member in group:
-            context.erase(member)
-        context.matched()
+        while members:
+            first = members[0]
+            together = [m for m in members if all(leaf < first for leaf in leaves(args(m)[1]))]
+            _group(graph, context, together)
+            members = [m for m in members if m not in together]
+
+
+def _group(graph: Graph, context: Context, members: list[Node]) -> None:
+    first = members[0]
+    x = args(first)[0]  # read now: a member of an earlier group has been replaced by then
+    with graph.inserting_before(first):
+        new = context.insert(
+            operator_group,
+            (x, tuple(args(m)[1] for m in members), tuple(args(m)[2] for m in members)),
+            first,
+            [m.meta["val"] for m in members],
+        )
+        new.meta["gaws_entries"] = [entry for m in members for entry in m.meta["gaws_entries"]]
+        items = [context.insert(operator.getitem, (new, i), m, m.meta["val"]) for i, m in enumerate(members)]
+    for member, item in zip(members, items, strict=True):
+        context.replace(member, item)
+        context.erase(member)
+    context.matched()

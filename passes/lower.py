@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.operators import linear
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, aten, dtype, empty_like, shape
+from gawscompile.passes.context import Context, args, aten, dtype, empty_like, shape
 from gawscompile.runtime import ops
 
 
@@ -30,7 +30,7 @@ def run(graph: Graph, context: Context) -> None:
     programs: dict[str, None] = {}
     for node in graph.find_nodes(op="call_function", target=project):
         node.target = torch.ops.gaws.project.default
-        programs[node.args[2]] = None
+        programs[args(node)[2]] = None
         context.touched.append(node)
         context.matched()
     for node in graph.find_nodes(op="call_function", target=linear):
@@ -41,7 +41,7 @@ def run(graph: Graph, context: Context) -> None:
 
 def _spell(graph: Graph, context: Context, node: Node) -> None:
     """A linear as AOTAutograd writes it."""
-    x, weight, *bias = node.args
+    x, weight, *bias = args(node)
     n, k = shape(weight)
     with graph.inserting_before(node):
         turned = context.insert(

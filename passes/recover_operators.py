@@ -33,6 +33,7 @@ from gawscompile.debug.records import Reason
 from gawscompile.operators import Bias, Dense, LowRank, Operator, describe, linear, operator_sum
 from gawscompile.passes.context import (
     Context,
+    args,
     aten,
     dtype,
     empty_like,
@@ -103,8 +104,8 @@ def _alone(node: Any, forms: dict[Node, Form]) -> Form | None:
 
 
 def _of_linear(node: Node, forms: dict[Node, Form]) -> Form:
-    x, weight = node.args[:2]
-    vectors = tuple(node.args[2:])
+    x, weight = args(node)[:2]
+    vectors = tuple(args(node)[2:])
     inner = _alone(x, forms)
     if inner is not None and not inner.vectors and len(inner.products) == 1 and len(inner.products[0].matrices) == 1:
         first = inner.products[0]
@@ -115,18 +116,18 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form:
 
 def _activation(x: Node) -> Node:
     """x before casts that widen it: they lose nothing, and PEFT puts one before every fp32 adapter of a bf16 base."""
-    while x is not through_casts(x) and dtype(x).itemsize > dtype(x.args[0]).itemsize:
-        x = x.args[0]
+    while x is not through_casts(x) and dtype(x).itemsize > dtype(args(x)[0]).itemsize:
+        x = args(x)[0]
     return x
 
 
 def _extend(node: Node, forms: dict[Node, Form]) -> Form | None:
-    inner = _alone(node.args[0], forms)
+    inner = _alone(args(node)[0], forms)
     return inner and Form(inner.activation, inner.products, inner.vectors, (*inner.inner, node))
 
 
 def _of_scale(node: Node, forms: dict[Node, Form]) -> Form | None:
-    left, right = node.args
+    left, right = args(node)
     if not isinstance(left, Node) or _alone(left, forms) is None:
         left, right = right, left
     inner = _alone(left, forms)
@@ -144,7 +145,7 @@ def _of_scale(node: Node, forms: dict[Node, Form]) -> Form | None:
 
 
 def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
-    left, right = (arg if isinstance(arg, Node) else None for arg in node.args)
+    left, right = (arg if isinstance(arg, Node) else None for arg in args(node))
     if left is None or right is None:
         return None
     a, b = _alone(left, forms), _alone(right, forms)
@@ -169,8 +170,8 @@ def _root(
     graph: Graph, context: Context, node: Node, forms: dict[Node, Form]
 ) -> tuple[Node, ...]:
     """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this."""
-    while is_call(node, prims.convert_element_type.default) and dtype(node).itemsize > dtype(node.args[0]).itemsize:
-        node = node.args[0]  # a reader that wants the result wider widens it for itself, in its own kernel
+    while is_call(node, prims.convert_element_type.default) and dtype(node).itemsize > dtype(args(node)[0]).itemsize:
+        node = args(node)[0]  # a reader that wants the result wider widens it for itself, in its own kernel
     form = forms[node]
     bases = [p for p in form.products if len(p.matrices) == 1]
     if len(bases) != 1:
@@ -210,8 +211,8 @@ def _single(
     graph: Graph, context: Context, node: Node, forms: dict[Node, Form]
 ) -> tuple[Node, ...]:
     """The outer linear of a product without a base is a projection of its own (its inner one comes up later)."""
-    x, weight = node.args[:2]
-    forms[node] = Form(x, (Product((weight,), (node,)),), tuple(node.args[2:]), (node,))
+    x, weight = args(node)[:2]
+    forms[node] = Form(x, (Product((weight,), (node,)),), tuple(args(node)[2:]), (node,))
     return _root(graph, context, node, forms)
 
 
@@ -221,8 +222,8 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
     weight = through_casts(base.matrices[0])
     if not is_parameter(weight):
         return Reason.WEIGHT_COMPUTED, f"it is the result of {weight.target}"
-    if not all(isinstance(size, int) for size in shape(weight)) or not value(weight).is_contiguous():
-        return Reason.WEIGHT_LAYOUT, f"shape {shape(weight)}, strides {value(weight).stride()}"
+    if not all(isinstance(size, int) for size in shape(weight)) or not weight.meta["val"].is_contiguous():
+        return Reason.WEIGHT_LAYOUT, f"shape {shape(weight)}, strides {weight.meta['val'].stride()}"
     if len(form.vectors) > 1:
         return Reason.SEVERAL_BIASES, f"{len(form.vectors)} vectors"
     for tensor in (x, weight, *form.vectors):
@@ -248,12 +249,12 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
 
 
 def _scale(graph: Graph, context: Context, product: Product) -> Any:
-    """A number, or one 0-d fp32 node."""
-    node = product.scale_node
-    if node is None:
+    """A number, or one 0-d node of fp32 or fp64."""
+    if product.scale_node is None:
         return product.scale
-    with graph.inserting_after(node):
-        if dtype(node) != torch.float32:
+    node = through_casts(product.scale_node)  # what a kernel reads, it can read in any dtype: no cast needed
+    if dtype(node) not in (torch.float32, torch.float64):
+        with graph.inserting_after(node):
             fake = node.meta["val"].to(torch.float32)
             node = context.insert(prims.convert_element_type.default, (node, torch.float32), node, fake)
     if product.scale != 1.0:

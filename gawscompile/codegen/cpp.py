@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from gawscompile.codegen.spec import KernelSpec, Operand, ProjectionSpec
 
-CPP_TYPES = {"f32": "float", "bf16": "bf16", "f16": "f16"}
+CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
 PRELUDE = r"""
 #include <ATen/cpu/vec/functional.h>
@@ -420,7 +420,7 @@ def _shrink(spec: KernelSpec, ranks: _Scratch) -> list[str]:
         f"    Share shrink(({total}) * tiles, id, threads);",
     ]
     for i, j, term in terms:
-        scale = f"*scale{i}_{j}" if term.scale is None else f"{term.scale!r}f" if term.scale != 1.0 else None
+        scale = f"float(*scale{i}_{j})" if term.scale is None else f"{term.scale!r}f" if term.scale != 1.0 else None
         at = f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + row + r]"
         lines += [
             f"    shrink.piece(blocks({term.rank}, ROWS) * tiles, 1, [&](int64_t piece) {{",

@@ -31,15 +31,17 @@ class SpecError(ValueError):
 class LowRankSpec:
     """``s * B (A x)``: A is ``[rank, k]``, B is ``[n, rank]``, both contiguous and of `dtype`.
 
-    `scale` is a number, or None where the scale is a 0-d fp32 tensor read at every call.
+    `scale` is a number, or None where the scale is a 0-d tensor of `scale_dtype` ("f32", or "f64", which is what
+    Dynamo makes of a Python float that changes) read at every call.
     """
 
     rank: int
     dtype: str
     scale: float | None
+    scale_dtype: str = "f32"
 
     def __str__(self) -> str:
-        scale = "tensor" if self.scale is None else repr(self.scale)
+        scale = f"tensor.{self.scale_dtype}" if self.scale is None else repr(self.scale)
         return f"lora(r={self.rank} {self.dtype} s={scale})"
 
 
@@ -122,7 +124,7 @@ class KernelSpec:
                 yield Operand("a", i, j, (term.rank, self.k), term.dtype)
                 yield Operand("b", i, j, (p.n, term.rank), term.dtype)
                 if term.scale is None:
-                    yield Operand("scale", i, j, (), "f32")
+                    yield Operand("scale", i, j, (), term.scale_dtype)
 
     def formulas(self) -> list[str]:
         """The operator sum of each projection, as text for headers and reports."""
@@ -144,6 +146,14 @@ def _dtype(name: str) -> str:
     return name
 
 
+def _scale(text: str) -> tuple[float | None, str]:
+    if not text.startswith("tensor."):
+        return float(text), "f32"
+    if text not in ("tensor.f32", "tensor.f64"):
+        raise SpecError(f"a scale is a number, tensor.f32 or tensor.f64, not {text!r}")
+    return None, text.removeprefix("tensor.")
+
+
 _FIELD = re.compile(r"(?:(\w+)=(\w+)|lora\(r=(\d+) (\w+) s=([^)\s]+)\))(?: |$)")
 
 
@@ -158,8 +168,7 @@ def _parse_projection(text: str) -> ProjectionSpec:
         if match[1]:
             fields[match[1]] = match[2]
         else:
-            scale = None if match[5] == "tensor" else float(match[5])
-            lowrank.append(LowRankSpec(int(match[3]), _dtype(match[4]), scale))
+            lowrank.append(LowRankSpec(int(match[3]), _dtype(match[4]), *_scale(match[5])))
         position = match.end()
     if not {"n", "w", "out"} <= fields.keys() <= {"n", "w", "out", "bias", "residual"}:
         raise SpecError(f"not a projection spec: {text!r}")

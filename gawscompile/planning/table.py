@@ -6,6 +6,7 @@ The op picks the row at run time, so a symbolic m needs no guard.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,7 +25,7 @@ class PlanTable:
 
     def __post_init__(self) -> None:
         bounds = [bound for _, bound in self.rows]
-        rising = all(a is not None and (b is None or a < b) for a, b in zip(bounds, bounds[1:], strict=False))
+        rising = all(a is not None and (b is None or a < b) for a, b in itertools.pairwise(bounds))
         if not self.rows or bounds[-1] is not None or not rising or any(plan not in PLANS for plan, _ in self.rows):
             raise SpecError(f"not a plan table: {self.rows}")
 

@@ -43,7 +43,7 @@ def _fake(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[t
 torch.library.register_fake("gaws::project", _fake, lib=_library)
 
 # The numbers of torch's ScalarType, which the stable ABI uses.
-_DTYPE_CODES = {"f32": 6, "bf16": 15, "f16": 5}
+_DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
 
 _Resolver = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 _lock = threading.RLock()

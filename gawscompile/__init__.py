@@ -1,0 +1,22 @@
+"""gawscompile: ``torch.compile(model, backend="gaws")`` for models with unmerged adapters.
+
+Importing this package does no work: the backend loads when torch.compile asks for it, or at the first use of a name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gawscompile.debug.explain import Report, explain
+
+__version__ = "0.1.0"
+__all__ = ["Report", "__version__", "explain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("explain", "Report"):
+        from gawscompile.debug import explain as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

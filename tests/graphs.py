@@ -1,0 +1,113 @@
+"""Captures the graphs that our passes see, and runs them stage by stage, without Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+
+from gawscompile.debug.records import GraphRecord
+from gawscompile.options import Options
+from gawscompile.passes import PIPELINE
+from gawscompile.passes.context import Context, verify
+from gawscompile.runtime import ops
+
+
+@dataclass
+class Captured:
+    """One inference graph with the real inputs and outputs of the call that made it."""
+
+    graph: torch.fx.Graph
+    inputs: list[Any]
+    outputs: list[torch.Tensor]
+
+    def until(self, stage: str | None = None) -> Context:
+        """Run the pipeline over a copy, up to and including `stage`, checking values after every pass."""
+        ops.ensure_loaded()
+        work = torch.fx.Graph()
+        work.output(work.graph_copy(self.graph, {}))
+        context = Context(work, Options(), GraphRecord("test"))
+        for module in PIPELINE:
+            context.stage = module.__name__.rpartition(".")[2]
+            module.run(work, context)
+            verify(context)
+            work.lint()
+            if context.stage == stage:
+                break
+        return context
+
+    def run(self, context: Context) -> list[torch.Tensor]:
+        """The outputs of a rewritten graph for the captured inputs."""
+        module = torch.fx.GraphModule({}, context.graph)
+        return [out for out in module(*self.inputs) if isinstance(out, torch.Tensor)]
+
+
+def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = False, **kwargs: Any) -> Captured:
+    """The one graph that AOTAutograd makes of ``function(*args, **kwargs)`` for inference."""
+    found: list[Captured] = []
+
+    def compiler(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            outputs = gm(*inputs)
+            found.append(Captured(gm.graph, list(inputs), [o for o in outputs if isinstance(o, torch.Tensor)]))
+            return outputs
+
+        return run
+
+    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    (captured,) = found
+    return captured
+
+
+def count(context: Context, target: Any) -> int:
+    return len(context.graph.find_nodes(op="call_function", target=target))
+
+
+def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> torch.nn.Module:
+    """Give every LoRA B a random value: zeros would hide an adapter that was dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def small_llama(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any = 8, **changes: Any) -> torch.nn.Module:
+    """A random Llama with grouped-query attention; `lora`: a rank for all linears, a LoraConfig, or None."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**{**sizes, "head_dim": 16, "vocab_size": 128, "num_hidden_layers": layers, **changes})
+    return _adapted(LlamaForCausalLM(config).to(dtype).eval(), lora, "all-linear")
+
+
+def small_bert(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any = 8) -> torch.nn.Module:
+    """A random BERT encoder, biases everywhere."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, vocab_size=128
+    )
+    return _adapted(BertModel(config).to(dtype).eval(), lora, ["query", "key", "value", "dense"])
+
+
+def _adapted(model: torch.nn.Module, lora: Any, targets: Any) -> torch.nn.Module:
+    if lora is None:
+        return model
+    config = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=targets) if isinstance(lora, int) else lora
+    return randomise(peft.get_peft_model(model, config).eval())
+
+
+def tokens(*shape: int, vocabulary: int = 128, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed))

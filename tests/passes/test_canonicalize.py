@@ -1,0 +1,66 @@
+"""canonicalize: every spelling of a linear becomes one."""
+
+import torch
+import torch.nn.functional as F
+
+from gawscompile.operators import linear
+from gawscompile.passes.context import aten, shape
+from tests.graphs import capture, count, small_bert, small_llama, tokens
+
+
+def test_mm_between_views_becomes_a_linear_on_the_unflattened_activation():
+    w = torch.randn(5, 8)
+    captured = capture(lambda x, w: F.linear(x, w).relu(), torch.randn(2, 3, 8), w)
+    context = captured.until("canonicalize")
+    (node,) = context.graph.find_nodes(op="call_function", target=linear)
+    assert shape(node) == (2, 3, 5)
+    assert node.args[0].op == "placeholder"
+    assert count(context, aten.mm.default) == count(context, aten.view.default) == count(context, aten.permute.default) == 0
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_addmm_keeps_its_bias():
+    captured = capture(lambda x, w, b: F.linear(x, w, b), torch.randn(3, 8), torch.randn(5, 8), torch.randn(5))
+    context = captured.until("canonicalize")
+    (node,) = context.graph.find_nodes(op="call_function", target=linear)
+    assert len(node.args) == 3
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_scaled_addmm_is_left_alone():
+    function = lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2.0)  # noqa: E731
+    captured = capture(function, torch.randn(3, 8), torch.randn(5, 8), torch.randn(5))
+    context = captured.until("canonicalize")
+    assert count(context, linear) == 0 and count(context, aten.addmm.default) == 1
+
+
+def test_product_of_two_activations_comes_out_as_it_was():
+    captured = capture(lambda x: x.sin() @ x.cos().t(), torch.randn(4, 6))
+    context = captured.until()
+    assert count(context, aten.mm.default) == 1
+    assert [entry.reason for entry in context.record.linears] == ["WEIGHT_COMPUTED"]
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_weight_kept_in_out_is_reported():
+    captured = capture(lambda x, w: x @ w, torch.randn(3, 8), torch.randn(8, 5))
+    (entry,) = captured.until("canonicalize").record.linears
+    assert (entry.status, entry.reason, entry.shape) == ("rejected", "WEIGHT_LAYOUT", (5, 8))
+
+
+def test_counts_follow_from_the_model_and_a_second_run_matches_nothing():
+    layers = 2
+    for model, per_layer, rest in ((small_llama(layers=layers), 7, 1), (small_bert(layers=layers), 6, 1)):
+        context = capture(model, tokens(1, 5), use_cache=False).until("canonicalize")
+        adapters = 2 * (per_layer * layers + (rest if per_layer == 6 else 0))
+        assert context.record.passes == {"canonicalize": per_layer * layers + rest + adapters}
+        from gawscompile.passes import canonicalize
+
+        canonicalize.run(context.graph, context)
+        assert context.record.passes == {"canonicalize": per_layer * layers + rest + adapters}
+
+
+def test_values_with_a_symbolic_number_of_tokens():
+    captured = capture(small_llama(layers=1), tokens(1, 5), use_cache=False, dynamic=True)
+    context = captured.until("canonicalize")
+    torch.testing.assert_close(captured.run(context), captured.outputs)
