@@ -32,6 +32,7 @@ from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.debug.records import Reason
 from gawscompile.operators import Bias, Dense, LowRank, Operator, describe, linear, operator_sum
 from gawscompile.passes.context import (
+    VIEWS,
     Context,
     args,
     aten,
@@ -91,6 +92,9 @@ def _form(node: Node, forms: dict[Node, Form]) -> Form | None:
         return _extend(node, forms) if dtype(node).is_floating_point else None
     if is_call(node, aten.clone.default):
         return _extend(node, forms) if not node.kwargs else None  # dropout in eval mode
+    if is_call(node, *VIEWS) and value(args(node)[0]) is not None:
+        # in-place arithmetic goes through flat views and back: only leading dimensions change
+        return _extend(node, forms) if same_sizes(shape(node)[-1:], shape(args(node)[0])[-1:]) else None
     if is_call(node, aten.mul.Tensor):
         return _of_scale(node, forms)
     if is_call(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
@@ -116,7 +120,7 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form:
 
 def _activation(x: Node) -> Node:
     """x before casts that widen it: they lose nothing, and PEFT puts one before every fp32 adapter of a bf16 base."""
-    while x is not through_casts(x) and dtype(x).itemsize > dtype(args(x)[0]).itemsize:
+    while _widens(x) and dtype(args(x)[0]).is_floating_point:
         x = args(x)[0]
     return x
 
@@ -170,8 +174,9 @@ def _root(
     graph: Graph, context: Context, node: Node, forms: dict[Node, Form]
 ) -> tuple[Node, ...]:
     """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this."""
-    while is_call(node, prims.convert_element_type.default) and dtype(node).itemsize > dtype(args(node)[0]).itemsize:
-        node = args(node)[0]  # a reader that wants the result wider widens it for itself, in its own kernel
+    if is_call(node, *VIEWS) or _widens(node):
+        # a reader that wants the result wider, or flat, makes it so for itself
+        return (node, *_root(graph, context, args(node)[0], forms))
     form = forms[node]
     bases = [p for p in form.products if len(p.matrices) == 1]
     if len(bases) != 1:
@@ -183,7 +188,10 @@ def _root(
     (base,) = bases
     entry = context.found(base.origins[0], base.matrices[0])
     entry.adapters = len(form.products) - 1
+    sizes = (*shape(form.activation)[:-1], shape(node)[-1])
     refusal = _refusal(form, base, node)
+    if refusal is None and not same_sizes(sizes, shape(node)) and not all(isinstance(s, int) for s in shape(node)):
+        refusal = Reason.RESHAPED, f"{sizes} as {shape(node)}"
     if refusal is not None:
         context.reject(entry, *refusal)
         return form.inner
@@ -197,14 +205,20 @@ def _root(
             operator_sum,
             (form.activation, tuple(terms), dtype(node)),
             base.origins[0],
-            empty_like(form.activation, shape(node), dtype(node)),
+            empty_like(form.activation, sizes, dtype(node)),
         )
-    new.meta["gaws_entries"] = [entry]
+        new.meta["gaws_entries"] = [entry]
+        if not same_sizes(sizes, shape(node)):
+            new = context.insert(aten.view.default, (new, list(shape(node))), node, node.meta["val"])
     entry.operators = describe(tuple(terms))
     context.replace(node, new)
     context.erase(node)
     context.matched()
     return form.inner
+
+
+def _widens(node: Node) -> bool:
+    return is_call(node, prims.convert_element_type.default) and dtype(node).itemsize > dtype(args(node)[0]).itemsize
 
 
 def _single(

@@ -30,7 +30,7 @@ def root() -> Path:
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = base.stat()
     except OSError as error:
-        raise CacheError(f"cannot create the cache folder {base}: {error}; set GAWS_CACHE_DIR to one you own") from error
+        raise CacheError(f"cannot create the cache folder {base}: {error}; set GAWS_CACHE_DIR") from error
     if hasattr(os, "getuid") and info.st_uid != os.getuid():
         raise CacheError(f"the cache folder {base} belongs to another user (uid {info.st_uid}); set GAWS_CACHE_DIR")
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -27,6 +27,7 @@ class Reason(str, Enum):
     NO_BASE = "a product of two weights without a base projection beside it"
     SEVERAL_BASES = "more than one base projection of one activation in a sum"
     SEVERAL_BIASES = "more than one bias vector in a sum"
+    RESHAPED = "the sum is formed on a view whose symbolic sizes cannot be undone"
     SCALE = "the adapter's scale is neither a number nor one 0-d tensor"
     FACTOR_SHAPE = "the factors do not form a low-rank update (rank zero, or wider than the projection)"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
