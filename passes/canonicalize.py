@@ -77,7 +77,7 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[
                 context.erase(user)
         if node.users:
             flat = new
-            if activation is not x:
+            if not same_sizes(sizes, shape(node)):
                 rows = args(x)[1][:-1]
                 flat = context.insert(
                     aten.view.default, (new, [*rows, shape(weight)[0]]), node, empty_like(x, shape(node), dtype(node))

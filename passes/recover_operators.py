@@ -115,11 +115,17 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form:
         first = inner.products[0]
         product = Product((*first.matrices, weight), (*first.origins, node), first.scale, first.scale_node)
         return Form(inner.activation, (product,), vectors, (*inner.inner, node))
-    return Form(_activation(x), (Product((weight,), (node,)),), vectors, (node,))
+    return Form(_activation(x, weight), (Product((weight,), (node,)),), vectors, (node,))
 
 
-def _activation(x: Node) -> Node:
-    """x before casts that widen it: they lose nothing, and PEFT puts one before every fp32 adapter of a bf16 base."""
+def _activation(x: Node, weight: Node) -> Node:
+    """x before casts that widen it: they lose nothing, and PEFT puts one before every fp32 adapter of a bf16 base.
+
+    Autocast narrows both activation and weight; kernels read both as they are stored instead, which is no less exact
+    and spares a copy of the weight.
+    """
+    if weight is not through_casts(weight) and dtype(through_casts(x)) == dtype(through_casts(weight)):
+        return through_casts(x)
     while _widens(x) and dtype(args(x)[0]).is_floating_point:
         x = args(x)[0]
     return x

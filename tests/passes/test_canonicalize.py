@@ -15,7 +15,12 @@ def test_mm_between_views_becomes_a_linear_on_the_unflattened_activation():
     (node,) = context.graph.find_nodes(op="call_function", target=linear)
     assert shape(node) == (2, 3, 5)
     assert node.args[0].op == "placeholder"
-    assert count(context, aten.mm.default) == count(context, aten.view.default) == count(context, aten.permute.default) == 0
+    assert (
+        count(context, aten.mm.default)
+        == count(context, aten.view.default)
+        == count(context, aten.permute.default)
+        == 0
+    )
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 

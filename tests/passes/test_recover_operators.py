@@ -107,19 +107,25 @@ def test_intermediate_that_is_read_elsewhere_is_not_folded():
 
 
 def test_factors_wider_than_the_projection_are_refused():
-    captured = capture(SPELLINGS["scale last"], torch.randn(3, K), torch.randn(N, K), torch.randn(40, K), torch.randn(N, 40))
+    captured = capture(
+        SPELLINGS["scale last"], torch.randn(3, K), torch.randn(N, K), torch.randn(40, K), torch.randn(N, 40)
+    )
     (entry,) = captured.until("recover_operators").record.linears
     assert (entry.status, entry.reason) == ("rejected", "FACTOR_SHAPE")
 
 
 def test_a_chain_without_a_base_stays_two_linears():
-    captured = capture(lambda x, a, b: F.linear(F.linear(x, a), b), torch.randn(3, K), torch.randn(R, K), torch.randn(N, R))
+    captured = capture(
+        lambda x, a, b: F.linear(F.linear(x, a), b), torch.randn(3, K), torch.randn(R, K), torch.randn(N, R)
+    )
     context = captured.until("recover_operators")
     assert [[type(term) for term in terms] for terms in terms_of(context)] == [[Dense], [Dense]]
 
 
 def test_two_bases_of_one_activation_stay_two():
-    captured = capture(lambda x, v, w: F.linear(x, v) + F.linear(x, w), torch.randn(3, K), torch.randn(N, K), torch.randn(N, K))
+    captured = capture(
+        lambda x, v, w: F.linear(x, v) + F.linear(x, w), torch.randn(3, K), torch.randn(N, K), torch.randn(N, K)
+    )
     assert len(terms_of(captured.until("recover_operators"))) == 2
 
 

@@ -1,0 +1,43 @@
+"""fuse_zflora: a group becomes one fused projection with a spec."""
+
+import torch
+
+from gawscompile.codegen.spec import KernelSpec
+from gawscompile.operators import operator_group
+from gawscompile.operators.project import project
+from tests.graphs import capture, count, small_bert, small_llama, tokens
+
+
+def specs(context):
+    return [KernelSpec.parse(n.args[2]) for n in context.graph.find_nodes(op="call_function", target=project)]
+
+
+def test_specs_say_what_the_model_has():
+    context = capture(small_llama(layers=1), tokens(1, 4), use_cache=False).until("fuse_zflora")
+    assert count(context, operator_group) == 0
+    qkv, o, gate_up, down, head = specs(context)
+    assert [p.n for p in qkv.projections] == [64, 32, 32] and {p.rank for p in qkv.projections} == {8}
+    assert {term.scale for p in qkv.projections for term in p.lowrank} == {2.0}
+    assert (o.k, gate_up.k, down.k, head.k) == (64, 64, 96, 64)
+    assert head.projections[0].lowrank == ()
+
+
+def test_operands_come_in_the_order_of_the_spec():
+    captured = capture(small_bert(torch.bfloat16), tokens(2, 4))
+    context = captured.until("fuse_zflora")
+    for node in context.graph.find_nodes(op="call_function", target=project):
+        spec = KernelSpec.parse(node.args[2])
+        for operand, given in zip(spec.operands(), node.args[1], strict=True):
+            assert tuple(given.meta["val"].shape) == operand.shape, operand.name
+        assert all(p.bias == "bf16" for p in spec.projections)
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_dropping_an_adapter_from_the_spec_changes_the_values():
+    """The guard of the tests above: they would see a lost adapter."""
+    captured = capture(small_llama(layers=1), tokens(1, 4), use_cache=False)
+    context = captured.until("fuse_zflora")
+    node = context.graph.find_nodes(op="call_function", target=project)[0]
+    node.args = (node.args[0], node.args[1], node.args[2].replace("s=2.0", "s=0.0"))
+    got = captured.run(context)
+    assert not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, captured.outputs, strict=True))
