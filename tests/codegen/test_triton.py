@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton_interpret_cases as cases
 
 from gawscompile.codegen import triton as emitter
 from gawscompile.codegen.spec import KernelSpec, LowRankSpec, ProjectionSpec, SpecError
+from tests.codegen import triton_interpret_cases as cases
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

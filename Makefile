@@ -1,0 +1,34 @@
+# Every target works on a fresh machine: it makes .venv and installs the project into it first. Torch comes from plain
+# pip, so whatever wheel the machine's pip configuration prefers (a CPU build, say) is the one that is used.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(STAMP)            ## real weights, a LoRA trained on the spot, three compilers side by side (under 5 minutes)
+	$(BIN)/python -m gawscompile.demo
+
+test: $(STAMP)            ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)       ## whole real models
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(STAMP)           ## the runtime tables, into benchmarks/results
+	$(BIN)/python -m benchmarks.runtime --dtype float32 bfloat16 --markdown benchmarks/results/runtime.md \
+		--json benchmarks/results/runtime.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@

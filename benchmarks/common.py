@@ -1,0 +1,141 @@
+"""What every benchmark shares: models with adapters, cases, fresh processes, output files.
+
+Timing in turns, the machine's description and tables are `gawscompile.measure`'s, which the demo uses too.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gawscompile import measure, models
+from gawscompile.decoding import CacheKind, Decoder
+
+BACKENDS = ("eager", "inductor", "gaws")
+PAST, PREFILL = 64, 128
+"""Tokens in the cache while decoding, and tokens of a prefill."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Which model, with which adapter: enough for another process to build the same."""
+
+    model: str
+    dtype: str = "float32"
+    rank: int = 16
+    cast_adapters: bool = False
+    kv: CacheKind = "static"
+    device: str = "cpu"
+
+
+@dataclass
+class Case:
+    """One kind of call (``decode``, ``prefill``, ``encode 32``) of one model under one backend.
+
+    `step` makes ready and runs it once, and returns its milliseconds, the making ready not counted.
+    """
+
+    name: str
+    step: Callable[[], float]
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a configuration is an encoder's, which is benchmarked by whole sequences and does not decode."""
+    return not any("CausalLM" in name or "LMHead" in name for name in config.architectures or [])
+
+
+def folder_of(model: str) -> Path:
+    """The directory of ``smollm2`` or ``minilm`` (fetched if need be), or `model` itself as a directory."""
+    named = {"smollm2": models.smollm2, "minilm": models.minilm}
+    if model in named:
+        return named[model]()
+    if not (Path(model) / "config.json").is_file():
+        raise SystemExit(f"--model {model}: neither one of {', '.join(named)} nor a directory with a config.json")
+    return Path(model)
+
+
+def load_base(setup: Setup) -> Any:
+    """The bare model in `setup`'s dtype, in eval mode."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    folder = folder_of(setup.model)
+    factory = AutoModel if is_encoder(AutoConfig.from_pretrained(folder)) else AutoModelForCausalLM
+    model: Any = factory.from_pretrained(folder, dtype=getattr(torch, setup.dtype))
+    return model.to(setup.device).eval()
+
+
+def with_lora(base: Any, setup: Setup, share: bool = True) -> Any:
+    """`base` with an unmerged LoRA on every linear (PEFT's ``all-linear``), B small and not zero: a zero B hides bugs.
+
+    PEFT keeps the factors in fp32 over a half-precision base unless `cast_adapters` is set. With `share` the base
+    itself stays bare and lends its weights.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    inner = measure.sharing_copy(base) if share else base
+    config = LoraConfig(r=setup.rank, lora_alpha=2 * setup.rank, target_modules="all-linear")
+    adapted = get_peft_model(inner, config, autocast_adapter_dtype=not setup.cast_adapters)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return adapted.to(setup.device).eval()
+
+
+def _ids(model: Any, count: int) -> torch.Tensor:
+    """``[1, count]`` token ids of `model`'s vocabulary, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (1, count), generator=generator).to(model.device)
+
+
+def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
+    """The cases of `model` under `backend`, each compiled for itself, for fixed shapes (``dynamic=False``)."""
+    settings = {} if backend == "eager" else {"dynamic": False}
+    if is_encoder(model.config):
+        return [
+            Case(f"encode {count}", _forward(measure.compiled(model, backend, **settings), _ids(model, count)))
+            for count in (32, 128)
+        ]
+    decoder = Decoder(model, measure.compiled(model, backend, **settings), 2 * PAST, setup.kv)
+    decoder.fill(_ids(model, PAST)[0].tolist())
+    run = measure.compiled(model, backend, **settings)
+    prefill = _forward(run, _ids(model, PREFILL), use_cache=True, logits_to_keep=1)
+    return [Case(f"decode, {PAST} past", decoder.timed_step), Case(f"prefill {PREFILL}", prefill)]
+
+
+def _forward(run: Any, ids: torch.Tensor, **keywords: Any) -> Callable[[], float]:
+    @torch.no_grad()
+    def step() -> float:
+        return measure.timed(lambda: run(input_ids=ids, **keywords))
+
+    return step
+
+
+def in_fresh_process(module: str, arguments: list[str]) -> Any:
+    """Runs ``python -m module … --json FILE`` in a process of its own and returns what it wrote there."""
+    with tempfile.TemporaryDirectory(prefix="gaws-bench-") as scratch:
+        file = Path(scratch) / "result.json"
+        command = [sys.executable, "-m", module, *arguments, "--json", str(file)]
+        if subprocess.run(command, stdout=2).returncode != 0:
+            raise SystemExit(f"failed: {' '.join(command)}")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write(file: Path | None, text: str) -> None:
+    """Writes `text` to `file`, its folder made if need be; nothing where `file` is None."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")

@@ -1,0 +1,82 @@
+"""The runtime benchmark, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import memory, runtime
+from benchmarks.common import Setup
+
+
+def test_tables_and_files(tiny_llama_dir, tmp_path, capsys):
+    flags = ["--model", str(tiny_llama_dir), "--backends", "eager", "--rounds", "1", "--steps", "2"]
+    runtime.main([*flags, "--json", str(tmp_path / "out" / "r.json"), "--markdown", str(tmp_path / "r.md")])
+    out = capsys.readouterr().out
+    assert "decode, 64 past" in out and "prefill 128" in out
+    assert "No graph was compiled during the timed rounds." in out
+    rows = json.loads((tmp_path / "out" / "r.json").read_text())["rows"]
+    assert [(row["case"], row["adapter"]) for row in rows] == [
+        ("decode, 64 past", "base"),
+        ("decode, 64 past", "lora"),
+        ("prefill 128", "base"),
+        ("prefill 128", "lora"),
+    ]
+    assert all(row["ms"]["count"] == 2 and row["ms_without_guards"] is None for row in rows)
+    assert "| eager lora |" in (tmp_path / "r.md").read_text()
+
+
+def timing(median: float) -> dict[str, float]:
+    return {"median": median, "low": median, "high": median, "minimum": median - 1, "maximum": median + 1, "count": 3}
+
+
+def row(backend: str, adapter: str, median: float, recompiled: int = 0) -> runtime.Row:
+    return {
+        "model": "m",
+        "dtype": "float32",
+        "case": "decode",
+        "backend": backend,
+        "adapter": adapter,
+        "ms": timing(median),
+        "ms_without_guards": None if backend == "eager" else timing(median - 0.5),
+        "compile_s": None if backend == "eager" else 3.0,
+        "compile_cached": False,
+        "recompiled_while_timed": recompiled,
+    }
+
+
+def test_ratios_are_to_inductors_base_and_to_ones_own():
+    rows = [row("inductor", "base", 20.0), row("gaws", "base", 10.0), row("gaws", "lora", 12.0)]
+    table = runtime.runtime_tables(rows, markdown=False)
+    (line,) = [line for line in table.splitlines() if line.startswith("gaws lora")]
+    assert line.split() == ["gaws", "lora", "12.00", "11.00", "12.00-12.00", "11.50", "0.50", "0.60", "1.20", "3.0"]
+    assert "Tax over gaws base: +2.00 ms (1.20×)." in table
+    assert "WARNING" in runtime.runtime_tables([row("gaws", "base", 1.0, recompiled=1)], markdown=False)
+
+
+def test_processes_merge_into_the_median_of_medians():
+    merged = runtime.merge([row("gaws", "base", value) for value in (3.0, 9.0, 4.0)])
+    assert merged["ms"] == {"median": 4.0, "low": 3.0, "high": 9.0, "minimum": 2.0, "maximum": 10.0, "count": 9}
+    assert merged["processes"] == 3
+
+
+def test_a_child_process_gets_the_flags_that_are_its_own():
+    argv = ["--model", "m", "--json", "a", "--processes=3", "--markdown", "b", "--memory", "--rounds", "2"]
+    assert runtime.child_arguments(argv) == ["--model", "m", "--rounds", "2"]
+
+
+def test_memory_counts_every_storage_once(tiny_llama_dir):
+    found = memory.probe(Setup(str(tiny_llama_dir)), "eager", adapted=True)
+    assert found["tensors_before"] and found["tensors_after"]
+    assert found["tensors_after"] < 4 * found["tensors_before"]
+
+
+@pytest.mark.slow
+def test_fresh_processes(tiny_llama_dir, tmp_path, capsys):
+    flags = ["--model", str(tiny_llama_dir), "--backends", "inductor,gaws", "--rounds", "1", "--steps", "1"]
+    runtime.main([*flags, "--processes", "2", "--memory", "--json", str(tmp_path / "r.json")])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert all(row["processes"] == 2 for row in result["rows"])
+    assert len(result["memory"]) == 4
+    assert "Tax over gaws base" in capsys.readouterr().out
