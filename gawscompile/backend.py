@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,6 +69,7 @@ class GawsPass(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.record = GraphRecord(self.key)
+        self.context: Context | None = None
         try:
             self.rewrite(graph, self.record)
         except TorchDynamoException:
@@ -74,9 +77,11 @@ class GawsPass(CustomGraphPass):
         except Exception as error:
             if self.options.strict:
                 raise
-            self.record.reject_all(Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+            where = f"{self.context.stage}, at {self.context.module}" if self.context else "before the first pass"
+            self.record.reject_all(Reason.INTERNAL_ERROR, f"{where}: {type(error).__name__}: {error}")
             log.warning(
-                "gaws: %s; this graph is left to Inductor (options={'strict': True} raises)", error, exc_info=True
+                "gaws: %s: %s: %s. This graph is left to Inductor. To reproduce with a traceback: GAWS_STRICT=1 %s",
+                *(where, type(error).__name__, error, shlex.join([sys.executable, *sys.argv])),
             )
 
     def rewrite(self, graph: torch.fx.Graph, record: GraphRecord) -> None:
@@ -89,7 +94,7 @@ class GawsPass(CustomGraphPass):
         work = torch.fx.Graph()
         copies: dict[torch.fx.Node, torch.fx.Node] = {}
         work.output(work.graph_copy(graph, copies))
-        context = Context(work, self.options, record, self._names(graph, copies))
+        context = self.context = Context(work, self.options, record, self._names(graph, copies))
         for stage in PIPELINE:
             context.stage = stage.__name__.rpartition(".")[2]
             stage.run(work, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,14 @@ class Options:
     """What ``torch.compile(model, backend="gaws", options={…})`` takes, beside Inductor's own option names."""
 
     strict: bool = False
-    """Raise where the default is to warn and leave the graph to Inductor."""
+    """Raise where the default is to warn and leave the graph to Inductor. ``GAWS_STRICT=1`` sets the default."""
 
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         """Ours, and what is Inductor's. Raises `OptionError`, naming option, type and the good ones."""
         from torch._inductor import list_options
 
-        ours: dict[str, Any] = {}
+        ours: dict[str, Any] = {"strict": os.environ.get("GAWS_STRICT", "0") not in ("", "0")}
         theirs: dict[str, Any] = {}
         fields = {field.name: field for field in dataclasses.fields(Options)}
         for name, value in (given or {}).items():

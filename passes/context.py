@@ -33,6 +33,7 @@ class Context:
     record: GraphRecord
     parameter_names: dict[str, str] = field(default_factory=dict)  # placeholder name → fully qualified name
     stage: str = ""
+    module: str = "the graph's first node"  # whose rewrite is under way, for messages
     entries: dict[Node, LinearRecord] = field(default_factory=dict)  # weight's use → its record
     touched: list[Node] = field(default_factory=list)
 
@@ -55,17 +56,15 @@ class Context:
     def module_path(self, node: Node, weight: Node | None = None) -> str:
         """``model.layers.3.self_attn.q_proj``: from the node's module stack, or else from its weight's name."""
         stack = node.meta.get("nn_module_stack")
-        if stack:
-            path = _clean(next(reversed(stack.values()))[0])
-            if path:
-                return path
+        path = _clean(next(reversed(stack.values()))[0]) if stack else ""
         name = self.parameter_names.get(weight.name, "") if weight is not None else ""
-        return name.removesuffix(".weight").removesuffix(".base_layer") or f"<{node.name}>"
+        return path or name.removesuffix(".weight").removesuffix(".base_layer") or f"<{node.name}>"
 
     # ---- edits --------------------------------------------------------------------------------------------
 
     def insert(self, target: Callable[..., Any], args: tuple[Any, ...], like: Node, value: Any) -> Node:
         """A new node where the caller's ``inserting_before`` stands; `like` lends its provenance."""
+        self.module = self.module_path(like)
         node = self.graph.call_function(target, args)
         for name in ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node"):
             if name in like.meta:

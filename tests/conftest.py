@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Inductor's cache starts empty in every run: a warm graph runs no pass, and so would test none. Ours may stay warm, as
+# it holds kernels by the hash of their source. Set before torch is imported, and inherited by subprocesses.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _scratch = tempfile.mkdtemp(prefix="gaws-tests-inductor-")
+    atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def forgetful_dynamo() -> None:
+    """Tests share code objects, and Dynamo gives up on one after eight compilations."""
+    import torch
+
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ class Reason(str, Enum):
     SCALE = "the adapter's scale is neither a number nor one 0-d tensor"
     FACTOR_SHAPE = "the factors do not form a low-rank update (rank zero, or wider than the projection)"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
-    NOT_TRACED = "not part of any compiled graph (not called, or outside it after a graph break)"
+    NOT_TRACED = "no compiled graph multiplies by it (not called, after a graph break, or small enough to be unrolled)"
     INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
 
 

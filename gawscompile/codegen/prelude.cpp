@@ -1,0 +1,210 @@
+// What every generated kernel builds on; `cpp.py` puts it in front of them.
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using F = at::vec::Vectorized<float>;
+using bf16 = at::BFloat16;
+using f16 = at::Half;
+
+constexpr int V = F::size();
+constexpr int ROWS = 4;                  // rows of a weight that one tile keeps in flight
+constexpr int TOKENS = V >= 16 ? 6 : 3;  // tokens per tile: 24 accumulators of 32 registers, or 12 of 16
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// ---- loads: two vectors of fp32 from any dtype, the first `count` of 2V elements, the rest zero -------------
+
+struct Pair {
+  F lo, hi;
+};
+
+inline Pair load_pair(const float* p) { return {F::loadu(p), F::loadu(p + V)}; }
+
+template <class T>
+inline Pair load_pair(const T* p) {
+  auto [lo, hi] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p));
+  return {lo, hi};
+}
+
+template <class T>
+inline Pair load_pair(const T* p, int count) {
+  T padded[2 * V] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load_pair(padded);
+}
+
+inline void store_pair(float* p, const Pair& v) {
+  v.lo.store(p);
+  v.hi.store(p + V);
+}
+
+template <class T>
+inline void store_pair(T* p, const Pair& v) {
+  at::vec::convert_from_float<T>(v.lo, v.hi).store(p);
+}
+
+template <class T>
+inline void store_pair(T* p, const Pair& v, int count) {
+  T padded[2 * V];
+  store_pair(padded, v);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+// ---- one step of a dot product: the widest multiply-add that the two dtypes allow --------------------------
+
+template <class TW, class TX>
+struct Step {
+  static constexpr int N = 2 * V;
+  using Chunk = Pair;
+  template <class T>
+  static Chunk get(const T* p) { return load_pair(p); }
+  template <class T>
+  static Chunk get(const T* p, int count) { return load_pair(p, count); }
+  static void dot(F& acc, const Chunk& w, const Chunk& x) {
+    acc = at::vec::fmadd(w.lo, x.lo, acc);
+    acc = at::vec::fmadd(w.hi, x.hi, acc);
+  }
+};
+
+template <>
+struct Step<float, float> {
+  static constexpr int N = V;
+  using Chunk = F;
+  static Chunk get(const float* p) { return F::loadu(p); }
+  static Chunk get(const float* p, int count) { return F::loadu(p, count); }
+  static void dot(F& acc, const Chunk& w, const Chunk& x) { acc = at::vec::fmadd(w, x, acc); }
+};
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+template <>
+struct Step<bf16, bf16> {
+  static constexpr int N = 32;
+  using Chunk = __m512bh;
+  static Chunk get(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Chunk get(const bf16* p, int count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p);
+  }
+  static void dot(F& acc, const Chunk& w, const Chunk& x) { acc = F(_mm512_dpbf16_ps(acc, w, x)); }
+};
+#endif
+
+// acc[r][t] += sum over k < N of w[r, k] * x[t, k]
+template <int R, int T, int N, class TW, class TX>
+inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, int64_t ldw, const TX* x, int64_t ldx) {
+  using S = Step<TW, TX>;
+  constexpr int WHOLE = N - N % S::N;
+  for (int k = 0; k < WHOLE; k += S::N) {
+    typename S::Chunk xs[T];
+    for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + k);
+    for (int r = 0; r < R; ++r) {
+      const auto ws = S::get(w + r * ldw + k);
+      for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, xs[t]);
+    }
+  }
+  if constexpr (WHOLE < N) {
+    typename S::Chunk xs[T];
+    for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + WHOLE, N - WHOLE);
+    for (int r = 0; r < R; ++r) {
+      const auto ws = S::get(w + r * ldw + WHOLE, N - WHOLE);
+      for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, xs[t]);
+    }
+  }
+}
+
+// ---- four row sums at once: shuffles of four accumulators cost a third of four separate reductions ---------
+
+typedef float Quad __attribute__((vector_size(16)));
+
+inline float sum(const F& v) {
+  return at::vec::vec_reduce_all<float>([](F& a, F& b) { return a + b; }, v);
+}
+
+inline Quad sum4(const F& a, const F& b, const F& c, const F& d) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 q = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(q), _mm512_extractf32x8_ps(q, 1));
+  return (Quad)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256 q = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  return (Quad)_mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
+#else
+  return Quad{sum(a), sum(b), sum(c), sum(d)};
+#endif
+}
+
+inline Quad load4(const float* p) {
+  Quad v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline Quad load4(const T* p) { return Quad{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+
+inline void store4(float* p, const Quad& v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T>
+inline void store4(T* p, const Quad& v) {
+  for (int i = 0; i < 4; ++i) p[i] = T(v[i]);
+}
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+inline void store4(bf16* p, const Quad& v) { _mm_storel_epi64((__m128i*)p, (__m128i)_mm_cvtneps_pbh((__m128)v)); }
+#endif
+
+// ---- work: tokens in tiles, rows in blocks ------------------------------------------------------------------
+
+// f(Int<T>, t) for tiles that cover the tokens [lo, hi)
+template <class Fn>
+inline void for_tokens(int64_t lo, int64_t hi, Fn&& f) {
+  int64_t t = lo;
+  for (; t + TOKENS <= hi; t += TOKENS) f(Int<TOKENS>{}, t);
+  if constexpr (TOKENS > 4) {
+    for (; t + 4 <= hi; t += 4) f(Int<4>{}, t);
+  }
+  for (; t + 2 <= hi; t += 2) f(Int<2>{}, t);
+  for (; t < hi; ++t) f(Int<1>{}, t);
+}
+
+// f(Int<R>, row) for the rows of block `block`: four at once, or the last n % 4 one by one
+template <int64_t N, class Fn>
+inline void for_rows(int64_t block, Fn&& f) {
+  const int64_t row = block * ROWS;
+  if constexpr (N % ROWS == 0) {
+    f(Int<ROWS>{}, row);
+  } else if (row + ROWS <= N) {
+    f(Int<ROWS>{}, row);
+  } else {
+    for (int64_t r = row; r < N; ++r) f(Int<1>{}, r);
+  }
+}
+
+constexpr int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// The share of thread `id` of `count` in a line of work: pieces of `length` blocks that cost `cost` each. Both ends
+// of a share round alike, so the shares of all threads cover every block exactly once.
+struct Share {
+  int64_t lo, hi, base = 0;
+  Share(int64_t total, int64_t id, int64_t count) : lo(total * id / count), hi(total * (id + 1) / count) {}
+  template <class Fn>
+  void piece(int64_t length, int64_t cost, Fn&& f) {
+    const auto at = [&](int64_t w) { return std::clamp<int64_t>((w - base + cost - 1) / cost, 0, length); };
+    const int64_t first = lo <= base ? 0 : at(lo), last = hi <= base ? 0 : at(hi);
+    for (int64_t b = first; b < last; ++b) f(b);
+    base += length * cost;
+  }
+};

@@ -1,0 +1,77 @@
+"""Random operands for a spec, between NaNs, and the fp64 answer with the error that rounding allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gawscompile.codegen.spec import DTYPES, KernelSpec
+
+GUARD = 96
+TORCH = {**DTYPES, "f64": torch.float64}
+
+
+def guarded(values: Tensor) -> Tensor:
+    """A contiguous copy of `values` inside a larger buffer of NaNs: a read beyond an end shows in the answer."""
+    buffer = torch.full((values.numel() + 2 * GUARD,), float("nan"), dtype=values.dtype)
+    inside = buffer[GUARD : GUARD + values.numel()].view(values.shape)
+    return inside.copy_(values)
+
+
+@dataclass
+class Problem:
+    """Operands of a spec for `m` tokens; `want` and `allowed` (fp64) are each projection's answer and error."""
+
+    spec: KernelSpec
+    x: Tensor
+    operands: dict[str, Tensor]
+    want: list[Tensor]
+    allowed: list[Tensor]
+
+    @staticmethod
+    def of(text: str, m: int, seed: int = 0, leading: tuple[int, ...] | None = None) -> Problem:
+        spec = KernelSpec.parse(text)
+        generator = torch.Generator().manual_seed(seed)
+
+        def make(shape: tuple[int, ...], dtype: str) -> Tensor:
+            return guarded(torch.randn(shape, generator=generator, dtype=torch.float64).to(TORCH[dtype]))
+
+        leading = (m,) if leading is None else leading
+        x = make((*leading, spec.k), spec.x)
+        operands = {}
+        for operand in spec.operands():
+            sizes = [leading if size == "m" else (int(size),) for size in operand.shape]
+            operands[operand.name] = make(tuple(s for size in sizes for s in size), operand.dtype)
+        answers = [_answer(spec, i, x.double(), operands) for i in range(len(spec.projections))]
+        return Problem(spec, x, operands, [want for want, _ in answers], [allowed for _, allowed in answers])
+
+    def check(self, outputs: list[Tensor]) -> None:
+        assert len(outputs) == len(self.want)
+        for i, (got, want, allowed) in enumerate(zip(outputs, self.want, self.allowed, strict=True)):
+            excess = ((got.double() - want).abs() / allowed).max().item() if want.numel() else 0.0
+            assert excess <= 1, f"projection {i} of {self.spec}: error is {excess:.3g} times what rounding allows"
+
+
+def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """W x + bias + residual + sum s B (A x), and a bound on the error of fp32 sums of rounded products.
+
+    A sum of K products in fp32 errs by a small multiple of eps times the sum of their magnitudes. Plans that round the
+    base product to the output's dtype first (the library's matmul does) err by half an ulp of that too.
+    """
+    p = spec.projections[i]
+    w = operands[f"w{i}"].double()
+    base, size = x @ w.T, x.abs() @ w.abs().T
+    total = base.clone()
+    for name in (f"bias{i}", f"res{i}"):
+        if name in operands:
+            total, size = total + operands[name].double(), size + operands[name].double().abs()
+    for j, term in enumerate(p.lowrank):
+        a, b = operands[f"a{i}_{j}"].double(), operands[f"b{i}_{j}"].double()
+        scale = float(operands[f"scale{i}_{j}"]) if term.scale is None else term.scale
+        total = total + scale * (x @ a.T) @ b.T
+        size = size + abs(scale) * (x.abs() @ a.abs().T) @ b.abs().T
+    half_ulp = torch.finfo(TORCH[p.out]).eps / 2 if p.out != "f32" else 0.0
+    allowed = 1.02 * half_ulp * (total.abs() + base.abs()) + 6 * torch.finfo(torch.float32).eps * size
+    return total, allowed

@@ -1,0 +1,128 @@
+"""The C++ emitter: its text, and both of its kernels against fp64, with NaNs around every tensor."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gawscompile.codegen import build, cpp
+from gawscompile.codegen.spec import KernelSpec
+from tests.codegen.problems import GUARD, TORCH, Problem
+
+SNAPSHOT = Path(__file__).parent / "snapshots" / "gemv_cpp_qkv.cpp.txt"
+
+SPECS = {
+    "plain": "k=96 x=f32; n=40 w=f32 out=f32",
+    "qkv": "k=64 x=f32; n=48 w=f32 out=f32 lora(r=16 f32 s=2.0); n=16 w=f32 out=f32 lora(r=16 f32 s=2.0); "
+    "n=16 w=f32 out=f32 lora(r=16 f32 s=2.0)",
+    "odd_everything": "k=37 x=f32; n=13 w=f32 out=f32 bias=f32 residual=f32 lora(r=3 f32 s=-0.5)",
+    "one_row": "k=5 x=f32; n=1 w=f32 out=f32 lora(r=1 f32 s=1.0)",
+    "ranks_17_and_64": "k=65 x=f32; n=30 w=f32 out=f32 lora(r=17 f32 s=0.25); n=66 w=f32 out=f32 lora(r=64 f32 s=1.0)",
+    "two_adapters": "k=48 x=f32; n=20 w=f32 out=f32 lora(r=4 f32 s=2.0) lora(r=9 f32 s=-3.0)",
+    "scale_tensors": "k=48 x=f32; n=20 w=f32 out=f32 lora(r=4 f32 s=tensor.f32) lora(r=8 f32 s=tensor.f64)",
+    "half_adapted": "k=48 x=f32; n=20 w=f32 out=f32 bias=f32; n=12 w=f32 out=f32 lora(r=4 f32 s=1.5)",
+    "bf16": "k=100 x=bf16; n=36 w=bf16 out=bf16 bias=bf16 residual=bf16 lora(r=16 bf16 s=2.0)",
+    "bf16_f32_adapter": "k=96 x=bf16; n=50 w=bf16 out=bf16 lora(r=8 f32 s=2.0); "
+    "n=7 w=bf16 out=bf16 lora(r=5 f32 s=1.0)",
+    "f16": "k=70 x=f16; n=19 w=f16 out=f16 bias=f16 lora(r=6 f16 s=0.5)",
+    "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
+}
+TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
+
+
+@pytest.fixture(scope="module")
+def libraries() -> dict[str, ctypes.CDLL]:
+    """Every spec's kernels, built side by side."""
+    builds = {name: build.start(cpp.emit(KernelSpec.parse(text))) for name, text in SPECS.items()}
+    return {name: ctypes.CDLL(str(done.result())) for name, done in builds.items()}
+
+
+def run(library: ctypes.CDLL, entry: str, problem: Problem, start: list[torch.Tensor] | None) -> list[torch.Tensor]:
+    """Call one kernel on outputs that lie between NaNs; `start` is what they hold before (NaN by default)."""
+    m = problem.x.shape[0]
+    buffers, outputs = [], []
+    for i, p in enumerate(problem.spec.projections):
+        buffers.append(torch.full((m * p.n + 2 * GUARD,), float("nan"), dtype=TORCH[p.out]))
+        outputs.append(buffers[i][GUARD:-GUARD].view(m, p.n))
+        if start is not None:
+            outputs[i].copy_(start[i])
+    operands = [problem.operands[o.name] for o in problem.spec.operands()]
+    inputs = (ctypes.c_void_p * len(operands))(*[t.data_ptr() for t in operands])
+    targets = (ctypes.c_void_p * len(outputs))(*[t.data_ptr() for t in outputs])
+    getattr(library, entry)(ctypes.c_int64(m), ctypes.c_void_p(problem.x.data_ptr()), inputs, targets)
+    for buffer in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all(), f"{entry} wrote outside its output"
+    return outputs
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("name", SPECS)
+def test_gemv(libraries, name, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for m in TOKENS:
+            problem = Problem.of(SPECS[name], m, seed=m)
+            problem.check(run(libraries[name], "gemv", problem, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "plain"])
+def test_accumulate(libraries, name, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for m in TOKENS:
+            problem = Problem.of(SPECS[name], m, seed=m)
+            x = problem.x.double()
+            products = [x @ problem.operands[f"w{i}"].double().T for i in range(len(problem.want))]
+            problem.check(run(libraries[name], "accumulate", problem, products))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scratch_of_a_long_call_does_not_leak_into_a_short_one(libraries):
+    name = "ranks_17_and_64"
+    for m in (40, 1, 13, 2):
+        problem = Problem.of(SPECS[name], m, seed=m)
+        problem.check(run(libraries[name], "gemv", problem, None))
+
+
+def test_infinities_and_nans_stay_where_they_are(libraries):
+    problem = Problem.of(SPECS["qkv"], 3)
+    problem.x[1, 5] = float("inf")
+    problem.operands["w0"][7, 3] = float("nan")
+    q, k, _ = run(libraries["qkv"], "gemv", problem, None)
+    assert not q[1].isfinite().any() and q[:, 7].isnan().all()
+    others = torch.arange(48) != 7
+    assert q[0, others].isfinite().all() and q[2, others].isfinite().all() and k[[0, 2]].isfinite().all()
+
+
+def test_source_is_deterministic_and_says_what_it_computes():
+    spec = KernelSpec.parse(SPECS["qkv"])
+    text = cpp.emit(spec)
+    assert text == cpp.emit(KernelSpec.parse(str(spec)))
+    assert text.startswith("// gawscompile: plan gemv_cpp")
+    assert f"// spec: {spec}\n" in text
+    assert all(f"// {formula}\n" in text for formula in spec.formulas())
+
+
+def test_plain_projections_have_no_dead_code():
+    text = cpp.emit(KernelSpec.parse(SPECS["plain"]))
+    own = text.replace(cpp.PRELUDE.strip(), "")
+    for word in ("LDU", "scratch", "barrier", "void accumulate", "bias", "res0"):
+        assert word not in own
+
+
+def test_snapshot():
+    """The generated part of one kernel, as committed: a change of the emitter shows in review."""
+    text = cpp.emit(KernelSpec.parse(SPECS["qkv"])).replace(cpp.PRELUDE.strip() + "\n", "// (prelude.cpp)\n")
+    if os.environ.get("GAWS_UPDATE_SNAPSHOTS"):
+        SNAPSHOT.write_text(text)
+    assert text == SNAPSHOT.read_text(), "run with GAWS_UPDATE_SNAPSHOTS=1 and read the difference"

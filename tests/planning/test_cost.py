@@ -1,0 +1,60 @@
+"""The cost model and its tables: crossovers where the expressions cross, for every m a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sympy
+
+from gawscompile.codegen.spec import KernelSpec, SpecError
+from gawscompile.planning import cost, devices
+from gawscompile.planning.table import PlanTable, Program
+
+SPEC = KernelSpec.parse(
+    "k=576 x=bf16; n=1536 w=bf16 out=bf16 lora(r=16 bf16 s=2.0); n=1536 w=bf16 out=bf16 lora(r=16 bf16 s=2.0)"
+)
+
+
+def test_costs_are_expressions_in_m_that_grow():
+    planned = cost.plan(SPEC)
+    assert set(planned.costs) == {"gemv_cpp", "gemm_accumulate"}
+    for name, expression in planned.costs.items():
+        assert isinstance(expression, sympy.Expr) and expression.free_symbols == {cost.m}
+        times = [planned.seconds(name, m) for m in (1, 2, 8, 64, 512, 4096)]
+        assert times == sorted(times) and times[0] > 0
+
+
+def test_the_table_is_the_argmin_of_the_costs():
+    device = dataclasses.replace(devices.cpu(), library_rate={k: v * 5 for k, v in devices.cpu().library_rate.items()})
+    for chosen in (devices.cpu(), device):
+        planned = cost.plan(SPEC, chosen)
+        for m in [*range(1, 300), 1000, 5000, 60000]:
+            best = min(planned.costs, key=lambda name: planned.seconds(name, m))
+            assert planned.table.pick(m) == best, m
+
+
+def test_bytes_are_those_of_the_tensors():
+    assert cost.weight_bytes(SPEC) == 2 * 1536 * 576 * 2
+    assert cost.adapter_bytes(SPEC) == 2 * 16 * (576 + 1536) * 2
+
+
+def test_the_library_is_no_candidate_where_it_cannot_write_the_output():
+    spec = KernelSpec.parse("k=8 x=bf16; n=4 w=bf16 out=f32")
+    assert set(cost.plan(spec).costs) == {"gemv_cpp"}
+
+
+def test_tables_and_programs_print_and_parse():
+    table = PlanTable((("gemv_cpp", 24), ("gemm_accumulate", None)))
+    assert str(table) == "gemv_cpp<=24, gemm_accumulate" and PlanTable.parse(str(table)) == table
+    assert [table.pick(m) for m in (1, 24, 25, 10**9)] == ["gemv_cpp"] * 2 + ["gemm_accumulate"] * 2
+    program = Program(table, SPEC)
+    assert Program.parse(str(program)) == program
+
+
+@pytest.mark.parametrize(
+    "text", ["", "gemv_cpp<=3", "gemv_cpp<=3, gemv_cpp<=2, gemm_accumulate", "magic", "gemv_cpp, gemm_accumulate"]
+)
+def test_tables_that_leave_some_m_without_a_plan_are_refused(text):
+    with pytest.raises(SpecError, match="not a plan table"):
+        PlanTable.parse(text)

@@ -1,0 +1,138 @@
+"""gaws::project as an op: shapes, plans, strides, errors, threads, and its fake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from gawscompile.runtime import ops
+from tests.codegen.problems import Problem
+
+SPEC = "k=37 x=f32; n=13 w=f32 out=f32 bias=f32 residual=f32 lora(r=3 f32 s=tensor.f32); n=8 w=f32 out=f32"
+PLANS = ("gemv_cpp", "gemm_accumulate", "gemv_cpp<=4, gemm_accumulate")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    ops.ensure_loaded()
+
+
+def call(problem: Problem, plan: str = "gemv_cpp") -> list[torch.Tensor]:
+    return torch.ops.gaws.project(problem.x, list(problem.operands.values()), f"{plan} | {problem.spec}")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("leading", [(1,), (5,), (2, 3), (1, 1, 7), (), (0,), (3, 0)])
+def test_any_leading_dimensions_and_either_plan(plan, leading):
+    m = int(torch.tensor(leading).prod()) if leading else 1
+    problem = Problem.of(SPEC, m, leading=leading)
+    outputs = call(problem, plan)
+    assert [tuple(out.shape) for out in outputs] == [(*leading, 13), (*leading, 8)]
+    problem.check(outputs)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_half_precision(dtype, plan):
+    problem = Problem.of(f"k=64 x={dtype}; n=24 w={dtype} out={dtype} bias={dtype} lora(r=8 f32 s=2.0)", 6)
+    problem.check(call(problem, plan))
+
+
+def test_strided_inputs_are_read_right():
+    problem = Problem.of(SPEC, 6)
+    problem.x = problem.x.T.contiguous().T
+    for name in ("w0", "a0_0", "b0_0", "res0"):
+        problem.operands[name] = problem.operands[name].T.contiguous().T
+    doubled = torch.stack([problem.operands["bias0"]] * 2, dim=1)
+    problem.operands["bias0"] = doubled[:, 0]
+    for plan in PLANS:
+        problem.check(call(problem, plan))
+
+
+def test_inputs_are_not_written_and_outputs_are_new():
+    problem = Problem.of(SPEC, 6)
+    before = [t.clone() for t in problem.operands.values()]
+    for plan in PLANS:
+        first, second = call(problem, plan), call(problem, plan)
+        assert len({out.data_ptr() for out in first + second}) == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, problem.operands.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("w0", lambda t: t.double(), "operand w0 no longer has the dtype, shape or device"),
+        ("a0_0", lambda t: t[:2], "operand a0_0"),
+        ("b0_0", lambda t: t[:, :2], "operand b0_0"),
+        ("bias0", lambda t: t[None], "operand bias0"),
+        ("res0", lambda t: t[:5], "operand res0"),
+        ("scale0_0", lambda t: t.double(), "operand scale0_0"),
+    ],
+)
+def test_an_operand_that_no_longer_fits_is_named(name, change, says):
+    problem = Problem.of(SPEC, 6)
+    problem.operands[name] = change(problem.operands[name])
+    with pytest.raises(RuntimeError, match=says):
+        call(problem)
+
+
+def test_a_wrong_x_or_a_missing_operand_is_an_error():
+    problem = Problem.of(SPEC, 6)
+    with pytest.raises(RuntimeError, match="wanted 37 features"):
+        torch.ops.gaws.project(problem.x[:, :36], list(problem.operands.values()), f"gemv_cpp | {problem.spec}")
+    with pytest.raises(RuntimeError, match="5 operands, the kernel takes 7"):
+        torch.ops.gaws.project(problem.x, list(problem.operands.values())[:5], f"gemv_cpp | {problem.spec}")
+
+
+@pytest.mark.parametrize("program", ["", "gemv_cpp | ", "warp | k=1 x=f32; n=1 w=f32 out=f32", "gemv_cpp | k=1"])
+def test_a_program_that_is_none_is_an_error(program):
+    with pytest.raises(RuntimeError, match="SpecError"):
+        torch.ops.gaws.project(torch.ones(1, 1), [torch.ones(1, 1)], program)
+
+
+def test_the_fake_agrees_with_the_kernel():
+    problem = Problem.of(SPEC, 6, leading=(2, 3))
+    real = call(problem)
+    with FakeTensorMode() as mode:
+        fakes = torch.ops.gaws.project(
+            mode.from_tensor(problem.x), [mode.from_tensor(t) for t in problem.operands.values()],
+            f"gemv_cpp | {problem.spec}",
+        )
+    assert [(f.shape, f.dtype, f.stride()) for f in fakes] == [(r.shape, r.dtype, r.stride()) for r in real]
+
+
+def test_many_threads_share_a_program_that_none_has_built():
+    spec = "k=41 x=f32; n=11 w=f32 out=f32 lora(r=2 f32 s=2.0)"
+    problems = [Problem.of(spec, m) for m in range(1, 9)]
+    failures = []
+
+    def work(problem: Problem) -> None:
+        try:
+            for _ in range(50):
+                problem.check(call(problem))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(problem,)) for problem in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_process_that_ran_no_pass_rebuilds_kernels_from_the_program():
+    code = """
+import torch, gawscompile.backend
+from gawscompile.runtime import ops
+ops.ensure_loaded()
+y, = torch.ops.gaws.project(torch.eye(3), [torch.arange(6.).view(2, 3)], "gemv_cpp | k=3 x=f32; n=2 w=f32 out=f32")
+assert torch.equal(y.T, torch.arange(6.).view(2, 3)), y
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,84 @@
+"""A second process with a warm cache: the same answers and the same explain, no pass run; an edit shows at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import json, torch, gawscompile
+from gawscompile import measure, passes
+from tests.graphs import small_llama, tokens
+ran = []
+for stage in passes.PIPELINE:
+    stage.run = lambda graph, context, real=stage.run, name=stage.__name__: (ran.append(name), real(graph, context))
+report = gawscompile.explain(small_llama(layers=1), tokens(1, 3), use_cache=False, options={"strict": True})
+with torch.no_grad():
+    model = small_llama(layers=1)
+    compiled = torch.compile(model, backend="gaws", options={"strict": True})
+    logits = compiled(tokens(1, 3), use_cache=False).logits
+    wrong = (logits - model(tokens(1, 3), use_cache=False).logits).abs().max().item()
+data = {"logits": logits.tolist(), "wrong": wrong, "passes": ran, "report": report.to_dict(), "text": str(report)}
+print(json.dumps(data | {"where": gawscompile.__file__, "hits": measure.cache_hits()}))
+"""
+
+
+def run(caches: Path, package: Path = ROOT) -> dict:
+    places = {"GAWS_CACHE_DIR": caches / "gaws", "TORCHINDUCTOR_CACHE_DIR": caches / "inductor"}
+    environment = {**os.environ, **{k: str(v) for k, v in places.items()}, "PYTHONPATH": f"{package}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=caches
+    )
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout.splitlines()[-1])
+    assert data["where"].startswith(str(package))
+    return data
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(scope="module")
+def cold(caches):
+    return run(caches)
+
+
+def test_warm_is_cold_without_the_work(caches, cold):
+    warm = run(caches)
+    assert cold["passes"] and not warm["passes"] and warm["hits"] > 0
+    for key in ("logits", "report", "text"):
+        assert warm[key] == cold[key], key
+    assert cold["report"]["summary"].startswith("8 linears in 1 graph(s): 8 fused")
+
+
+def test_a_lost_record_is_said_and_kernels_are_rebuilt(caches, cold):
+    """Our half of the cache is gone, Inductor's is not."""
+    kept = shutil.move(caches / "gaws", caches / "kept")
+    try:
+        alone = run(caches)
+    finally:
+        shutil.rmtree(caches / "gaws")
+        shutil.move(kept, caches / "gaws")
+    assert alone["logits"] == cold["logits"] and not alone["passes"]
+    assert any("record is gone" in note for note in alone["report"]["notes"])
+
+
+def test_an_edited_pass_changes_the_result_at_once(caches, cold, tmp_path):
+    package = tmp_path / "edited"
+    shutil.copytree(ROOT / "gawscompile", package / "gawscompile", ignore=shutil.ignore_patterns("__pycache__"))
+    edited = package / "gawscompile" / "passes" / "recover_operators.py"
+    text = edited.read_text()
+    assert text.count("        return product.scale\n") == 1
+    edited.write_text(text.replace("        return product.scale\n", "        return -product.scale\n"))
+    wrong = run(caches, package)
+    assert wrong["passes"] and wrong["logits"] != cold["logits"] and wrong["wrong"] > 100 * cold["wrong"]
+    assert run(caches)["logits"] == cold["logits"]
