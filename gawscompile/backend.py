@@ -8,7 +8,6 @@ cache keys: an edited pass invalidates what it compiled, and a warm start runs n
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shlex
 import sys
@@ -62,10 +61,13 @@ class GawsPass(CustomGraphPass):
         self.parameter_names = parameter_names
         self.key = key
         self.record: GraphRecord | None = None
+        # Now, not in a pass: a graph from a warm cache runs no pass and calls the op all the same.
+        self.unavailable = _load_op()
 
     def uuid(self) -> Any:
-        """What decides the outcome beside the graph: our sources, our options, the machine that plans are for."""
-        return hashlib.sha256(f"{cache.source_hash()}{self.options}{devices.cpu().name}".encode()).digest()
+        """What decides the outcome beside the graph: our sources and options, the machine and compiler planned for."""
+        compiler = self.unavailable or build.fingerprint()
+        return cache.digest(cache.source_hash(), str(self.options), devices.cpu().name, compiler).encode()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.record = GraphRecord(self.key)
@@ -86,7 +88,7 @@ class GawsPass(CustomGraphPass):
 
     def rewrite(self, graph: torch.fx.Graph, record: GraphRecord) -> None:
         """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place."""
-        refusal = _refusal(graph)
+        refusal = _refusal(graph, self.unavailable)
         if refusal is not None:
             record.reject_all(*refusal)
             log.info("gaws: %s", record.notes[-1])
@@ -112,7 +114,16 @@ class GawsPass(CustomGraphPass):
         return names
 
 
-def _refusal(graph: torch.fx.Graph) -> tuple[Reason, str] | None:
+def _load_op() -> str | None:
+    """Load the op's CPU kernel (built the first time). Why that is impossible, if it is."""
+    try:
+        ops.ensure_loaded()
+    except (build.CompilerMissing, build.BuildError, cache.CacheError) as error:
+        return str(error)
+    return None
+
+
+def _refusal(graph: torch.fx.Graph, unavailable: str | None) -> tuple[Reason, str] | None:
     """Why a whole graph is left to Inductor, if it is."""
     inputs = graph.find_nodes(op="placeholder")
     if any("Tangent" in type(node.meta.get("desc")).__name__ or node.name.startswith("tangents") for node in inputs):
@@ -120,12 +131,9 @@ def _refusal(graph: torch.fx.Graph) -> tuple[Reason, str] | None:
     kinds = {v.device.type for node in inputs if isinstance(v := node.meta.get("val"), torch.Tensor) and v.dim() > 0}
     if kinds != {"cpu"}:
         return (Reason.DEVICE, ", ".join(sorted(kinds))) if kinds else None
-    try:
-        build.compiler()
-        ops.ensure_loaded()
-    except (build.CompilerMissing, build.BuildError, cache.CacheError) as error:
-        log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", error)
-        return Reason.NO_COMPILER, str(error)
+    if unavailable is not None:
+        log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", unavailable)
+        return Reason.NO_COMPILER, unavailable
     return None
 
 

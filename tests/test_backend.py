@@ -16,6 +16,7 @@ from gawscompile.codegen import build
 from gawscompile.debug.store import RECORDS
 from gawscompile.measure import graphs_compiled
 from gawscompile.passes import PIPELINE, group_siblings
+from gawscompile.runtime import ops
 from tests.graphs import randomise, small_bert, small_llama, tokens
 
 IDS = tokens(2, 5)
@@ -176,6 +177,7 @@ def test_without_a_compiler_one_warning_and_inductors_answer(monkeypatch, caplog
         raise build.CompilerMissing(build._MISSING)
 
     monkeypatch.setattr(build, "compiler", missing)
+    monkeypatch.setattr(ops, "ensure_loaded", missing)  # it remembers that it was loaded before
     model = small_llama(layers=1)
     compiled = torch.compile(model, backend="gaws")
     torch.testing.assert_close(output(compiled), output(model), rtol=1e-4, atol=1e-4)
@@ -190,7 +192,7 @@ def test_other_devices_are_left_to_inductor():
     with FakeTensorMode(allow_non_fake_inputs=True):
         graph.placeholder("x").meta["val"] = torch.empty(2, 3, device="cuda")
         graph.placeholder("w").meta["val"] = torch.empty(2, 3)
-    reason, detail = backend._refusal(graph)
+    reason, detail = backend._refusal(graph, None)
     assert reason.name == "DEVICE" and detail == "cpu, cuda"
 
 
