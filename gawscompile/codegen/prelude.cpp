@@ -201,10 +201,16 @@ struct Share {
   int64_t lo, hi, base = 0;
   Share(int64_t total, int64_t id, int64_t count) : lo(total * id / count), hi(total * (id + 1) / count) {}
   template <class Fn>
-  void piece(int64_t length, int64_t cost, Fn&& f) {
+  void range(int64_t length, int64_t cost, Fn&& f) {
     const auto at = [&](int64_t w) { return std::clamp<int64_t>((w - base + cost - 1) / cost, 0, length); };
     const int64_t first = lo <= base ? 0 : at(lo), last = hi <= base ? 0 : at(hi);
-    for (int64_t b = first; b < last; ++b) f(b);
+    if (first < last) f(first, last);
     base += length * cost;
+  }
+  template <class Fn>
+  void piece(int64_t length, int64_t cost, Fn&& f) {
+    range(length, cost, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) f(b);
+    });
   }
 };

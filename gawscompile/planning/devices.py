@@ -1,4 +1,4 @@
-"""What the cost model knows of a machine: bandwidth, rates, launch cost, cache.
+"""What the cost model knows of a machine: bandwidth, rates, launch costs.
 
 The numbers are per machine *kind*, from trials named beside them; they need only rank plans, not predict times.
 """
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """Rates in bytes per second and floating-point operations per second, times in seconds, sizes in bytes.
+    """Rates in bytes per second and floating-point operations per second, times in seconds.
 
     The dictionaries go by dtype name. `library_bandwidth` is what the vendor's matmul streams at one token, which is
     far less than the memory gives.
@@ -23,8 +23,8 @@ class Device:
 
     name: str
     bandwidth: float
-    cache: float
     launch: float
+    library_launch: float
     kernel_rate: dict[str, float]
     library_rate: dict[str, float]
     library_bandwidth: dict[str, float]
@@ -42,29 +42,31 @@ def cpu() -> Device:
 @functools.cache
 def _cpu(threads: int, vendor: str, capability: str, bf16_dot: bool) -> Device:
     wide = 1.0 if "512" in capability else 0.5
-    # Trials on 2 threads of a 2.6 GHz AMD EPYC (family 26), avx512_bf16, K 576, N 2 x 1536, m 1 to 256:
-    # generated kernel 47 GB/s at m = 1, slope 330 GFLOP/s fp32 and 700 bf16; MKL 16 GB/s and 237, oneDNN 24 and 980.
+    # Trials on 2 threads of an AMD EPYC (family 26) with avx512_bf16: all projections of SmolLM2, each layer its own
+    # weights, so that they come from memory as in a model (with warm weights oneDNN looked 1.4 times better). Seconds
+    # over m from 1 to 512 as bytes / bandwidth + flops / rate: generated kernel 47 GB/s, 350 GFLOP/s in fp32 and 890
+    # in bf16; MKL 28 GB/s and 206, oneDNN 50 µs a call, 25 GB/s (it repacks weights) and 1000.
     # MKL runs fp32 below its rate on other vendors' CPUs; on Intel's own it is taken to reach the kernel's.
-    mkl = 118e9 if vendor != "GenuineIntel" else 165e9
+    mkl = 103e9 if vendor != "GenuineIntel" else 175e9
     return Device(
         name=f"cpu:{vendor}:{capability}:bf16={int(bf16_dot)}:threads={threads}",
         bandwidth=min(threads, 8) * 24e9,
-        cache=_l2_bytes(),
         launch=2e-6,
+        library_launch=50e-6 if bf16_dot else 5e-6,
         kernel_rate={
-            "f32": threads * wide * 165e9,
-            "bf16": threads * wide * (350e9 if bf16_dot else 120e9),
+            "f32": threads * wide * 175e9,
+            "bf16": threads * wide * (445e9 if bf16_dot else 120e9),
             "f16": threads * wide * 120e9,
         },
         library_rate={
             "f32": threads * wide * mkl,
-            "bf16": threads * wide * (490e9 if bf16_dot else 120e9),
+            "bf16": threads * wide * (500e9 if bf16_dot else 120e9),
             "f16": threads * wide * 120e9,
         },
         library_bandwidth={
-            "f32": min(threads, 8) * 8e9,
-            "bf16": min(threads, 8) * 12e9,
-            "f16": min(threads, 8) * 12e9,
+            "f32": min(threads, 8) * 14e9,
+            "bf16": min(threads, 8) * 12.5e9,
+            "f16": min(threads, 8) * 12.5e9,
         },
     )
 
@@ -85,12 +87,3 @@ def _vendor() -> str:
 @functools.cache
 def _has(flag: str) -> bool:
     return flag in _cpuinfo("flags").split()
-
-
-@functools.cache
-def _l2_bytes() -> float:
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-        return float(text.rstrip("KM")) * (1024 if text.endswith("K") else 1024**2)
-    except (OSError, ValueError):
-        return 1024.0**2

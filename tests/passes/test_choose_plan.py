@@ -12,10 +12,10 @@ from gawscompile.planning.table import Program
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 
 SLOW_LIBRARY = Device(
-    "slow library", 50e9, 1 << 20, 2e-6, *({d: r for d in ("f32", "bf16", "f16")} for r in (3e11, 1e10, 1e10))
+    "slow library", 50e9, 2e-6, 2e-6, *({d: r for d in ("f32", "bf16", "f16")} for r in (3e11, 1e10, 1e10))
 )
 FAST_LIBRARY = Device(
-    "fast library", 50e9, 1 << 20, 2e-6, *({d: r for d in ("f32", "bf16", "f16")} for r in (1e10, 3e14, 9e13))
+    "fast library", 50e9, 2e-6, 2e-6, *({d: r for d in ("f32", "bf16", "f16")} for r in (1e10, 3e14, 9e13))
 )
 
 
@@ -66,7 +66,7 @@ def test_crossovers_are_where_the_costs_cross():
     device = Device(
         "crossing",
         50e9,
-        1e9,
+        2e-6,
         2e-6,
         {"f32": 3e11, "bf16": 7e11},
         {"f32": 2e11, "bf16": 1e12},
