@@ -12,6 +12,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gawscompile.codegen import build, cache
-from gawscompile.debug.records import GraphRecord, Reason
+from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
 from gawscompile.options import Options
 from gawscompile.passes import PIPELINE
-from gawscompile.passes.context import Context, verify
+from gawscompile.passes.context import Context, VerifierError, verify
 from gawscompile.planning import devices
+from gawscompile.proof import verify_rewrites
 from gawscompile.runtime import ops
 
 log = logging.getLogger("gawscompile")
@@ -47,18 +49,29 @@ def gaws(
     ours, inductor = Options.split(options)
     if mode and mode != "default":
         inductor = {**list_mode_options(mode), **inductor}
-    hook = GawsPass(ours, _parameter_names(gm), _key(gm, example_inputs, ours, inductor))
+    hook = GawsPass(ours, _key(gm, example_inputs, ours, inductor))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
-    RECORDS.compiled(hook.key, hook.record)
+    record = RECORDS.compiled(hook.key, hook.record)
+    try:
+        ops.build_all(group.program for group in record.groups)
+    except Exception as error:  # as above, and a disk that is full by now
+        if ours.strict:
+            raise
+        record.reject_all(Reason.INTERNAL_ERROR, f"building kernels: {error}")
+        log.warning("gaws: building kernels: %s. This graph is left to Inductor. %s", error, _reproduce())
+        compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
     return compiled
 
 
-class GawsPass(CustomGraphPass):
-    """Our pipeline as one Inductor graph pass. Holds one graph's names and collects its record."""
+def _reproduce() -> str:
+    return f"To reproduce with a traceback: GAWS_STRICT=1 {shlex.join([sys.executable, *sys.argv])}"
 
-    def __init__(self, options: Options, parameter_names: list[str], key: str) -> None:
+
+class GawsPass(CustomGraphPass):
+    """Our pipeline as one Inductor graph pass. Collects its record."""
+
+    def __init__(self, options: Options, key: str) -> None:
         self.options = options
-        self.parameter_names = parameter_names
         self.key = key
         self.record: GraphRecord | None = None
         # Now, not in a pass: a graph from a warm cache runs no pass and calls the op all the same.
@@ -67,10 +80,11 @@ class GawsPass(CustomGraphPass):
     def uuid(self) -> Any:
         """What decides the outcome beside the graph: our sources and options, the machine and compiler planned for."""
         compiler = self.unavailable or build.fingerprint()
-        return cache.digest(cache.source_hash(), str(self.options), devices.cpu().name, compiler).encode()
+        versions = (_torch_version(), _triton_version(), compiler)
+        return cache.digest(cache.source_hash(), str(self.options), devices.cpu().name, *versions).encode()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        self.record = GraphRecord(self.key)
+        self.record = self.record or GraphRecord(self.key)  # the branches of a torch.cond come one by one
         self.context: Context | None = None
         try:
             self.rewrite(graph, self.record)
@@ -79,12 +93,15 @@ class GawsPass(CustomGraphPass):
         except Exception as error:
             if self.options.strict:
                 raise
-            where = f"{self.context.stage}, at {self.context.module}" if self.context else "before the first pass"
+            at = self.context
+            where = f"{at.stage}, at {plain(at.module)}" if at else "before the first pass"
             self.record.reject_all(Reason.INTERNAL_ERROR, f"{where}: {type(error).__name__}: {error}")
             log.warning(
-                "gaws: %s: %s: %s. This graph is left to Inductor. To reproduce with a traceback: GAWS_STRICT=1 %s",
-                *(where, type(error).__name__, error, shlex.join([sys.executable, *sys.argv])),
+                "gaws: %s: %s: %s. This graph is left to Inductor. %s",
+                *(where, type(error).__name__, plain(str(error)), _reproduce()),
             )
+        finally:
+            self.context = None  # it holds two copies of the graph
 
     def rewrite(self, graph: torch.fx.Graph, record: GraphRecord) -> None:
         """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place."""
@@ -96,30 +113,44 @@ class GawsPass(CustomGraphPass):
         work = torch.fx.Graph()
         copies: dict[torch.fx.Node, torch.fx.Node] = {}
         work.output(work.graph_copy(graph, copies))
-        context = self.context = Context(work, self.options, record, self._names(graph, copies))
+        context = self.context = Context(work, self.options, record)
+        context.copied = {copy: node for node, copy in copies.items()}
+        context.complain = self._complain
         for stage in PIPELINE:
             context.stage = stage.__name__.rpartition(".")[2]
             stage.run(work, context)
             verify(context)
+        if self.options.verify:
+            context.stage = "verify"
+            verify_rewrites(context)
         work.eliminate_dead_code()
         _take_over(graph, work)
 
-    def _names(self, graph: torch.fx.Graph, copies: dict[torch.fx.Node, torch.fx.Node]) -> dict[str, str]:
-        """Placeholder → the name its parameter has in the user's model, where it is one."""
-        names = {}
-        for node in graph.find_nodes(op="placeholder"):
-            index = getattr(node.meta.get("desc"), "idx", None)
-            if index is not None and index < len(self.parameter_names):
-                names[copies[node].name] = self.parameter_names[index]
-        return names
+    def _complain(self, message: str) -> None:
+        """Something of ours was wrong, and was put right: an error for those who asked for one, else a warning."""
+        if self.options.strict:
+            raise VerifierError(message)
+        log.warning("gaws: %s", message)
+
+
+def _torch_version() -> str:
+    return str(torch.__version__)
+
+
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _load_op() -> str | None:
     """Load the op's CPU kernel (built the first time). Why that is impossible, if it is."""
     try:
         ops.ensure_loaded()
-    except (build.CompilerMissing, build.BuildError, cache.CacheError) as error:
-        return str(error)
+        build.fingerprint()
+    except Exception as error:  # a compiler that is missing or broken, a cache that cannot be written or run from
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -150,17 +181,15 @@ def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
     graph.output(result)
 
 
-def _parameter_names(gm: torch.fx.GraphModule) -> list[str]:
-    """For every input of the Dynamo graph the name it has in the user's model ('' where it has none)."""
-    names = gm.meta.get("dynamo_flat_name_to_original_fqn", {})
-    flat = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    return [names.get(name, names.get(name.removeprefix("l_").removesuffix("_"), "")) for name in flat]
-
-
 def _key(gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: Options, inductor: dict[str, Any]) -> str:
     """Names one compiled graph, the same in every process: what Dynamo traced, for which inputs, with which code."""
-    shapes = [f"{tuple(i.shape)}{i.dtype}{i.device}" if isinstance(i, torch.Tensor) else str(i) for i in inputs]
+    shapes = [
+        f"{tuple(i.shape)}{i.stride()}{i.dtype}{i.device}{i.requires_grad}" if isinstance(i, torch.Tensor) else str(i)
+        for i in inputs
+    ]
     settings = [str(ours), str(sorted(inductor.items(), key=str)), devices.cpu().name, torch.__version__]
+    modes = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")]
+    settings += [str(modes), str(torch.is_inference_mode_enabled())]
     return cache.digest(cache.source_hash(), gm.code, *shapes, *settings)
 
 

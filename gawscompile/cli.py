@@ -1,4 +1,4 @@
-"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``."""
+"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``gawscompile cache {info,clear}``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gawscompile.codegen import cache
 from gawscompile.codegen.cache import CacheError
 from gawscompile.codegen.spec import SpecError
+from gawscompile.models import ModelError
 from gawscompile.options import OptionError
 
 
@@ -25,10 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("--tokens", type=int, default=1, help="tokens in the call that is compiled (default 1)")
     explain.add_argument("--json", action="store_true", help="plain data instead of a table")
     explain.set_defaults(run=_explain)
+    kept = commands.add_parser("cache", help="what is cached, and where").add_subparsers(dest="action", required=True)
+    kept.add_parser("info", help="place, limit and sizes").set_defaults(run=_cache_info)
+    clear = kept.add_parser("clear", help="remove kernels and records")
+    clear.add_argument("--models", action="store_true", help="remove the fetched models too")
+    clear.set_defaults(run=_cache_clear)
     arguments = parser.parse_args(argv)
     try:
         print(arguments.run(arguments))
-    except (CacheError, OptionError, SpecError, OSError, ImportError, ValueError) as error:
+    except (CacheError, ModelError, OptionError, SpecError, OSError, ImportError, ValueError) as error:
         print(f"gawscompile: {error}", file=sys.stderr)
         return 2
     return 0
@@ -45,6 +52,19 @@ def _explain(arguments: argparse.Namespace) -> str:
     return json.dumps(report.to_dict(), indent=2) if arguments.json else str(report)
 
 
+def _cache_info(arguments: argparse.Namespace) -> str:
+    lines = [f"{cache.root()}: at most {cache.limit_bytes() >> 20} MB of kernels and records (GAWS_CACHE_MB)"]
+    lines += [f"  {name:10s} {count:6d} files {size / 1e6:10.1f} MB" for name, (count, size) in cache.usage().items()]
+    return "\n".join(lines)
+
+
+def _cache_clear(arguments: argparse.Namespace) -> str:
+    before = sum(size for _, size in cache.usage().values())
+    cache.clear(arguments.models)
+    freed = before - sum(size for _, size in cache.usage().values())
+    return f"{cache.root()}: {freed / 1e6:.1f} MB removed"
+
+
 def _load(arguments: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -59,7 +79,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     if arguments.adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, arguments.adapter).eval()
+        model = PeftModel.from_pretrained(model, models.adapter_folder(arguments.adapter)).eval()
     elif arguments.rank:
         from peft import LoraConfig, get_peft_model
 

@@ -116,7 +116,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(options.device).eval()
     if options.adapter is not None:
-        adapted = PeftModel.from_pretrained(measure.sharing_copy(base), str(options.adapter))
+        adapted = PeftModel.from_pretrained(measure.sharing_copy(base), str(models.adapter_folder(options.adapter)))
         return base, adapted.to(options.device).eval(), tokenizer
     # Training is in fp32 whatever the dtype of the run, so both dtypes show the same adapter. It travels through a
     # directory, so that a trained adapter takes the same way in as one given by --adapter.

@@ -20,12 +20,17 @@ class Options:
     strict: bool = False
     """Raise where the default is to warn and leave the graph to Inductor. ``GAWS_STRICT=1`` sets the default."""
 
+    verify: bool = False
+    """Prove every rewrite on random inputs at compile time (`gawscompile.proof`). ``GAWS_VERIFY=1``: the default."""
+
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         """Ours, and what is Inductor's. Raises `OptionError`, naming option, type and the good ones."""
         from torch._inductor import list_options
 
-        ours: dict[str, Any] = {"strict": os.environ.get("GAWS_STRICT", "0") not in ("", "0")}
+        ours: dict[str, Any] = {
+            name: os.environ.get(f"GAWS_{name.upper()}", "0") not in ("", "0") for name in ("strict", "verify")
+        }
         theirs: dict[str, Any] = {}
         fields = {field.name: field for field in dataclasses.fields(Options)}
         for name, value in (given or {}).items():

@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.debug.records import Reason
 from gawscompile.operators import linear
 from gawscompile.passes.context import (
     VIEWS,
@@ -31,17 +30,18 @@ from gawscompile.passes.context import (
     dtype,
     empty_like,
     is_call,
-    is_parameter,
+    of_parameters,
     prims,
     same_sizes,
     shape,
-    through_casts,
     transposed,
-    value,
 )
 
 
 def run(graph: Graph, context: Context) -> None:
+    for target in (aten.bmm.default, aten.baddbmm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            _unbatch(graph, context, node)
     targets = (aten.mm.default, aten.addmm.default)
     products = [node for target in targets for node in graph.find_nodes(op="call_function", target=target)]
     casts: dict[tuple[Node, torch.dtype], Node] = {}
@@ -52,17 +52,17 @@ def run(graph: Graph, context: Context) -> None:
 def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[Node, torch.dtype], Node]) -> None:
     bias, x, right = (None, *args(node)) if node.target is aten.mm.default else args(node)[:3]
     weight = transposed(right)
+    if weight is None and not of_parameters(right):
+        return  # a product of two activations is no linear
+    if bias is not None and not any(same_sizes(shape(bias), sizes) for sizes in (shape(node)[1:], shape(node))):
+        return
     if weight is None:
-        if is_parameter(through_casts(right)) and value(right) is not None:
-            # [in, out] as GPT-2's Conv1D keeps it: a linear, but not one we have kernels for
-            entry = context.found(node, right)
-            entry.shape = (shape(right)[1], shape(right)[0])
-            context.reject(entry, Reason.WEIGHT_LAYOUT)
-        return
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        return
-    if bias is not None and (value(bias) is None or not same_sizes(shape(bias), shape(node)[1:])):
-        return
+        # [in, out], as GPT-2's Conv1D keeps it and many write their factors, or a sum of such
+        with graph.inserting_before(node):
+            weight = context.insert(aten.permute.default, (right, [1, 0]), node, right.meta["val"].permute(1, 0))
+    if bias is not None and not _plain(node, bias):
+        node = _take_apart(graph, context, node)
+        bias = None
     activation = base_activation(x)
     if is_call(activation, prims.convert_element_type.default):
         # autocast casts anew for every reader; siblings should be seen to read one activation
@@ -85,3 +85,46 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[
             context.replace(node, flat)
     context.erase(node)
     context.matched()
+
+
+def _plain(node: Node, bias: Node) -> bool:
+    """Whether an addmm is a linear with a bias, and nothing more."""
+    return len(shape(bias)) == 1 and not {"alpha", "beta"} & node.kwargs.keys()
+
+
+def _take_apart(graph: Graph, context: Context, node: Node) -> Node:
+    """``beta c + alpha x W'`` as the sum that it is; its product."""
+    c, x, right = args(node)
+    with graph.inserting_before(node):
+        product = context.insert(aten.mm.default, (x, right), node, node.meta["val"])
+        total = _affine(context, c, product, node)
+    context.replace(node, total)
+    context.erase(node)
+    return product
+
+
+def _unbatch(graph: Graph, context: Context, node: Node) -> None:
+    """A batched product with one matrix for all of the batch is a linear."""
+    x, right = args(node)[-2:]
+    source = args(right)[0] if is_call(right, aten.expand.default) else None
+    if source is None or len(shape(source)) != 2 or not of_parameters(source):
+        return
+    with graph.inserting_before(node):
+        weight = transposed(source)
+        if weight is None:
+            weight = context.insert(aten.permute.default, (source, [1, 0]), node, source.meta["val"].permute(1, 0))
+        new = context.insert(linear, (x, weight), node, node.meta["val"])
+        if node.target is aten.baddbmm.default:
+            new = _affine(context, args(node)[0], new, node)
+    context.replace(node, new)
+    context.erase(node)
+    context.matched()
+
+
+def _affine(context: Context, c: Node, product: Node, node: Node) -> Node:
+    """``beta c + alpha product``."""
+    if node.kwargs.get("alpha", 1) != 1:
+        product = context.insert(aten.mul.Tensor, (product, node.kwargs["alpha"]), node, node.meta["val"])
+    if node.kwargs.get("beta", 1) != 1:
+        c = context.insert(aten.mul.Tensor, (c, node.kwargs["beta"]), node, c.meta["val"])
+    return context.insert(aten.add.Tensor, (c, product), node, node.meta["val"])

@@ -24,7 +24,7 @@ from gawscompile.codegen.spec import KernelSpec
 from gawscompile.debug.records import GroupRecord, Reason
 from gawscompile.operators import linear
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, args, aten, dtype, empty_like, shape
+from gawscompile.passes.context import Context, args, aten, dtype, empty_like, prims, shape
 from gawscompile.planning.cost import plan
 from gawscompile.planning.table import PlanTable, Program
 
@@ -77,8 +77,14 @@ def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> 
     for item in list(node.users):
         i = args(item)[1]
         assert item.target is operator.getitem
-        reads = (x, named[f"w{i}"]) + ((named[f"bias{i}"],) if f"bias{i}" in named else ())
         with graph.inserting_before(item):
+            reads: tuple[Any, ...] = (x, named[f"w{i}"])
+            if f"bias{i}" in named:
+                bias = named[f"bias{i}"]
+                if dtype(bias) != dtype(x):  # the library's addmm takes one dtype
+                    cast = prims.convert_element_type.default
+                    bias = context.insert(cast, (bias, dtype(x)), item, bias.meta["val"].to(dtype(x)))
+                reads = (*reads, bias)
             new = context.insert(linear, reads, item, empty_like(x, shape(item), dtype(item)))
             if f"res{i}" in named:
                 new = context.insert(aten.add.Tensor, (named[f"res{i}"], new), item, new.meta["val"])

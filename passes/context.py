@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,12 +13,18 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.debug.records import GraphRecord, LinearRecord, Reason
-from gawscompile.operators import algebra
+from gawscompile.operators import algebra, linear
 from gawscompile.options import Options
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+log = logging.getLogger("gawscompile")
+
+ROUNDING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype)
+MODEL = "(model)"  # the path of the compiled module itself
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+MATRIX_MATHS = (aten.mm.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, linear)
 TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 
 
@@ -31,18 +39,19 @@ class Context:
     graph: Graph
     options: Options
     record: GraphRecord
-    parameter_names: dict[str, str] = field(default_factory=dict)  # placeholder name → fully qualified name
     stage: str = ""
     module: str = "the graph's first node"  # whose rewrite is under way, for messages
-    entries: dict[Node, LinearRecord] = field(default_factory=dict)  # weight's use → its record
     touched: list[Node] = field(default_factory=list)
+    copied: dict[Node, Node] = field(default_factory=dict)  # node as it was → the same in the untouched graph
+    stands_for: dict[Node, Node] = field(default_factory=dict)  # new node → the untouched graph's that it replaces
+    complain: Callable[[str], None] = log.warning
 
     # ---- records ------------------------------------------------------------------------------------------
 
     def found(self, node: Node, weight: Node) -> LinearRecord:
         """Every linear of the graph gets an entry when it is first seen; passes then say what became of it."""
-        n, k = shape(weight)
-        entry = LinearRecord(self.module_path(node, weight), (n, k), str(dtype(weight)).removeprefix("torch."))
+        n, k = plain_sizes(shape(weight))
+        entry = LinearRecord(self.module_path(node), (n, k), str(dtype(weight)).removeprefix("torch."))
         self.record.linears.append(entry)
         return entry
 
@@ -53,12 +62,11 @@ class Context:
     def matched(self, count: int = 1) -> None:
         self.record.passes[self.stage] = self.record.passes.get(self.stage, 0) + count
 
-    def module_path(self, node: Node, weight: Node | None = None) -> str:
-        """``model.layers.3.self_attn.q_proj``: from the node's module stack, or else from its weight's name."""
+    def module_path(self, node: Node) -> str:
+        """``model.layers.3.self_attn.q_proj``, from the node's module stack."""
         stack = node.meta.get("nn_module_stack")
-        path = _clean(next(reversed(stack.values()))[0]) if stack else ""
-        name = self.parameter_names.get(weight.name, "") if weight is not None else ""
-        return path or name.removesuffix(".weight").removesuffix(".base_layer") or f"<{node.name}>"
+        path = _path(stack) if stack else ""
+        return path or (MODEL if stack else f"<{node.name}>")
 
     # ---- edits --------------------------------------------------------------------------------------------
 
@@ -92,6 +100,13 @@ class Context:
             )
         old.replace_all_uses_with(new)
         self.touched.extend(new.users)
+        origin = self.original(old)
+        if origin is not None:
+            self.stands_for[new] = origin
+
+    def original(self, node: Node) -> Node | None:
+        """The node of the untouched graph whose value `node` has, where there is one."""
+        return self.stands_for.get(node) or self.copied.get(node)
 
 
 def verify(context: Context) -> None:
@@ -125,6 +140,11 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def plain_sizes(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Sizes for a record: symbolic ones as text."""
+    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
+
+
 def dtype(node: Node) -> torch.dtype:
     return node.meta["val"].dtype
 
@@ -153,19 +173,36 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def is_cast(node: Any) -> bool:
+    """Whether `node` is a cast that only rounds or widens. One to float8 quantises: another number comes back."""
+    if not is_call(node, *CASTS) or value(node) is None or value(args(node)[0]) is None:
+        return False
+    return {dtype(node), dtype(args(node)[0])} <= ROUNDING
+
+
 def through_casts(node: Any) -> Any:
-    """The node whose value, in another floating dtype, `node` is."""
-    while is_call(node, prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype):
-        source = args(node)[0]
-        if value(source) is None or not dtype(source).is_floating_point:
-            break
-        node = source
+    """The node whose value, rounded, `node` is."""
+    while is_cast(node):
+        node = args(node)[0]
     return node
 
 
 def is_parameter(node: Any) -> bool:
     """A graph input (every parameter and buffer is one)."""
     return isinstance(node, Node) and node.op == "placeholder"
+
+
+def of_parameters(node: Any) -> bool:
+    """Whether a matrix is computed from graph inputs alone, by sums, products and scales."""
+    pending, seen = [node], 0
+    while pending:
+        node, seen = pending.pop(), seen + 1
+        if is_parameter(node) or not isinstance(node, Node):
+            continue
+        if seen > 64 or not is_call(node, *CASTS, *TRANSPOSES, *MATRIX_MATHS):
+            return False
+        pending += node.all_input_nodes
+    return True
 
 
 def transposed(node: Any) -> Node | None:
@@ -183,8 +220,8 @@ def transposed(node: Any) -> Node | None:
 
 
 def base_activation(node: Node) -> Node:
-    """`node` before the views that only merge or split its leading dimensions."""
-    while is_call(node, *VIEWS):
+    """`node` before the views that only merge or split its leading dimensions, and copies (dropout in eval mode)."""
+    while is_call(node, *VIEWS, aten.clone.default):
         source = args(node)[0]
         if not isinstance(source, Node) or value(source) is None or not shape(source):
             break
@@ -206,15 +243,30 @@ def leaves(terms: tuple[algebra.Operator, ...]) -> list[Node]:
     return [leaf for term in terms for leaf in term if isinstance(leaf, Node)]
 
 
-_MODULES = re.compile(r"\.__dict__\['_modules'\]\['([^']*)'\]|\._modules\['([^']*)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
+_ROOT = re.compile(r"L\['\w+'\](\._orig_mod)?|L__self__")
+_ONE = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules)\[('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\]")
+_PLAIN = re.compile(r"(\.\w+|\['?\w+'?\])+")
 
 
-def _clean(path: str) -> str:
-    """``L['self'].__dict__['_modules']['base_model'].model.q_proj.base_layer`` → ``base_model.model.q_proj``."""
-    path = re.sub(r"^(L\['self'\]|L__self__)", "", path)
-    path = re.sub(r"^\._orig_mod", "", path)
-    path = _MODULES.sub(lambda m: "." + (m[1] or m[2] or m[3]), path).strip(".")
-    return path.removesuffix(".base_layer")
+def _path(stack: dict[str, tuple[str, Any]]) -> str:
+    """``model.layers.3.self_attn.q_proj`` from Dynamo's spelling of the modules around a node, outermost first.
+
+    Each entry's path continues the one before it, by ``.name``, ``[index]`` or ``._modules['name']``, where a name may
+    be anything that is no dot.
+    """
+    names, before = [], ""
+    for path, _ in stack.values():
+        rest = path[len(before) :] if path.startswith(before) else path
+        before = path
+        rest = rest[root.end() :] if (root := _ROOT.match(rest)) else rest
+        while found := _ONE.match(rest):
+            names.append(str(ast.literal_eval(found[1])))
+            rest = rest[found.end() :]
+        if _PLAIN.fullmatch(rest):
+            names += re.findall(r"\w+", rest)
+        elif rest:
+            names.append(rest.removeprefix("."))
+    return ".".join(names).removesuffix(".base_layer")
 
 
 def _brief(node: Node) -> str:

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, args, aten, dtype, is_call, same_value, value
+from gawscompile.passes.context import Context, args, aten, dtype, is_call, same_sizes, same_value, value
 
 
 def run(graph: Graph, context: Context) -> None:
@@ -43,6 +43,8 @@ def _residual(graph: Graph, context: Context, node: Node, item: Node) -> None:
         return
     if not same_value(value(residual), value(item)) or not same_value(value(add), value(item)):
         return
+    if any(not same_sizes(n.meta["val"].stride(), item.meta["val"].stride()) for n in (add, residual)):
+        return  # the sum with a transposed residual is laid out as that is
     x, operands, text = args(node)
     spec, index = KernelSpec.parse(text), args(item)[1]
     projection = spec.projections[index]

@@ -77,8 +77,8 @@ def test_an_edited_pass_changes_the_result_at_once(caches, cold, tmp_path):
     shutil.copytree(ROOT / "gawscompile", package / "gawscompile", ignore=shutil.ignore_patterns("__pycache__"))
     edited = package / "gawscompile" / "passes" / "recover_operators.py"
     text = edited.read_text()
-    assert text.count("        return product.scale\n") == 1
-    edited.write_text(text.replace("        return product.scale\n", "        return -product.scale\n"))
+    assert text.count("        return scale.number\n") == 1
+    edited.write_text(text.replace("        return scale.number\n", "        return -scale.number\n"))
     wrong = run(caches, package)
     assert wrong["passes"] and wrong["logits"] != cold["logits"] and wrong["wrong"] > 100 * cold["wrong"]
     assert run(caches)["logits"] == cold["logits"]

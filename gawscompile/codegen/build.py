@@ -6,6 +6,7 @@ them. Builds run on a small thread pool while Inductor goes on compiling; whoeve
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import shlex
@@ -86,28 +87,41 @@ def start(source: str) -> Future[Path]:
     """Build `source`, or find it built: the future of the library's path. Equal sources share one build."""
     global _pool
     key = cache.digest(source, fingerprint())
+    path = cache.folder("kernels") / f"{key}.so"
     with _lock:
-        if key not in _pending:
-            path = cache.folder("kernels") / f"{key}.so"
-            if path.exists():
-                _pending[key] = Future()
-                _pending[key].set_result(path)
-            else:
-                _pool = _pool or ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gaws-build")
-                _pending[key] = _pool.submit(_build, source, path)
+        known = _pending.get(key)
+        if known is None or (known.done() and (known.exception() is not None or not path.exists())):
+            # one that failed may succeed now (a full disk), and one that was built may have been cleared away
+            _pool = _pool or ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gaws-build")
+            _pending[key] = _pool.submit(_build, source, path)
         return _pending[key]
 
 
-def _build(source: str, path: Path) -> Path:
-    text = path.with_suffix(".cpp")
-    cache.write_atomic(text, source)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".so")
-    os.close(handle)
+def load(source: str) -> ctypes.CDLL:
+    """The library of `source`, built if need be and loaded."""
+    path = start(source).result()
     try:
-        done = subprocess.run(_command(text, Path(temporary)), capture_output=True, text=True)
-        if done.returncode != 0:
-            raise BuildError(f"{compiler()} failed on {text}:\n{done.stderr[-4000:]}")
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        return ctypes.CDLL(str(path))
+    except OSError:  # another process trimmed the cache between the two lines above
+        return ctypes.CDLL(str(_build(source, path)))
+
+
+def _build(source: str, path: Path) -> Path:
+    if cache.get(path) is not None:
+        return path
+    with cache.locked(path.stem):
+        if cache.get(path) is not None:  # by the process that held the lock before
+            return path
+        text = path.with_suffix(".cpp")
+        cache.write_atomic(text, source)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".so")
+        os.close(handle)
+        try:
+            done = subprocess.run(_command(text, Path(temporary)), capture_output=True, text=True)
+            if done.returncode != 0:
+                raise BuildError(f"{compiler()} failed on {text}:\n{done.stderr[-4000:]}")
+            cache.put(path, Path(temporary).read_bytes())
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    cache.trim(spare=path)
     return path

@@ -1,18 +1,32 @@
 """The user's private cache folder: generated sources, compiled kernels, records of compiled graphs.
 
 Placed by ``GAWS_CACHE_DIR``, by default ``~/.cache/gawscompile``. The folder runs code, so it must belong to the
-user and be writable by nobody else; one that is not is refused. Every write is atomic (a temporary file in the
-same folder, then a rename), so any number of processes may share it.
+user and be writable by nobody else; one that is not is refused. Every write is atomic (a temporary file in the same
+folder, then a rename), every entry has its SHA-256 beside it, and one that does not match is made again. Any number of
+processes may share the folder: locks let the first of them make an entry while the others wait for it. It holds at
+most ``GAWS_CACHE_MB`` (default 1024) of entries; the longest unused go first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock
+
+ENTRIES = ("kernels", "records", "triton")
+"""Subfolders of entries that can be made again. ``models`` lies beside them and is not counted."""
+
+LOCKS = 64
+SUM = ".sha256"
 
 
 class CacheError(RuntimeError):
@@ -43,9 +57,12 @@ def _user_cache() -> Path:
 
 
 def folder(name: str) -> Path:
-    """A subfolder of the cache, created at first use."""
+    """A subfolder of the cache, created at first use. Raises `CacheError`."""
     path = root() / name
-    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"cannot create the cache folder {path}: {error}; set GAWS_CACHE_DIR") from error
     return path
 
 
@@ -70,6 +87,87 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def put(path: Path, content: str | bytes) -> None:
+    """Make an entry: `content` with its checksum beside it."""
+    raw = content.encode() if isinstance(content, str) else content
+    _sum(path).unlink(missing_ok=True)  # a reader between the two writes finds no sum, and makes the entry anew
+    write_atomic(path, raw)
+    write_atomic(_sum(path), hashlib.sha256(raw).hexdigest())
+
+
+def get(path: Path) -> bytes | None:
+    """An entry's content as it was put, or None where it is missing, truncated or changed."""
+    try:
+        raw, expected = path.read_bytes(), _sum(path).read_text()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    if hashlib.sha256(raw).hexdigest() != expected:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # used: not the next to go
+    return raw
+
+
+def _sum(path: Path) -> Path:
+    return path.with_name(path.name + SUM)
+
+
+@contextlib.contextmanager
+def locked(key: str) -> Iterator[None]:
+    """Hold the lock of an entry's key: one process makes it, others wait. A killed process leaves no lock behind."""
+    with FileLock(folder("locks") / f"{int(key[:8], 16) % LOCKS:02d}"):
+        yield
+
+
+def limit_bytes() -> int:
+    """The most that entries may take. Raises `CacheError` where ``GAWS_CACHE_MB`` is no number."""
+    text = os.environ.get("GAWS_CACHE_MB", "1024")
+    try:
+        return int(text) << 20
+    except ValueError as error:
+        raise CacheError(f"GAWS_CACHE_MB={text!r} is not a whole number of megabytes") from error
+
+
+def trim(spare: Path | None = None) -> None:
+    """Drop the longest unused entries until the rest fits four fifths of the limit, if the limit is passed.
+
+    The entry `spare` stays: it was made just now, to be used.
+    """
+    found: dict[str, list[tuple[float, int, Path]]] = defaultdict(list)
+    for name in ENTRIES:
+        for path in folder(name).iterdir():
+            if path.is_dir() or (spare is not None and path.name.startswith(spare.stem)):
+                continue
+            with contextlib.suppress(OSError):
+                info = path.stat()
+                found[path.name.lstrip(".").partition(".")[0]].append((info.st_mtime, info.st_size, path))
+    total = sum(size for files in found.values() for _, size, _ in files)
+    if total <= limit_bytes():
+        return
+    for files in sorted(found.values(), key=max):
+        for _, size, path in files:
+            path.unlink(missing_ok=True)
+            total -= size
+        if total <= 0.8 * limit_bytes():
+            break
+
+
+def usage() -> dict[str, tuple[int, int]]:
+    """(files, bytes) of every subfolder there is."""
+    found = {}
+    for path in sorted(root().iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+            found[path.name] = (len(sizes), sum(sizes))
+    return found
+
+
+def clear(models: bool = False) -> None:
+    """Remove all entries, and with `models` the fetched models too."""
+    for name in (*ENTRIES, *(["models"] if models else [])):
+        shutil.rmtree(root() / name, ignore_errors=True)
 
 
 @functools.cache

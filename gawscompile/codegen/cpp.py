@@ -42,10 +42,7 @@ def emit(spec: KernelSpec) -> str:
 
 
 class _Scratch:
-    """Where each low-rank term keeps its u = s A x: a token's row holds all terms, each padded to whole vectors.
-
-    The padding is never written, so it stays zero and whole vectors of it may be multiplied safely.
-    """
+    """Where each low-rank term keeps its u = s A x: a token's row holds all terms, each from a vector's boundary on."""
 
     PAD = 16
 
@@ -199,7 +196,7 @@ def _scratch(ranks: _Scratch) -> list[str]:
     if not ranks.width:
         return []
     return [
-        "  static thread_local std::vector<float> scratch;  // of the calling thread; its padding stays zero",
+        "  static thread_local std::vector<float> scratch;  // of the calling thread",
         "  if (scratch.size() < size_t(m * LDU)) scratch.resize(m * LDU);",
         "  float* u = scratch.data();",
     ]

@@ -82,8 +82,9 @@ def load(spec: KernelSpec) -> ModuleType:
     name = f"gawscompile_two_launch_{cache.digest(text)}"
     # Triton reads a kernel's source from its file, so the module has to be one.
     path = cache.folder("triton") / f"{name}.py"
-    if not path.exists():
-        cache.write_atomic(path, text)
+    if cache.get(path) != text.encode():
+        cache.put(path, text)
+        cache.trim(spare=path)
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gawscompile.debug.records import GraphRecord, GroupRecord, LinearRecord, Reason
+from gawscompile.debug.records import GraphRecord, GroupRecord, LinearRecord, Reason, plain
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Report:
             why = entry.plan or f"{entry.reason}: {entry.detail}"
             group = "-" if entry.group is None else str(entry.group)
             rows.append((entry.path, "{}x{}".format(*entry.shape), entry.dtype, group, why, entry.operators))
-        widths = [max(len(_plain(row[i])) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(_plain(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        widths = [max(len(plain(row[i])) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(plain(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        notes = [f"note: {_plain(note)}" for note in self.notes]
+        notes = [f"note: {plain(note)}" for note in self.notes]
         return "\n".join([self.summary(), *notes, "", *map(str.rstrip, lines)])
 
 
@@ -135,7 +135,7 @@ def _untraced(model: torch.nn.Module) -> list[LinearRecord]:
         linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
         if not linear or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             continue
-        path = name.removesuffix(".base_layer")
+        path = name.removesuffix(".base_layer") or "(model)"
         if name.startswith(factors) and path not in adapted:
             continue
         n, k = weight.shape if isinstance(module, torch.nn.Linear) else reversed(weight.shape)
@@ -143,8 +143,3 @@ def _untraced(model: torch.nn.Module) -> list[LinearRecord]:
         dtype = str(weight.dtype).removeprefix("torch.")
         entries.append(LinearRecord(path, (n, k), dtype, reason=reason.name, detail=reason.value))
     return entries
-
-
-def _plain(text: str) -> str:
-    """Printable on one line, whatever a module was named."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)[:300]

@@ -23,16 +23,20 @@ class Reason(str, Enum):
     MIXED_DTYPES = "activation and base weight differ in dtype"
     WEIGHT_COMPUTED = "the weight is computed in the graph (quantised, merged or reparametrised), not a parameter"
     WEIGHT_LAYOUT = "the weight is not stored as [out, in] rows"
-    ESCAPES = "an intermediate of the adapter is used elsewhere too"
     NO_BASE = "a product of two weights without a base projection beside it"
     SEVERAL_BASES = "more than one base projection of one activation in a sum"
-    SEVERAL_BIASES = "more than one bias vector in a sum"
     RESHAPED = "the sum is formed on a view whose symbolic sizes cannot be undone"
-    SCALE = "the adapter's scale is neither a number nor one 0-d tensor"
+    SCALE = "the base projection itself is scaled"
     FACTOR_SHAPE = "the factors do not form a low-rank update (rank zero, or wider than the projection)"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
-    NOT_TRACED = "no compiled graph multiplies by it (not called, after a graph break, or small enough to be unrolled)"
+    NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"
+    UNPROVEN = "verify found the rewrite to differ from its original, which stays in its place"
     INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
+
+
+def plain(text: str) -> str:
+    """A name for people to read: printable, on one line, of bounded length, whatever a module was called."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:300])
 
 
 @dataclass
@@ -40,7 +44,7 @@ class LinearRecord:
     """One linear of the graph. `status` is "fused" (runs in a generated kernel) or "rejected" (left as it was)."""
 
     path: str
-    shape: tuple[int, int]
+    shape: tuple[int | str, int | str]
     dtype: str
     status: str = "rejected"
     operators: str = ""
@@ -65,6 +69,11 @@ class GroupRecord:
     kernel: str
     costs: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def program(self) -> str:
+        """What the op takes: plan table and spec."""
+        return f"{self.plan} | {self.spec}"
+
 
 @dataclass
 class GraphRecord:
@@ -79,11 +88,24 @@ class GraphRecord:
     def linear(self, path: str) -> LinearRecord | None:
         return next((entry for entry in self.linears if entry.path == path), None)
 
+    def drop_group(self, index: int) -> None:
+        """A group is no more; the later ones move up."""
+        del self.groups[index]
+        for group in self.groups[index:]:
+            group.index -= 1
+        for entry in self.linears:
+            if entry.group == index:
+                entry.group = entry.plan = entry.kernel = None
+            elif entry.group is not None and entry.group > index:
+                entry.group -= 1
+
     def reject_all(self, reason: Reason, detail: str = "") -> None:
         """The whole graph is left alone, for one reason."""
         self.notes.append(f"{reason.value}{': ' + detail if detail else ''}")
+        self.groups.clear()
         for entry in self.linears:
             entry.status, entry.reason, entry.detail = "rejected", reason.name, detail or reason.value
+            entry.group = entry.plan = entry.kernel = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=True, sort_keys=True)

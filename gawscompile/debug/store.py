@@ -18,7 +18,7 @@ class Store:
         self._records: list[GraphRecord] = []
         self._lock = threading.Lock()
 
-    def compiled(self, key: str, record: GraphRecord | None) -> None:
+    def compiled(self, key: str, record: GraphRecord | None) -> GraphRecord:
         """A graph was compiled: with its record if our passes ran, with none if it came from a cache."""
         if record is not None:
             self._write(record)
@@ -26,6 +26,7 @@ class Store:
             record = self._read(key)
         with self._lock:
             self._records.append(record)
+        return record
 
     def since(self, mark: int) -> list[GraphRecord]:
         """Records added since `mark` (a former `len`)."""
@@ -37,16 +38,19 @@ class Store:
 
     def _write(self, record: GraphRecord) -> None:
         try:
-            cache.write_atomic(cache.folder("records") / f"{record.key}.json", record.to_json())
-        except (OSError, cache.CacheError) as error:
+            cache.put(cache.folder("records") / f"{record.key}.json", record.to_json())
+        except Exception as error:
             log.warning("gaws: the record of a graph was not kept (%s); a warm start cannot explain it", error)
 
     def _read(self, key: str) -> GraphRecord:
         try:
-            return GraphRecord.from_json((cache.folder("records") / f"{key}.json").read_text())
-        except (OSError, ValueError, TypeError, KeyError, cache.CacheError):
-            note = "compiled from a warm cache whose record is gone: clear Inductor's cache to see its passes again"
-            return GraphRecord(key, notes=[note])
+            raw = cache.get(cache.folder("records") / f"{key}.json")
+            if raw is not None:
+                return GraphRecord.from_json(raw.decode())
+        except (OSError, cache.CacheError) as error:
+            log.warning("gaws: the record of a graph cannot be read (%s)", error)
+        note = "compiled from a warm cache whose record is gone: clear Inductor's cache to see its passes again"
+        return GraphRecord(key, notes=[note])
 
 
 RECORDS = Store()

@@ -33,7 +33,6 @@ class Device:
         return hash(self.name)
 
 
-@functools.cache
 def cpu() -> Device:
     """This machine's CPU, for torch's present number of threads."""
     return _cpu(torch.get_num_threads(), _vendor(), torch.backends.cpu.get_cpu_capability(), _has("avx512_bf16"))

@@ -78,7 +78,7 @@ bool fits(const Tensor& t, const Operand& o, int64_t m) {
   return true;
 }
 
-// A view of dense memory, for the library's matmul. `owner` keeps the memory alive.
+// A view of dense memory, for the library's matmul; the caller keeps the memory alive.
 Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int32_t dtype) {
   const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
   AtenTensorHandle handle;

@@ -13,12 +13,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from gawscompile.codegen import build, cpp
-from gawscompile.codegen.spec import DTYPES
+from gawscompile.codegen.spec import DTYPES, SpecError
 from gawscompile.planning.table import Program
 
 _library = torch.library.Library("gaws", "DEF")
@@ -47,7 +48,7 @@ _DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
 
 _Resolver = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 _lock = threading.RLock()
-_kept: list[object] = []  # what C++ points to: callbacks, libraries, the last error
+_kept: list[object] = []  # what C++ points to: the callback, error messages
 
 
 @functools.cache
@@ -58,7 +59,7 @@ def ensure_loaded() -> ctypes.CDLL:
     """
     with _lock:
         source = (Path(__file__).parent / "dispatch.cpp").read_text()
-        library = ctypes.CDLL(str(build.start(source).result()))
+        library = build.load(source)
         resolver = _Resolver(_resolve)
         _kept.append(resolver)
         library.gaws_set_resolver(resolver)
@@ -68,6 +69,14 @@ def ensure_loaded() -> ctypes.CDLL:
 def prepare(program: str) -> None:
     """Start building the kernels of `program` in the background, so that they are ready when first called."""
     build.start(cpp.emit(parse(program).spec))
+
+
+def build_all(programs: Iterable[str]) -> None:
+    """Wait until the kernels of all `programs` are built. Raises what building raises: `build.BuildError`,
+    `build.CompilerMissing`, `cache.CacheError`, `OSError` (a full disk, say).
+    """
+    for pending in [build.start(cpp.emit(parse(program).spec)) for program in dict.fromkeys(programs)]:
+        pending.result()
 
 
 def _resolve(text: bytes) -> int | None:
@@ -85,11 +94,13 @@ def register(program: str) -> None:
     """Build the kernels of `program` and hand them to the dispatcher."""
     planned = parse(program)
     spec = planned.spec
-    kernels = ctypes.CDLL(str(build.start(cpp.emit(spec)).result()))
+    kernels = build.load(cpp.emit(spec))
     operands = list(spec.operands())
     shapes = [[-1 if size == "m" else int(size) for size in o.shape] for o in operands]
     flat = [size for shape in shapes for size in shape]
-    first = planned.table.rows[0]
+    first, rest = planned.table.rows[0], planned.table.rows[1:]
+    if len(rest) > 1 or (rest and first[0] != "gemv_cpp"):
+        raise SpecError(f"the op runs gemv_cpp up to some m and gemm_accumulate beyond, not {planned.table}")
     gemv_max = 0 if first[0] != "gemv_cpp" else (2**62 if first[1] is None else first[1])
     accumulate = ctypes.cast(kernels.accumulate, ctypes.c_void_p) if hasattr(kernels, "accumulate") else None
     ensure_loaded().gaws_register(

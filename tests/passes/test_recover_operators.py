@@ -77,8 +77,6 @@ NEAR_MISSES = {
     "nonlinearity between": lambda x, w, a, b: F.linear(x, w) + F.linear(F.linear(x, a).relu(), b),
     "scale per row": lambda x, w, a, b: F.linear(x, w) + F.linear(F.linear(x, a), b) * b[:, 0],
     "other activation": lambda x, w, a, b: F.linear(x, w) + F.linear(F.linear(x.sin(), a), b),
-    "difference": lambda x, w, a, b: F.linear(x, w) - F.linear(F.linear(x, a), b),
-    "weighted sum": lambda x, w, a, b: torch.add(F.linear(x, w), F.linear(F.linear(x, a), b), alpha=2),
     "gate from the activation": lambda x, w, a, b: F.linear(x, w) + F.linear(F.linear(x, a), b) * x.mean(),
 }
 
@@ -95,14 +93,14 @@ def test_near_misses_recover_no_wrong_adapter(name):
     torch.testing.assert_close(captured.run(captured.until()), captured.outputs, rtol=1e-5, atol=1e-4)
 
 
-def test_intermediate_that_is_read_elsewhere_is_not_folded():
+def test_intermediate_that_is_read_elsewhere_is_computed_for_both():
     def escaping(x, w, a, b):
         u = F.linear(x, a)
         return F.linear(x, w) + F.linear(u, b), u
 
     captured = capture(escaping, *tensors())
     context = captured.until("recover_operators")
-    assert not any(isinstance(term, LowRank) for terms in terms_of(context) for term in terms)
+    assert [[type(term) for term in terms] for terms in terms_of(context)] == [[Dense], [Dense, LowRank]]
     torch.testing.assert_close(captured.run(context), captured.outputs, rtol=1e-5, atol=1e-4)
 
 

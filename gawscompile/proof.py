@@ -1,0 +1,245 @@
+"""Proof of a graph's rewrites on the spot: ``options={"verify": True}``.
+
+Every node of the rewritten graph that stands for a node of the original one is computed from both graphs, from the
+same random inputs, in fp64, where casts between floating dtypes are identities: the two must agree to 1e-9. Then the
+generated kernels run in their own dtype, by every plan of their table, against the fp64 answer. Several draws;
+symbolic sizes take another value in each; parameters are random numbers of the same shape, so nothing depends on what
+a model happens to hold. A rewrite that fails is undone: the original nodes come back in its place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gawscompile.debug.records import Reason, plain
+from gawscompile.operators.project import project
+from gawscompile.passes.context import Context, args, is_call, is_cast, through_casts
+from gawscompile.planning.table import PlanTable, Program
+
+SIZES = (3, 2, 7)
+"""One draw each: what the first symbolic size is in it (the others follow from it)."""
+
+EXACT = 1e-9
+KERNEL = {torch.float32: 3e-5, torch.bfloat16: 3 * 2**-8, torch.float16: 3 * 2**-11}
+"""Largest error over largest answer; kernels by the dtype that they write."""
+
+
+@dataclass
+class Rewrite:
+    """Nodes of the rewritten graph that came together, with the original nodes that they stand for."""
+
+    nodes: list[Node]
+    call: Node | None = None  # of a group's kernels, whose outputs the nodes are
+
+    @property
+    def anchor(self) -> Node:
+        return self.call or self.nodes[0]
+
+
+@dataclass
+class Values:
+    """What the nodes of one graph are in one draw, in fp64."""
+
+    draw: int
+    generator: torch.Generator
+    known: dict[Node, Any] = field(default_factory=dict)
+
+    def run(self, nodes: list[Node]) -> None:
+        for node in nodes:
+            if node not in self.known:
+                self.known[node] = self._of(node)
+
+    def _of(self, node: Node) -> Any:
+        fake = node.meta.get("val")
+        if isinstance(fake, torch.SymInt):
+            return _size(fake, self.draw)
+        if node.op == "placeholder":
+            return random(fake, self.draw, self.generator)
+        if node.op == "get_attr":
+            result = operator.attrgetter(str(node.target))(node.graph.owning_module)
+        else:
+            assert callable(node.target), node
+            inputs: Any
+            inputs, keywords = map_arg((node.args, node.kwargs), self.known.__getitem__)
+            if is_cast(node):
+                result = inputs[0]
+            elif is_call(node, torch.ops.gaws.project.default):
+                result = project(inputs[0], inputs[1], str(Program.parse(inputs[2]).spec))
+            else:
+                result = node.target(*inputs, **keywords)
+        return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result
+
+
+def random(fake: Any, draw: int, generator: torch.Generator, activation: bool = False) -> Any:
+    """A random value like `fake`: floats in fp64, representable in its dtype, so sized that ``W x`` is near 1."""
+    if not isinstance(fake, torch.Tensor):
+        return fake
+    sizes = [_size(size, draw) for size in fake.shape]
+    if not fake.is_floating_point():
+        return torch.randint(0, 2, sizes, generator=generator).to(fake.dtype)
+    numbers = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    if len(sizes) == 2 and not activation:
+        numbers /= max(sizes[-1], 1) ** 0.5
+    elif len(sizes) == 1:
+        numbers /= 10  # a bias: no tolerance should come from it
+    return numbers.to(fake.dtype).double()
+
+
+def _size(size: Any, draw: int) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    # a symbol has one value in all of a draw: it follows from the symbol's number
+    values = {symbol: SIZES[draw] + int("0" + str(symbol).lstrip("su")) % 4 for symbol in expression.free_symbols}
+    return int(expression.subs(values))
+
+
+def verify_rewrites(context: Context) -> None:
+    """Prove every rewrite of ``context.graph``; undo and report the ones that fail. `context` knows the originals."""
+    proven = 0
+    for rewrite in _rewrites(context):
+        with torch.no_grad(), _disable_current_modes():  # compilation runs under fake tensors; these are real
+            fault = _fault(context, rewrite)
+        if fault is None:
+            proven += 1
+        else:
+            _undo(context, rewrite, fault)
+    context.record.passes["verify"] = proven
+    context.record.notes.append(f"verify: {proven} rewrites agree with their originals in {len(SIZES)} random draws")
+
+
+def _rewrites(context: Context) -> list[Rewrite]:
+    found: dict[Node, Rewrite] = {}
+    for node in context.graph.nodes:
+        if node not in context.stands_for or not node.users:
+            continue
+        source = args(node)[0] if is_call(node, operator.getitem) else None
+        call = source if is_call(source, torch.ops.gaws.project.default) else None
+        found.setdefault(call or node, Rewrite([], call)).nodes.append(node)
+    return list(found.values())
+
+
+def _cone(outputs: Iterable[Node], stop: Any) -> tuple[list[Node], list[Node]]:
+    """(the nodes that `outputs` are computed from, in order, down to where `stop` holds; the nodes where it does)."""
+    inside: dict[Node, None] = {}
+    edge: dict[Node, None] = {}
+    pending = list(outputs)
+    while pending:
+        node = pending.pop()
+        if node in inside or node in edge:
+            continue
+        if stop(node):
+            edge[node] = None
+        else:
+            inside[node] = None
+            pending += node.all_input_nodes
+    return sorted(inside), sorted(edge)
+
+
+def _fault(context: Context, rewrite: Rewrite) -> str | None:
+    """What is wrong with a rewrite, if anything: the first difference, or what could not be run."""
+    own = set(rewrite.nodes)
+    after, edge = _cone(rewrite.nodes, lambda n: n not in own and context.original(n) is not None)
+    for draw in range(len(SIZES)):
+        generator = torch.Generator().manual_seed(draw)
+        old, new = Values(draw, generator), Values(draw, generator)
+        narrowest: dict[Node, Any] = {}  # casts of one value must be one number, which all of them can hold
+        for node in edge:
+            source: Node = through_casts(context.original(node))
+            narrowest[source] = _narrower(narrowest.get(source, source.meta.get("val")), node.meta.get("val"))
+        x = through_casts(context.original(args(rewrite.call)[0])) if rewrite.call else None
+        for node in edge:
+            origin = context.original(node)
+            assert origin is not None
+            source = through_casts(origin)
+            if source not in old.known:
+                old.known[source] = random(narrowest[source], draw, generator, source is x)
+            old.known[origin] = new.known[node] = old.known[source]
+        wanted = [context.stands_for[node] for node in rewrite.nodes]
+        before, _ = _cone(wanted, old.known.__contains__)
+        try:
+            old.run(before)
+            new.run(after)
+            for node, origin in zip(rewrite.nodes, wanted, strict=True):
+                fault = _difference(f"{node.name} for {origin.name}", new.known[node], old.known[origin], EXACT)
+                if fault:
+                    return f"draw {draw}, fp64: {fault}"
+            if rewrite.call is not None:
+                fault = _kernel_fault(rewrite, new, [old.known[origin] for origin in wanted])
+                if fault:
+                    return f"draw {draw}, {fault}"
+        except Exception as error:
+            return f"draw {draw}: cannot be run: {type(error).__name__}: {error}"
+    return None
+
+
+def _narrower(a: Any, b: Any) -> Any:
+    """Of two values that are casts of each other, the one whose numbers both can hold."""
+    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return b if both and b.dtype.itemsize < a.dtype.itemsize else a
+
+
+def _difference(what: str, got: Any, want: Any, tolerance: float) -> str | None:
+    if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor) or got.shape != want.shape:
+        return f"{what}: {_brief(got)} is not {_brief(want)}"
+    if not want.numel():
+        return None
+    error, size = (got.double() - want).abs().max().item(), want.abs().max().item()
+    return None if error <= tolerance * (size + 1e-30) else f"{what}: off by {error:.3g} where answers reach {size:.3g}"
+
+
+def _brief(thing: Any) -> str:
+    return f"{tuple(thing.shape)} {thing.dtype}" if isinstance(thing, torch.Tensor) else repr(thing)
+
+
+def _kernel_fault(rewrite: Rewrite, new: Values, wanted: list[torch.Tensor]) -> str | None:
+    """Run the generated kernels, by every plan of the table, on the draw's inputs in their own dtypes."""
+    call = rewrite.call
+    assert call is not None
+    x, operands, text = args(call)
+    program = Program.parse(text)
+
+    def own(node: Node) -> torch.Tensor:
+        return new.known[node].to(node.meta["val"].dtype).contiguous()
+
+    for plan, _ in program.table.rows:
+        alone = Program(PlanTable(((plan, None),)), program.spec)
+        outputs = torch.ops.gaws.project(own(x), [own(node) for node in operands], str(alone))
+        for node, want in zip(rewrite.nodes, wanted, strict=True):
+            got = outputs[args(node)[1]]
+            fault = _difference(f"output {args(node)[1]}", got, want, KERNEL[got.dtype])
+            if fault:
+                return f"plan {plan}, {got.dtype}: {fault}"
+    return None
+
+
+def _undo(context: Context, rewrite: Rewrite, fault: str) -> None:
+    """Put the original nodes in the place of a rewrite, and say so."""
+    anchor = rewrite.anchor
+    entries = anchor.meta.get("gaws_entries", [])
+    standing = {context.original(n): n for n in context.graph.nodes if n < anchor and context.original(n) is not None}
+    wanted = [context.stands_for[node] for node in rewrite.nodes]
+    before, _ = _cone(wanted, lambda n: n not in wanted and n in standing)
+    with context.graph.inserting_before(anchor):
+        for origin in before:
+            standing[origin] = context.graph.node_copy(origin, standing.__getitem__)
+    for node, origin in zip(rewrite.nodes, wanted, strict=True):
+        context.replace(node, standing[origin])
+        del context.stands_for[standing[origin]]  # it is the original
+        context.copied[standing[origin]] = origin
+        context.erase(node)
+    where = ", ".join(plain(entry.path) for entry in entries) or context.module_path(anchor)
+    spec = f"; program: {args(rewrite.call)[2]}" if rewrite.call else ""
+    for index in {entry.group for entry in entries if entry.group is not None}:
+        context.record.drop_group(index)
+    for entry in entries:
+        context.reject(entry, Reason.UNPROVEN, fault)
+    context.complain(f"verify refused the rewrite of {where}: {fault}{spec}. The original stays in its place.")

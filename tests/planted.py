@@ -1,0 +1,137 @@
+"""Faults to plant: one-line edits of the compiler that make it wrong, and a model on which each of them shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file`, `old` (which occurs once) becomes `new`; `tests` are the ones that should notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+PASSES = "tests/passes"
+FAULTS = {
+    "scale dropped": Fault(
+        "passes/recover_operators.py", "        return scale.number\n", "        return 1.0\n", PASSES
+    ),
+    "sign turned": Fault(
+        "passes/recover_operators.py", "        return scale.number\n", "        return -scale.number\n", PASSES
+    ),
+    "siblings swapped": Fault(
+        "passes/group_siblings.py",
+        "zip(members, items, strict=True)",
+        "zip(members, items[:-2] + items[-2:][::-1], strict=True)",
+        "tests/passes/test_group_siblings.py",
+    ),
+    "first adapter's factors for all": Fault(
+        "passes/fuse_zflora.py",
+        "operands += [term.a, term.b] if fixed",
+        "operands += [lowrank[0].a, lowrank[0].b] if fixed",
+        "tests/passes/test_fuse_zflora.py tests/passes/test_lower.py tests/test_planted_faults.py::test_the_zoo",
+    ),
+    "bias lost": Fault(
+        "passes/recover_operators.py",
+        "    terms += [Bias(bias)] if bias is not None else []\n",
+        "",
+        PASSES,
+    ),
+    "activation as residual": Fault(
+        "passes/fuse_epilogues.py", "[*operands[:position], residual, *", "[*operands[:position], x, *", PASSES
+    ),
+    "last adapter lost": Fault(
+        "passes/recover_operators.py",
+        "        if p is not base:\n            a, b",
+        "        if p is not base and p is not form.products[-1]:\n            a, b",
+        PASSES,
+    ),
+    "alpha of an add overlooked": Fault(
+        "passes/recover_operators.py",
+        "    return float(alpha) if is_call(node, aten.add.Tensor) else -float(alpha)\n",
+        "    return 1.0 if is_call(node, aten.add.Tensor) else -1.0\n",
+        PASSES,
+    ),
+    "activations taken to be one": Fault(
+        "passes/recover_operators.py",
+        "    return _source(a.activation) is _source(b.activation)\n",
+        "    return True\n",
+        PASSES,
+    ),
+    "bias lost by a linear left over": Fault(
+        "passes/lower.py",
+        "    x, weight, *bias = args(node)\n",
+        "    x, weight = args(node)[:2]\n    bias = []\n",
+        PASSES,
+    ),
+    "tail of a dot product dropped": Fault(
+        "codegen/prelude.cpp", "  if constexpr (WHOLE < N) {", "  if constexpr (false) {", "tests/codegen/test_cpp.py"
+    ),
+    "last row off by one": Fault(
+        "codegen/prelude.cpp",
+        "for (int64_t r = row; r < N; ++r) f(Int<1>{}, r);",
+        "for (int64_t r = row; r < N - 1; ++r) f(Int<1>{}, r);",
+        "tests/codegen/test_cpp.py",
+    ),
+    "scale not in the kernel": Fault(
+        "codegen/cpp.py",
+        'f"{scale} * sum(acc[r][t]);" if scale',
+        'f"sum(acc[r][t]);" if scale',
+        "tests/codegen/test_cpp.py",
+    ),
+    "u read from the first term": Fault(
+        "codegen/cpp.py",
+        'where = f"u + t0 * LDU + {ranks.offsets[i, j]}"',
+        'where = "u + t0 * LDU"',
+        "tests/codegen/test_cpp.py",
+    ),
+    "half of B u missing where the library multiplies": Fault(
+        "codegen/cpp.py",
+        "at::vec::fmadd(b.hi, ut, acc[t].hi)",
+        "acc[t].hi",
+        "tests/codegen/test_cpp.py",
+    ),
+    "operands kept from the first call": Fault(
+        "runtime/dispatch.cpp",
+        "    in[i] = operands[i].data_ptr();\n",
+        "    static std::unordered_map<std::string, const void*> kept;\n"
+        "    const void*& first = kept[text + program.operands[i].name];\n"
+        "    in[i] = first = first ? first : operands[i].data_ptr();\n",
+        "tests/runtime/test_ops.py",
+    ),
+}
+
+
+class Zoo(nn.Module):
+    """Everything that the faults touch, in one graph: k 64, adapters of one rank, odd widths, near misses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24}
+        self.w = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 64) / 8) for name, n in shapes.items()})
+        self.a = nn.ParameterDict({name: nn.Parameter(torch.randn(8, 64) / 8) for name in (*shapes, "again")})
+        self.b = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 8) / 3) for name, n in shapes.items()})
+        self.b["again"] = nn.Parameter(torch.randn(24, 8) / 3)
+        self.bias = nn.Parameter(torch.randn(13))
+        self.wide = nn.Linear(64, 24, dtype=torch.float64)
+
+    def delta(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a[name]), self.b[name])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (F.linear(x, self.w[name]) + 2.0 * self.delta(name, x) for name in "qkv")
+        o = x + (F.linear(q.tanh(), self.w["o"]) + 0.5 * self.delta("o", q.tanh()))
+        odd = F.linear(o, self.w["odd"], self.bias) + 3.0 * self.delta("odd", o)
+        twice = F.linear(o.sin(), self.w["twice"]) + 2.0 * self.delta("twice", o.sin()) + self.delta("again", o.sin())
+        alpha = torch.add(F.linear(o.cos(), self.w["k"]), self.delta("k", o.cos()), alpha=3)
+        other = F.linear(o.exp(), self.w["v"]) + self.delta("v", (o + 1).tanh())
+        return q, k, v, o, odd, twice, alpha, other, self.wide(o.double())

@@ -1,0 +1,94 @@
+"""Planted faults: `verify` refuses what they make of a model, and the tests notice them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gawscompile import explain
+from tests.planted import FAULTS, Zoo
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import json, logging, torch, gawscompile
+from tests.planted import Zoo
+messages = []
+handler = logging.Handler()
+handler.emit = lambda record: messages.append(record.getMessage())
+logging.getLogger("gawscompile").addHandler(handler)
+model = Zoo().eval()
+wrong = {}
+with torch.no_grad():
+    for m in (1, 600):
+        x = torch.randn(m, 64)
+        want = model.double()(x.double())
+        model.float().wide.double()
+        for verify in (False, True):
+            torch._dynamo.reset()
+            got = torch.compile(model, backend="gaws", dynamic=m > 1, options={"verify": verify})(x)
+            errors = [((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want)]
+            wrong[verify] = max(wrong.get(verify, 0), *errors) if all(e == e for e in errors) else 1e9
+print(json.dumps({"wrong": wrong[False], "verified": wrong[True], "messages": messages, "at": gawscompile.__file__}))
+"""
+
+
+def planted(name: str, folder: Path) -> Path:
+    """A copy of the project with the fault in it."""
+    fault = FAULTS[name]
+    for part in ("gawscompile", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    file = folder / "gawscompile" / fault.file
+    text = file.read_text()
+    assert text.count(fault.old) == 1, f"the fault {name!r} no longer applies: bring it up to date"
+    file.write_text(text.replace(fault.old, fault.new))
+    return folder
+
+
+def in_copy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    places = {"GAWS_CACHE_DIR": folder / "cache", "TORCHINDUCTOR_CACHE_DIR": folder / "inductor"}
+    environment = {**os.environ, **{k: str(v) for k, v in places.items()}, "PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_faults_apply():
+    for name, fault in FAULTS.items():
+        assert (ROOT / "gawscompile" / fault.file).read_text().count(fault.old) == 1, name
+    assert len(FAULTS) >= 15
+
+
+def test_the_zoo():
+    model, x = Zoo().eval(), torch.randn(3, 64)
+    report = explain(model, x, options={"verify": True, "strict": True})
+    assert report.passes["verify"] >= 8 and len(report.fused) >= 9
+    with torch.no_grad():
+        got = torch.compile(model, backend="gaws", options={"verify": True, "strict": True})(x)
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_verify_refuses_and_the_answer_stays_right(name, tmp_path):
+    done = in_copy(planted(name, tmp_path), "-c", PROGRAM)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout.splitlines()[-1])
+    assert data["at"].startswith(str(tmp_path))
+    assert data["wrong"] > 1e-3, "the fault does not show on the zoo"
+    assert data["verified"] < 1e-4, data["messages"]
+    assert any("verify refused the rewrite of" in message for message in data["messages"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_suite_notices(name, tmp_path):
+    folder = planted(name, tmp_path)
+    done = in_copy(folder, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *FAULTS[name].tests.split())
+    assert done.returncode == 1, done.stdout[-2000:]
