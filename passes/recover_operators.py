@@ -345,6 +345,9 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
             context.record.notes.append(f"{context.module_path(product.origin)}: {reason.value}")
         return _alone(graph, context, node, forms)
     (base,) = form.bases
+    scaling = _scaling(node)
+    if scaling is not None and base.scale != Scale() and scaling[0] in forms:
+        return (node, *_root(graph, context, scaling[0], forms))  # what is scaled as a whole is a sum all the same
     entry = context.found(base.origin, base.matrices[0].node)
     entry.shape = plain_sizes(base.matrices[0].sizes)
     entry.adapters = len(form.products) - 1

@@ -23,6 +23,7 @@ class Captured:
     """One inference graph with the real inputs and outputs of the call that made it."""
 
     graph: torch.fx.Graph
+    module: torch.fx.GraphModule
     inputs: list[Any]
     outputs: list[torch.Tensor]
 
@@ -43,7 +44,7 @@ class Captured:
 
     def run(self, context: Context) -> list[torch.Tensor]:
         """The outputs of a rewritten graph for the captured inputs."""
-        module = torch.fx.GraphModule({}, context.graph)
+        module = torch.fx.GraphModule(self.module, context.graph)
         return [out for out in module(*self.inputs) if isinstance(out, torch.Tensor)]
 
 
@@ -54,7 +55,7 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
     def compiler(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
             outputs = gm(*inputs)
-            found.append(Captured(gm.graph, list(inputs), [o for o in outputs if isinstance(o, torch.Tensor)]))
+            found.append(Captured(gm.graph, gm, list(inputs), [o for o in outputs if isinstance(o, torch.Tensor)]))
             return outputs
 
         return run
