@@ -131,9 +131,11 @@ class Zoo(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (F.linear(x, self.w[name]) + 2.0 * self.delta(name, x) for name in "qkv")
-        o = x + (F.linear(q.tanh(), self.w["o"]) + 0.5 * self.delta("o", q.tanh()))
+        mixed = q.tanh()
+        o = x + (F.linear(mixed, self.w["o"]) + 0.5 * self.delta("o", mixed))
         odd = F.linear(o, self.w["odd"], self.bias) + 3.0 * self.delta("odd", o)
-        twice = F.linear(o.sin(), self.w["twice"]) + 2.0 * self.delta("twice", o.sin()) + self.delta("again", o.sin())
-        alpha = torch.add(F.linear(o.cos(), self.w["k"]), self.delta("k", o.cos()), alpha=3)
+        sine, cosine = o.sin(), o.cos()
+        twice = F.linear(sine, self.w["twice"]) + 2.0 * self.delta("twice", sine) + self.delta("again", sine)
+        alpha = torch.add(F.linear(cosine, self.w["k"]), self.delta("k", cosine), alpha=3)
         other = F.linear(o.exp(), self.w["v"]) + self.delta("v", (o + 1).tanh())
         return q, k, v, o, odd, twice, alpha, other, self.wide(o.double())

@@ -27,16 +27,20 @@ logging.getLogger("gawscompile").addHandler(handler)
 model = Zoo().eval()
 wrong = {}
 with torch.no_grad():
-    x = torch.randn(2, 64)
+    x = torch.randn(1, 2, 64)  # on flat activations Inductor itself loses an add's alpha (it makes an addmm of it)
     want = model.double()(x.double())
     model.float().wide.double()
-    if LIBRARY:
+    if @LIBRARY@:
         from gawscompile.planning import devices
         from tests.passes.test_choose_plan import FAST_LIBRARY
         devices.cpu = lambda: FAST_LIBRARY
     for verify in (False, True):
         torch._dynamo.reset()
-        got = torch.compile(model, backend="gaws", options={"verify": verify})(x)
+        try:
+            got = torch.compile(model, backend="gaws", options={"verify": verify})(x)
+        except RuntimeError as error:
+            wrong[verify] = 1e9
+            continue
         errors = [((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want)]
         wrong[verify] = max(errors) if all(e == e for e in errors) else 1e9
 print(json.dumps({"wrong": wrong[False], "verified": wrong[True], "messages": messages, "at": gawscompile.__file__}))
@@ -69,7 +73,7 @@ def test_faults_apply():
 
 
 def test_the_zoo():
-    model, x = Zoo().eval(), torch.randn(3, 64)
+    model, x = Zoo().eval(), torch.randn(1, 3, 64)
     report = explain(model, x, options={"verify": True, "strict": True})
     assert report.passes["verify"] >= 8 and len(report.fused) >= 9
     with torch.no_grad():
@@ -80,7 +84,7 @@ def test_the_zoo():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_verify_refuses_and_the_answer_stays_right(name, tmp_path):
-    done = in_copy(planted(name, tmp_path), "-c", PROGRAM.replace("LIBRARY", str(FAULTS[name].library)))
+    done = in_copy(planted(name, tmp_path), "-c", PROGRAM.replace("@LIBRARY@", str(FAULTS[name].library)))
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout.splitlines()[-1])
     assert data["at"].startswith(str(tmp_path))
