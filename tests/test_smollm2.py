@@ -11,6 +11,7 @@ from gawscompile.debug.store import RECORDS
 from gawscompile.decoding import Decoder
 
 TOKENS = 64
+OPTIONS = {"strict": True, "verify": True}
 QUESTION = "Tell me about the sea."
 
 
@@ -55,7 +56,7 @@ def generate(model, prompt, cache):
 
 def test_static_cache_every_linear_fused_and_live(adapted, prompt):
     eager = Decoder(adapted, adapted, len(prompt) + TOKENS)
-    ours = Decoder(adapted, torch.compile(adapted, backend="gaws", options={"strict": True}), len(prompt) + TOKENS)
+    ours = Decoder(adapted, torch.compile(adapted, backend="gaws", options=OPTIONS), len(prompt) + TOKENS)
     mark = len(RECORDS)
     text = ours.greedy(prompt, TOKENS)
     report = assemble(RECORDS.since(mark), adapted)
