@@ -54,8 +54,6 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[
     weight = transposed(right)
     if weight is None and not of_parameters(right):
         return  # a product of two activations is no linear
-    if bias is not None and not any(same_sizes(shape(bias), sizes) for sizes in (shape(node)[1:], shape(node))):
-        return
     if weight is None:
         # [in, out], as GPT-2's Conv1D keeps it and many write their factors, or a sum of such
         with graph.inserting_before(node):
@@ -89,7 +87,7 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[
 
 def _plain(node: Node, bias: Node) -> bool:
     """Whether an addmm is a linear with a bias, and nothing more."""
-    return len(shape(bias)) == 1 and not {"alpha", "beta"} & node.kwargs.keys()
+    return same_sizes(shape(bias), shape(node)[1:]) and not {"alpha", "beta"} & node.kwargs.keys()
 
 
 def _take_apart(graph: Graph, context: Context, node: Node) -> Node:

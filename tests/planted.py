@@ -56,13 +56,13 @@ FAULTS = {
         PASSES,
     ),
     "alpha of an add overlooked": Fault(
-        "passes/recover_operators.py",
+        "passes/forms.py",
         "    return float(alpha) if is_call(node, aten.add.Tensor) else -float(alpha)\n",
         "    return 1.0 if is_call(node, aten.add.Tensor) else -1.0\n",
         PASSES,
     ),
     "activations taken to be one": Fault(
-        "passes/recover_operators.py",
+        "passes/forms.py",
         "    return _source(a.activation) is _source(b.activation)\n",
         "    return True\n",
         PASSES,

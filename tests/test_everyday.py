@@ -7,11 +7,20 @@ import copy
 import pytest
 import torch
 
+from gawscompile.debug.store import RECORDS
 from gawscompile.measure import graphs_compiled
 from tests.graphs import randomise, small_llama, tokens
 
 IDS = tokens(1, 5)
 OPTIONS = {"strict": True}
+
+
+@pytest.fixture(autouse=True)
+def fused():
+    """Right answers are not enough: each test must have run generated kernels."""
+    mark = len(RECORDS)
+    yield
+    assert any(record.groups for record in RECORDS.since(mark))
 
 
 @pytest.fixture(scope="module")
