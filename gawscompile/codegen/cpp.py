@@ -5,11 +5,9 @@
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
 ``accumulate``  y += bias + residual + s B (A x), for the plan whose base product comes from the vendor library.
 
-Measured on 2 cores with avx512_bf16 (gate/up of SmolLM2, K 576, N 2 x 1536, r 16): ``gemv`` streams 47 GB/s at
-m = 1 where MKL's matmul reaches 16, and 350 GFLOP/s at m = 128 (MKL 206) in fp32; in bf16, with weights that come from
-memory, it is ahead of oneDNN up to some 500 tokens (at K 4096 up to some 50). Four rows by six tokens fill 24 of
-AVX-512's 32 registers with accumulators. Panels of weights stay in the second cache while tile after tile of tokens
-meets them (without: a fifth slower at m = 512).
+Measured by ``python -m benchmarks.projections`` (``benchmarks/results/projections.md``). Four rows by six tokens fill
+24 of AVX-512's 32 registers with accumulators. Panels of weights stay in the second cache while tile after tile of
+tokens meets them.
 
 Vectors are ``at::vec``: AVX2, AVX-512 and NEON from one source, with ``vdpbf16ps`` where the compiler has it.
 """

@@ -7,6 +7,7 @@ the shapes by rules of thumb and were not tuned on a device.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from gawscompile.codegen.spec import DTYPES, KernelSpec, LowRankSpec, Operand, ProjectionSpec
 from gawscompile.codegen.triton_text import (
@@ -56,7 +57,7 @@ def terms(spec: KernelSpec) -> list[tuple[int, int, LowRankSpec, int]]:
     return found
 
 
-class Style:
+class Style(ABC):
     """One pair of kernels. A program finds its token and its case, and does the case's work.
 
     The work sees pointers that were moved to its (first) token. Work is equal where only tensors, row counts and
@@ -115,19 +116,21 @@ class Style:
             options=self.options(warps),
         )
 
+    @abstractmethod
     def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
         """What a program does for `term`, and the number of programs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expand_work(self, projection: ProjectionSpec) -> tuple[Work, int]:
         """What a program does for `projection`, and the number of programs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shrink_warps(self) -> int:
-        raise NotImplementedError
+        """Warps of a shrinking program."""
 
+    @abstractmethod
     def expand_warps(self) -> int:
-        raise NotImplementedError
+        """Warps of an expanding program."""
 
 
 def _tensor(operand: Operand) -> Tensor:

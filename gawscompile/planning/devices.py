@@ -41,10 +41,8 @@ def cpu() -> Device:
 @functools.cache
 def _cpu(threads: int, vendor: str, capability: str, bf16_dot: bool) -> Device:
     wide = 1.0 if "512" in capability else 0.5
-    # Trials on 2 threads of an AMD EPYC (family 26) with avx512_bf16: all projections of SmolLM2, each layer its own
-    # weights, so that they come from memory as in a model (with warm weights oneDNN looked 1.4 times better). Seconds
-    # over m from 1 to 512 as bytes / bandwidth + flops / rate: generated kernel 47 GB/s, 350 GFLOP/s in fp32 and 890
-    # in bf16; MKL 28 GB/s and 206, oneDNN 50 µs a call, 25 GB/s (it repacks weights) and 1000.
+    # Fitted to `python -m benchmarks.projections` on 2 threads of an AMD EPYC (family 26) with avx512_bf16, weights
+    # from memory as in a model (warm, oneDNN looks better than it is), as bytes / bandwidth + flops / rate over m to 512.
     # MKL runs fp32 below its rate on other vendors' CPUs; on Intel's own it is taken to reach the kernel's.
     mkl = 103e9 if vendor != "GenuineIntel" else 175e9
     return Device(
