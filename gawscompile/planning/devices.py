@@ -42,7 +42,7 @@ def cpu() -> Device:
 def _cpu(threads: int, vendor: str, capability: str, bf16_dot: bool) -> Device:
     wide = 1.0 if "512" in capability else 0.5
     # Fitted to `python -m benchmarks.projections` on 2 threads of an AMD EPYC (family 26) with avx512_bf16, weights
-    # from memory as in a model (warm, oneDNN looks better than it is), as bytes / bandwidth + flops / rate over m to 512.
+    # from memory as in a model (warm, oneDNN looks better than it is), as bytes / bandwidth + flops / rate.
     # MKL runs fp32 below its rate on other vendors' CPUs; on Intel's own it is taken to reach the kernel's.
     mkl = 103e9 if vendor != "GenuineIntel" else 175e9
     return Device(
