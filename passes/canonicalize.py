@@ -11,17 +11,21 @@ after::
 
     linear  = operators.linear(mul_4, arg4_1)
 
-``addmm`` gives a linear with its bias. The activation is named before any view that only merges its leading
-dimensions, so that projections of one activation are seen to be so.
+``addmm`` gives a linear with its bias, ``W @ x'`` the transpose of one, einsum's ``bmm`` of a batch of one a plain one.
+The activation is named before any view that only merges its leading dimensions, so that projections of one activation
+are seen to be so.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from gawscompile.operators import linear
 from gawscompile.passes.context import (
+    ONES,
     VIEWS,
     Context,
     args,
@@ -30,59 +34,122 @@ from gawscompile.passes.context import (
     dtype,
     empty_like,
     is_call,
+    is_parameter,
     of_parameters,
     prims,
+    reinterpreted,
+    same_size,
     same_sizes,
     shape,
     transposed,
 )
 
+Casts = dict[tuple[Node, torch.dtype], Node]
+"""(what is cast, to which dtype) → the first such cast: autocast casts anew for every reader."""
+
 
 def run(graph: Graph, context: Context) -> None:
-    for target in (aten.bmm.default, aten.baddbmm.default):
-        for node in graph.find_nodes(op="call_function", target=target):
-            _unbatch(graph, context, node)
-    targets = (aten.mm.default, aten.addmm.default)
-    products = [node for target in targets for node in graph.find_nodes(op="call_function", target=target)]
-    casts: dict[tuple[Node, torch.dtype], Node] = {}
-    for node in sorted(products):
-        _canonicalize(graph, context, node, casts)
+    casts: Casts = {}
+    targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+    for node in sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target)):
+        if node.target in (aten.bmm.default, aten.baddbmm.default):
+            _unbatch(graph, context, node, casts)
+        else:
+            _canonicalize(graph, context, node, casts)
 
 
-def _canonicalize(graph: Graph, context: Context, node: Node, casts: dict[tuple[Node, torch.dtype], Node]) -> None:
+def _canonicalize(graph: Graph, context: Context, node: Node, casts: Casts) -> None:
     bias, x, right = (None, *args(node)) if node.target is aten.mm.default else args(node)[:3]
-    weight = transposed(right)
-    if weight is None and not of_parameters(right):
-        return  # a product of two activations is no linear
-    if weight is None:
-        # [in, out], as GPT-2's Conv1D keeps it and many write their factors, or a sum of such
-        with graph.inserting_before(node):
-            weight = context.insert(aten.permute.default, (right, [1, 0]), node, right.meta["val"].permute(1, 0))
+    if not of_parameters(right):
+        columns = transposed(args(right)[0] if is_call(right, aten.clone.default) else right)
+        if columns is None:
+            return  # a product of two activations is no linear
+        if bias is None and of_parameters(x) and not _looks_like_a_weight(columns):
+            _turn(graph, context, node, x, columns, casts)
+            return
     if bias is not None and not _plain(node, bias):
         node = _take_apart(graph, context, node)
         bias = None
+    _linear(graph, context, node, x, _transpose(graph, context, right, node), bias, casts)
+
+
+def _linear(
+    graph: Graph, context: Context, node: Node, x: Node, weight: Node, bias: Node | None, casts: Casts
+) -> None:
+    """Replace `node`, which is ``x weight' + bias``, and the views around it."""
     activation = base_activation(x)
     if is_call(activation, prims.convert_element_type.default):
-        # autocast casts anew for every reader; siblings should be seen to read one activation
         activation = casts.setdefault((args(activation)[0], dtype(activation)), activation)
+    rows = _rows(x)
+    if rows is None or not isinstance(shape(weight)[0], int):
+        activation = x
     with graph.inserting_before(node):
         sizes = (*shape(activation)[:-1], shape(weight)[0])
         reads = (activation, weight) if bias is None else (activation, weight, bias)
         new = context.insert(linear, reads, node, empty_like(x, sizes, dtype(node)))
-        for user in list(node.users):
-            if is_call(user, *VIEWS) and same_sizes(shape(user), sizes):
-                context.replace(user, new)
-                context.erase(user)
+        _adopt(context, node, new)
         if node.users:
             flat = new
-            if not same_sizes(sizes, shape(node)):
-                rows = args(x)[1][:-1]
-                flat = context.insert(
-                    aten.view.default, (new, [*rows, shape(weight)[0]]), node, empty_like(x, shape(node), dtype(node))
-                )
+            if rows is not None and not same_sizes(sizes, shape(node)):
+                value = empty_like(x, shape(node), dtype(node))
+                flat = context.insert(aten.view.default, (new, [*rows, shape(weight)[0]]), node, value)
             context.replace(node, flat)
     context.erase(node)
     context.matched()
+
+
+def _rows(x: Node) -> list[Any] | None:
+    """x's leading sizes as arguments, where they are known without a computation."""
+    if all(isinstance(size, int) for size in shape(x)[:-1]):
+        return list(shape(x)[:-1])
+    return list(args(x)[1][:-1]) if is_call(x, *VIEWS) else None
+
+
+def _adopt(context: Context, node: Node, new: Node) -> None:
+    """Whoever reads `node` through views as what `new` is by itself reads `new`."""
+    for user in list(node.users):
+        if reinterpreted(user) is not node:
+            continue
+        if same_sizes(shape(user), shape(new)):
+            context.replace(user, new)
+        else:
+            _adopt(context, user, new)
+        context.erase(user)
+
+
+def _transpose(graph: Graph, context: Context, matrix: Node, node: Node) -> Node:
+    """What `matrix` is the transpose of, or its transpose: GPT-2's Conv1D and many others keep [in, out]."""
+    source = transposed(matrix)
+    if source is not None:
+        return source
+    with graph.inserting_before(node):
+        return context.insert(aten.permute.default, (matrix, [1, 0]), node, matrix.meta["val"].permute(1, 0))
+
+
+def _looks_like_a_weight(node: Node) -> bool:
+    """Whether a matrix is a short computation on graph inputs, as a quantised weight is: then it is no activation."""
+    node = base_activation(node)
+    if is_parameter(node) or is_call(node, linear):
+        return False
+    pending, seen = [node], {node}
+    while pending and len(seen) <= 64:
+        new = [source for source in pending.pop().all_input_nodes if source not in seen]
+        seen.update(new)
+        pending += new
+    return not pending
+
+
+def _turn(graph: Graph, context: Context, node: Node, weight: Node, x: Node, casts: Casts) -> None:
+    """``W x'`` is the transpose of ``x W'``."""
+    with graph.inserting_before(node):
+        rows = _transpose(graph, context, weight, node)
+        product = context.insert(aten.mm.default, (x, rows), node, empty_like(x, shape(node)[::-1], dtype(node)))
+        turned = context.insert(aten.permute.default, (product, [1, 0]), node, product.meta["val"].permute(1, 0))
+        copy = context.insert(aten.clone.default, (turned,), node, node.meta["val"])  # laid out as the product was
+        copy.kwargs = {"memory_format": torch.contiguous_format}
+    context.replace(node, copy)
+    context.erase(node)
+    _linear(graph, context, product, x, weight, None, casts)
 
 
 def _plain(node: Node, bias: Node) -> bool:
@@ -101,22 +168,54 @@ def _take_apart(graph: Graph, context: Context, node: Node) -> Node:
     return product
 
 
-def _unbatch(graph: Graph, context: Context, node: Node) -> None:
+def _unbatch(graph: Graph, context: Context, node: Node, casts: Casts) -> None:
     """A batched product with one matrix for all of the batch is a linear."""
     x, right = args(node)[-2:]
-    source = args(right)[0] if is_call(right, aten.expand.default) else None
-    if source is None or len(shape(source)) != 2 or not of_parameters(source):
+    weight = _one_matrix(graph, context, node, right)
+    if weight is None:
         return
-    with graph.inserting_before(node):
-        weight = transposed(source)
-        if weight is None:
-            weight = context.insert(aten.permute.default, (source, [1, 0]), node, source.meta["val"].permute(1, 0))
-        new = context.insert(linear, (x, weight), node, node.meta["val"])
-        if node.target is aten.baddbmm.default:
-            new = _affine(context, args(node)[0], new, node)
-    context.replace(node, new)
-    context.erase(node)
-    context.matched()
+    if node.target is aten.baddbmm.default:
+        with graph.inserting_before(node):
+            product = context.insert(aten.bmm.default, (x, right), node, node.meta["val"])
+            total = _affine(context, args(node)[0], product, node)
+        context.replace(node, total)
+        context.erase(node)
+        node = product
+    _linear(graph, context, node, x, weight, None, casts)
+
+
+def _one_matrix(graph: Graph, context: Context, node: Node, right: Node) -> Node | None:
+    """W ``[N, K]`` where `right` is ``W'`` for each of a batch: expanded, or a batch of one however it came about."""
+    if is_call(right, aten.expand.default):
+        source = args(right)[0]
+        fits = len(shape(source)) == 2 and of_parameters(source)
+        return _transpose(graph, context, source, node) if fits else None
+    return _through_ones(graph, context, node, right) if same_sizes(shape(right)[:1], (1,)) else None
+
+
+def _through_ones(graph: Graph, context: Context, node: Node, right: Node) -> Node | None:
+    """W for ``W'`` as ``[1, K, N]``, where all between the two is dimensions of size one that come, go and move."""
+    _, k, n = shape(right)
+    kept = [d for d in (1, 2) if not same_size(shape(right)[d], 1)]  # of right's, in the order in which they stand
+    source = right
+    while is_call(source, *VIEWS, *ONES, aten.permute.default):
+        below = args(source)[0]
+        if source.target is aten.permute.default:
+            places = [d % len(shape(below)) for d in args(source)[1]]
+            moved = [p for p in places if not same_size(shape(below)[p], 1)]
+            kept = [d for _, d in sorted(zip(moved, kept, strict=True))]
+        elif not same_sizes(_wide(source), _wide(below)):
+            return None
+        source = below
+    if of_parameters(source) and kept == sorted(kept) and same_sizes(shape(source), (k, n)):
+        return _transpose(graph, context, source, node)
+    if of_parameters(source) and kept == sorted(kept, reverse=True) and same_sizes(shape(source), (n, k)):
+        return source
+    return None
+
+
+def _wide(node: Node) -> tuple[Any, ...]:
+    return tuple(size for size in shape(node) if not same_size(size, 1))
 
 
 def _affine(context: Context, c: Node, product: Node, node: Node) -> Node:

@@ -78,7 +78,11 @@ def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> 
         i = args(item)[1]
         assert item.target is operator.getitem
         with graph.inserting_before(item):
-            reads: tuple[Any, ...] = (x, named[f"w{i}"])
+            weight = named[f"w{i}"]
+            if spec.projections[i].transposed:
+                turned = weight.meta["val"].permute(1, 0)
+                weight = context.insert(aten.permute.default, (weight, [1, 0]), item, turned)
+            reads: tuple[Any, ...] = (x, weight)
             if f"bias{i}" in named:
                 bias = named[f"bias{i}"]
                 if dtype(bias) != dtype(x):  # the library's addmm takes one dtype

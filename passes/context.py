@@ -25,6 +25,7 @@ CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.to.dtyp
 MODEL = "(model)"  # the path of the compiled module itself
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 MATRIX_MATHS = (aten.mm.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, linear)
+ONES = {aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 
 
@@ -219,16 +220,27 @@ def transposed(node: Any) -> Node | None:
     return source
 
 
+def reinterpreted(node: Any) -> Node | None:
+    """The node whose numbers `node` has in the same order, under other sizes or copied (dropout in eval mode)."""
+    if not isinstance(node, Node) or not node.args or value(node) is None or value(args(node)[0]) is None:
+        return None
+    source: Node = args(node)[0]
+    if is_call(node, *VIEWS, *ONES, aten.clone.default):
+        return source
+    if is_call(node, aten.permute.default):  # einsum moves dimensions of size one about
+        moved = [d % len(shape(node)) for d in args(node)[1] if not same_size(shape(source)[d], 1)]
+        return source if moved == sorted(moved) else None
+    return None
+
+
 def base_activation(node: Node) -> Node:
-    """`node` before the views that only merge or split its leading dimensions, and copies (dropout in eval mode)."""
-    while is_call(node, *VIEWS, aten.clone.default):
-        source = args(node)[0]
-        if not isinstance(source, Node) or value(source) is None or not shape(source):
-            break
-        if not same_size(shape(source)[-1], shape(node)[-1]):
-            break
-        node = source
-    return node
+    """`node` before the views that only merge or split its leading dimensions."""
+    found, source = node, reinterpreted(node)
+    while source is not None and shape(source):
+        if same_size(shape(source)[-1], shape(node)[-1]):
+            found = source
+        source = reinterpreted(source)
+    return found
 
 
 def empty_like(x: Node, sizes: tuple[Any, ...], out: torch.dtype) -> torch.Tensor:

@@ -6,9 +6,10 @@ form of every node and replaces those that are whole projections.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Node
 
 from gawscompile.operators import linear
@@ -16,19 +17,21 @@ from gawscompile.passes.context import (
     CASTS,
     MATRIX_MATHS,
     TRANSPOSES,
-    VIEWS,
     args,
     aten,
     dtype,
     is_call,
     is_cast,
     is_parameter,
+    reinterpreted,
     same_sizes,
     shape,
     through_casts,
     transposed,
     value,
 )
+
+PLAIN = torch.contiguous_format
 
 
 class Factor(NamedTuple):
@@ -79,12 +82,16 @@ class Vector(NamedTuple):
 
 @dataclass(frozen=True)
 class Form:
-    """A node's value as products and vectors on one activation. `inner`: the nodes it folds, itself included."""
+    """A node's value as products and vectors on one activation. `inner`: the nodes it folds, itself included.
+
+    Where it is `turned`, the node is the transpose of that, ``[N, m]``.
+    """
 
     activation: Node
     products: tuple[Product, ...]
     vectors: tuple[Vector, ...]
     inner: tuple[Node, ...]
+    turned: bool = False
 
     @property
     def bases(self) -> list[Product]:
@@ -92,7 +99,8 @@ class Form:
 
     def scaled(self, by: Any, node: Node) -> Form:
         products = tuple(p.scaled(by) for p in self.products)
-        return Form(self.activation, products, tuple(v.scaled(by) for v in self.vectors), (*self.inner, node))
+        vectors = tuple(v.scaled(by) for v in self.vectors)
+        return replace(self, products=products, vectors=vectors, inner=(*self.inner, node))
 
 
 def form_of(node: Node, forms: dict[Node, Form]) -> Form | None:
@@ -100,9 +108,12 @@ def form_of(node: Node, forms: dict[Node, Form]) -> Form | None:
         return _of_linear(node, forms)
     if is_cast(node):
         return _extend(node, forms)
-    if is_call(node, aten.clone.default):
-        return _extend(node, forms) if not node.kwargs else None  # dropout in eval mode
-    if is_call(node, *VIEWS) and value(args(node)[0]) is not None:
+    if is_call(node, aten.clone.default):  # dropout in eval mode
+        return _extend(node, forms) if node.kwargs.get("memory_format", PLAIN) is PLAIN else None
+    if transposed(node) is not None:
+        form = _extend(node, forms)
+        return form and replace(form, turned=not form.turned)
+    if reinterpreted(node) is not None:
         # in-place arithmetic goes through flat views and back: only leading dimensions change
         return _extend(node, forms) if same_sizes(shape(node)[-1:], shape(args(node)[0])[-1:]) else None
     scaling = scaling_of(node)
@@ -156,7 +167,11 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
     # what is not made of parameters alone is a projection all the same, and to be reported as one
     products, inner_nodes = matrix_of(weight) or ((Product((Factor(weight),), node),), ())
     inner = _folded(x, forms)
-    if inner is not None and not inner.vectors and len(inner.products) == len(inner.bases) == len(products) == 1:
+    if (
+        inner is not None
+        and not (inner.turned or inner.vectors)
+        and len(inner.products) == len(inner.bases) == len(products) == 1
+    ):
         (first,), (second,) = inner.products, products
         chain = Product((*first.matrices, *second.matrices), node, first.scale.times(second.scale))
         return Form(inner.activation, (chain,), vectors, (*inner.inner, *inner_nodes, node))
@@ -238,7 +253,7 @@ def _activation(x: Node, weight: Node) -> Node:
 
 def _extend(node: Node, forms: dict[Node, Form]) -> Form | None:
     inner = _folded(args(node)[0], forms)
-    return inner and Form(inner.activation, inner.products, inner.vectors, (*inner.inner, node))
+    return inner and replace(inner, inner=(*inner.inner, node))
 
 
 def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
@@ -253,12 +268,13 @@ def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
         b = b if weight == 1.0 else b.scaled(weight, node)
         # where an adapter narrows the activation for itself, the base's is the one to read
         activation = a.activation if a.bases else b.activation
-        return Form(activation, a.products + b.products, a.vectors + b.vectors, (*a.inner, *b.inner, node))
-    if a is not None and _is_vector(right, left, node):
-        return Form(a.activation, a.products, (*a.vectors, Vector(right, Scale(weight))), (*a.inner, node))
-    if b is not None and _is_vector(left, right, node):
+        inner = (*a.inner, *b.inner, node)
+        return Form(activation, a.products + b.products, a.vectors + b.vectors, inner, a.turned)
+    if a is not None and not a.turned and _is_vector(right, left, node):
+        return replace(a, vectors=(*a.vectors, Vector(right, Scale(weight))), inner=(*a.inner, node))
+    if b is not None and not b.turned and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
-        return Form(b.activation, b.products, (*b.vectors, Vector(left)), (*b.inner, node))
+        return replace(b, vectors=(*b.vectors, Vector(left)), inner=(*b.inner, node))
     return None
 
 
@@ -274,12 +290,11 @@ def _on_activation_of(form: Form, other: Form) -> Form:
     scaling = scaling_of(through_casts(form.activation))
     if form.bases or scaling is None or _source(scaling[0]) is not _source(other.activation):
         return form
-    products = tuple(p.scaled(scaling[1]) for p in form.products)
-    return Form(other.activation, products, form.vectors, form.inner)
+    return replace(form, activation=other.activation, products=tuple(p.scaled(scaling[1]) for p in form.products))
 
 
 def _same_activation(a: Form, b: Form) -> bool:
-    return _source(a.activation) is _source(b.activation)
+    return _source(a.activation) is _source(b.activation) and a.turned == b.turned
 
 
 def _source(x: Node) -> Node:

@@ -53,7 +53,11 @@ def _projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Proje
         scale_dtype = "f64" if fixed is None and dtype(term.scale) == torch.float64 else "f32"
         specs.append(LowRankSpec(int(shape(term.a)[0]), DTYPE_NAMES[dtype(term.a)], fixed, scale_dtype))
     bias = DTYPE_NAMES[dtype(biases[0])] if biases else None
-    weight = base.weight
     return ProjectionSpec(
-        int(shape(weight)[0]), DTYPE_NAMES[dtype(weight)], DTYPE_NAMES[out], bias=bias, lowrank=tuple(specs)
+        n=int(base.sizes[0]),
+        dtype=DTYPE_NAMES[dtype(base.weight)],
+        out=DTYPE_NAMES[out],
+        bias=bias,
+        lowrank=tuple(specs),
+        transposed=base.transposed,
     )

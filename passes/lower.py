@@ -42,8 +42,8 @@ def run(graph: Graph, context: Context) -> None:
 def _spell(graph: Graph, context: Context, node: Node) -> None:
     """A linear as AOTAutograd writes it."""
     x, weight, *bias = args(node)
-    n, k = shape(weight)
     with graph.inserting_before(node):
+        n, k = (_size(graph, context, node, weight, d) for d in (0, 1))
         turned = context.insert(
             aten.permute.default, (weight, [1, 0]), node, weight.meta["val"].permute(1, 0)
         )
@@ -51,8 +51,8 @@ def _spell(graph: Graph, context: Context, node: Node) -> None:
         if len(leading) != 1:
             rows = _rows(graph, context, node, x)
             m = _product(leading)
-            flat = context.insert(aten.view.default, (x, [rows, k]), node, empty_like(x, (m, k), dtype(x)))
-        value = empty_like(x, (_product(leading), n), dtype(node))
+            flat = context.insert(aten.view.default, (x, [rows, k]), node, empty_like(x, (m, shape(x)[-1]), dtype(x)))
+        value = empty_like(x, (_product(leading), shape(weight)[0]), dtype(node))
         if bias:
             new = context.insert(aten.addmm.default, (bias[0], flat, turned), node, value)
         else:

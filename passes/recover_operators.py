@@ -31,7 +31,6 @@ from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.debug.records import Reason
 from gawscompile.operators import Bias, Dense, LowRank, Operator, describe, linear, operator_sum
 from gawscompile.passes.context import (
-    VIEWS,
     Context,
     args,
     aten,
@@ -41,9 +40,11 @@ from gawscompile.passes.context import (
     is_parameter,
     plain_sizes,
     prims,
+    reinterpreted,
     same_sizes,
     shape,
     through_casts,
+    transposed,
 )
 from gawscompile.passes.forms import (
     Factor,
@@ -78,8 +79,9 @@ def run(graph: Graph, context: Context) -> None:
 
 def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -> tuple[Node, ...]:
     """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this."""
-    if is_call(node, *VIEWS) or widens(node):
-        # a reader that wants the result wider, or flat, makes it so for itself
+    moved = reinterpreted(node) is not None and not is_call(node, aten.clone.default)
+    if moved or transposed(node) is not None or widens(node):
+        # a reader that wants the result wider, flat or turned makes it so for itself
         source = args(node)[0]
         return (node, *(_root(graph, context, source, forms) if source in forms else ()))
     form = forms[node]
@@ -96,10 +98,11 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     entry = context.found(base.origin, base.matrices[0].node)
     entry.shape = plain_sizes(base.matrices[0].sizes)
     entry.adapters = len(form.products) - 1
-    sizes = (*shape(form.activation)[:-1], shape(node)[-1])
+    sizes = (*shape(form.activation)[:-1], base.matrices[0].sizes[0])
     refusal = _refusal(form, base, node)
-    if refusal is None and not same_sizes(sizes, shape(node)) and not all(isinstance(s, int) for s in shape(node)):
-        refusal = Reason.RESHAPED, f"{sizes} as {shape(node)}"
+    wanted = shape(node)[::-1] if form.turned else shape(node)
+    if refusal is None and not same_sizes(sizes, wanted) and not all(isinstance(s, int) for s in wanted):
+        refusal = Reason.RESHAPED, f"{sizes} as {wanted}"
     if refusal is not None:
         context.reject(entry, *refusal)
         return form.inner
@@ -112,8 +115,13 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
             empty_like(form.activation, sizes, dtype(node)),
         )
         new.meta["gaws_entries"] = [entry]
-        if not same_sizes(sizes, shape(node)):
-            new = context.insert(aten.view.default, (new, list(shape(node))), node, node.meta["val"])
+        if not same_sizes(sizes, wanted):
+            value = empty_like(form.activation, wanted, dtype(node))
+            new = context.insert(aten.view.default, (new, list(wanted)), node, value)
+        if form.turned:
+            new = context.insert(aten.permute.default, (new, [1, 0]), node, new.meta["val"].permute(1, 0))
+            new = context.insert(aten.clone.default, (new,), node, node.meta["val"])
+            new.kwargs = {"memory_format": torch.contiguous_format}
     entry.operators = describe(terms)
     context.replace(node, new)
     context.erase(node)
@@ -137,8 +145,6 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
     """Why this sum cannot be one projection, if it cannot."""
     x = form.activation
     weight = through_casts(base.matrices[0].node)
-    if base.matrices[0].turned:
-        return Reason.WEIGHT_LAYOUT, f"it is stored as [in, out] = {shape(weight)}"
     if not is_parameter(weight):
         return Reason.WEIGHT_COMPUTED, f"it is the result of {weight.target}"
     if not all(isinstance(size, int) for size in shape(weight)) or not weight.meta["val"].is_contiguous():
@@ -174,7 +180,8 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
 
 def _terms(context: Context, form: Form, base: Product, node: Node) -> tuple[Operator, ...]:
     """The operator sum of a form, its nodes inserted where the caller stands."""
-    terms: list[Operator] = [Dense(through_casts(base.matrices[0].node))]
+    (weight,) = base.matrices
+    terms: list[Operator] = [Dense(through_casts(weight.node), weight.turned)]
     bias = _bias(context, form.vectors, node)
     terms += [Bias(bias)] if bias is not None else []
     for p in form.products:

@@ -76,7 +76,7 @@ ARCHITECTURES = {
     "Qwen3": decoder("Qwen3ForCausalLM", 7, WIDE),
     "Gemma 3": decoder("Gemma3ForCausalLM", 7, {**WIDE, "sliding_window": 4}),
     "Phi-3": decoder("Phi3ForCausalLM", 4, {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0}),
-    "GPT-2": decoder("GPT2LMHeadModel", 4, OLD, refused={"WEIGHT_LAYOUT": 4 * LAYERS}),
+    "GPT-2": decoder("GPT2LMHeadModel", 4, OLD),
     "GPT-NeoX": decoder("GPTNeoXForCausalLM", 4, ENCODER),
     "OPT": decoder("OPTForCausalLM", 6, {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "Falcon": decoder("FalconForCausalLM", 4, SMALL),

@@ -9,6 +9,9 @@ Measured by ``python -m benchmarks.projections`` (``benchmarks/results/projectio
 24 of AVX-512's 32 registers with accumulators. Panels of weights stay in the second cache while tile after tile of
 tokens meets them.
 
+A weight kept as ``[k, n]`` (Conv1D) is streamed by columns instead: a few of its rows at a time, whole lines of each,
+added up in a block of accumulators that stays in the first cache.
+
 Vectors are ``at::vec``: AVX2, AVX-512 and NEON from one source, with ``vdpbf16ps`` where the compiler has it.
 """
 
@@ -81,19 +84,22 @@ def _parameters(operands: list[Operand]) -> str:
 
 
 def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: _Scratch) -> list[str]:
-    """Rows of one projection for a tile of tokens: base dot, low-rank dots, one horizontal sum, epilogue."""
-    operands = _arguments(spec, i, ("weight", "bias", "residual", "b"))
+    """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
+    low-rank dots, one horizontal sum, epilogue."""
+    operands = _arguments(spec, i, _expanded(p))
     out = CPP_TYPES[p.out]
     u = "const float* u, " if p.lowrank else ""
+    source = "const float* z, int64_t ldz" if p.transposed else "const X* x"
+    dots = p.lowrank or not p.transposed
     lines = [
         f"// {spec.formulas()[i]}",
         "template <int R, int T>",
-        f"inline void expand{i}(int64_t row, int64_t t0, {_parameters(operands)}{u}const X* x, {out}* y{i}) {{",
-        "  F acc[R][T];",
-        "  for (auto& row_acc : acc)",
-        "    for (auto& a : row_acc) a = F(0);",
-        f"  dot<R, T, K>(acc, w{i} + row * K, K, x + t0 * K, K);",
+        f"inline void expand{i}(int64_t row, int64_t t0, {_parameters(operands)}{u}{source}, {out}* y{i}) {{",
     ]
+    if dots:
+        lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
+    if not p.transposed:
+        lines.append(f"  dot<R, T, K>(acc, w{i} + row * K, K, x + t0 * K, K);")
     for j, term in enumerate(p.lowrank):
         where = f"u + t0 * LDU + {ranks.offsets[i, j]}"
         lines.append(f"  dot<R, T, {term.rank}>(acc, b{i}_{j} + row * {term.rank}, {term.rank}, {where}, LDU);")
@@ -101,12 +107,14 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: _Scratch) -> lis
         "  for (int t = 0; t < T; ++t) {",
         f"    const int64_t at = (t0 + t) * N{i} + row;",
         "    if constexpr (R == 4) {",
-        "      Quad v = sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);",
+        "      Quad v = sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);" if dots else "      Quad v = {};",
+        *(["      v += load4(z + (t0 + t) * ldz);"] if p.transposed else []),
         *([f"      v += load4(bias{i} + row);"] if p.bias else []),
         *([f"      v += load4(res{i} + at);"] if p.residual else []),
         f"      store4(y{i} + at, v);",
         "    } else {",
-        "      float v = sum(acc[0][t]);",
+        "      float v = sum(acc[0][t]);" if dots else "      float v = 0;",
+        *(["      v += z[(t0 + t) * ldz];"] if p.transposed else []),
         *([f"      v += float(bias{i}[row]);"] if p.bias else []),
         *([f"      v += float(res{i}[at]);"] if p.residual else []),
         f"      y{i}[at] = {out}(v);",
@@ -246,20 +254,24 @@ def _region(body: list[str]) -> list[str]:
 
 def _gemv(spec: KernelSpec, ranks: _Scratch) -> list[str]:
     costs = [spec.k * _SIZE[p.dtype] + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) for p in spec.projections]
-    total = " + ".join(f"blocks(N{i}, ROWS) * {cost}" for i, cost in enumerate(costs))
+    units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
+    total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
     body = [*_shrink(spec, ranks), f"    Share rows({total}, id, threads);  // in bytes of weights and factors"]
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)):
-        names = ", ".join(o.name for o in _arguments(spec, i, ("weight", "bias", "residual", "b")))
+        names = "".join(f"{o.name}, " for o in _arguments(spec, i, _expanded(p)))
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>"
         panel = max(1, PANEL_BYTES // (4 * spec.k * _SIZE[p.dtype]))
         u = "u, " if p.lowrank else ""
+        if p.transposed:
+            body += _columns(i, cost, call, names + u)
+            continue
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
             f"      for (int64_t panel = first; panel < last; panel += {panel}) {{",
             f"        const int64_t end = std::min<int64_t>(last, panel + {panel});",
             "        for_tokens(0, m, [&](auto t, int64_t t0) {",
             "          for (int64_t block = panel; block < end; ++block)",
-            f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{ {call}(row, t0, {names}, {u}x, y{i}); }});",
+            f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{ {call}(row, t0, {names}{u}x, y{i}); }});",
             "        });",
             "      }",
             "    });",
@@ -271,6 +283,30 @@ def _gemv(spec: KernelSpec, ranks: _Scratch) -> list[str]:
         *_scratch(ranks),
         *_region(body),
     ]
+
+
+def _columns(i: int, cost: int, call: str, names: str) -> list[str]:
+    """A share of a ``[k, n]`` weight: blocks of its columns are added up in z, then meet the epilogue."""
+    return [
+        f"    rows.range(blocks(N{i}, 2 * V), (V / 2) * {cost}, [&](int64_t first, int64_t last) {{",
+        f"      const int64_t end = std::min(N{i}, last * 2 * V);",
+        "      for (int64_t n = first * 2 * V; n < end; n += COLUMNS) {",
+        "        const int64_t count = std::min(COLUMNS, end - n);",
+        f"        const float* z = columns<K>(w{i} + n, N{i}, count, x, m);",
+        "        for_tokens(0, m, [&](auto t, int64_t t0) {",
+        "          for (int64_t block = n / ROWS; block < blocks(n + count, ROWS); ++block)",
+        f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{",
+        f"              {call}(row, t0, {names}z + (row - n), COLUMNS, y{i});",
+        "            });",
+        "        });",
+        "      }",
+        "    });",
+    ]
+
+
+def _expanded(p: ProjectionSpec) -> tuple[str, ...]:
+    """The operands of `_expand`."""
+    return ("bias", "residual", "b") if p.transposed else ("weight", "bias", "residual", "b")
 
 
 def _accumulate(spec: KernelSpec, ranks: _Scratch) -> list[str]:

@@ -121,6 +121,85 @@ inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, int6
   }
 }
 
+// ---- a weight kept as [k, n]: its columns are added up in memory that stays in the first cache ---------------
+
+constexpr int64_t COLUMNS = 512;  // of one block, a multiple of 2V on every machine
+
+// How the sums of a group of 2V columns lie in memory while they grow, and how a step of D rows of w adds to them.
+template <class TW, class TX>
+struct Outer {
+  static constexpr int DEPTH = 4;
+  static void settle(float*) {}
+  template <int T, int D>
+  static void step(float* z, const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t ldx) {
+    F xs[T][D];
+    for (int t = 0; t < T; ++t)
+      for (int d = 0; d < D; ++d) xs[t][d] = F(float(x[t * ldx + d]));
+    const auto group = [&](int64_t c, auto load) {
+      Pair ws[D];
+      for (int d = 0; d < D; ++d) ws[d] = load(w + d * ldw + c);
+      for (int t = 0; t < T; ++t) {
+        Pair acc = load_pair(z + t * COLUMNS + c);
+        for (int d = 0; d < D; ++d)
+          acc = {at::vec::fmadd(ws[d].lo, xs[t][d], acc.lo), at::vec::fmadd(ws[d].hi, xs[t][d], acc.hi)};
+        store_pair(z + t * COLUMNS + c, acc);
+      }
+    };
+    int64_t c = 0;
+    for (; c + 2 * V <= count; c += 2 * V) group(c, [](const TW* p) { return load_pair(p); });
+    if (c < count) group(c, [&](const TW* p) { return load_pair(p, int(count - c)); });
+  }
+};
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+// Two rows at a time: the rows' numbers interleave into the pairs that vdpbf16ps takes. Interleaving goes by lanes of
+// 128 bits, so the sums of 32 columns lie as 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, …, until `settle`.
+template <>
+struct Outer<bf16, bf16> {
+  static constexpr int DEPTH = 8;
+  static void settle(float* z) {
+    const __m512 lo = _mm512_loadu_ps(z), hi = _mm512_loadu_ps(z + 16);
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    _mm512_storeu_ps(z, _mm512_permutex2var_ps(lo, first, hi));
+    _mm512_storeu_ps(z + 16, _mm512_permutex2var_ps(lo, second, hi));
+  }
+  template <int T, int D>
+  static void step(float* z, const bf16* w, int64_t ldw, int64_t count, const bf16* x, int64_t ldx) {
+    constexpr int P = (D + 1) / 2;
+    __m512bh xs[T][P];
+    for (int t = 0; t < T; ++t)
+      for (int p = 0; p < P; ++p) {
+        uint16_t two[2] = {x[t * ldx + 2 * p].x, 2 * p + 1 < D ? x[t * ldx + 2 * p + 1].x : uint16_t(0)};
+        int32_t pair;
+        std::memcpy(&pair, two, sizeof pair);
+        xs[t][p] = (__m512bh)_mm512_set1_epi32(pair);
+      }
+    for (int64_t c = 0; c < count; c += 32) {
+      const __mmask32 mask = c + 32 <= count ? ~0u : (1u << (count - c)) - 1;
+      __m512bh lo[P], hi[P];
+      for (int p = 0; p < P; ++p) {
+        const __m512i a = _mm512_maskz_loadu_epi16(mask, w + 2 * p * ldw + c);
+        const __m512i b =
+            2 * p + 1 < D ? _mm512_maskz_loadu_epi16(mask, w + (2 * p + 1) * ldw + c) : _mm512_setzero_si512();
+        lo[p] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+        hi[p] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+      }
+      for (int t = 0; t < T; ++t) {
+        float* at = z + t * COLUMNS + c;
+        __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + 16);
+        for (int p = 0; p < P; ++p) {
+          first = _mm512_dpbf16_ps(first, lo[p], xs[t][p]);
+          second = _mm512_dpbf16_ps(second, hi[p], xs[t][p]);
+        }
+        _mm512_storeu_ps(at, first);
+        _mm512_storeu_ps(at + 16, second);
+      }
+    }
+  }
+};
+#endif
+
 // ---- four row sums at once: shuffles of four accumulators cost a third of four separate reductions ---------
 
 typedef float Quad __attribute__((vector_size(16)));
@@ -191,6 +270,35 @@ inline void for_rows(int64_t block, Fn&& f) {
   } else {
     for (int64_t r = row; r < N; ++r) f(Int<1>{}, r);
   }
+}
+
+// z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= COLUMNS; rows of z are COLUMNS apart. Panels of w stay
+// in the second cache while tile after tile of tokens meets them.
+template <int64_t K, class TW, class TX>
+inline const float* columns(const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m) {
+  using O = Outer<TW, TX>;
+  constexpr int64_t PANEL = (int64_t(1) << 17) / (COLUMNS * sizeof(TW)) / O::DEPTH * O::DEPTH;
+  static thread_local std::vector<float> sums;
+  if (sums.size() < size_t(m * COLUMNS)) sums.resize(m * COLUMNS);
+  float* z = sums.data();
+  std::memset(z, 0, m * COLUMNS * sizeof(float));
+  for (int64_t panel = 0; panel < K; panel += PANEL) {
+    const int64_t end = std::min<int64_t>(K, panel + PANEL);
+    for_tokens(0, m, [&](auto width, int64_t t0) {
+      constexpr int T = decltype(width)::value;
+      int64_t k = panel;
+      const auto run = [&](auto depth) {
+        constexpr int D = decltype(depth)::value;
+        for (; k + D <= end; k += D)
+          O::template step<T, D>(z + t0 * COLUMNS, w + k * ldw, ldw, count, x + t0 * K + k, K);
+      };
+      run(Int<T <= 2 ? 8 : O::DEPTH>{});
+      run(Int<1>{});
+    });
+  }
+  for (int64_t t = 0; t < m; ++t)
+    for (int64_t c = 0; c < count; c += 2 * V) O::settle(z + t * COLUMNS + c);
+  return z;
 }
 
 constexpr int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }

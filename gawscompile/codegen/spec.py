@@ -47,9 +47,10 @@ class LowRankSpec:
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """One projection of the group; `n` output features, base weight ``[n, k]`` of `dtype`.
+    """One projection of the group; `n` output features, base weight of `dtype`.
 
-    `bias` (``[n]``) and `residual` (shaped like the output) name their dtypes, or are None where absent.
+    The weight is ``[n, k]``, or ``[k, n]`` where it is `transposed` (GPT-2's Conv1D). `bias` (``[n]``)
+    and `residual` (shaped like the output) name their dtypes, or are None where absent.
     """
 
     n: int
@@ -58,9 +59,10 @@ class ProjectionSpec:
     bias: str | None = None
     residual: str | None = None
     lowrank: tuple[LowRankSpec, ...] = ()
+    transposed: bool = False
 
     def __str__(self) -> str:
-        words = [f"n={self.n}", f"w={self.dtype}", f"out={self.out}"]
+        words = [f"n={self.n}", f"{'wt' if self.transposed else 'w'}={self.dtype}", f"out={self.out}"]
         words += [f"bias={self.bias}"] if self.bias else []
         words += [f"residual={self.residual}"] if self.residual else []
         return " ".join(words + [str(term) for term in self.lowrank])
@@ -115,7 +117,7 @@ class KernelSpec:
     def operands(self) -> Iterator[Operand]:
         """The tensor arguments after ``x``, in the order in which every op and kernel takes them."""
         for i, p in enumerate(self.projections):
-            yield Operand("weight", i, None, (p.n, self.k), p.dtype)
+            yield Operand("weight", i, None, (self.k, p.n) if p.transposed else (p.n, self.k), p.dtype)
             if p.bias:
                 yield Operand("bias", i, None, (p.n,), p.bias)
             if p.residual:
@@ -130,7 +132,7 @@ class KernelSpec:
         """The operator sum of each projection, as text for headers and reports."""
         lines = []
         for i, p in enumerate(self.projections):
-            terms = [f"W{i} x"]
+            terms = [f"W{i}' x" if p.transposed else f"W{i} x"]
             terms += [f"bias{i}"] if p.bias else []
             terms += [f"res{i}"] if p.residual else []
             for j, term in enumerate(p.lowrank):
@@ -170,9 +172,15 @@ def _parse_projection(text: str) -> ProjectionSpec:
         else:
             lowrank.append(LowRankSpec(int(match[3]), _dtype(match[4]), *_scale(match[5])))
         position = match.end()
-    if not {"n", "w", "out"} <= fields.keys() <= {"n", "w", "out", "bias", "residual"}:
+    weight = "wt" if "wt" in fields else "w"
+    if not {"n", weight, "out"} <= fields.keys() <= {"n", weight, "out", "bias", "residual"}:
         raise SpecError(f"not a projection spec: {text!r}")
     optional = {name: _dtype(fields[name]) for name in ("bias", "residual") if name in fields}
     return ProjectionSpec(
-        n=int(fields["n"]), dtype=_dtype(fields["w"]), out=_dtype(fields["out"]), lowrank=tuple(lowrank), **optional
+        n=int(fields["n"]),
+        dtype=_dtype(fields[weight]),
+        out=_dtype(fields["out"]),
+        lowrank=tuple(lowrank),
+        transposed=weight == "wt",
+        **optional,
     )

@@ -22,7 +22,7 @@ class Reason(str, Enum):
     DTYPE = "no generated kernels for this dtype"
     MIXED_DTYPES = "activation and base weight differ in dtype"
     WEIGHT_COMPUTED = "the weight is computed in the graph (quantised, merged or reparametrised), not a parameter"
-    WEIGHT_LAYOUT = "the weight is not stored as [out, in] rows"
+    WEIGHT_LAYOUT = "the weight is not stored as whole rows or columns (strided, empty, of symbolic size)"
     NO_BASE = "a product of two weights without a base projection beside it"
     SEVERAL_BASES = "more than one base projection of one activation in a sum"
     RESHAPED = "the sum is formed on a view whose symbolic sizes cannot be undone"

@@ -4,7 +4,7 @@ Each operator is a NamedTuple, so it may stand in the arguments of an fx node wi
 between passes *is* the algebra, prints as such, and runs (``operator_sum`` and its kin are plain functions whose
 meaning is the segment-by-segment computation that frameworks execute).
 
-Shapes: x ``[..., K]``; a base weight ``[N, K]``; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``.
+Shapes: x ``[..., K]``; a base weight ``[N, K]`` or its transpose; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ Leaf = Any
 
 
 class Dense(NamedTuple):
-    """``W x``, W ``[N, K]``."""
+    """``W x``, W ``[N, K]``, or kept as ``[K, N]`` where it is `transposed` (GPT-2's Conv1D)."""
 
     weight: Leaf
+    transposed: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """``(N, K)``."""
+        sizes = _shape(self.weight)
+        return sizes[::-1] if self.transposed else sizes
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight)
+        return F.linear(x.to(self.weight.dtype), self.weight.T if self.transposed else self.weight)
 
 
 class LowRank(NamedTuple):
@@ -78,7 +85,7 @@ def describe(terms: tuple[Operator, ...]) -> str:
 
 def _describe(term: Operator) -> str:
     if isinstance(term, Dense):
-        return "Dense[{}x{}]".format(*_shape(term.weight))
+        return "Dense[{}x{}]".format(*term.sizes)
     if isinstance(term, LowRank):
         scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
         return f"{scale}·LowRank(r={_shape(term.a)[0]})"

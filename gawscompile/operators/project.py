@@ -17,7 +17,8 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
     named = {operand.name: tensor for operand, tensor in zip(parsed.operands(), operands, strict=True)}
     outputs = []
     for i, p in enumerate(parsed.projections):
-        y = F.linear(x, named[f"w{i}"], named[f"bias{i}"] if p.bias else None)
+        weight = named[f"w{i}"].T if p.transposed else named[f"w{i}"]
+        y = F.linear(x, weight, named[f"bias{i}"] if p.bias else None)
         for j, term in enumerate(p.lowrank):
             a, b = named[f"a{i}_{j}"], named[f"b{i}_{j}"]
             scale = named[f"scale{i}_{j}"] if term.scale is None else term.scale

@@ -35,6 +35,7 @@ struct Projection {
   int64_t n;
   int32_t dtype;
   int64_t weight;  // index of its weight among the operands
+  bool transposed;  // the weight is [k, n]
 };
 
 struct Program {
@@ -132,7 +133,8 @@ std::vector<Tensor> project(Tensor x, std::vector<Tensor> operands, std::string 
   for (size_t i = 0; i < program.projections.size(); ++i) {
     const Projection& p = program.projections[i];
     Tensor y = view(out[i], m, p.n, p.n, 1, p.dtype);
-    Tensor w = view(const_cast<void*>(in[p.weight]), program.k, p.n, 1, program.k, p.dtype);
+    const int64_t row = p.transposed ? p.n : 1, column = p.transposed ? 1 : program.k;
+    Tensor w = view(const_cast<void*>(in[p.weight]), program.k, p.n, row, column, p.dtype);
     CHECK_OK(aoti_torch_cpu_mm_out(y.get(), rows.get(), w.get()));
   }
   if (program.accumulate) program.accumulate(m, x.data_ptr(), in.data(), out.data());
@@ -146,7 +148,8 @@ extern "C" void gaws_set_resolver(const char* (*f)(const char*)) { resolver = f;
 extern "C" void gaws_register(
     const char* text, void* gemv, void* accumulate, int64_t gemv_max, int64_t k, int32_t x_dtype, int64_t n_operands,
     const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
-    int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights) {
+    int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
+    const bool* transposed) {
   auto program = std::make_unique<Program>();
   program->gemv = Kernel(gemv);
   program->accumulate = Kernel(accumulate);
@@ -155,7 +158,8 @@ extern "C" void gaws_register(
   program->x_dtype = x_dtype;
   for (int64_t i = 0, at = 0; i < n_operands; at += ranks[i++])
     program->operands.push_back({dtypes[i], {shapes + at, shapes + at + ranks[i]}, names[i]});
-  for (int64_t i = 0; i < n_projections; ++i) program->projections.push_back({widths[i], out_dtypes[i], weights[i]});
+  for (int64_t i = 0; i < n_projections; ++i)
+    program->projections.push_back({widths[i], out_dtypes[i], weights[i], transposed[i]});
   std::unique_lock lock(mutex);
   programs.emplace(text, std::move(program));  // never replaced: calls in flight hold references
 }

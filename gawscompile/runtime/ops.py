@@ -119,4 +119,5 @@ def register(program: str) -> None:
         (ctypes.c_int64 * len(spec.projections))(*[p.n for p in spec.projections]),
         (ctypes.c_int32 * len(spec.projections))(*[_DTYPE_CODES[p.out] for p in spec.projections]),
         (ctypes.c_int64 * len(spec.projections))(*[i for i, o in enumerate(operands) if o.role == "weight"]),
+        (ctypes.c_bool * len(spec.projections))(*[p.transposed for p in spec.projections]),
     )

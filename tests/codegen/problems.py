@@ -54,6 +54,12 @@ class Problem:
             assert excess <= 1, f"projection {i} of {self.spec}: error is {excess:.3g} times what rounding allows"
 
 
+def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
+    """A projection's base weight as ``[n, k]``, in fp64."""
+    w = operands[f"w{i}"].double()
+    return w.T if spec.projections[i].transposed else w
+
+
 def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """W x + bias + residual + sum s B (A x), and a bound on the error of fp32 sums of rounded products.
 
@@ -61,7 +67,7 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
     base product to the output's dtype first (the library's matmul does) err by half an ulp of that too.
     """
     p = spec.projections[i]
-    w = operands[f"w{i}"].double()
+    w = weight(spec, i, operands)
     base, size = x @ w.T, x.abs() @ w.abs().T
     total = base.clone()
     for name in (f"bias{i}", f"res{i}"):

@@ -11,7 +11,7 @@ import torch
 
 from gawscompile.codegen import build, cpp
 from gawscompile.codegen.spec import KernelSpec
-from tests.codegen.problems import GUARD, TORCH, Problem
+from tests.codegen.problems import GUARD, TORCH, Problem, weight
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "gemv_cpp_qkv.cpp.txt"
 
@@ -29,6 +29,9 @@ SPECS = {
     "bf16_f32_adapter": "k=96 x=bf16; n=50 w=bf16 out=bf16 lora(r=8 f32 s=2.0); "
     "n=7 w=bf16 out=bf16 lora(r=5 f32 s=1.0)",
     "f16": "k=70 x=f16; n=19 w=f16 out=f16 bias=f16 lora(r=6 f16 s=0.5)",
+    "conv1d": "k=70 x=f32; n=1100 wt=f32 out=f32 bias=f32 residual=f32 lora(r=5 f32 s=2.0); n=24 w=f32 out=f32",
+    "conv1d_bf16": "k=301 x=bf16; n=70 wt=bf16 out=bf16 bias=bf16 lora(r=8 f32 s=2.0); n=1042 wt=bf16 out=bf16",
+    "conv1d_mixed": "k=9 x=f16; n=3 wt=bf16 out=f32 bias=f16",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
@@ -81,7 +84,7 @@ def test_accumulate(libraries, name, threads):
         for m in TOKENS:
             problem = Problem.of(SPECS[name], m, seed=m)
             x = problem.x.double()
-            products = [x @ problem.operands[f"w{i}"].double().T for i in range(len(problem.want))]
+            products = [x @ weight(problem.spec, i, problem.operands).T for i in range(len(problem.want))]
             problem.check(run(libraries[name], "accumulate", problem, products))
     finally:
         torch.set_num_threads(before)

@@ -48,10 +48,19 @@ def test_product_of_two_activations_comes_out_as_it_was():
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 
-def test_weight_kept_in_out_is_reported():
-    captured = capture(lambda x, w: x @ w, torch.randn(3, 8), torch.randn(8, 5))
+def test_weight_kept_in_out_is_taken_as_it_is():
+    captured = capture(lambda x, w, b: torch.addmm(b, x, w), torch.randn(3, 8), torch.randn(8, 5), torch.randn(5))
+    context = captured.until()
+    (entry,) = context.record.linears
+    assert (entry.status, entry.shape) == ("fused", (5, 8))
+    assert "wt=f32" in context.record.groups[0].spec
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_strided_weight_is_reported():
+    captured = capture(lambda x, w: F.linear(x, w[:, ::2]), torch.randn(3, 4), torch.randn(5, 8))
     (entry,) = captured.until("recover_operators").record.linears
-    assert (entry.status, entry.reason, entry.shape) == ("rejected", "WEIGHT_LAYOUT", (5, 8))
+    assert (entry.status, entry.reason) == ("rejected", "WEIGHT_COMPUTED")
 
 
 def test_counts_follow_from_the_model_and_a_second_run_matches_nothing():

@@ -28,6 +28,7 @@ class Tensors:
         self.a, self.b, self.c = make(R, K).to(factors), make(N, R).to(factors), make(N).to(factors)
         self.a2, self.b2 = make(R + 1, K).to(factors), make(N, R + 1).to(factors)
         self.at, self.bt = self.a.T.contiguous(), self.b.T.contiguous()
+        self.a1, self.b1 = make(1, K).to(factors), make(N, 1).to(factors)
         self.s = torch.tensor(S)
 
 
@@ -103,6 +104,18 @@ SPELLINGS = {
     "unsloth": unsloth,
     "diffusers": diffusers,
     "autocast": autocast,
+    "columns": lambda t: (t.w @ t.x.view(-1, K).T + (t.b @ t.a) @ t.x.view(-1, K).T * S).T.view(2, 3, N),
+    "columns to the end": lambda t: t.w @ (x := t.x.view(-1, K).T) + S * (t.b @ (t.a @ x)),
+    "einsum": lambda t: F.linear(t.x, t.w)
+    + torch.einsum("bsr,nr->bsn", torch.einsum("bsk,rk->bsr", t.x, t.a), t.b) * S,
+    "einsum throughout": lambda t: torch.einsum("bsk,nk->bsn", t.x, t.w)
+    + torch.einsum("bsr,rn->bsn", torch.einsum("bsk,kr->bsr", t.x, t.at), t.bt) * S,
+    "einsum of three": lambda t: F.linear(t.x, t.w) + torch.einsum("bsk,rk,nr->bsn", t.x, t.a, t.b) * S,
+    "einsum with ellipsis": lambda t: F.linear(t.x, t.w, t.bias)
+    + S * torch.einsum("...r,nr->...n", torch.einsum("...k,rk->...r", t.x, t.a), t.b),
+    "einsum of the weights": lambda t: F.linear(t.x, t.w) + F.linear(t.x, torch.einsum("nr,rk->nk", t.b, t.a)) * S,
+    "one token": lambda t: F.linear(x := t.x[0, 0], t.w) + F.linear(F.linear(x, t.a), t.b) * S,
+    "rank one": lambda t: F.linear(t.x, t.w) + F.linear(F.linear(t.x, t.a1), t.b1) * S,
     "intermediate read elsewhere": lambda t: F.linear(t.x, t.w)
     + F.linear(u := F.linear(t.x, t.a), t.b) * S
     + u.sum(-1, keepdim=True),
@@ -111,12 +124,11 @@ SPELLINGS = {
 
 
 NOT_RECOVERED = {
-    "columns": lambda t: (t.w @ t.x.view(-1, K).T + (t.b @ t.a) @ t.x.view(-1, K).T * S).T.view(2, 3, N),
-    "einsum": lambda t: F.linear(t.x, t.w)
-    + torch.einsum("bsr,nr->bsn", torch.einsum("bsk,rk->bsr", t.x, t.a), t.b) * S,
-    "einsum of three": lambda t: F.linear(t.x, t.w) + torch.einsum("bsk,rk,nr->bsn", t.x, t.a, t.b) * S,
+    "einsum of rank one": lambda t: F.linear(t.x, t.w)
+    + torch.einsum("bsr,nr->bsn", torch.einsum("bsk,rk->bsr", t.x, t.a1), t.b1) * S,
+    "activation taken twice": lambda t: F.linear(t.x[0], t.w) + F.linear(F.linear(t.x[0], t.a), t.b) * S,
 }
-"""Right, but left as they are: the activation turned into columns, and einsum's four-dimensional detours."""
+"""Right, but left as they are: einsum makes an outer product of a sum over one, and two slices are two activations."""
 
 
 def low_ranks(context):
@@ -165,6 +177,13 @@ def test_not_recovered_and_right(name):
     captured = captured_of(NOT_RECOVERED[name], Tensors())
     assert low_ranks(captured.until("recover_operators")) == 0
     right(captured, captured.until())
+
+
+@pytest.mark.parametrize("name", ["einsum", "einsum throughout", "einsum with ellipsis", "functional", "columns"])
+def test_of_any_length(name):
+    captured = captured_of(SPELLINGS[name], Tensors(), dynamic=True)
+    context = captured.until()
+    right(captured, context)
 
 
 def test_shared_a_of_two_projections():
