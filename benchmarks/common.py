@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.shapes import SHAPES
 from gawscompile import measure, models
 from gawscompile.decoding import CacheKind, Decoder
 
@@ -35,6 +36,7 @@ class Setup:
     cast_adapters: bool = False
     kv: CacheKind = "static"
     device: str = "cpu"
+    layers: int | None = None
 
 
 @dataclass
@@ -48,9 +50,17 @@ class Case:
     step: Callable[[], float]
 
 
-def is_encoder(config: Any) -> bool:
-    """Whether a configuration is an encoder's, which is benchmarked by whole sequences and does not decode."""
-    return not any("CausalLM" in name or "LMHead" in name for name in config.architectures or [])
+def title(setup: Any) -> str:
+    """How tables name the model of a `Setup`'s fields: with its layers, where some were cut."""
+    model, layers = setup["model"], setup.get("layers")
+    if model in SHAPES and layers and layers < SHAPES[model].full:
+        return f"{model} ({layers} of {SHAPES[model].full} layers)"
+    return Path(model).name
+
+
+def is_causal(architectures: list[str] | None) -> bool:
+    """Whether a model decodes by itself. Encoders do not; what has both is asked after otherwise."""
+    return any("CausalLM" in name or "LMHead" in name for name in architectures or [])
 
 
 def folder_of(model: str) -> Path:
@@ -59,7 +69,8 @@ def folder_of(model: str) -> Path:
     if model in named:
         return named[model]()
     if not (Path(model) / "config.json").is_file():
-        raise SystemExit(f"--model {model}: neither one of {', '.join(named)} nor a directory with a config.json")
+        known = ", ".join([*named, *SHAPES])
+        raise SystemExit(f"--model {model}: neither one of {known} nor a directory with a config.json")
     return Path(model)
 
 
@@ -70,8 +81,10 @@ def load_base(setup: Setup) -> Any:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if setup.model in SHAPES:
+        return SHAPES[setup.model].build(getattr(torch, setup.dtype), setup.layers).to(setup.device)
     folder = folder_of(setup.model)
-    factory = AutoModel if is_encoder(AutoConfig.from_pretrained(folder)) else AutoModelForCausalLM
+    factory = AutoModelForCausalLM if is_causal(AutoConfig.from_pretrained(folder).architectures) else AutoModel
     model: Any = factory.from_pretrained(folder, dtype=getattr(torch, setup.dtype))
     return model.to(setup.device).eval()
 
@@ -104,7 +117,10 @@ def _ids(model: Any, count: int) -> torch.Tensor:
 def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
     """The cases of `model` under `backend`, each compiled for itself, for fixed shapes (``dynamic=False``)."""
     settings = {} if backend == "eager" else {"dynamic": False}
-    if is_encoder(model.config):
+    if model.config.is_encoder_decoder:
+        return _seq2seq_cases(model, backend, settings)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not is_causal([type(inner).__name__]):
         return [
             Case(f"encode {count}", _forward(measure.compiled(model, backend, **settings), _ids(model, count)))
             for count in (32, 128)
@@ -114,6 +130,31 @@ def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
     run = measure.compiled(model, backend, **settings)
     prefill = _forward(run, _ids(model, PREFILL), use_cache=True, logits_to_keep=1)
     return [Case(f"decode, {PAST} past", decoder.timed_step), Case(f"prefill {PREFILL}", prefill)]
+
+
+def _seq2seq_cases(model: Any, backend: str, settings: dict[str, Any]) -> list[Case]:
+    """One more token after `PAST` of them, over `PREFILL` encoded ones; and encoding those for the first token."""
+    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.modeling_outputs import BaseModelOutput
+
+    cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    generator = torch.Generator().manual_seed(0)
+    encoded = torch.randn(1, PREFILL, model.config.d_model, generator=generator).to(model.device, model.dtype)
+    inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded), "past_key_values": cache}
+    with torch.no_grad():
+        model(decoder_input_ids=_ids(model, PAST), use_cache=True, **inputs)
+    saved = [(layer.keys, layer.values) for layer in cache.self_attention_cache.layers]
+    run, token = measure.compiled(model, backend, **settings), _ids(model, 1)
+
+    @torch.no_grad()
+    def decode() -> float:
+        for layer, (keys, values) in zip(cache.self_attention_cache.layers, saved, strict=True):
+            layer.keys, layer.values = keys, values
+        return measure.timed(lambda: run(decoder_input_ids=token, use_cache=True, **inputs))
+
+    encode = measure.compiled(model, backend, **settings)
+    first = _forward(encode, _ids(model, PREFILL), decoder_input_ids=token, use_cache=False)
+    return [Case(f"decode, {PAST} past", decode), Case(f"encode {PREFILL}", first)]
 
 
 def _forward(run: Any, ids: torch.Tensor, **keywords: Any) -> Callable[[], float]:

@@ -1,6 +1,7 @@
 """Decode and prefill (encoders: whole sequences) with and without adapters, side by side in one process.
 
     python -m benchmarks.runtime --dtype float32 bfloat16 --model smollm2 minilm --processes 3
+    python -m benchmarks.runtime --dtype float32 bfloat16 --model gpt2-large roberta-large t5-3b llama-3.2-1b --layers 4
 
 Six variants take turns: the base and the same with an unmerged LoRA on every linear, each in eager mode, under
 Inductor and under gaws. Columns: medians and quartiles in ms; the same with Dynamo's guards skipped (what a token
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import BACKENDS, Setup
+from benchmarks.shapes import SHAPES
 from gawscompile import measure
 
 Row = dict[str, Any]
@@ -37,7 +39,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", nargs="+", default=["smollm2", "minilm"], help="these two, or local directories")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["smollm2", "minilm"],
+        help=f"these two, a shape with random weights ({', '.join(SHAPES)}), or a local directory",
+    )
+    parser.add_argument("--layers", type=int, help="cut shapes to their first N layers; the tables say so")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each variant (default 12)")
@@ -105,7 +113,7 @@ def measure_setup(setup: Setup, backends: list[str], rounds: int, steps: int) ->
 def setups(options: argparse.Namespace) -> list[Setup]:
     """Every model in every dtype asked for."""
     return [
-        Setup(model, dtype, options.rank, options.cast_adapters, options.kv, options.device)
+        Setup(model, dtype, options.rank, options.cast_adapters, options.kv, options.device, options.layers)
         for model in options.model
         for dtype in options.dtype
     ]
@@ -154,10 +162,10 @@ def runtime_tables(rows: list[Row], markdown: bool) -> str:
     """One table for each model, dtype and case, with the tax of each backend under it."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["dtype"], row["case"]), []).append(row)
+        groups.setdefault((common.title(row), row["dtype"], row["case"]), []).append(row)
     parts = []
     for (model, dtype, case), members in groups.items():
-        title = f"{Path(model).name}, {dtype}, {case}"
+        title = f"{model}, {dtype}, {case}"
         parts.append((f"### {title}\n\n" if markdown else f"{title}\n") + _table(members, markdown))
         parts.append("\n".join(_remarks(members)))
     return "\n\n".join(part for part in parts if part)
@@ -223,7 +231,7 @@ def memory_table(rows: list[Row], markdown: bool) -> str:
     columns += ["gpu_peak_running"] * any("gpu_peak_running" in row for row in rows)
     headers = ["MB", "tensors", "after compile", "peak resident", "while compiling", "GPU peak"][: 1 + len(columns)]
     body = [
-        [f"{Path(row['model']).name} {row['dtype']}, {row['backend']} {row['adapter']}"]
+        [f"{common.title(row)} {row['dtype']}, {row['backend']} {row['adapter']}"]
         + ["" if row.get(column) is None else f"{row[column] / 2**20:.0f}" for column in columns]
         for row in rows
     ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+import transformers
 
 from benchmarks import memory, runtime
 from benchmarks.common import Setup
+from benchmarks.shapes import SHAPES, Shape
 
 
 def test_tables_and_files(tiny_llama_dir, tmp_path, capsys):
@@ -25,6 +28,34 @@ def test_tables_and_files(tiny_llama_dir, tmp_path, capsys):
     ]
     assert all(row["ms"]["count"] == 2 and row["ms_without_guards"] is None for row in rows)
     assert "| eager lora |" in (tmp_path / "r.md").read_text()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_the_published_ones(name):
+    published = {"gpt2-large": 774, "roberta-large": 355, "t5-3b": 2852, "llama-3.2-1b": 1236, "llama-3.2-3b": 3213}
+    with torch.device("meta"):
+        model = getattr(transformers, SHAPES[name].model)(SHAPES[name].config())
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert abs(millions - published[name]) < 1
+
+
+def test_cut_shapes_say_so(monkeypatch, capsys):
+    small = Shape(
+        "T5ForConditionalGeneration",
+        {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4},
+        3,
+        ("num_layers", "num_decoder_layers"),
+    )
+    monkeypatch.setitem(SHAPES, "small", small)
+    runtime.main(["--model", "small", "--layers", "1", "--backends", "eager", "--rounds", "1", "--steps", "1"])
+    out = capsys.readouterr().out
+    assert "small (1 of 3 layers), float32, decode, 64 past" in out and "encode 128" in out
+
+
+def test_shapes_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr("benchmarks.shapes.total_memory", lambda: 2**30)
+    with pytest.raises(MemoryError, match=r"llama.*|--layers N"):
+        SHAPES["llama-3.2-1b"].build(torch.float32)
 
 
 def timing(median: float) -> dict[str, float]:
