@@ -29,6 +29,34 @@ def test_every_adapter_is_fused_or_rejected_for_a_true_reason(name):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+CACHED = [name for name, architecture in ARCHITECTURES.items() if architecture.calls]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_decode_over_a_growing_cache(name):
+    """One more token after a prefill: the graph of a decode step has every adapter that the model has there."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    from gawscompile.decoding import cache_keyword
+
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    crossed = model.config.is_encoder_decoder
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if crossed else DynamicCache()
+    with torch.no_grad():
+        inputs = {"encoder_outputs": model.get_encoder()(tokens(2, 5))} if crossed else {}
+        ids = "decoder_input_ids" if crossed else "input_ids"
+        model(**inputs, **{ids: tokens(2, 4), cache_keyword(model): cache}, use_cache=True)
+    captured = capture(model, **inputs, **{ids: tokens(2, 1, seed=3), cache_keyword(model): cache}, use_cache=True)
+    context = captured.until()
+    # of an encoder-decoder one step runs the decoder without cross-attention's keys and values
+    expected = 8 * LAYERS if crossed else architecture.adapted
+    adapted = [entry for entry in context.record.linears if entry.adapters]
+    assert [entry.status for entry in adapted] == ["fused"] * expected
+    for got, want in zip(captured.run(context), captured.outputs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-NeoX"])
 def test_decode_with_a_static_cache(name):
     from transformers import StaticCache
