@@ -9,6 +9,9 @@ Measured by ``python -m benchmarks.projections`` (``benchmarks/results/projectio
 24 of AVX-512's 32 registers with accumulators. Panels of weights stay in the second cache while tile after tile of
 tokens meets them.
 
+Mode products of a Kronecker term run one after the other between barriers, the first together with u = s A x; a last
+one that is I ⊗ G joins the row accumulators as B's rows do, so ΔW exists nowhere and GAWS needs no second stage.
+
 A weight kept as ``[k, n]`` (Conv1D) is streamed by columns instead: a few of its rows at a time, whole lines of each,
 added up in a block of accumulators that stays in the first cache.
 
@@ -17,9 +20,10 @@ Vectors are ``at::vec``: AVX2, AVX-512 and NEON from one source, with ``vdpbf16p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from gawscompile.codegen.spec import KernelSpec, Operand, ProjectionSpec
+from gawscompile.codegen.spec import KernelSpec, KroneckerSpec, LowRankSpec, ModeSpec, Operand, ProjectionSpec
 
 CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
@@ -34,7 +38,9 @@ def emit(spec: KernelSpec) -> str:
     parts = [_header(spec), PRELUDE.strip(), "", *_constants(spec, ranks), ""]
     for i, projection in enumerate(spec.projections):
         parts += _expand(spec, i, projection, ranks)
-        if _has_epilogue(projection):
+        if projection.kronecker:
+            parts += _expand(spec, i, projection, ranks, base=False)
+        elif _has_epilogue(projection):
             parts += _add(spec, i, projection, ranks)
     parts += ["}  // namespace", "", *_gemv(spec, ranks)]
     if any(_has_epilogue(p) for p in spec.projections):
@@ -42,24 +48,90 @@ def emit(spec: KernelSpec) -> str:
     return "\n".join(parts) + "\n"
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a mode product finds its input, as C++: token t's begins at ``pointer + t * stride``."""
+
+    pointer: str
+    stride: str
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A mode product into scratch (only scaled where `mode` is None)."""
+
+    projection: int
+    mode: ModeSpec | None
+    factor: str
+    source: _Source
+    offset: int
+    width: int
+    scale: str
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How a Kronecker term reaches its rows: a dot with G's row (`mode`), or what lies in scratch already (None)."""
+
+    mode: ModeSpec | None
+    factor: str
+    source: _Source
+
+
 class _Scratch:
-    """Where each low-rank term keeps its u = s A x: a token's row holds all terms, each from a vector's boundary on."""
+    """Where each term keeps u = s A x or its mode products: a token's row holds all, each from a vector's boundary on.
+
+    `phases[k]`: the steps that may run once all of the phases before k are done.
+    """
 
     PAD = 16
 
     def __init__(self, spec: KernelSpec) -> None:
-        self.offsets: dict[tuple[int, int], int] = {}
-        width = 0
+        self.width = 0
+        self.offsets = {
+            (i, j): self._take(term.rank) for i, p in enumerate(spec.projections) for j, term in enumerate(p.lowrank)
+        }
+        self.phases: list[list[_Step]] = []
+        self.endings: dict[int, list[_Ending]] = {}
         for i, p in enumerate(spec.projections):
-            for j, term in enumerate(p.lowrank):
-                self.offsets[i, j] = width
-                width += -(-term.rank // self.PAD) * self.PAD
-        self.width = width
+            self.endings[i] = [self._chain(i, j, term) for j, term in enumerate(p.kronecker)]
+
+    def _take(self, count: int) -> int:
+        offset = self.width
+        self.width += -(-count // self.PAD) * self.PAD
+        return offset
+
+    def _chain(self, i: int, j: int, term: KroneckerSpec) -> _Ending:
+        factors = [f"g{i}_{j}_{at}" for at in range(len(term.modes))]
+        scale = f"float(*kron_scale{i}_{j})" if term.scale is None else f"{term.scale!r}f"
+        last = term.modes[-1] if term.modes[-1].rows is not None and term.modes[-1].after == 1 else None
+        steps: list[ModeSpec | None] = list(term.modes[:-1] if last else term.modes)
+        if last and not steps and term.scale != 1.0:
+            steps = [None]
+        source, width = _Source("x", "K"), term.modes[0].inputs
+        for at, mode in enumerate(steps):
+            width = mode.outputs if mode else width
+            step = _Step(i, mode, factors[at] if mode else "", source, self._take(width), width, scale)
+            while len(self.phases) <= at:
+                self.phases.append([])
+            self.phases[at].append(step)
+            source, scale = _Source(f"u + {step.offset}", "LDU"), "1.0f"
+        return _Ending(last, factors[-1], source)
 
 
 def _has_epilogue(p: ProjectionSpec) -> bool:
     """Whether anything is to be added to the plain product W x."""
-    return bool(p.bias or p.residual or p.lowrank)
+    return bool(p.bias or p.residual or p.lowrank or p.kronecker)
+
+
+def _from_x(i: int, ranks: _Scratch) -> bool:
+    """Whether a row of projection i's Kronecker terms is a dot with x itself."""
+    return any(ending.source.pointer == "x" for ending in ranks.endings[i])
+
+
+def _extras(i: int, p: ProjectionSpec, ranks: _Scratch) -> bool:
+    """Whether projection i reads scratch."""
+    return bool(p.lowrank) or any(ending.source.pointer != "x" for ending in ranks.endings[i])
 
 
 def _header(spec: KernelSpec) -> str:
@@ -83,38 +155,51 @@ def _parameters(operands: list[Operand]) -> str:
     return "".join(f"const {CPP_TYPES[o.dtype]}* {o.name}, " for o in operands)
 
 
-def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: _Scratch) -> list[str]:
+def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: _Scratch, base: bool = True) -> list[str]:
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
-    low-rank dots, one horizontal sum, epilogue."""
-    operands = _arguments(spec, i, _expanded(p))
+    the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
+    operands = _arguments(spec, i, _expanded(p) if base else ("bias", "residual", "b", "mode"))
     out = CPP_TYPES[p.out]
-    u = "const float* u, " if p.lowrank else ""
-    source = "const float* z, int64_t ldz" if p.transposed else "const X* x"
-    dots = p.lowrank or not p.transposed
+    u = "const float* u, " if _extras(i, p, ranks) else ""
+    rows = base and not p.transposed
+    x = "const X* x, " if rows or _from_x(i, ranks) else ""
+    z = "const float* z, int64_t ldz, " if base and p.transposed else ""
+    joined = [ending for ending in ranks.endings[i] if ending.mode]
+    added = [ending for ending in ranks.endings[i] if not ending.mode]
+    dots = p.lowrank or joined or rows
     lines = [
-        f"// {spec.formulas()[i]}",
+        f"// {spec.formulas()[i]}" if base else "// the same, its base's product from the library",
         "template <int R, int T>",
-        f"inline void expand{i}(int64_t row, int64_t t0, {_parameters(operands)}{u}{source}, {out}* y{i}) {{",
+        f"inline void {'expand' if base else 'spread'}{i}(int64_t row, int64_t t0, "
+        f"{_parameters(operands)}{u}{x}{z}{out}* y{i}) {{",
     ]
     if dots:
         lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
-    if not p.transposed:
+    if rows:
         lines.append(f"  dot<R, T, K>(acc, w{i} + row * K, K, x + t0 * K, K);")
     for j, term in enumerate(p.lowrank):
         where = f"u + t0 * LDU + {ranks.offsets[i, j]}"
         lines.append(f"  dot<R, T, {term.rank}>(acc, b{i}_{j} + row * {term.rank}, {term.rank}, {where}, LDU);")
+    for ending in joined:
+        assert ending.mode
+        pointer, stride = ending.source.pointer, ending.source.stride
+        shape = f"{ending.mode.rows}, {ending.mode.columns}"
+        lines.append(f"  slice_dot<R, T, {shape}>(acc, {ending.factor}, row, {pointer} + t0 * {stride}, {stride});")
+    before = [f"{e.source.pointer} + (t0 + t) * LDU + row" for e in added]
+    before += ["z + (t0 + t) * ldz"] if z else []
+    before += [f"y{i} + at"] if not base else []
     lines += [
         "  for (int t = 0; t < T; ++t) {",
         f"    const int64_t at = (t0 + t) * N{i} + row;",
         "    if constexpr (R == 4) {",
         "      Quad v = sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);" if dots else "      Quad v = {};",
-        *(["      v += load4(z + (t0 + t) * ldz);"] if p.transposed else []),
+        *[f"      v += load4({term});" for term in before],
         *([f"      v += load4(bias{i} + row);"] if p.bias else []),
         *([f"      v += load4(res{i} + at);"] if p.residual else []),
         f"      store4(y{i} + at, v);",
         "    } else {",
         "      float v = sum(acc[0][t]);" if dots else "      float v = 0;",
-        *(["      v += z[(t0 + t) * ldz];"] if p.transposed else []),
+        *[f"      v += float(*({term}));" for term in before],
         *([f"      v += float(bias{i}[row]);"] if p.bias else []),
         *([f"      v += float(res{i}[at]);"] if p.residual else []),
         f"      y{i}[at] = {out}(v);",
@@ -208,21 +293,65 @@ def _scratch(ranks: _Scratch) -> list[str]:
     ]
 
 
+_CHUNK = 64  # features of a piece of work that only scales
+
+
 def _shrink(spec: KernelSpec, ranks: _Scratch) -> list[str]:
-    """u = s A x, split over all threads by blocks of A's rows times tiles of tokens; then everyone waits."""
+    """u = s A x and first mode products, split over all threads by blocks of rows times tiles of tokens; then everyone
+    waits; then second mode products, and so on."""
     if not ranks.width:
         return []
-    terms = [(i, j, term) for i, p in enumerate(spec.projections) for j, term in enumerate(p.lowrank)]
-    total = " + ".join(f"blocks({term.rank}, ROWS)" for _, _, term in terms)
+    lines = ["    const int64_t tiles = blocks(m, 4 * TOKENS);"]
+    for number in range(max(1, len(ranks.phases))):
+        steps = ranks.phases[number] if number < len(ranks.phases) else []
+        terms = [(i, j, t) for i, p in enumerate(spec.projections) for j, t in enumerate(p.lowrank) if number == 0]
+        # costs in multiplications of a block of rows
+        parts = [f"blocks({t.rank}, ROWS) * K" if steps else f"blocks({t.rank}, ROWS)" for _, _, t in terms]
+        parts += ["{} * {}".format(*_work(step)) for step in steps]
+        name = "shrink" if number == 0 else f"phase{number}"
+        lines.append(f"    Share {name}(({' + '.join(parts)}) * tiles, id, threads);")
+        lines += _low_ranks(terms, ranks, "K" if steps else "1")
+        for step in steps:
+            lines += _mode(step, name)
+        lines.append("#pragma omp barrier")
+    return lines
+
+
+def _work(step: _Step) -> tuple[str, int]:
+    """(pieces of a step per tile of tokens, cost of each)."""
+    mode = step.mode
+    if mode is None or mode.rows is None:
+        return str(-(-step.width // _CHUNK)), _CHUNK
+    return f"{mode.before} * blocks({mode.rows}, ROWS)", mode.columns * mode.after
+
+
+def _mode(step: _Step, share: str) -> list[str]:
+    pieces, cost = _work(step)
+    mode, source = step.mode, step.source
+    tail = f"{source.pointer}, LDU, {source.stride}"
     lines = [
-        "    const int64_t tiles = blocks(m, 4 * TOKENS);",
-        f"    Share shrink(({total}) * tiles, id, threads);",
+        f"    {share}.piece({pieces} * tiles, {cost}, [&](int64_t piece) {{",
+        "      const int64_t lo = piece % tiles * 4 * TOKENS, hi = std::min(m, lo + 4 * TOKENS), at = piece / tiles;",
     ]
+    if mode is None or mode.rows is None:
+        sizes = f"<{mode.columns}, {mode.after}>" if mode else "<1, 1>"
+        factor = step.factor or "(const float*)nullptr"
+        ends = f"at * {_CHUNK}, std::min<int64_t>({step.width}, (at + 1) * {_CHUNK})"
+        lines.append(f"      diagonal{sizes}(u + {step.offset}, {factor}, {tail}, {ends}, lo, hi, {step.scale});")
+    else:
+        sizes = f"<{mode.rows}, {mode.columns}, {mode.after}>"
+        where = f"at / blocks({mode.rows}, ROWS), at % blocks({mode.rows}, ROWS)"
+        lines.append(f"      mode{sizes}(u + {step.offset}, {step.factor}, {tail}, {where}, lo, hi, {step.scale});")
+    return [*lines, "    });"]
+
+
+def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: _Scratch, cost: str) -> list[str]:
+    lines = []
     for i, j, term in terms:
         scale = f"float(*scale{i}_{j})" if term.scale is None else f"{term.scale!r}f" if term.scale != 1.0 else None
         at = f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + row + r]"
         lines += [
-            f"    shrink.piece(blocks({term.rank}, ROWS) * tiles, 1, [&](int64_t piece) {{",
+            f"    shrink.piece(blocks({term.rank}, ROWS) * tiles, {cost}, [&](int64_t piece) {{",
             "      const int64_t lo = piece % tiles * 4 * TOKENS, hi = std::min(m, lo + 4 * TOKENS);",
             f"      for_rows<{term.rank}>(piece / tiles, [&](auto rows, int64_t row) {{",
             "        for_tokens(lo, hi, [&](auto width, int64_t t0) {",
@@ -238,7 +367,7 @@ def _shrink(spec: KernelSpec, ranks: _Scratch) -> list[str]:
             "      });",
             "    });",
         ]
-    return [*lines, "#pragma omp barrier"]
+    return lines
 
 
 def _region(body: list[str]) -> list[str]:
@@ -254,6 +383,8 @@ def _region(body: list[str]) -> list[str]:
 
 def _gemv(spec: KernelSpec, ranks: _Scratch) -> list[str]:
     costs = [spec.k * _SIZE[p.dtype] + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) for p in spec.projections]
+    for i, endings in ranks.endings.items():
+        costs[i] += sum(4 * e.mode.columns for e in endings if e.mode)
     units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
     body = [*_shrink(spec, ranks), f"    Share rows({total}, id, threads);  // in bytes of weights and factors"]
@@ -261,9 +392,9 @@ def _gemv(spec: KernelSpec, ranks: _Scratch) -> list[str]:
         names = "".join(f"{o.name}, " for o in _arguments(spec, i, _expanded(p)))
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>"
         panel = max(1, PANEL_BYTES // (4 * spec.k * _SIZE[p.dtype]))
-        u = "u, " if p.lowrank else ""
+        u = "u, " if _extras(i, p, ranks) else ""
         if p.transposed:
-            body += _columns(i, cost, call, names + u)
+            body += _columns(i, cost, call, names + u + ("x, " if _from_x(i, ranks) else ""))
             continue
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
@@ -279,7 +410,7 @@ def _gemv(spec: KernelSpec, ranks: _Scratch) -> list[str]:
     return [
         'extern "C" void gemv(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         "  const X* x = (const X*)x_;",
-        *_unpack(spec, ("weight", "bias", "residual", "a", "b", "scale")),
+        *_unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale")),
         *_scratch(ranks),
         *_region(body),
     ]
@@ -306,7 +437,7 @@ def _columns(i: int, cost: int, call: str, names: str) -> list[str]:
 
 def _expanded(p: ProjectionSpec) -> tuple[str, ...]:
     """The operands of `_expand`."""
-    return ("bias", "residual", "b") if p.transposed else ("weight", "bias", "residual", "b")
+    return ("bias", "residual", "b", "mode") if p.transposed else ("weight", "bias", "residual", "b", "mode")
 
 
 def _accumulate(spec: KernelSpec, ranks: _Scratch) -> list[str]:
@@ -314,18 +445,38 @@ def _accumulate(spec: KernelSpec, ranks: _Scratch) -> list[str]:
     total = " + ".join(f"blocks(N{i}, 2 * V)" for i in added)
     body = [*_shrink(spec, ranks), f"    Share columns({total}, id, threads);"]
     for i in added:
+        u = "u, " if _extras(i, spec.projections[i], ranks) else ""
+        if spec.projections[i].kronecker:
+            body += _spread(spec, i, u + ("x, " if _from_x(i, ranks) else ""))
+            continue
         names = ", ".join([o.name for o in _arguments(spec, i, ("bias", "residual", "b"))])
-        u = "u, " if spec.projections[i].lowrank else ""
         body.append(
             f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{ add{i}(b * 2 * V, m, {names}, {u}y{i}); }});"
         )
-    x = ["  const X* x = (const X*)x_;"] if ranks.width else []
+    reads = ranks.width or any(_from_x(i, ranks) for i in added)
+    x = ["  const X* x = (const X*)x_;"] if reads else []
     return [
         'extern "C" void accumulate(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         *x,
-        *_unpack(spec, ("bias", "residual", "a", "b", "scale")),
+        *_unpack(spec, ("bias", "residual", "a", "b", "scale", "mode", "kron_scale")),
         *_scratch(ranks),
         *_region(body),
+    ]
+
+
+def _spread(spec: KernelSpec, i: int, reads: str) -> list[str]:
+    """2V rows of a projection with Kronecker terms, all tokens, on top of what y holds."""
+    names = "".join(f"{o.name}, " for o in _arguments(spec, i, ("bias", "residual", "b", "mode")))
+    return [
+        f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{",
+        "      for_tokens(0, m, [&](auto t, int64_t t0) {",
+        f"        const int64_t end = std::min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS);",
+        "        for (int64_t block = b * 2 * V / ROWS; block < end; ++block)",
+        f"          for_rows<N{i}>(block, [&](auto r, int64_t row) {{",
+        f"            spread{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{reads}y{i});",
+        "          });",
+        "      });",
+        "    });",
     ]
 
 

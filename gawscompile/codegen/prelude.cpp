@@ -272,6 +272,76 @@ inline void for_rows(int64_t block, Fn&& f) {
   }
 }
 
+// ---- mode products: (I_before ⊗ G ⊗ I_after) x, x[t, (b, i, a)] → z[t, (b, o, a)], G [O, I] ----------------------
+
+// Rows of one block of G in slice b, for tokens [lo, hi).
+template <int64_t O, int64_t I, int64_t A, class TG, class TX>
+inline void mode(
+    float* z, const TG* g, const TX* x, int64_t ldz, int64_t ldx, int64_t b, int64_t block, int64_t lo, int64_t hi,
+    float scale) {
+  for_rows<O>(block, [&](auto rows, int64_t row) {
+    constexpr int R = decltype(rows)::value;
+    if constexpr (A == 1) {
+      for_tokens(lo, hi, [&](auto width, int64_t t0) {
+        constexpr int T = decltype(width)::value;
+        F acc[R][T];
+        for (auto& row_acc : acc)
+          for (auto& a : row_acc) a = F(0);
+        dot<R, T, I>(acc, g + row * I, I, x + t0 * ldx + b * I, ldx);
+        for (int t = 0; t < T; ++t)
+          for (int r = 0; r < R; ++r) z[(t0 + t) * ldz + b * O + row + r] = scale * sum(acc[r][t]);
+      });
+    } else {
+      for (int64_t t = lo; t < hi; ++t) {
+        const auto along = [&](int64_t a, auto load, auto store) {
+          Pair acc[R];
+          for (auto& v : acc) v = {F(0), F(0)};
+          for (int i = 0; i < I; ++i) {
+            const Pair v = load(x + t * ldx + (b * I + i) * A + a);
+            for (int r = 0; r < R; ++r) {
+              const F w(scale * float(g[(row + r) * I + i]));
+              acc[r] = {at::vec::fmadd(w, v.lo, acc[r].lo), at::vec::fmadd(w, v.hi, acc[r].hi)};
+            }
+          }
+          for (int r = 0; r < R; ++r) store(z + t * ldz + (b * O + row + r) * A + a, acc[r]);
+        };
+        for (int64_t a = 0; a + 2 * V <= A; a += 2 * V)
+          along(a, [](const TX* p) { return load_pair(p); }, [](float* p, const Pair& v) { store_pair(p, v); });
+        if constexpr (A % (2 * V) != 0) {
+          constexpr int rest = A % (2 * V);
+          along(
+              A - rest, [](const TX* p) { return load_pair(p, rest); },
+              [](float* p, const Pair& v) { store_pair(p, v, rest); });
+        }
+      }
+    }
+  });
+}
+
+// z = scale * diag(v) x for features [k0, k1), v along the middle axis; or z = scale * x where v is null.
+template <int64_t I, int64_t A, class TG, class TX>
+inline void diagonal(
+    float* z, const TG* v, const TX* x, int64_t ldz, int64_t ldx, int64_t k0, int64_t k1, int64_t lo, int64_t hi,
+    float scale) {
+  for (int64_t t = lo; t < hi; ++t)
+    for (int64_t k = k0; k < k1; ++k) z[t * ldz + k] = scale * float(x[t * ldx + k]) * (v ? float(v[k / A % I]) : 1.0f);
+}
+
+// acc[r][t] += row (row + r) of I ⊗ G times x[t], which lies in slices of I; the rows may cross into the next slice
+template <int R, int T, int64_t O, int64_t I, class TG, class TX>
+inline void slice_dot(F (&acc)[R][T], const TG* g, int64_t row, const TX* x, int64_t ldx) {
+  if (R == 1 || O % R == 0 || row % O + R <= O) {
+    dot<R, T, I>(acc, g + row % O * I, I, x + row / O * I, ldx);
+  } else {
+    for (int r = 0; r < R; ++r) {
+      F one[1][T];
+      for (int t = 0; t < T; ++t) one[0][t] = acc[r][t];
+      dot<1, T, I>(one, g + (row + r) % O * I, I, x + (row + r) / O * I, ldx);
+      for (int t = 0; t < T; ++t) acc[r][t] = one[0][t];
+    }
+  }
+}
+
 // z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= COLUMNS; rows of z are COLUMNS apart. Panels of w stay
 // in the second cache while tile after tile of tokens meets them.
 template <int64_t K, class TW, class TX>

@@ -2,7 +2,10 @@
 
 A spec describes one *group*: projections of the same activation ``x`` that run together,
 
-    y_i = W_i x + bias_i + residual_i + sum_j s_ij * B_ij (A_ij x)        i = 0 … projections-1
+    y_i = W_i x + bias_i + residual_i + sum_j s_ij * B_ij (A_ij x) + sum_j s_ij * M_ijp … M_ij1 x
+                                                                          i = 0 … projections-1
+
+where each M is a mode product ``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2.
 
 It is frozen, hashable, and prints to one line that parses back to an equal spec. That line is what travels in
 the graph (as an argument of the op), in caches and in reports, so a process that never ran a pass can still
@@ -46,6 +49,52 @@ class LowRankSpec:
 
 
 @dataclass(frozen=True)
+class ModeSpec:
+    """``I_before ⊗ G ⊗ I_after``: G ``[rows, columns]``, or diag(v), v ``[columns]``, where `rows` is None."""
+
+    before: int
+    rows: int | None
+    columns: int
+    after: int
+
+    def __str__(self) -> str:
+        middle = f"diag{self.columns}" if self.rows is None else f"{self.rows}x{self.columns}"
+        return f"{self.before}*{middle}*{self.after}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that holds it."""
+        return (self.columns,) if self.rows is None else (self.rows, self.columns)
+
+    @property
+    def inputs(self) -> int:
+        return self.before * self.columns * self.after
+
+    @property
+    def outputs(self) -> int:
+        return self.before * (self.columns if self.rows is None else self.rows) * self.after
+
+    @property
+    def multiplications(self) -> int:
+        """For one token."""
+        return self.inputs if self.rows is None else self.outputs * self.columns
+
+
+@dataclass(frozen=True)
+class KroneckerSpec:
+    """``s * M_p … M_1 x``, first mode product first; factors contiguous and of `dtype`, `scale` as in `LowRankSpec`."""
+
+    modes: tuple[ModeSpec, ...]
+    dtype: str
+    scale: float | None = 1.0
+    scale_dtype: str = "f32"
+
+    def __str__(self) -> str:
+        scale = f"tensor.{self.scale_dtype}" if self.scale is None else repr(self.scale)
+        return f"kron({' '.join(map(str, self.modes))} {self.dtype} s={scale})"
+
+
+@dataclass(frozen=True)
 class ProjectionSpec:
     """One projection of the group; `n` output features, base weight of `dtype`.
 
@@ -60,12 +109,13 @@ class ProjectionSpec:
     residual: str | None = None
     lowrank: tuple[LowRankSpec, ...] = ()
     transposed: bool = False
+    kronecker: tuple[KroneckerSpec, ...] = ()
 
     def __str__(self) -> str:
         words = [f"n={self.n}", f"{'wt' if self.transposed else 'w'}={self.dtype}", f"out={self.out}"]
         words += [f"bias={self.bias}"] if self.bias else []
         words += [f"residual={self.residual}"] if self.residual else []
-        return " ".join(words + [str(term) for term in self.lowrank])
+        return " ".join([*words, *map(str, self.lowrank), *map(str, self.kronecker)])
 
     @property
     def rank(self) -> int:
@@ -73,7 +123,7 @@ class ProjectionSpec:
         return sum(term.rank for term in self.lowrank)
 
 
-Role = Literal["weight", "bias", "residual", "a", "b", "scale"]
+Role = Literal["weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale"]
 
 
 @dataclass(frozen=True)
@@ -85,12 +135,13 @@ class Operand:
     term: int | None
     shape: tuple[int | str, ...]
     dtype: str
+    mode: int | None = None
 
     @property
     def name(self) -> str:
-        """A C and Python identifier, unique within the kernel: ``w0``, ``bias1``, ``a0_1`` …"""
-        stem = {"weight": "w", "residual": "res"}.get(self.role, self.role)
-        return f"{stem}{self.projection}" + (f"_{self.term}" if self.term is not None else "")
+        """A C and Python identifier, unique within the kernel: ``w0``, ``bias1``, ``a0_1``, ``g0_1_2`` …"""
+        stem = {"weight": "w", "residual": "res", "mode": "g"}.get(self.role, self.role)
+        return "_".join([f"{stem}{self.projection}", *(str(n) for n in (self.term, self.mode) if n is not None)])
 
 
 @dataclass(frozen=True)
@@ -127,6 +178,11 @@ class KernelSpec:
                 yield Operand("b", i, j, (p.n, term.rank), term.dtype)
                 if term.scale is None:
                     yield Operand("scale", i, j, (), term.scale_dtype)
+            for j, kron in enumerate(p.kronecker):
+                for at, mode in enumerate(kron.modes):
+                    yield Operand("mode", i, j, mode.shape, kron.dtype, at)
+                if kron.scale is None:
+                    yield Operand("kron_scale", i, j, (), kron.scale_dtype)
 
     def formulas(self) -> list[str]:
         """The operator sum of each projection, as text for headers and reports."""
@@ -138,6 +194,10 @@ class KernelSpec:
             for j, term in enumerate(p.lowrank):
                 scale = f"s{i}_{j}" if term.scale is None else f"{term.scale:g}"
                 terms.append(f"{scale} B{i}_{j}[{p.n}x{term.rank}] (A{i}_{j} x)")
+            for j, kron in enumerate(p.kronecker):
+                scale = f"s{i}_{j}" if kron.scale is None else f"{kron.scale:g}"
+                chain = " ".join(f"({mode} G{i}_{j}_{at})" for at, mode in reversed(list(enumerate(kron.modes))))
+                terms.append(f"{scale} {chain} x")
             lines.append(f"y{i}[{p.n}] = " + " + ".join(terms))
         return lines
 
@@ -156,12 +216,17 @@ def _scale(text: str) -> tuple[float | None, str]:
     return None, text.removeprefix("tensor.")
 
 
-_FIELD = re.compile(r"(?:(\w+)=(\w+)|lora\(r=(\d+) (\w+) s=([^)\s]+)\))(?: |$)")
+_MODE = re.compile(r"(\d+)\*(?:(\d+)x|diag)(\d+)\*(\d+)")
+_FIELD = re.compile(
+    r"(?:(\w+)=(\w+)|lora\(r=(\d+) (\w+) s=([^)\s]+)\)"
+    r"|kron\(((?:\d+\*(?:\d+x|diag)\d+\*\d+ )+)(\w+) s=([^)\s]+)\))(?: |$)"
+)
 
 
 def _parse_projection(text: str) -> ProjectionSpec:
     fields: dict[str, str] = {}
     lowrank: list[LowRankSpec] = []
+    kronecker: list[KroneckerSpec] = []
     position = 0
     while position < len(text):
         match = _FIELD.match(text, position)
@@ -169,8 +234,11 @@ def _parse_projection(text: str) -> ProjectionSpec:
             raise SpecError(f"not a projection spec: {text!r} at {text[position:]!r}")
         if match[1]:
             fields[match[1]] = match[2]
-        else:
+        elif match[3]:
             lowrank.append(LowRankSpec(int(match[3]), _dtype(match[4]), *_scale(match[5])))
+        else:
+            modes = [ModeSpec(int(b), int(r) if r else None, int(c), int(a)) for b, r, c, a in _MODE.findall(match[6])]
+            kronecker.append(KroneckerSpec(tuple(modes), _dtype(match[7]), *_scale(match[8])))
         position = match.end()
     weight = "wt" if "wt" in fields else "w"
     if not {"n", weight, "out"} <= fields.keys() <= {"n", weight, "out", "bias", "residual"}:
@@ -182,5 +250,6 @@ def _parse_projection(text: str) -> ProjectionSpec:
         out=_dtype(fields["out"]),
         lowrank=tuple(lowrank),
         transposed=weight == "wt",
+        kronecker=tuple(kronecker),
         **optional,
     )

@@ -3,7 +3,9 @@
 from gawscompile.operators.algebra import (
     Bias,
     Dense,
+    Kronecker,
     LowRank,
+    Mode,
     Operator,
     describe,
     linear,
@@ -11,4 +13,15 @@ from gawscompile.operators.algebra import (
     operator_sum,
 )
 
-__all__ = ["Bias", "Dense", "LowRank", "Operator", "describe", "linear", "operator_group", "operator_sum"]
+__all__ = [
+    "Bias",
+    "Dense",
+    "Kronecker",
+    "LowRank",
+    "Mode",
+    "Operator",
+    "describe",
+    "linear",
+    "operator_group",
+    "operator_sum",
+]

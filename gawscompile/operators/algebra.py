@@ -4,7 +4,8 @@ Each operator is a NamedTuple, so it may stand in the arguments of an fx node wi
 between passes *is* the algebra, prints as such, and runs (``operator_sum`` and its kin are plain functions whose
 meaning is the segment-by-segment computation that frameworks execute).
 
-Shapes: x ``[..., K]``; a base weight ``[N, K]`` or its transpose; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``.
+Shapes: x ``[..., K]``; a base weight ``[N, K]`` or its transpose; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``; Kronecker factors
+as `Mode` says.
 """
 
 from __future__ import annotations
@@ -54,8 +55,41 @@ class Bias(NamedTuple):
         return self.vector
 
 
-Operator = Dense | LowRank | Bias
-OPERATORS: tuple[type, ...] = (Dense, LowRank, Bias)
+class Mode(NamedTuple):
+    """``(I_before ⊗ G ⊗ I_after) x``: a mode product, G applied along the middle of x's features as three axes
+    (Van Loan 2000, "The ubiquitous Kronecker product"). G ``[rows, columns]``, or a vector ``[columns]``, its diagonal.
+    """
+
+    before: int
+    matrix: Leaf
+    after: int
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        g = self.matrix
+        axes = x.unflatten(-1, (self.before, g.shape[-1], self.after))
+        product = axes * g[:, None] if g.dim() == 1 else torch.einsum("oi,...bia->...boa", g, axes)
+        return product.flatten(-3)
+
+
+class Kronecker(NamedTuple):
+    """``s * M_p … M_1 x``, the first mode product first.
+
+    ``I_n ⊗ G`` (GAWS) and ``G ⊗ I_d`` (GAWS-D: Alsuradi et al. 2026) are one mode product, with a diagonal before it
+    where there is `diag`; ``w1 ⊗ w2`` (LoKr: Yeh et al. 2023) is ``(I ⊗ w2)(w1 ⊗ I)``, more where those have factors.
+    """
+
+    modes: tuple[Mode, ...]
+    scale: Any = 1.0
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.modes[0].matrix.dtype)
+        for mode in self.modes:
+            x = mode.apply(x)
+        return x * self.scale
+
+
+Operator = Dense | LowRank | Bias | Kronecker
+OPERATORS: tuple[type, ...] = (Dense, LowRank, Bias, Kronecker)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -89,7 +123,18 @@ def _describe(term: Operator) -> str:
     if isinstance(term, LowRank):
         scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
         return f"{scale}·LowRank(r={_shape(term.a)[0]})"
+    if isinstance(term, Kronecker):
+        scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
+        return f"{scale}·Kronecker({' '.join(map(_describe_mode, reversed(term.modes)))})"
     return f"Bias[{_shape(term.vector)[0]}]"
+
+
+def _describe_mode(mode: Mode) -> str:
+    """``I10⊗[256x256]``; an identity of one is left out."""
+    sizes = _shape(mode.matrix)
+    middle = f"[{'x'.join(map(str, sizes))}]" if len(sizes) == 2 else f"diag[{sizes[0]}]"
+    parts = [f"I{mode.before}"] * (mode.before > 1) + [middle] + [f"I{mode.after}"] * (mode.after > 1)
+    return "⊗".join(parts)
 
 
 def _shape(leaf: Leaf) -> tuple[int, ...]:

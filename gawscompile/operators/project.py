@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.operators.algebra import Kronecker, Mode
 
 
 def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[torch.Tensor]:
@@ -23,6 +24,10 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
             a, b = named[f"a{i}_{j}"], named[f"b{i}_{j}"]
             scale = named[f"scale{i}_{j}"] if term.scale is None else term.scale
             y = y + F.linear(F.linear(x.to(a.dtype), a), b) * scale
+        for j, kron in enumerate(p.kronecker):
+            modes = [Mode(mode.before, named[f"g{i}_{j}_{at}"], mode.after) for at, mode in enumerate(kron.modes)]
+            scale = named[f"kron_scale{i}_{j}"] if kron.scale is None else kron.scale
+            y = y + Kronecker(tuple(modes), scale).apply(x)
         y = y.to(DTYPES[p.out]) if x.dtype != torch.float64 else y
         outputs.append(y + named[f"res{i}"] if p.residual else y)
     return outputs

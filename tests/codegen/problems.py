@@ -78,6 +78,19 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
         scale = float(operands[f"scale{i}_{j}"]) if term.scale is None else term.scale
         total = total + scale * (x @ a.T) @ b.T
         size = size + abs(scale) * (x.abs() @ a.abs().T) @ b.abs().T
+    for j, kron in enumerate(p.kronecker):
+        scale = float(operands[f"kron_scale{i}_{j}"]) if kron.scale is None else kron.scale
+        factors = [operands[f"g{i}_{j}_{at}"].double() for at in range(len(kron.modes))]
+        dense = torch.eye(spec.k, dtype=torch.float64)
+        for mode, g in zip(kron.modes, factors, strict=True):
+            middle = torch.diag(g) if mode.rows is None else g
+            dense = torch.kron(torch.kron(torch.eye(mode.before), middle), torch.eye(mode.after)).double() @ dense
+        total = total + scale * x @ dense.T
+        bound = torch.eye(spec.k, dtype=torch.float64)
+        for mode, g in zip(kron.modes, factors, strict=True):
+            middle = torch.diag(g).abs() if mode.rows is None else g.abs()
+            bound = torch.kron(torch.kron(torch.eye(mode.before), middle), torch.eye(mode.after)).double() @ bound
+        size = size + abs(scale) * x.abs() @ bound.T
     half_ulp = torch.finfo(TORCH[p.out]).eps / 2 if p.out != "f32" else 0.0
     allowed = 1.02 * half_ulp * (total.abs() + base.abs()) + 6 * torch.finfo(torch.float32).eps * size
     return total, allowed
