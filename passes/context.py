@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
 from gawscompile.debug.records import GraphRecord, LinearRecord, Reason
@@ -252,7 +253,7 @@ def empty_like(x: Node, sizes: tuple[Any, ...], out: torch.dtype) -> torch.Tenso
 
 def leaves(terms: tuple[algebra.Operator, ...]) -> list[Node]:
     """The nodes that a sum reads beside its activation."""
-    return [leaf for term in terms for leaf in term if isinstance(leaf, Node)]
+    return [leaf for leaf in pytree.tree_leaves(terms) if isinstance(leaf, Node)]
 
 
 _ROOT = re.compile(r"L\['\w+'\](\._orig_mod)?|L__self__")

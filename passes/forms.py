@@ -16,7 +16,9 @@ from gawscompile.operators import linear
 from gawscompile.passes.context import (
     CASTS,
     MATRIX_MATHS,
+    ONES,
     TRANSPOSES,
+    VIEWS,
     args,
     aten,
     dtype,
@@ -30,19 +32,36 @@ from gawscompile.passes.context import (
     transposed,
     value,
 )
+from gawscompile.passes.layouts import Layout, Unknown, kronecker_factors, moved, split
 
 PLAIN = torch.contiguous_format
 
 
 class Factor(NamedTuple):
-    """A parameter matrix, or its transpose."""
+    """``I_before ⊗ M ⊗ I_after``: M a parameter matrix, its transpose, or the diagonal matrix of a parameter vector."""
 
     node: Node
     turned: bool = False
+    before: int = 1
+    after: int = 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is M alone, and M a matrix."""
+        return self.before == self.after == 1 and len(shape(self.node)) == 2
 
     @property
     def sizes(self) -> tuple[Any, ...]:
-        return shape(self.node)[::-1] if self.turned else shape(self.node)
+        """(rows, columns) of the whole."""
+        rows, columns = (*shape(self.node), *shape(self.node))[:2] if len(shape(self.node)) == 1 else shape(self.node)
+        rows, columns = (columns, rows) if self.turned else (rows, columns)
+        return rows * self.before * self.after, columns * self.before * self.after
+
+    @property
+    def multiplications(self) -> Any:
+        """For one token."""
+        rows, columns = self.sizes
+        return columns if len(shape(self.node)) == 1 else rows * columns // (self.before * self.after)
 
 
 class Scale(NamedTuple):
@@ -60,7 +79,10 @@ class Scale(NamedTuple):
 
 
 class Product(NamedTuple):
-    """``scale * W_n … W_1 x``, innermost matrix first. `origin`: the linear node that the outermost came from."""
+    """``scale * W_n … W_1 x``, innermost matrix first. `origin`: the linear node that the outermost came from.
+
+    Without matrices it is x itself, regrouped.
+    """
 
     matrices: tuple[Factor, ...]
     origin: Node
@@ -84,7 +106,8 @@ class Vector(NamedTuple):
 class Form:
     """A node's value as products and vectors on one activation. `inner`: the nodes it folds, itself included.
 
-    Where it is `turned`, the node is the transpose of that, ``[N, m]``.
+    Where it is `turned`, the node is the transpose of that, ``[N, m]``; where it has a `layout`, its features are
+    several axes.
     """
 
     activation: Node
@@ -92,10 +115,16 @@ class Form:
     vectors: tuple[Vector, ...]
     inner: tuple[Node, ...]
     turned: bool = False
+    layout: Layout | None = None
 
     @property
     def bases(self) -> list[Product]:
-        return [p for p in self.products if len(p.matrices) == 1]
+        return [p for p in self.products if len(p.matrices) == 1 and p.matrices[0].dense]
+
+    @property
+    def regrouped(self) -> bool:
+        """Whether it is the activation itself, and no linear has read it yet."""
+        return not all(p.matrices for p in self.products)
 
     def scaled(self, by: Any, node: Node) -> Form:
         products = tuple(p.scaled(by) for p in self.products)
@@ -110,19 +139,52 @@ def form_of(node: Node, forms: dict[Node, Form]) -> Form | None:
         return _extend(node, forms)
     if is_call(node, aten.clone.default):  # dropout in eval mode
         return _extend(node, forms) if node.kwargs.get("memory_format", PLAIN) is PLAIN else None
-    if transposed(node) is not None:
-        form = _extend(node, forms)
-        return form and replace(form, turned=not form.turned)
-    if reinterpreted(node) is not None:
-        # in-place arithmetic goes through flat views and back: only leading dimensions change
-        return _extend(node, forms) if same_sizes(shape(node)[-1:], shape(args(node)[0])[-1:]) else None
+    if is_call(node, aten.permute.default) or reinterpreted(node) is not None:
+        return _of_view(node, forms)
     scaling = scaling_of(node)
     if scaling is not None:
         inner, by = scaling
         form = _folded(inner, forms) if same_sizes(shape(node), shape(inner)) else None
         return form and form.scaled(by, node)
+    if is_call(node, aten.mul.Tensor):
+        return _of_diagonal(node, forms)
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
         return _of_sum(node, forms)
+    return None
+
+
+def _of_view(node: Node, forms: dict[Node, Form]) -> Form | None:
+    """Views and permutations: of a form, or of an activation whose features they make several axes of."""
+    source = args(node)[0]
+    form = _folded(source, forms)
+    if form is None:
+        layout = split(node, source)
+        if layout is None:
+            return None
+        while widens(source) or is_call(source, aten.clone.default):
+            source = args(source)[0]
+        return Form(source, (Product((), node),), (), (node,), layout=layout)
+    form = replace(form, inner=(*form.inner, node))
+    if form.layout is None and transposed(node) is not None:
+        return replace(form, turned=not form.turned)
+    try:
+        return replace(form, layout=moved(form.layout, node)) if not form.vectors or form.layout is None else None
+    except Unknown:
+        return None
+
+
+def _of_diagonal(node: Node, forms: dict[Node, Form]) -> Form | None:
+    """Features that are several axes, times a vector along the last one."""
+    for x, v in (args(node), args(node)[::-1]):
+        form = _folded(x, forms)
+        if form is None or form.layout is None or len(form.products) != 1 or form.vectors:
+            continue
+        before, size, after = form.layout.last
+        if value(v) is not None and is_parameter(through_casts(v)) and same_sizes(shape(v), (size,)):
+            (product,) = form.products
+            factor = Factor(through_casts(v), before=before, after=after)
+            product = product._replace(matrices=(*product.matrices, factor))
+            return replace(form, products=(product,), inner=(*form.inner, node))
     return None
 
 
@@ -150,14 +212,14 @@ def _folded(node: Any, forms: dict[Node, Form]) -> Form | None:
     readers besides.
     """
     form = forms.get(node) if isinstance(node, Node) else None
-    if form is None or len(node.users) == 1:
+    if form is None or len(node.users) == 1 or form.regrouped:
         return form
     return form if not form.vectors and all(_small(p) for p in form.products) else None
 
 
 def _small(product: Product) -> bool:
     """Whether a product goes through, or ends in, far fewer features than it starts from."""
-    narrowest = min(matrix.sizes[0] for matrix in product.matrices)
+    narrowest = min((matrix.sizes[0] for matrix in product.matrices), default=None)
     return isinstance(narrowest, int) and 4 * narrowest <= product.matrices[0].sizes[1]
 
 
@@ -167,6 +229,8 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
     # what is not made of parameters alone is a projection all the same, and to be reported as one
     products, inner_nodes = matrix_of(weight) or ((Product((Factor(weight),), node),), ())
     inner = _folded(x, forms)
+    if inner is not None and inner.layout is not None:
+        return _along_an_axis(node, inner, products, inner_nodes) if not vectors else None
     if (
         inner is not None
         and not (inner.turned or inner.vectors)
@@ -180,6 +244,24 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
     )
 
 
+def _along_an_axis(
+    node: Node, inner: Form, products: tuple[Product, ...], inner_nodes: tuple[Node, ...]
+) -> Form | None:
+    """A linear on features that are several axes: a mode product along the last of them."""
+    assert inner.layout is not None
+    dense = all(factor.dense for p in products for factor in p.matrices)
+    if len(products) != 1 or len(inner.products) != 1 or inner.vectors or not dense:
+        return None
+    (first,), (second,) = inner.products, products
+    before, _, after = inner.layout.last
+    rows = second.matrices[-1].sizes[0]
+    if not isinstance(rows, int):
+        return None
+    chain = Product((*first.matrices, *_modes(second, before, after)), node, first.scale.times(second.scale))
+    layout = inner.layout.with_last(rows)
+    return Form(inner.activation, (chain,), (), (*inner.inner, *inner_nodes, node), layout=layout)
+
+
 def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
     """A matrix as a sum of products of parameters, with the nodes that form it: ``W + s B A`` is what merging makes."""
     if not isinstance(node, Node) or value(node) is None or len(shape(node)) != 2:
@@ -191,6 +273,13 @@ def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
     if turned is not None:
         found = matrix_of(turned)
         return found and (tuple(_turned(p) for p in found[0]), (*found[1], node))
+    pair = kronecker_factors(node)
+    if pair is not None:
+        return _kronecker(node, *pair)
+    same = reinterpreted(node)
+    if same is not None and same_sizes(shape(same), shape(node)):
+        found = matrix_of(same)
+        return found and (found[0], (*found[1], node))
     scaling = scaling_of(node)
     if scaling is not None and same_sizes(shape(node), shape(scaling[0])):
         found = matrix_of(scaling[0])
@@ -198,6 +287,13 @@ def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
     if is_cast(node):
         found = matrix_of(args(node)[0])
         return found and (found[0], (*found[1], node))
+    if is_call(node, aten.mul.Tensor):  # G diag(v)
+        for g, v in (args(node), args(node)[::-1]):
+            found = matrix_of(g)
+            if found and value(v) is not None and is_parameter(through_casts(v)) and shape(v) == shape(node)[-1:]:
+                columns = Factor(through_casts(v))
+                return tuple(p._replace(matrices=(columns, *p.matrices)) for p in found[0]), (*found[1], node)
+        return None
     if is_call(node, linear) and len(args(node)) == 2:  # P Q', which mm(P, Q) was
         left, right = matrix_of(args(node)[0]), matrix_of(args(node)[1])
         if left and right and len(left[0]) == len(right[0]) == 1:
@@ -212,6 +308,28 @@ def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
     return None
 
 
+def _kronecker(node: Node, w1: Node, w2: Node) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
+    """``w1 ⊗ w2`` as mode products, in the order that multiplies less. Either may be a product of factors itself."""
+    left, right = matrix_of(w1), matrix_of(w2)
+    if not left or not right or not len(left[0]) == len(right[0]) == 1:
+        return None
+    (p,), (q,) = left[0], right[0]
+    if not all(factor.dense for factor in (*p.matrices, *q.matrices)):
+        return None
+    (a, b), (c, d) = shape(w1), shape(w2)
+
+    orders = [
+        (*_modes(p, 1, d), *_modes(q, a, 1)),  # (I_a ⊗ w2)(w1 ⊗ I_d)
+        (*_modes(q, b, 1), *_modes(p, 1, c)),  # (w1 ⊗ I_c)(I_b ⊗ w2)
+    ]
+    matrices = min(orders, key=lambda order: sum(factor.multiplications for factor in order))
+    return (Product(matrices, node, p.scale.times(q.scale)),), (*left[1], *right[1], node)
+
+
+def _modes(product: Product, before: int, after: int) -> tuple[Factor, ...]:
+    return tuple(factor._replace(before=before, after=after) for factor in product.matrices)
+
+
 def in_a_weight(node: Node) -> bool:
     """Whether a linear is a product of parameters on its way into a weight, and no projection at all."""
     return is_call(node, linear) and matrix_of(node) is not None and _feeds_weights(node)
@@ -221,14 +339,14 @@ def _feeds_weights(node: Node) -> bool:
     """Whether all that `node` becomes in the end is the weight of some linear."""
     return bool(node.users) and all(
         (is_call(user, linear) and args(user)[1] is node)
-        or (is_call(user, linear, *CASTS, *TRANSPOSES, *MATRIX_MATHS) and _feeds_weights(user))
+        or (is_call(user, linear, *CASTS, *VIEWS, *ONES, *TRANSPOSES, *MATRIX_MATHS) and _feeds_weights(user))
         for user in node.users
     )
 
 
 def _turned(p: Product) -> Product:
     """(W_n … W_1)' = W_1' … W_n'."""
-    return p._replace(matrices=tuple(Factor(f.node, not f.turned) for f in reversed(p.matrices)))
+    return p._replace(matrices=tuple(f._replace(turned=not f.turned) for f in reversed(p.matrices)))
 
 
 def _weight(node: Node) -> float:
@@ -269,13 +387,17 @@ def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
         # where an adapter narrows the activation for itself, the base's is the one to read
         activation = a.activation if a.bases else b.activation
         inner = (*a.inner, *b.inner, node)
-        return Form(activation, a.products + b.products, a.vectors + b.vectors, inner, a.turned)
-    if a is not None and not a.turned and _is_vector(right, left, node):
+        return Form(activation, a.products + b.products, a.vectors + b.vectors, inner, a.turned, a.layout)
+    if a is not None and _plain(a) and _is_vector(right, left, node):
         return replace(a, vectors=(*a.vectors, Vector(right, Scale(weight))), inner=(*a.inner, node))
-    if b is not None and not b.turned and _is_vector(left, right, node):
+    if b is not None and _plain(b) and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
         return replace(b, vectors=(*b.vectors, Vector(left)), inner=(*b.inner, node))
     return None
+
+
+def _plain(form: Form) -> bool:
+    return not form.turned and form.layout is None
 
 
 def _is_vector(other: Node, summand: Node, node: Node) -> bool:
@@ -294,7 +416,9 @@ def _on_activation_of(form: Form, other: Form) -> Form:
 
 
 def _same_activation(a: Form, b: Form) -> bool:
-    return _source(a.activation) is _source(b.activation) and a.turned == b.turned
+    if a.regrouped or b.regrouped:
+        return False
+    return _source(a.activation) is _source(b.activation) and (a.turned, a.layout) == (b.turned, b.layout)
 
 
 def _source(x: Node) -> Node:

@@ -20,26 +20,43 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec, LowRankSpec, ProjectionSpec
-from gawscompile.operators import Bias, Dense, LowRank, operator_group
+from gawscompile.operators import Bias, Dense, Kronecker, LowRank, operator_group
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, dtype, shape
 
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=operator_group):
-        x, sums, outs = args(node)
+        _, sums, outs = args(node)
+        if any(isinstance(term, Kronecker) for terms in sums for term in terms):
+            continue  # fuse_kronecker's
         operands: list[Node] = []
-        projections = [_projection(terms, out, operands) for terms, out in zip(sums, outs, strict=True)]
-        spec = KernelSpec(int(shape(x)[-1]), DTYPE_NAMES[dtype(x)], tuple(projections))
-        with graph.inserting_before(node):
-            new = context.insert(project, (x, operands, str(spec)), node, node.meta["val"])
-        new.meta["gaws_entries"] = node.meta["gaws_entries"]
-        node.replace_all_uses_with(new)
-        context.erase(node)
-        context.matched()
+        projections = [projection(terms, out, operands) for terms, out in zip(sums, outs, strict=True)]
+        fuse(graph, context, node, projections, operands)
 
 
-def _projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> ProjectionSpec:
+def fuse(
+    graph: Graph, context: Context, node: Node, projections: list[ProjectionSpec], operands: list[Node]
+) -> None:
+    """The group `node` becomes a fused projection."""
+    x = args(node)[0]
+    spec = KernelSpec(int(shape(x)[-1]), DTYPE_NAMES[dtype(x)], tuple(projections))
+    with graph.inserting_before(node):
+        new = context.insert(project, (x, operands, str(spec)), node, node.meta["val"])
+    new.meta["gaws_entries"] = node.meta["gaws_entries"]
+    node.replace_all_uses_with(new)
+    context.erase(node)
+    context.matched()
+
+
+def scale_of(scale: Any) -> tuple[float | None, str]:
+    """A spec's `scale` and `scale_dtype` for a term's."""
+    if isinstance(scale, (int, float)):
+        return float(scale), "f32"
+    return None, "f64" if dtype(scale) == torch.float64 else "f32"
+
+
+def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> ProjectionSpec:
     """The spec of one sum; its tensors are appended to `operands` in the order of ``KernelSpec.operands``."""
     (base,) = [term for term in terms if isinstance(term, Dense)]
     biases = [term.vector for term in terms if isinstance(term, Bias)]
@@ -48,9 +65,8 @@ def _projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Proje
     operands += biases
     specs = []
     for term in lowrank:
-        fixed = float(term.scale) if isinstance(term.scale, (int, float)) else None
+        fixed, scale_dtype = scale_of(term.scale)
         operands += [term.a, term.b] if fixed is not None else [term.a, term.b, term.scale]
-        scale_dtype = "f64" if fixed is None and dtype(term.scale) == torch.float64 else "f32"
         specs.append(LowRankSpec(int(shape(term.a)[0]), DTYPE_NAMES[dtype(term.a)], fixed, scale_dtype))
     bias = DTYPE_NAMES[dtype(biases[0])] if biases else None
     return ProjectionSpec(

@@ -22,6 +22,7 @@ further is a root, and is replaced whole, if it has exactly one base projection 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.debug.records import Reason
-from gawscompile.operators import Bias, Dense, LowRank, Operator, describe, linear, operator_sum
+from gawscompile.operators import Bias, Dense, Kronecker, LowRank, Mode, Operator, describe, linear, operator_sum
 from gawscompile.passes.context import (
     Context,
     args,
@@ -85,6 +86,8 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
         source = args(node)[0]
         return (node, *(_root(graph, context, source, forms) if source in forms else ()))
     form = forms[node]
+    if form.regrouped:
+        return (node,)
     if len(form.bases) != 1:
         # no base, or several: what it is made of may still be sums of their own
         reason = Reason.SEVERAL_BASES if form.bases else Reason.NO_BASE
@@ -163,8 +166,6 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
     for p in form.products:
         if p is base:
             continue
-        if len(p.matrices) != 2:
-            return Reason.FACTOR_SHAPE, f"a product of {len(p.matrices)} matrices"
         kinds = {dtype(through_casts(f.node)) for f in p.matrices}
         if not all(is_parameter(through_casts(f.node)) for f in p.matrices):
             return Reason.WEIGHT_COMPUTED, "a factor of the adapter is computed in the graph"
@@ -172,10 +173,20 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
             return Reason.DTYPE, f"factors of {', '.join(map(str, kinds))}"
         if not all(isinstance(size, int) for f in p.matrices for size in f.sizes):
             return Reason.FACTOR_SHAPE, "the rank is symbolic"
-        rank = p.matrices[0].sizes[0]
-        if not 0 < rank <= min(shape(weight)):
-            return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {shape(weight)}"
+        if _low_rank(p):
+            rank = p.matrices[0].sizes[0]
+            if not 0 < rank <= min(shape(weight)):
+                return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {shape(weight)}"
+        else:
+            needed, dense = sum(f.multiplications for f in p.matrices), math.prod(shape(weight))
+            if not 0 < needed < dense:
+                detail = f"{len(p.matrices)} factors that take {needed} multiplications a token, and a dense ΔW {dense}"
+                return Reason.FACTOR_SHAPE, detail
     return None
+
+
+def _low_rank(p: Product) -> bool:
+    return len(p.matrices) == 2 and all(factor.dense for factor in p.matrices)
 
 
 def _terms(context: Context, form: Form, base: Product, node: Node) -> tuple[Operator, ...]:
@@ -184,17 +195,23 @@ def _terms(context: Context, form: Form, base: Product, node: Node) -> tuple[Ope
     terms: list[Operator] = [Dense(through_casts(weight.node), weight.turned)]
     bias = _bias(context, form.vectors, node)
     terms += [Bias(bias)] if bias is not None else []
-    for p in form.products:
-        if p is not base:
-            a, b = (_factor(context, f) for f in p.matrices)
-            terms.append(LowRank(b, a, _scale(context, p.scale)))
+    adapters = [p for p in form.products if p is not base]
+    for p in sorted(adapters, key=_low_rank, reverse=True):
+        factors = [_factor(context, f) for f in p.matrices]
+        scale = _scale(context, p.scale)
+        if _low_rank(p):
+            a, b = factors
+            terms.append(LowRank(b, a, scale))
+        else:
+            modes = [Mode(f.before, g, f.after) for f, g in zip(p.matrices, factors, strict=True)]
+            terms.append(Kronecker(tuple(modes), scale))
     return tuple(terms)
 
 
 def _factor(context: Context, factor: Factor) -> Node:
     """The factor as it is stored, or a view of its transpose (which the op copies in every call: it is small)."""
     node = through_casts(factor.node)
-    if not factor.turned:
+    if not factor.turned or len(shape(node)) == 1:
         return node
     return _derive(context, aten.permute.default, (node, [1, 0]), node.meta["val"].permute(1, 0))
 

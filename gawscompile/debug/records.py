@@ -27,7 +27,7 @@ class Reason(str, Enum):
     SEVERAL_BASES = "more than one base projection of one activation in a sum"
     RESHAPED = "the sum is formed on a view whose symbolic sizes cannot be undone"
     SCALE = "the base projection itself is scaled"
-    FACTOR_SHAPE = "the factors do not form a low-rank update (rank zero, or wider than the projection)"
+    FACTOR_SHAPE = "the factors do not form a smaller update (rank zero, too wide, costlier than a dense one)"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
     NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"
     UNPROVEN = "verify found the rewrite to differ from its original, which stays in its place"

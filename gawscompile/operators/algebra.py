@@ -4,8 +4,8 @@ Each operator is a NamedTuple, so it may stand in the arguments of an fx node wi
 between passes *is* the algebra, prints as such, and runs (``operator_sum`` and its kin are plain functions whose
 meaning is the segment-by-segment computation that frameworks execute).
 
-Shapes: x ``[..., K]``; a base weight ``[N, K]`` or its transpose; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``; Kronecker factors
-as `Mode` says.
+Shapes: x ``[..., K]``; a base weight ``[N, K]`` or its transpose; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``;
+Kronecker factors as `Mode` says.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ would have it: measured within 20 % over m = 1 … 256). Crossovers are found by
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 import sympy
@@ -68,12 +69,16 @@ def weight_bytes(spec: KernelSpec) -> int:
 
 def adapter_bytes(spec: KernelSpec) -> int:
     """Bytes of the group's factors."""
-    return sum(t.rank * (spec.k + p.n) * _size(t.dtype) for p in spec.projections for t in p.lowrank)
+    lowrank = sum(t.rank * (spec.k + p.n) * _size(t.dtype) for p in spec.projections for t in p.lowrank)
+    kronecker = [(mode, term.dtype) for p in spec.projections for term in p.kronecker for mode in term.modes]
+    return lowrank + sum(math.prod(mode.shape) * _size(dtype) for mode, dtype in kronecker)
 
 
 def _adapter_seconds(spec: KernelSpec, device: Device) -> sympy.Expr:
     """Both factors' work runs on fp32 vectors, whatever their dtype."""
-    flops = 2 * m * sum(t.rank * (spec.k + p.n) for p in spec.projections for t in p.lowrank)
+    products = sum(t.rank * (spec.k + p.n) for p in spec.projections for t in p.lowrank)
+    products += sum(mode.multiplications for p in spec.projections for t in p.kronecker for mode in t.modes)
+    flops = 2 * m * products
     return adapter_bytes(spec) / device.bandwidth + flops / device.kernel_rate["f32"]
 
 
@@ -94,7 +99,7 @@ def _gemm(spec: KernelSpec, device: Device) -> sympy.Expr:
         bytes_ = p.n * spec.k * _size(p.dtype)
         seconds += device.library_launch + bytes_ / device.library_bandwidth[p.dtype]
         seconds += 2 * m * p.n * spec.k / device.library_rate[p.dtype]
-    if any(p.lowrank or p.bias or p.residual for p in spec.projections):
+    if any(p.lowrank or p.kronecker or p.bias or p.residual for p in spec.projections):
         traffic = 2 * m * sum(p.n * _size(p.out) for p in spec.projections)
         seconds += device.launch + _adapter_seconds(spec, device) + traffic / (4 * device.bandwidth)
     return seconds

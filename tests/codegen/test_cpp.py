@@ -38,7 +38,8 @@ SPECS = {
     "gawsd": "k=96 x=f32; n=72 w=f32 out=f32 kron(1*6x8*12 f32 s=1.0); n=48 w=f32 out=f32 kron(1*4x8*12 f32 s=-2.0)",
     "gawsd_wide": "k=300 x=bf16; n=200 w=bf16 out=bf16 bias=bf16 kron(1*diag3*100 1*2x3*100 bf16 s=tensor.f32)",
     "lokr": "k=60 x=f32; n=66 w=f32 out=f32 lora(r=3 f32 s=0.5) kron(1*6x5*12 6*4x12*1 6*11x4*1 f32 s=2.0)",
-    "lokr_left": "k=40 x=f16; n=24 w=f16 out=f16 kron(1*2x5*8 1*3x2*8 3*8x8*1 f16 s=tensor.f64) kron(4*6x10*1 f32 s=1.0)",
+    "lokr_left": "k=40 x=f16; n=24 w=f16 out=f16 kron(1*2x5*8 1*3x2*8 3*8x8*1 f16 s=tensor.f64) "
+    "kron(4*6x10*1 f32 s=1.0)",
     "gaws_conv1d": "k=64 x=f32; n=48 wt=f32 out=f32 bias=f32 kron(4*12x16*1 f32 s=1.0) kron(1*3x4*16 f32 s=1.0); "
     "n=8 w=f32 out=f32 lora(r=4 f32 s=1.0)",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
