@@ -115,14 +115,15 @@ def approximate(
     model: nn.Module,
     to: Target = "gaws",
     splits: int | Mapping[str, int] | None = None,
+    split_dim: int | None = None,
     terms: int = 1,
     tolerance: float = 0.1,
     adapter: str = "default",
 ) -> Approximation:
     """The nearest adapter of kind `to` to ΔW of `adapter` in `model`, which is left as it is.
 
-    splits: the number of input splits, for all modules or by pattern as in ``input_splits_pattern``. Output splits:
-        for ``gaws`` the same; for ``gawsd`` and ``kronecker`` what makes slices (A's rows) of equal length possible.
+    splits: the number of input splits, for all modules or by pattern as in ``input_splits_pattern``; or
+    split_dim: the length of an input slice, which for ``gawsd`` and ``kronecker`` is the output's too (B is square).
     terms: how many Kronecker products to add up, for ``kronecker`` only: a sum of GAWS of one split is one GAWS.
     tolerance: the largest relative error that any module may have.
 
@@ -135,6 +136,7 @@ def approximate(
         raise ValueError(f"terms={terms}: several terms of {to} with one split add up to one; use to='kronecker'")
     kind: Kind = "gaws" if to == "gaws" else "gawsd"
     chosen: dict[str, Any] = {"input_splits_pattern" if isinstance(splits, Mapping) else "input_splits": splits}
+    chosen["input_split_dim"] = split_dim
     layers = _adapted_layers(model, adapter)
     # modules by their whole names, so that the new adapter sits exactly where the old one did
     config = CONFIGS[kind](**chosen, target_modules=list(layers))

@@ -94,13 +94,16 @@ def resolve(kind: Kind, in_features: int, out_features: int, wish: Wish, module:
             raise refuse(f"GAWS needs as many input slices as output slices, not {inputs} and {outputs} ({wish})")
     else:
         length = in_features // inputs if inputs is not None else out_features // (outputs or 1)
+        if in_features % length or out_features % length:
+            raise refuse(f"{wish} makes slices of {length}, which do not fit both its inputs and its outputs")
         inputs = in_features // length if inputs is None else inputs
         outputs = out_features // length if outputs is None else outputs
     assert inputs is not None and outputs is not None
-    splits = Splits(inputs, outputs)
-    if splits not in all_splits(kind, in_features, out_features):
+    if kind == "gawsd" and in_features * outputs != out_features * inputs:
         raise refuse(f"{inputs} input and {outputs} output slices are not all of one length ({wish})")
-    return splits
+    if kind == "gaws" and (in_features % inputs or out_features % outputs):
+        raise refuse(f"{inputs} slices do not divide both its inputs and its outputs ({wish})")
+    return Splits(inputs, outputs)
 
 
 def _listing(kind: Kind, in_features: int, out_features: int) -> str:
