@@ -22,6 +22,7 @@ import torch
 from benchmarks import common
 from gawscompile import measure, persona
 from gawscompile.adapters import GAWSConfig, GAWSDConfig, approximate
+from gawscompile.adapters.approximate import Target
 from gawscompile.decoding import Decoder
 
 HELD_OUT = 3
@@ -55,6 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
     parser.add_argument("--rates", type=float, nargs="+", help="try these learning rates for every kind instead")
     parser.add_argument("--decode", nargs="*", choices=common.BACKENDS, help="backends to time one decode step under")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (one is faster where cores are shared)")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--plot", type=Path, help="write a plot of loss over parameters here (needs matplotlib)")
     return parser.parse_args(argv)
@@ -135,9 +137,9 @@ def approximation_table(model: Any, base: Any, tokenizer: Any, splits: Sequence[
     text = persona.pairs()[-HELD_OUT:]
     rows = [["the LoRA itself", "", "", "", f"{persona.loss_on(model, tokenizer, text):.3f}"]]
     for count in splits:
-        wanted: dict[str, Any] = {"gaws": {"splits": count}, "gawsd": {"split_dim": count}}
+        wanted: dict[Target, dict[str, int]] = {"gaws": {"splits": count}, "gawsd": {"split_dim": count}}
         for kind, settings in wanted.items():
-            found = approximate(model, kind, **settings, tolerance=float("inf"))
+            found = approximate(model, kind, **settings, tolerance=float("inf"))  # type: ignore[arg-type]
             errors = [fit.error for fit in found.fits]
             attached = found.attach(measure.sharing_copy(base))
             rows.append(
@@ -180,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     from transformers import AutoTokenizer
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     began = time.perf_counter()
     facts = measure.machine()
     base = common.load_base(common.Setup(options.model))
