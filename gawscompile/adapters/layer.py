@@ -116,8 +116,9 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.splits:
-                x = self._cast_input_dtype(x, self.g(adapter).dtype)
-                result = result + self.apply_adapter(x, adapter)
+                # from x itself: a cast of a cast would round for an adapter of another dtype
+                own = self._cast_input_dtype(x, self.g(adapter).dtype)
+                result = result + self.apply_adapter(own, adapter)
         return result.to(dtype)
 
     def _mixed_batch(self, x: torch.Tensor, names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from benchmarks.common import Setup, load_base
 
 
 def test_tables_and_plot(tiny_llama_dir, tmp_path, capsys):
-    flags = ["--model", str(tiny_llama_dir), "--splits", "16", "8", "--steps", "2", "--seeds", "2"]
+    flags = ["--model", str(tiny_llama_dir), "--splits", "8", "--steps", "1", "--seeds", "2"]
     files = ["--markdown", str(tmp_path / "q.md"), "--plot", str(tmp_path / "q.png")]
     adapter_quality.main([*flags, *files, "--decode", "eager"])
     out = capsys.readouterr().out
@@ -17,8 +17,8 @@ def test_tables_and_plot(tiny_llama_dir, tmp_path, capsys):
     lines = [line for line in (tmp_path / "q.md").read_text().splitlines() if line.startswith("| GAWS")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     counts = [row[2] for row in rows]
-    assert [row[0] for row in rows] == ["GAWS", "GAWS-D"] * 2
-    assert counts[0] == counts[1] and counts[2] == counts[3]  # equal budgets
+    assert [row[0] for row in rows] == ["GAWS", "GAWS-D"]
+    assert counts[0] == counts[1]  # equal budgets
     pytest.importorskip("matplotlib")
     assert (tmp_path / "q.png").stat().st_size > 1000
 
