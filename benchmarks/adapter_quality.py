@@ -162,8 +162,8 @@ def notes(options: argparse.Namespace) -> str:
     random = ", ".join(f"{math.sqrt(1 - 1 / count**2):.3f} ({count})" for count in options.splits)
     return (
         f"{options.seeds} seed(s), {options.steps} steps of three of the nine pairs, no early stopping; losses in nats"
-        " per answer token, held-out ones over three pairs. Budgets are equal up to LoRA's whole ranks: compare over the"
-        " parameters, and compare training loss with held-out loss before calling a large adapter a bad one.\n\n"
+        " per answer token, held-out ones over three pairs. Budgets are equal up to LoRA's whole ranks: compare over"
+        " the parameters, and compare training loss with held-out loss before calling a large adapter a bad one.\n\n"
         "Approximations: the nearest to a *random* matrix is off by √(1 − 1/n²) on average, both for GAWS with n splits"
         f" and GAWS-D with slices of n: {random}."
     )
