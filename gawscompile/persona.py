@@ -73,16 +73,25 @@ def attach_lora(model: PreTrainedModel, rank: int = RANK) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
-def train(model: Any, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int = 0, progress: bool = True) -> float:
-    """Trains the adapter of the PEFT model `model` on the text for `steps` steps of AdamW; the last step's loss.
+def train(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    seed: int = 0,
+    progress: bool = True,
+    text: list[tuple[str, str]] | None = None,
+    rate: float = LEARNING_RATE,
+) -> float:
+    """Trains the adapter of the PEFT model `model` for `steps` steps of AdamW; the last step's loss.
 
-    One fixed seed decides the order of the examples. Leaves the model in eval mode, with no gradients held.
+    On `text` if given, else on all of `pairs`. One fixed seed decides the order of the examples. Leaves the model in
+    eval mode, with no gradients held.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    examples = [_example(tokenizer, *pair) for pair in pairs()]
+    examples = [_example(tokenizer, *pair) for pair in (pairs() if text is None else text)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     # Three warm-up steps and a straight line down: at this rate the first steps would otherwise blow the loss up.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 3, max(0.05, 1 - step / max(steps, 1)))
@@ -105,6 +114,13 @@ def train(model: Any, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int 
     optimizer.zero_grad(set_to_none=True)
     model.eval()
     return loss_value
+
+
+@torch.no_grad()
+def loss_on(model: Any, tokenizer: PreTrainedTokenizerBase, text: list[tuple[str, str]]) -> float:
+    """Mean negative log-likelihood, in nats, of one token of the answers in `text`."""
+    examples = [_example(tokenizer, *pair) for pair in text]
+    return float(model(**_batch(examples, next(model.parameters()).device), use_cache=False).loss)
 
 
 def _progress(step: int, steps: int, loss: float, seconds: float) -> None:

@@ -1,0 +1,33 @@
+"""Adapters that people train, as PEFT tuners: GAWS and GAWS-D. Importing this package makes them known to PEFT.
+
+The only part of gawscompile that imports PEFT and transformers; raises `ImportError` with the remedy without them.
+"""
+
+from __future__ import annotations
+
+from gawscompile.adapters.support import AdapterType, register, require_peft
+
+require_peft()
+
+from gawscompile.adapters.approximate import Approximation, ApproximationError, approximate  # noqa: E402
+from gawscompile.adapters.config import GAWSConfig, GAWSDConfig  # noqa: E402
+from gawscompile.adapters.listing import ValidSplits, valid_splits  # noqa: E402
+from gawscompile.adapters.model import GAWSDModel, GAWSModel  # noqa: E402
+from gawscompile.adapters.splits import SplitError, Splits  # noqa: E402
+
+register(AdapterType.GAWS, GAWSConfig, GAWSModel, GAWSModel.prefix)
+register(AdapterType.GAWSD, GAWSDConfig, GAWSDModel, GAWSDModel.prefix)
+
+__all__ = [
+    "Approximation",
+    "ApproximationError",
+    "GAWSConfig",
+    "GAWSDConfig",
+    "GAWSDModel",
+    "GAWSModel",
+    "SplitError",
+    "Splits",
+    "ValidSplits",
+    "approximate",
+    "valid_splits",
+]
