@@ -226,7 +226,7 @@ def reinterpreted(node: Any) -> Node | None:
     if not isinstance(node, Node) or not node.args or value(node) is None or value(args(node)[0]) is None:
         return None
     source: Node = args(node)[0]
-    if is_call(node, *VIEWS, *ONES, aten.clone.default):
+    if is_call(node, *VIEWS, *ONES) or (is_call(node, aten.clone.default) and not node.kwargs):
         return source
     if is_call(node, aten.permute.default):  # einsum moves dimensions of size one about
         moved = [d % len(shape(node)) for d in args(node)[1] if not same_size(shape(source)[d], 1)]

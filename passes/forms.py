@@ -46,9 +46,14 @@ class Factor(NamedTuple):
     after: int = 1
 
     @property
+    def whole(self) -> bool:
+        """Whether it is M alone."""
+        return self.before == self.after == 1
+
+    @property
     def dense(self) -> bool:
         """Whether it is M alone, and M a matrix."""
-        return self.before == self.after == 1 and len(shape(self.node)) == 2
+        return self.whole and len(shape(self.node)) == 2
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -249,8 +254,8 @@ def _along_an_axis(
 ) -> Form | None:
     """A linear on features that are several axes: a mode product along the last of them."""
     assert inner.layout is not None
-    dense = all(factor.dense for p in products for factor in p.matrices)
-    if len(products) != 1 or len(inner.products) != 1 or inner.vectors or not dense:
+    whole = all(factor.whole for p in products for factor in p.matrices)
+    if len(products) != 1 or len(inner.products) != 1 or inner.vectors or not whole:
         return None
     (first,), (second,) = inner.products, products
     before, _, after = inner.layout.last
@@ -314,7 +319,7 @@ def _kronecker(node: Node, w1: Node, w2: Node) -> tuple[tuple[Product, ...], tup
     if not left or not right or not len(left[0]) == len(right[0]) == 1:
         return None
     (p,), (q,) = left[0], right[0]
-    if not all(factor.dense for factor in (*p.matrices, *q.matrices)):
+    if not all(factor.whole for factor in (*p.matrices, *q.matrices)):
         return None
     (a, b), (c, d) = shape(w1), shape(w2)
 
