@@ -186,6 +186,8 @@ def _unbatch(graph: Graph, context: Context, node: Node, casts: Casts) -> None:
 
 def _one_matrix(graph: Graph, context: Context, node: Node, right: Node) -> Node | None:
     """W ``[N, K]`` where `right` is ``W'`` for each of a batch: expanded, or a batch of one however it came about."""
+    if is_call(right, *VIEWS) and same_sizes(shape(args(right)[0])[-2:], shape(right)[-2:]):
+        right = args(right)[0]  # several batch dimensions made one
     if is_call(right, aten.expand.default):
         source = args(right)[0]
         fits = len(shape(source)) == 2 and of_parameters(source)

@@ -228,6 +228,8 @@ def reinterpreted(node: Any) -> Node | None:
     source: Node = args(node)[0]
     if is_call(node, *VIEWS, *ONES) or (is_call(node, aten.clone.default) and not node.kwargs):
         return source
+    if is_call(node, aten.expand.default):  # to what it is already
+        return source if same_sizes(shape(node), shape(source)) else None
     if is_call(node, aten.permute.default):  # einsum moves dimensions of size one about
         moved = [d % len(shape(node)) for d in args(node)[1] if not same_size(shape(source)[d], 1)]
         return source if moved == sorted(moved) else None

@@ -101,8 +101,9 @@ def kronecker_factors(node: Node) -> tuple[Node, Node] | None:
             return None
         rows, columns = shape(matrix)
         for which, sizes in enumerate([(rows, 1, columns, 1), (1, rows, 1, columns)]):
-            if same_sizes(shape(factor), sizes):
-                found.setdefault(which, matrix)
+            if which not in found and same_sizes(shape(factor), sizes):
+                found[which] = matrix
+                break
     if len(found) != 2:
         return None
     (a, b), (c, d) = shape(found[0]), shape(found[1])
