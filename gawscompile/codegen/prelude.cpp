@@ -123,7 +123,8 @@ inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, int6
 
 // ---- a weight kept as [k, n]: its columns are added up in memory that stays in the first cache ---------------
 
-constexpr int64_t COLUMNS = 512;  // of one block, a multiple of 2V on every machine
+// of one block, a multiple of 2V on every machine: long lines stream best, many tokens' sums must stay in a cache
+inline int64_t columns_for(int64_t m) { return m <= 2 ? 2048 : 512; }
 
 // How the sums of a group of 2V columns lie in memory while they grow, and how a step of D rows of w adds to them.
 template <class TW, class TX>
@@ -131,7 +132,7 @@ struct Outer {
   static constexpr int DEPTH = 4;
   static void settle(float*) {}
   template <int T, int D>
-  static void step(float* z, const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t ldx) {
+  static void step(float* z, int64_t ldz, const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t ldx) {
     F xs[T][D];
     for (int t = 0; t < T; ++t)
       for (int d = 0; d < D; ++d) xs[t][d] = F(float(x[t * ldx + d]));
@@ -139,10 +140,10 @@ struct Outer {
       Pair ws[D];
       for (int d = 0; d < D; ++d) ws[d] = load(w + d * ldw + c);
       for (int t = 0; t < T; ++t) {
-        Pair acc = load_pair(z + t * COLUMNS + c);
+        Pair acc = load_pair(z + t * ldz + c);
         for (int d = 0; d < D; ++d)
           acc = {at::vec::fmadd(ws[d].lo, xs[t][d], acc.lo), at::vec::fmadd(ws[d].hi, xs[t][d], acc.hi)};
-        store_pair(z + t * COLUMNS + c, acc);
+        store_pair(z + t * ldz + c, acc);
       }
     };
     int64_t c = 0;
@@ -165,7 +166,7 @@ struct Outer<bf16, bf16> {
     _mm512_storeu_ps(z + 16, _mm512_permutex2var_ps(lo, second, hi));
   }
   template <int T, int D>
-  static void step(float* z, const bf16* w, int64_t ldw, int64_t count, const bf16* x, int64_t ldx) {
+  static void step(float* z, int64_t ldz, const bf16* w, int64_t ldw, int64_t count, const bf16* x, int64_t ldx) {
     constexpr int P = (D + 1) / 2;
     __m512bh xs[T][P];
     for (int t = 0; t < T; ++t)
@@ -186,7 +187,7 @@ struct Outer<bf16, bf16> {
         hi[p] = (__m512bh)_mm512_unpackhi_epi16(a, b);
       }
       for (int t = 0; t < T; ++t) {
-        float* at = z + t * COLUMNS + c;
+        float* at = z + t * ldz + c;
         __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + 16);
         for (int p = 0; p < P; ++p) {
           first = _mm512_dpbf16_ps(first, lo[p], xs[t][p]);
@@ -342,32 +343,32 @@ inline void slice_dot(F (&acc)[R][T], const TG* g, int64_t row, const TX* x, int
   }
 }
 
-// z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= COLUMNS; rows of z are COLUMNS apart. Panels of w stay
-// in the second cache while tile after tile of tokens meets them.
+// z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while tile
+// after tile of tokens meets them.
 template <int64_t K, class TW, class TX>
-inline const float* columns(const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m) {
+inline const float* columns(const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz) {
   using O = Outer<TW, TX>;
-  constexpr int64_t PANEL = (int64_t(1) << 17) / (COLUMNS * sizeof(TW)) / O::DEPTH * O::DEPTH;
+  const int64_t rows = std::max<int64_t>(16, (int64_t(1) << 17) / int64_t(ldz * sizeof(TW)) / 16 * 16);
   static thread_local std::vector<float> sums;
-  if (sums.size() < size_t(m * COLUMNS)) sums.resize(m * COLUMNS);
+  if (sums.size() < size_t(m * ldz)) sums.resize(m * ldz);
   float* z = sums.data();
-  std::memset(z, 0, m * COLUMNS * sizeof(float));
-  for (int64_t panel = 0; panel < K; panel += PANEL) {
-    const int64_t end = std::min<int64_t>(K, panel + PANEL);
+  std::memset(z, 0, m * ldz * sizeof(float));
+  for (int64_t panel = 0; panel < K; panel += rows) {
+    const int64_t end = std::min<int64_t>(K, panel + rows);
     for_tokens(0, m, [&](auto width, int64_t t0) {
       constexpr int T = decltype(width)::value;
       int64_t k = panel;
       const auto run = [&](auto depth) {
         constexpr int D = decltype(depth)::value;
         for (; k + D <= end; k += D)
-          O::template step<T, D>(z + t0 * COLUMNS, w + k * ldw, ldw, count, x + t0 * K + k, K);
+          O::template step<T, D>(z + t0 * ldz, ldz, w + k * ldw, ldw, count, x + t0 * K + k, K);
       };
-      run(Int<T <= 2 ? 8 : O::DEPTH>{});
+      run(Int<T <= 2 ? 16 : O::DEPTH>{});
       run(Int<1>{});
     });
   }
   for (int64_t t = 0; t < m; ++t)
-    for (int64_t c = 0; c < count; c += 2 * V) O::settle(z + t * COLUMNS + c);
+    for (int64_t c = 0; c < count; c += 2 * V) O::settle(z + t * ldz + c);
   return z;
 }
 

@@ -35,37 +35,36 @@ class Device:
 
 def cpu() -> Device:
     """This machine's CPU, for torch's present number of threads."""
-    return _cpu(torch.get_num_threads(), _vendor(), torch.backends.cpu.get_cpu_capability(), _has("avx512_bf16"))
+    return _cpu(torch.get_num_threads(), _vendor(), torch.backends.cpu.get_cpu_capability(), _bf16())
 
 
 @functools.cache
-def _cpu(threads: int, vendor: str, capability: str, bf16_dot: bool) -> Device:
+def _cpu(threads: int, vendor: str, capability: str, bf16: str) -> Device:
+    # Fitted to `python -m benchmarks.projections` on 2 threads, weights from memory as in a model (warm, oneDNN looks
+    # better than it is), as bytes / bandwidth + flops / rate: an AMD EPYC (family 26) with avx512_bf16, and an Intel
+    # Xeon with AMX, whose tiles leave dot products of vectors behind from some six tokens on. Others are taken to be
+    # like the former, without its dot products.
     wide = 1.0 if "512" in capability else 0.5
-    # Fitted to `python -m benchmarks.projections` on 2 threads of an AMD EPYC (family 26) with avx512_bf16, weights
-    # from memory as in a model (warm, oneDNN looks better than it is), as bytes / bandwidth + flops / rate.
-    # MKL runs fp32 below its rate on other vendors' CPUs; on Intel's own it is taken to reach the kernel's.
-    mkl = 103e9 if vendor != "GenuineIntel" else 175e9
+    intel = vendor == "GenuineIntel"
+    kernel = {"f32": 145e9 if intel else 175e9, "bf16": {"amx": 107e9, "dot": 445e9, "": 120e9}[bf16], "f16": 120e9}
+    library = {"f32": 167e9 if intel else 103e9, "bf16": {"amx": 1450e9, "dot": 500e9, "": 120e9}[bf16], "f16": 120e9}
+    streamed = {"f32": 14e9, "bf16": 5e9 if bf16 == "amx" else 12.5e9, "f16": 12.5e9}
     return Device(
-        name=f"cpu:{vendor}:{capability}:bf16={int(bf16_dot)}:threads={threads}",
-        bandwidth=min(threads, 8) * 24e9,
+        name=f"cpu:{vendor}:{capability}:bf16={bf16 or 'none'}:threads={threads}",
+        bandwidth=min(threads, 8) * (11.2e9 if intel else 24e9),
         launch=2e-6,
-        library_launch=50e-6 if bf16_dot else 5e-6,
-        kernel_rate={
-            "f32": threads * wide * 175e9,
-            "bf16": threads * wide * (445e9 if bf16_dot else 120e9),
-            "f16": threads * wide * 120e9,
-        },
-        library_rate={
-            "f32": threads * wide * mkl,
-            "bf16": threads * wide * (500e9 if bf16_dot else 120e9),
-            "f16": threads * wide * 120e9,
-        },
+        library_launch=50e-6 if bf16 == "dot" else 5e-6,
+        kernel_rate={name: threads * wide * rate for name, rate in kernel.items()},
+        library_rate={name: threads * wide * rate for name, rate in library.items()},
         library_bandwidth={
-            "f32": min(threads, 8) * 14e9,
-            "bf16": min(threads, 8) * 12.5e9,
-            "f16": min(threads, 8) * 12.5e9,
+            name: min(threads, 8) * min(rate, 7.75e9 if intel else rate) for name, rate in streamed.items()
         },
     )
+
+
+def _bf16() -> str:
+    """What the CPU has for bf16: tiles, dot products, or nothing."""
+    return "amx" if _has("amx_bf16") else "dot" if _has("avx512_bf16") else ""
 
 
 def _cpuinfo(field: str) -> str:
