@@ -89,23 +89,78 @@ def load_base(setup: Setup) -> Any:
     return model.to(setup.device).eval()
 
 
-def with_lora(base: Any, setup: Setup, share: bool = True) -> Any:
-    """`base` with an unmerged LoRA on every linear (PEFT's ``all-linear``), B small and not zero: a zero B hides bugs.
+ADAPTERS = ("lora", "gaws", "gawsd", "lokr")
+"""What can be put on every linear, each with as many parameters as LoRA of the setup's rank has, or nearly so."""
+
+
+def with_adapter(base: Any, setup: Setup, kind: str = "lora", share: bool = True) -> Any:
+    """`base` with an unmerged adapter on every linear (PEFT's ``all-linear``), small and not zero: a zero hides bugs.
 
     PEFT keeps the factors in fp32 over a half-precision base unless `cast_adapters` is set. With `share` the base
     itself stays bare and lends its weights.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     torch.manual_seed(0)
     inner = measure.sharing_copy(base) if share else base
-    config = LoraConfig(r=setup.rank, lora_alpha=2 * setup.rank, target_modules="all-linear")
+    config = adapter_config(base, kind, setup.rank)
     adapted = get_peft_model(inner, config, autocast_adapter_dtype=not setup.cast_adapters)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
+            if parameter.requires_grad and "lora_A" not in name:
                 parameter.normal_(std=0.02)
     return adapted.to(setup.device).eval()
+
+
+def adapter_config(base: Any, kind: str, rank: int) -> Any:
+    """PEFT's configuration of `kind` at the budget of a LoRA of `rank` on every linear."""
+    from peft import LoKrConfig, LoraConfig
+
+    from gawscompile.adapters import GAWSConfig, GAWSDConfig
+    from gawscompile.adapters.splits import Kind, all_splits
+
+    if kind == "lora":
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    sizes = linear_sizes(base)
+    if kind == "lokr":
+        factors = {factor: sum(_lokr_parameters(k, n, factor) for k, n in sizes.values()) for factor in range(2, 33)}
+        budget = sum(rank * (k + n) for k, n in sizes.values())
+        factor = min(factors, key=lambda f: abs(factors[f] - budget))
+        whole = max(map(max, sizes.values()))  # a rank from which on w2 is kept whole
+        return LoKrConfig(r=whole, alpha=whole, decompose_factor=factor, target_modules="all-linear")
+    which: Kind = "gaws" if kind == "gaws" else "gawsd"
+    splits, wanted, spent = {}, 0, 0
+    for name, (k, n) in sizes.items():
+        # sizes come in leaps of four where features are powers of two: what one module gets too much, the next lacks
+        wanted += rank * (k + n)
+        near = [choice for choice in all_splits(which, k, n) if choice.parameters(which, k, n) < 4 * rank * (k + n)]
+        splits[name] = min(near, key=lambda choice: abs(spent + choice.parameters(which, k, n) - wanted))
+        spent += splits[name].parameters(which, k, n)
+    return (GAWSConfig if which == "gaws" else GAWSDConfig)(
+        target_modules="all-linear",
+        input_splits_pattern={name: choice.inputs for name, choice in splits.items()},
+        output_splits_pattern={name: choice.outputs for name, choice in splits.items()},
+    )
+
+
+def linear_sizes(base: Any) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every linear that ``all-linear`` takes, by path."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = base.get_output_embeddings()
+    found = {}
+    for name, module in base.named_modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
+            k, n = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+            found[name] = (int(k), int(n))
+    return found
+
+
+def _lokr_parameters(k: int, n: int, factor: int) -> int:
+    from peft.tuners.lokr.layer import factorization
+
+    (b, d), (a, c) = factorization(k, factor), factorization(n, factor)
+    return a * b + c * d
 
 
 def _ids(model: Any, count: int) -> torch.Tensor:

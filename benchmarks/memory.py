@@ -48,7 +48,7 @@ def probe(setup: Setup, backend: str, adapted: bool) -> dict[str, int | None]:
     """Bytes: tensors before and after compiling and running; peak resident while compiling, and while running after."""
     model = common.load_base(setup)
     if adapted:
-        model = common.with_lora(model, setup, share=False)
+        model = common.with_adapter(model, setup, share=False)
     found: dict[str, int | None] = {"tensors_before": tensor_bytes()}
     forget_peak()
     made = common.cases(model, backend, setup)

@@ -3,11 +3,11 @@
     python -m benchmarks.runtime --dtype float32 bfloat16 --model smollm2 minilm --processes 3
     python -m benchmarks.runtime --dtype float32 bfloat16 --model gpt2-large roberta-large t5-3b llama-3.2-1b --layers 4
 
-Six variants take turns: the base and the same with an unmerged LoRA on every linear, each in eager mode, under
-Inductor and under gaws. Columns: medians and quartiles in ms; the same with Dynamo's guards skipped (what a token
-costs apart from them); ratios to Inductor's base and to the same backend's base (the adapter tax). Within a table
-numbers compare; between runs on a shared machine they do not, so ``--processes N`` repeats everything in N fresh
-processes and shows the medians of their medians.
+Six variants take turns: the base and the same with an unmerged LoRA on every linear (or other adapters of its size),
+each in eager mode, under Inductor and under gaws. Columns: medians and quartiles in ms; the same with Dynamo's guards
+skipped (what a token costs apart from them); ratios to Inductor's base and to the same backend's base (the adapter
+tax). Within a table numbers compare; between runs on a shared machine they do not, so ``--processes N`` repeats
+everything in N fresh processes and shows the medians of their medians.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each variant (default 12)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps in a turn (default 6)")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA (default 16)")
+    parser.add_argument("--adapters", nargs="+", default=["lora"], choices=common.ADAPTERS, help="default: lora")
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA, whose size the others take (default 16)")
     parser.add_argument("--cast-adapters", action="store_true", help="factors in the base's dtype (PEFT: fp32)")
     parser.add_argument("--kv", choices=("static", "dynamic"), default="static", help="the decoder's cache")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
@@ -66,10 +68,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def measure_setup(setup: Setup, backends: list[str], rounds: int, steps: int) -> list[Row]:
+def measure_setup(
+    setup: Setup, backends: list[str], rounds: int, steps: int, adapters: Sequence[str] = ("lora",)
+) -> list[Row]:
     """All variants of one model and dtype in this process: a row for each variant and case."""
     base = common.load_base(setup)
-    models = {"base": base, "lora": common.with_lora(base, setup)}
+    models = {"base": base} | {kind: common.with_adapter(base, setup, kind) for kind in adapters}
     cases: dict[str, dict[tuple[str, str], common.Case]] = {}
     compile_seconds: dict[tuple[str, str, str], tuple[float, bool]] = {}
     for backend in backends:
@@ -200,9 +204,11 @@ def _remarks(members: list[Row]) -> list[str]:
     """The adapter's cost over gaws's base in words, and whether anything was compiled during the timing."""
     median = {(row["backend"], row["adapter"]): row["ms"]["median"] for row in members}
     remarks = []
-    if ("gaws", "lora") in median:
-        ours, base = median["gaws", "lora"], median["gaws", "base"]
-        remarks.append(f"Tax over gaws base: {ours - base:+.2f} ms ({ours / base:.2f}×).")
+    base = median.get(("gaws", "base"))
+    for (backend, kind), ours in median.items():
+        if backend == "gaws" and kind != "base" and base:
+            what = "" if kind == "lora" else f" of {kind}"
+            remarks.append(f"Tax{what} over gaws base: {ours - base:+.2f} ms ({ours / base:.2f}×).")
     recompiled = sum(row["recompiled_while_timed"] for row in members)
     remarks.append(
         "No graph was compiled during the timed rounds."
@@ -251,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [
             row
             for setup in setups(options)
-            for row in measure_setup(setup, options.backends, options.rounds, options.steps)
+            for row in measure_setup(setup, options.backends, options.rounds, options.steps, options.adapters)
         ]
     probed = setups(options) if options.memory else []
     memory = [row for setup in probed for row in measure_memory(setup, options.backends)]

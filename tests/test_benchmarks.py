@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
+import peft
 import pytest
 import torch
 import transformers
 
-from benchmarks import memory, runtime
+from benchmarks import common, gaws_gap, memory, runtime
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
 
@@ -50,6 +52,32 @@ def test_cut_shapes_say_so(monkeypatch, capsys):
     runtime.main(["--model", "small", "--layers", "1", "--backends", "eager", "--rounds", "1", "--steps", "1"])
     out = capsys.readouterr().out
     assert "small (1 of 3 layers), float32, decode, 64 past" in out and "encode 128" in out
+
+
+@pytest.mark.parametrize("kind", ["gaws", "gawsd", "lokr"])
+def test_adapters_of_one_budget(kind):
+    base = SHAPES["llama-3.2-1b"]
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(base.config(1))
+    counts = {}
+    for name in ("lora", kind):
+        with torch.device("meta"):
+            adapted = peft.get_peft_model(copy.deepcopy(model), common.adapter_config(model, name, 16))
+        counts[name] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert 0.75 < counts[kind] / counts["lora"] < (1.5 if kind == "lokr" else 1.3)  # LoKr has one factor for all
+
+
+def test_gap_of_gaws(monkeypatch, tmp_path, capsys):
+    small = Shape("GPT2LMHeadModel", {"n_embd": 32, "n_head": 4, "vocab_size": 128}, 3, ("n_layer",))
+    monkeypatch.setitem(SHAPES, "small", small)
+    flags = ["--model", "small", "--layers", "1", "--backends", "eager", "--rounds", "1", "--steps", "1", "--rank", "4"]
+    pytest.importorskip("matplotlib")
+    gaws_gap.main([*flags, "--markdown", str(tmp_path / "gap.md"), "--plot", str(tmp_path / "gap.png")])
+    assert "small (1 of 3 layers)" in capsys.readouterr().out
+    assert " prefill 128 |" in (tmp_path / "gap.md").read_text() and (tmp_path / "gap.png").stat().st_size
+    times = {"base": 10.0, "lora": 20.0, "gaws": 14.0, "gawsd": 10.0}
+    assert gaws_gap.share(times, "gaws") == 0.4 and gaws_gap.share(times, "gawsd") == 0
+    assert gaws_gap.share({**times, "lora": 10.1}, "gaws") is None
 
 
 def test_shapes_that_do_not_fit_are_refused(monkeypatch):

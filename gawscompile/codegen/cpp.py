@@ -11,7 +11,7 @@ tokens meets them.
 
 Mode products of a Kronecker term run one after the other between barriers, the first together with u = s A x, and the
 epilogue adds the last: ΔW exists nowhere. A token's slices are to G what tokens are to a weight, so tiles of them share
-each load of its rows (GAWS of four slices on SmolLM2's shapes: +3.2 % over the base at 3.7 % of its bytes; +4.9 % where G's
+each load of its rows (GAWS of four slices on SmolLM2: +3.2 % over the base at 3.7 % of its bytes; +4.9 % where G's
 rows joined the row accumulators instead, which only two or three slices do).
 
 A weight kept as ``[k, n]`` (Conv1D) is streamed by columns instead: a few of its rows at a time, whole lines of each,
