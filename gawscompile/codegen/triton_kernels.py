@@ -1,15 +1,18 @@
-"""The kernels of the `two_launch` plan; `triton` puts them into a module.
+"""The kernels of a module; `triton` puts them into one.
 
-`Style` is what the two pairs of kernels have in common, `Gemv` and `Tile` are the pairs. Block sizes follow from
-the shapes by rules of thumb and were not tuned on a device.
+`Style` is what the two sets of kernels have in common, `Gemv` and `Tile` are the sets. Block sizes follow from
+the shapes by rules of thumb and were not tuned on a device. What Kronecker terms add is in `triton_modes`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from gawscompile.codegen.spec import DTYPES, KernelSpec, LowRankSpec, Operand, ProjectionSpec
+from gawscompile.codegen.triton_modes import Columns, Emitter, Product, columns
 from gawscompile.codegen.triton_text import (
     Case,
     Cut,
@@ -23,12 +26,14 @@ from gawscompile.codegen.triton_text import (
     load,
     loop,
     plus,
+    scaled,
     store,
     times,
     zeros,
 )
 
 GEMV_ROWS = (32, 16, 8, 4)  # rows of W per program
+GEMV_TRANSPOSED = 16  # the least of a weight kept as [k, n], whose rows then fill 32-byte sectors
 GEMV_PROGRAMS = 256  # about two per multiprocessor of a large GPU; fewer rows per program where there are fewer
 GEMV_ELEMENTS = 4096  # of W per program and step: 8 or 16 KiB in flight
 GEMV_UNROLLED = 128  # elements per thread that unrolled steps may keep in flight; beyond, registers run out
@@ -54,6 +59,7 @@ def terms(spec: KernelSpec) -> list[tuple[int, int, LowRankSpec, int]]:
         for j, term in enumerate(p.lowrank):
             found.append((i, j, term, offset))
             offset += term.rank
+        offset += columns(spec, p).width - p.rank
     return found
 
 
@@ -73,30 +79,51 @@ class Style(ABC):
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
-        self.rank = sum(p.rank for p in spec.projections)
+        self.columns = [columns(spec, p) for p in spec.projections]
+        self.width = sum(mine.width for mine in self.columns)
+        self.written = [p for mine in self.columns for p in mine.products if p.column is not None]
 
     def kernels(self) -> list[Kernel]:
-        return [*([self.shrink()] if self.rank else []), self.expand()]
+        later = [self.shrink(launch) for launch in sorted({p.launch for p in self.written} - {0})]
+        return [*([self.shrink(0)] if self.width else []), *later, self.expand()]
 
-    def shrink(self) -> Kernel:
-        """u = s A x for every low-rank term."""
+    def shrink(self, launch: int) -> Kernel:
+        """Columns of u: s A x for every low-rank term, and mode products."""
         cases = []
-        for i, j, term, offset in terms(self.spec):
-            mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.role != "b"]
+        for i, j, term, offset in terms(self.spec) if launch == 0 else ():
+            mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.role in ("a", "scale")]
             work, programs = self.shrink_work(term)
             cases.append(Case(f"A{i}_{j}", work, tuple(map(_tensor, mine)), programs, offset))
-        return self._kernel("shrink", "Every column of u = s A x", cases, self.shrink_warps())
+        offset = 0
+        for i, columns_ in enumerate(self.columns):
+            for product in columns_.products:
+                if product.launch == launch and product.column is not None:
+                    work, programs = self.mode_work(product)
+                    tensors = tuple(map(_tensor, _factors(self.spec, i, product)))
+                    cases.append(Case(product.describe(i), work, tensors, programs, offset))
+            offset += columns_.width
+        return self._kernel(f"shrink{launch + 1 if launch else ''}", "Columns of u", cases, self.shrink_warps())
+
+    def sections(self) -> list[tuple[str, int]]:
+        """What u holds, and from which column on."""
+        found = [(f"A{i}_{j}", offset) for i, j, _, offset in terms(self.spec)]
+        offset = 0
+        for i, mine in enumerate(self.columns):
+            found += [(p.describe(i), offset + p.column) for p in mine.products if p.column is not None]
+            offset += mine.width
+        return sorted(found, key=lambda section: section[1])
 
     def expand(self) -> Kernel:
-        """The rows of every W, with bias, residual and B u as their epilogue."""
+        """The rows of every W, with bias, residual, B u and last mode products as their epilogue."""
         cases = []
         offset = 0
-        for i, p in enumerate(self.spec.projections):
-            mine = [o for o in self.spec.operands() if o.projection == i and o.role not in ("a", "scale")]
-            work, programs = self.expand_work(p)
+        for i, (p, columns_) in enumerate(zip(self.spec.projections, self.columns, strict=True)):
+            mine = [o for o in self.spec.operands() if o.projection == i and o.role in _EXPANDED]
+            mine += [o for ending in columns_.endings for o in _factors(self.spec, i, ending)]
+            work, programs = self.expand_work(p, columns_)
             tensors = (*map(_tensor, mine), Tensor("y", f"y{i}", p.out))
-            cases.append(Case(f"y{i}", work, tensors, programs, offset if p.lowrank else 0, p.n))
-            offset += p.rank
+            cases.append(Case(f"y{i}", work, tensors, programs, offset if columns_.width else 0, p.n))
+            offset += columns_.width
         return self._kernel("expand", "The rows of every y", cases, self.expand_warps())
 
     def options(self, warps: int) -> tuple[tuple[str, int], ...]:
@@ -104,11 +131,13 @@ class Style(ABC):
         return (("num_warps", warps),)
 
     def _kernel(self, what: str, doc: str, cases: list[Case], warps: int) -> Kernel:
-        moves = ["x += token * K"] + ["u += token * RANKS"] * bool(self.rank)
+        words = {word for case in cases for line in case.work.body for word in re.findall(r"\w+", line)}
+        moves = ["x += token * K"] * ("x" in words) + ["u += token * WIDTH"] * ("u" in words)
+        shared = [Tensor("x", "x", self.spec.x)] * ("x" in words) + [Tensor("u", "u", "f32")] * ("u" in words)
         return Kernel(
             name=f"{what}_{self.name}",
             doc=f"{doc}, {self.reach}.",
-            shared=(Tensor("x", "x", self.spec.x), *[Tensor("u", "u", "f32")] * bool(self.rank)),
+            shared=tuple(shared),
             cases=tuple(cases),
             prologue=(*self.token, "block = tl.program_id(1)", *moves),
             passed=self.passed,
@@ -121,7 +150,11 @@ class Style(ABC):
         """What a program does for `term`, and the number of programs."""
 
     @abstractmethod
-    def expand_work(self, projection: ProjectionSpec) -> tuple[Work, int]:
+    def mode_work(self, product: Product) -> tuple[Work, int]:
+        """What a program does for `product`, which writes to u, and the number of programs."""
+
+    @abstractmethod
+    def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
         """What a program does for `projection`, and the number of programs."""
 
     @abstractmethod
@@ -134,10 +167,43 @@ class Style(ABC):
 
 
 def _tensor(operand: Operand) -> Tensor:
-    return Tensor(f"b{operand.term}" if operand.role == "b" else _ROLES[operand.role], operand.name, operand.dtype)
+    many = {
+        "b": f"b{operand.term}",
+        "mode": f"g{operand.term}_{operand.mode}",
+        "kron_scale": f"kron_scale{operand.term}",
+    }
+    return Tensor(
+        many.get(operand.role) or {"weight": "w"}.get(operand.role, operand.role), operand.name, operand.dtype
+    )
 
 
-_ROLES = {"weight": "w", "bias": "bias", "residual": "residual", "a": "a", "scale": "scale"}
+_EXPANDED = ("weight", "bias", "residual", "b")
+
+
+def _factors(spec: KernelSpec, projection: int, product: Product) -> list[Operand]:
+    """The tensors that `product` reads beside its input."""
+    mine = [o for o in spec.operands() if (o.projection, o.term) == (projection, product.term)]
+    factors = [o for o in mine if o.role == "mode" and o.mode in product.factors]
+    return factors + [o for o in mine if o.role == "kron_scale" and product.scaled]
+
+
+def _rescaled(product: Product, value: str) -> str:
+    """`value` times the scale of the term, if it is applied in `product`."""
+    kron = product.kron
+    return scaled(kron.scale, kron.scale_dtype, f"kron_scale{product.term}", value) if product.scaled else value
+
+
+def _named(block: str, body: list[str]) -> list[str]:
+    """The names of rows in 32 bits that mode products use."""
+    words = set(re.findall(r"\w+", "\n".join(body)))
+    names = {"start": f"block * {block}", "row": f"block * {block} + rows"}
+    return [f"{name} = {value}" for name, value in names.items() if name in words]
+
+
+def _dividing(blocks: tuple[int, ...], size: int, periods: Iterable[int]) -> tuple[int, ...]:
+    """Those of `blocks` that divide `size` and all `periods`, or all of them if none does."""
+    common = math.gcd(size, *periods)
+    return tuple(block for block in blocks if common % block == 0) or blocks
 
 
 def _row_blocks(spec: KernelSpec, blocks: tuple[int, ...], programs: int) -> tuple[int, ...]:
@@ -178,7 +244,7 @@ def _rows(range_: Cut, block: str, end: str) -> list[str]:
 def _to_rows(p: ProjectionSpec) -> list[str]:
     """Move every tensor of `p` to its token (where it has tokens) and to its first row."""
     return [
-        "w += first * K",
+        "w += first" if p.transposed else "w += first * K",
         *["bias += first"] * bool(p.bias),
         *["residual += token * N + first"] * bool(p.residual),
         *(f"b{j} += {times('first', term.rank)}" for j, term in enumerate(p.lowrank)),
@@ -187,12 +253,12 @@ def _to_rows(p: ProjectionSpec) -> list[str]:
 
 
 def _scaled(term: LowRankSpec, value: str) -> str:
-    if term.scale is None:
-        cast = ".to(tl.float32)" if term.scale_dtype != "f32" else ""
-        return f"tl.load(scale){cast} * {value}"
-    if not math.isfinite(term.scale):  # its repr is no expression
-        return f'float("{term.scale}") * {value}'
-    return value if term.scale == 1.0 else f"{term.scale!r} * {value}"
+    return scaled(term.scale, term.scale_dtype, "scale", value)
+
+
+def _row_of_w(p: ProjectionSpec, k: int, cols: str) -> str:
+    """The offset of `cols` in a weight kept as ``[k, n]``."""
+    return f"{cols}{'.to(tl.int64)' * (k * p.n >= 1 << 31)} * {p.n}"
 
 
 class Gemv(Style):
@@ -205,15 +271,22 @@ class Gemv(Style):
     def __init__(self, spec: KernelSpec) -> None:
         super().__init__(spec)
         self.row_blocks = _row_blocks(spec, GEMV_ROWS, GEMV_PROGRAMS)
-        widest = GEMV_ELEMENTS // self.row_blocks[0]
-        self.columns = cut(spec.k, [block for block in GEMV_COLUMNS if block <= widest])
+        self.widest = max(self._cut_rows(p, mine).block for p, mine in zip(spec.projections, self.columns, strict=True))
+        self.widest = max(self.widest, self.row_blocks[0])
         self.shrink_columns = cut(spec.k, GEMV_COLUMNS)
 
     def shrink_warps(self) -> int:
-        return _warps(self.shrink_columns.block)
+        return _warps(GEMV_ELEMENTS if self.written else self.shrink_columns.block)
 
     def expand_warps(self) -> int:
-        return _warps(self.columns.block * self.row_blocks[0])
+        return _warps(self._cut_columns(self.widest).block * self.widest)
+
+    def _cut_rows(self, p: ProjectionSpec, columns: Columns) -> Cut:
+        blocks = tuple(block for block in GEMV_ROWS if block >= GEMV_TRANSPOSED) if p.transposed else self.row_blocks
+        return cut(p.n, _dividing(blocks, p.n, [ending.period for ending in columns.endings]))
+
+    def _cut_columns(self, rows: int) -> Cut:
+        return cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // rows])
 
     def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
         cols = self.shrink_columns
@@ -233,30 +306,58 @@ class Gemv(Style):
         ]
         return Work(f"One column of u = s A x, {self.reach}: {{}}.", tuple(body)), term.rank
 
-    def expand_work(self, projection: ProjectionSpec) -> tuple[Work, int]:
-        p, cols, rows = projection, self.columns, cut(projection.n, self.row_blocks)
+    def mode_work(self, product: Product) -> tuple[Work, int]:
+        blocks = _dividing(GEMV_ROWS, product.mode.outputs, [product.period])
+        few = tuple(block for block in blocks if product.mode.outputs >= block * GEMV_PROGRAMS) or blocks[-1:]
+        rows = cut(product.mode.outputs, few)
+        product_ = Emitter(product, rows, "BLOCK_N", self.spec.x).gemv()
+        body = [
+            constant("BLOCK_N", rows.block),
+            *_rows(rows, "BLOCK_N", str(product.mode.outputs)),
+            *_named("BLOCK_N", product_),
+            *product_,
+            *store(
+                f"{plus('u', product.column or 0)} + first + rows",
+                _rescaled(product, f"tl.sum(part{product.term}, axis=1)"),
+                "f32",
+                [rows.mask("row_ok")],
+            ),
+        ]
+        return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(body)), rows.steps
+
+    def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
+        p, rows = projection, self._cut_rows(projection, columns)
+        cols = self._cut_columns(self.widest if not p.transposed else rows.block)
+        # The side along which memory is contiguous comes last.
+        shape, many, one = ("(BLOCK_N, BLOCK_K)", "[:, None]", "[None, :]")
+        w = "w + rows[:, None] * K + cols[None, :]"
+        if p.transposed:
+            shape, many, one = ("(BLOCK_K, BLOCK_N)", one, many)
+            w = f"w + {_row_of_w(p, self.spec.k, 'cols[:, None]')} + rows[None, :]"
         # A row of x, loaded once and broadcast, would change its layout in shared memory: two barriers a step.
-        x = "tl.broadcast_to(x + cols[None, :], (BLOCK_N, BLOCK_K))"
-        w_ok = [rows.mask("row_ok[:, None]"), cols.mask("col_ok[None, :]")]
+        x = f"tl.broadcast_to(x + cols{one}, {shape})"
+        w_ok = [rows.mask(f"row_ok{many}"), cols.mask(f"col_ok{one}")]
         step = [
             *_columns(cols),
-            *load("xs =", x, [cols.mask("col_ok[None, :]")], self.spec.x),
-            *load("ws =", "w + rows[:, None] * K + cols[None, :]", w_ok, p.dtype),
+            *load("xs =", x, [cols.mask(f"col_ok{one}")], self.spec.x),
+            *load("ws =", w, w_ok, p.dtype),
             f"acc {'+=' if cols.steps > 1 else '='} ws * xs",
         ]
+        epilogue = self._epilogue(p, columns, rows)
         body = [
             constant("BLOCK_N", rows.block),
             constant("BLOCK_K", cols.block),
             *_rows(rows, "BLOCK_N", "N"),
+            *_named("BLOCK_N", epilogue),
             *_to_rows(p),
-            *zeros(cols, "(BLOCK_N, BLOCK_K)"),
+            *zeros(cols, shape),
             *loop(cols, _unrolled(cols, cols.block * rows.block, self.expand_warps()), step),
-            "out = tl.sum(acc, axis=1)",
-            *self._epilogue(p, rows),
+            f"out = tl.sum(acc, axis={0 if p.transposed else 1})",
+            *epilogue,
         ]
         return Work(f"BLOCK_N rows of a y, {self.reach}: {{}}.", tuple(body)), rows.steps
 
-    def _epilogue(self, p: ProjectionSpec, rows: Cut) -> list[str]:
+    def _epilogue(self, p: ProjectionSpec, columns: Columns, rows: Cut) -> list[str]:
         ok = [rows.mask("row_ok")]
         lines: list[str] = []
         if p.bias:
@@ -265,6 +366,9 @@ class Gemv(Style):
             lines += load("out +=", "residual + rows", ok, p.residual)
         for j, (term, offset) in enumerate(_with_offsets(p)):
             lines += self._add_term(j, term, offset, rows)
+        for ending in columns.endings:
+            lines += Emitter(ending, rows, "BLOCK_N", self.spec.x).gemv()
+            lines.append("out += " + _rescaled(ending, f"tl.sum(part{ending.term}, axis=1)"))
         return lines + store("y + rows", "out", p.out, ok)
 
     def _add_term(self, j: int, term: LowRankSpec, offset: int, rows: Cut) -> list[str]:
@@ -315,6 +419,10 @@ class Tile(Style):
         dots = [self._common(p.dtype) for p in self.spec.projections]
         for _, _, term, _ in terms(self.spec):
             dots += [self._common(term.dtype), _common_with_u(term)]
+        for mine in self.columns:
+            for product in mine.products:
+                emitter = Emitter(product, cut(1, TILE_ROWS), "", self.spec.x, tiles=True)
+                dots += [emitter.common] * emitter.dots
         return TILE_TOKENS_F32 if "f32" in dots else TILE_TOKENS
 
     def options(self, warps: int) -> tuple[tuple[str, int], ...]:
@@ -336,19 +444,39 @@ class Tile(Style):
             "a += first * K",
             "u += first",
             *self._product("a", term.dtype, rows, "BLOCK_R"),
-            *store("u + tokens[:, None] * RANKS + rows[None, :]", _scaled(term, "acc"), "f32", ok),
+            *store("u + tokens[:, None] * WIDTH + rows[None, :]", _scaled(term, "acc"), "f32", ok),
         ]
         return Work(f"BLOCK_R columns of u = s A x, {self.reach}: {{}}.", tuple(body)), rows.steps
 
-    def expand_work(self, projection: ProjectionSpec) -> tuple[Work, int]:
-        p, rows = projection, cut(projection.n, self.row_blocks, DOT_MINIMUM)
+    def mode_work(self, product: Product) -> tuple[Work, int]:
+        outputs = product.mode.outputs
+        rows = cut(outputs, _dividing(TILE_RANKS, outputs, [product.period]), DOT_MINIMUM)
+        product_ = Emitter(product, rows, "BLOCK_N", self.spec.x, tiles=True).tile("acc", fresh=True)
+        at = f"{plus('u', product.column or 0)} + tokens[:, None] * WIDTH + (first + rows)[None, :]"
+        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
+        body = [
+            constant("BLOCK_N", rows.block),
+            *_rows(rows, "BLOCK_N", str(outputs)),
+            *_named("BLOCK_N", product_),
+            *_TOKENS,
+            *product_,
+            *store(at, _rescaled(product, "acc"), "f32", ok),
+        ]
+        return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(body)), rows.steps
+
+    def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
+        p = projection
+        periods = [ending.period for ending in columns.endings]
+        rows = cut(p.n, _dividing(self.row_blocks, p.n, periods), DOT_MINIMUM)
+        epilogue = self._epilogue(p, columns, rows)
         body = [
             constant("BLOCK_N", rows.block),
             constant("BLOCK_K", self._cut_columns(p.dtype).block),
             *_rows(rows, "BLOCK_N", "N"),
+            *_named("BLOCK_N", epilogue),
             *_to_rows(p),
-            *self._product("w", p.dtype, rows, "BLOCK_N"),
-            *self._epilogue(p, rows),
+            *self._product("w", p.dtype, rows, "BLOCK_N", p if p.transposed else None),
+            *epilogue,
         ]
         return Work(f"BLOCK_N rows of a y, {self.reach}: {{}}.", tuple(body)), rows.steps
 
@@ -361,31 +489,40 @@ class Tile(Style):
         blocks = TILE_COLUMNS[DTYPES[self._common(dtype)].itemsize]
         return cut(self.spec.k, blocks[self.crowded :], DOT_MINIMUM)
 
-    def _product(self, matrix: str, dtype: str, rows: Cut, block: str) -> list[str]:
-        """``acc[tokens, rows] = x matrixᵀ``."""
+    def _product(
+        self, matrix: str, dtype: str, rows: Cut, block: str, transposed: ProjectionSpec | None = None
+    ) -> list[str]:
+        """``acc[tokens, rows] = x matrixᵀ``, or x matrix where it is the weight of `transposed`."""
         common, cols = self._common(dtype), self._cut_columns(dtype)
         w = f"{matrix} + rows[None, :] * K + cols[:, None]"
+        if transposed:
+            w = f"{matrix} + {_row_of_w(transposed, self.spec.k, 'cols[:, None]')} + rows[None, :]"
         x_ok = ["token_ok[:, None]", cols.mask("col_ok[None, :]")]
         w_ok = [rows.mask("row_ok[None, :]"), cols.mask("col_ok[:, None]")]
         step = [
             *_columns(cols),
             *load("xs =", "x + tokens[:, None] * K + cols[None, :]", x_ok, self.spec.x, common),
             *load("ws =", w, w_ok, dtype, common),
-            dot("xs", "ws", common, accumulate=cols.steps > 1),
+            *dot("xs", "ws", common, accumulate=cols.steps > 1),
         ]
         return [
-            "tokens = tl.arange(0, BLOCK_M)",
-            "token_ok = tokens < left",
+            *_TOKENS,
             *zeros(cols, f"(BLOCK_M, {block})"),
             *loop(cols, "for k in range(0, K, BLOCK_K)", step),
         ]
 
-    def _epilogue(self, p: ProjectionSpec, rows: Cut) -> list[str]:
+    def _epilogue(self, p: ProjectionSpec, columns: Columns, rows: Cut) -> list[str]:
         ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
         at = "tokens[:, None] * N + rows[None, :]"
         lines: list[str] = []
         for j, (term, offset) in enumerate(_with_offsets(p)):
             lines += self._add_term(j, term, offset, rows)
+        for ending in columns.endings:
+            emitter = Emitter(ending, rows, "BLOCK_N", self.spec.x, tiles=True)
+            joins = emitter.dots and not ending.scaled
+            part = "acc" if joins else f"part{ending.term}"
+            lines += emitter.tile(part, fresh=not joins)
+            lines += [] if joins else [f"acc += {_rescaled(ending, part)}"]
         if p.bias:
             lines += load("acc +=", "bias + rows", [rows.mask("row_ok")], p.bias, view="[None, :]")
         if p.residual:
@@ -395,7 +532,7 @@ class Tile(Style):
     def _add_term(self, j: int, term: LowRankSpec, offset: int, rows: Cut) -> list[str]:
         ranks = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
         common = _common_with_u(term)
-        u = f"{plus('u', offset)} + tokens[:, None] * RANKS + ranks{j}[None, :]"
+        u = f"{plus('u', offset)} + tokens[:, None] * WIDTH + ranks{j}[None, :]"
         b = f"b{j} + {times('rows[None, :]', term.rank)} + ranks{j}[:, None]"
         u_ok = ["token_ok[:, None]", ranks.mask(f"rank{j}_ok[None, :]")]
         b_ok = [rows.mask("row_ok[None, :]"), ranks.mask(f"rank{j}_ok[:, None]")]
@@ -403,9 +540,12 @@ class Tile(Style):
             *_ranks(ranks, j),
             *load(f"us{j} =", u, u_ok, "f32", common),
             *load(f"bs{j} =", b, b_ok, term.dtype, common),
-            dot(f"us{j}", f"bs{j}", common, accumulate=True),
+            *dot(f"us{j}", f"bs{j}", common, accumulate=True),
         ]
         return _rank_loop(ranks, step)
+
+
+_TOKENS = ("tokens = tl.arange(0, BLOCK_M)", "token_ok = tokens < left")
 
 
 def _common_with_u(term: LowRankSpec) -> str:

@@ -64,7 +64,7 @@ def test_text_is_a_function_of_the_spec(text: str):
 def test_header_names_plan_formulas_and_spec(text: str):
     spec = KernelSpec.parse(text)
     header = ast.get_docstring(ast.parse(emitter.emit(spec)))
-    assert header is not None and "two_launch" in header
+    assert header is not None and f"plan `{emitter.plan(spec)}`" in header
     for formula in spec.formulas():
         assert formula in header
     assert "; ".join(line.strip() for line in header.split("Spec:\n")[1].splitlines()) == text
