@@ -328,19 +328,22 @@ class Gemv(Style):
     def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
         p, rows = projection, self._cut_rows(projection, columns)
         cols = self._cut_columns(self.widest if not p.transposed else rows.block)
-        # The side along which memory is contiguous comes last.
-        shape, many, one = ("(BLOCK_N, BLOCK_K)", "[:, None]", "[None, :]")
-        w = "w + rows[:, None] * K + cols[None, :]"
         if p.transposed:
-            shape, many, one = ("(BLOCK_K, BLOCK_N)", one, many)
+            shape = "(BLOCK_K, BLOCK_N)"
             w = f"w + {_row_of_w(p, self.spec.k, 'cols[:, None]')} + rows[None, :]"
-        # A row of x, loaded once and broadcast, would change its layout in shared memory: two barriers a step.
-        x = f"tl.broadcast_to(x + cols{one}, {shape})"
-        w_ok = [rows.mask(f"row_ok{many}"), cols.mask(f"col_ok{one}")]
+            ok = [rows.mask("row_ok[None, :]"), cols.mask("col_ok[:, None]")]
+            # Threads lie along rows of W here, so x has to change its layout anyway: as few numbers as there are.
+            xs = load("xs =", "x + cols", [cols.mask("col_ok")], self.spec.x, view="[:, None]")
+        else:
+            shape, w = "(BLOCK_N, BLOCK_K)", "w + rows[:, None] * K + cols[None, :]"
+            ok = [rows.mask("row_ok[:, None]"), cols.mask("col_ok[None, :]")]
+            # A row of x, loaded once and broadcast, would change its layout in shared memory: two barriers a step.
+            x = f"tl.broadcast_to(x + cols[None, :], {shape})"
+            xs = load("xs =", x, [cols.mask("col_ok[None, :]")], self.spec.x)
         step = [
             *_columns(cols),
-            *load("xs =", x, [cols.mask(f"col_ok{one}")], self.spec.x),
-            *load("ws =", w, w_ok, p.dtype),
+            *xs,
+            *load("ws =", w, ok, p.dtype),
             f"acc {'+=' if cols.steps > 1 else '='} ws * xs",
         ]
         epilogue = self._epilogue(p, columns, rows)

@@ -30,6 +30,7 @@ REPEATED_ROWS = 64  # of a block mode that is no epilogue: up to here a mix befo
 REPEATED_SHARE = 4  # a mix is folded into an epilogue that then does at most K / 4 more multiplications per token
 GEMV_ELEMENTS = 4096  # of a factor per program and step
 GEMV_COLUMNS = (512, 256, 128, 64, 32, 16, 8)
+UNROLLED_STEPS = 4  # so few are unrolled, to keep all their loads in flight
 TILE_COLUMNS = {2: (64, 32, 16), 4: (32, 16)}  # by bytes per element
 DOT_MINIMUM = 16
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
@@ -121,7 +122,7 @@ def columns(spec: KernelSpec, p: ProjectionSpec) -> Columns:
 def _check(spec: KernelSpec, p: ProjectionSpec, kron: KroneckerSpec) -> None:
     sizes = [spec.k, *(mode.outputs for mode in kron.modes)]
     for mode, inputs in zip(kron.modes, sizes, strict=False):
-        if min(mode.before, mode.rows or 1, mode.columns, mode.after) < 1:
+        if min(mode.before, *mode.shape, mode.after) < 1:
             raise SpecError(f"the sizes of mode {mode} of {kron} must be at least 1")
         if mode.inputs != inputs:
             raise SpecError(f"mode {mode} of {kron} takes {mode.inputs} features, not {inputs}")
@@ -236,6 +237,7 @@ class Emitter:
         x_at = _sum(f"x_from{j}{'[:, None]' * x_many}" if x_from else "", at)
         g_at = f"g_from{j}{'[:, None]' * g_many} + cols{j}[None, :]"
         row_ok, col_ok = self.rows.mask("row_ok[:, None]"), cols.mask(f"col{j}_ok[None, :]")
+        steps = "tl.static_range" if cols.steps <= UNROLLED_STEPS else "range"
         # As for x and W: broadcast pointers, not values, whose layout would then change in shared memory.
         shape = f"({self.block}, {cols.block})"
         step = [
@@ -245,15 +247,16 @@ class Emitter:
             f"part{j} {'+=' if cols.steps > 1 else '='} gs{j} * xs{j}",
         ]
         return [
+            self.formula(),
             f"g_from{j} = {g_from}",
             *[f"x_from{j} = {x_from}"] * bool(x_from),
             *zeros(cols, shape, f"part{j}"),
-            *loop(cols, f"for c in range(0, {mode.columns}, {cols.block})", step),
+            *loop(cols, f"for c in {steps}(0, {mode.columns}, {cols.block})", step),
         ]
 
     def tile(self, into: str, fresh: bool) -> list[str]:
         """Add the rows for a tile of tokens to `into`, or start it with them where it is `fresh`."""
-        return self._dot(into, fresh) if self.dots else self._mix(into)
+        return [self.formula(), *(self._dot(into, fresh) if self.dots else self._mix(into))]
 
     def _dot(self, into: str, fresh: bool) -> list[str]:
         p, j = self.product, self.product.term
@@ -281,7 +284,7 @@ class Emitter:
             owned = f"row // {p.rows} == slice{j}"
             owned = f"row{j}_ok = {f'row_ok & ({owned})' if self.rows.masked else owned}"
             body = [
-                f"# The rows lie in several slices of {p.rows}.",
+                f"# The rows may lie in several slices of {p.rows}.",
                 f"for slice{j} in range(start // {p.rows}, {last}):",
                 *indent([owned, *place, *body]),
             ]
@@ -308,6 +311,13 @@ class Emitter:
             *zeros(steps, f"(BLOCK_M, {self.block})", into),
             *loop(steps, f"for c in range({mode.columns})", step),
         ]
+
+    def formula(self) -> str:
+        """What is added to the rows, as a comment."""
+        p = self.product
+        factors = " ".join(f"({p.kron.modes[at]} {p.factor(at)})" for at in reversed(p.factors))
+        scale = "" if not p.scaled else f"kron_scale{p.term} " if p.kron.scale is None else f"{p.kron.scale:g} "
+        return f"# {scale}{factors} {'x' if p.source is None else 'u'}"
 
     # --- Inputs
 
