@@ -16,8 +16,8 @@ A generated module holds two sets of kernels and one host function:
 The plan is called `kron_epilogue` where the group has Kronecker terms: GAWS and GAWS-D are epilogues that read x, so a
 group with no other adapters is the one launch `expand`.
 
-The kernels are in `triton_kernels`, and what they are printed from in `triton_text`. These modules do not import
-Triton; the generated one does.
+The kernels are in `triton_gemv` and `triton_tile`, and what they are printed from in `triton_text`. These modules do
+not import Triton; the generated one does.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ import torch
 
 from gawscompile.codegen import cache
 from gawscompile.codegen.spec import DTYPES, KernelSpec, SpecError
-from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Gemv, Style, Tile, terms
+from gawscompile.codegen.triton_gemv import Gemv
+from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
 from gawscompile.codegen.triton_text import WIDTH, Kernel, call, indent
+from gawscompile.codegen.triton_tile import Tile
 
 OPERAND_DTYPES = DTYPES | {"f64": torch.float64}  # the latter for scales only
 SCALES = ("scale", "kron_scale")
@@ -235,7 +237,7 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
 def _styles(spec: KernelSpec) -> tuple[Gemv, Tile]:
     if not spec.projections:
         raise SpecError(f"no projections in {spec}")
-    if min(spec.k, *(p.n for p in spec.projections), *(term.rank for _, _, term, _ in terms(spec))) < 1:
+    if min(spec.k, *(p.n for p in spec.projections), *(term.rank for p in spec.projections for term in p.lowrank)) < 1:
         raise SpecError(f"k, n and ranks must be at least 1: {spec}")
     styles = Gemv(spec), Tile(spec)
     for kernel in (kernel for style in styles for kernel in style.kernels()):

@@ -20,20 +20,18 @@ fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gawscompile.codegen.spec import KernelSpec, KroneckerSpec, ModeSpec, ProjectionSpec, SpecError
+from gawscompile.codegen.spec import DTYPES, KernelSpec, KroneckerSpec, ModeSpec, ProjectionSpec, SpecError
 from gawscompile.codegen.triton_text import TL, Cut, cut, dot, indent, index, load, loop, plus, times, zeros
 
 REPEATED_ROWS = 64  # of a block mode that is no epilogue: up to here a mix before it is folded into its load
 REPEATED_SHARE = 4  # a mix is folded into an epilogue that then does at most K / 4 more multiplications per token
-GEMV_ELEMENTS = 4096  # of a factor per program and step
-GEMV_COLUMNS = (512, 256, 128, 64, 32, 16, 8)
+FACTOR_ELEMENTS = 4096  # of a factor per program and step
+FACTOR_COLUMNS = (512, 256, 128, 64, 32, 16, 8)
 UNROLLED_STEPS = 4  # so few are unrolled, to keep all their loads in flight
-TILE_COLUMNS = {2: (64, 32, 16), 4: (32, 16)}  # by bytes per element
-DOT_MINIMUM = 16
-BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+TILE_COLUMNS = {2: (64, 32, 16), 4: (32, 16)}  # of both operands of a `tl.dot` per step, by bytes per element
+DOT_MINIMUM = 16  # the least edge of a `tl.dot` that every target takes
 
 
 # --- Plans -------------------------------------------------------------------------------------------------
@@ -229,8 +227,8 @@ class Emitter:
         """``part = …``, whose sums along its second axis are the rows, for one token."""
         p, j = self.product, self.product.term
         mode = p.mode
-        widest = max(GEMV_COLUMNS[-1], GEMV_ELEMENTS // self.rows.block)
-        cols = cut(mode.columns, [block for block in GEMV_COLUMNS if block <= widest])
+        widest = max(FACTOR_COLUMNS[-1], FACTOR_ELEMENTS // self.rows.block)
+        cols = cut(mode.columns, [block for block in FACTOR_COLUMNS if block <= widest])
         g_from, x_from = self._from()
         g_many, x_many = mode.after == 1 or not self.uniform, mode.after > 1 or not self.uniform
         at = times(f"cols{j}[None, :]", mode.after)
@@ -261,7 +259,7 @@ class Emitter:
     def _dot(self, into: str, fresh: bool) -> list[str]:
         p, j = self.product, self.product.term
         mode = p.mode
-        cols = cut(mode.columns, TILE_COLUMNS[BYTES[self.common]], DOT_MINIMUM)
+        cols = cut(mode.columns, TILE_COLUMNS[DTYPES[self.common].itemsize], DOT_MINIMUM)
         g_from, x_from = self._from()
         x_from = x_from if self.uniform else f"slice{j}" + _by(mode.columns)
         x_at = _sum(f"x_from{j}" if x_from else "", f"cols{j}")
@@ -379,10 +377,3 @@ def _by(factor: int) -> str:
 
 def _sum(*parts: str) -> str:
     return " + ".join(part for part in parts if part)
-
-
-def products(spec: KernelSpec) -> Iterator[tuple[int, Product]]:
-    """Every product of the group, with its projection."""
-    for i, p in enumerate(spec.projections):
-        for product in columns(spec, p).products:
-            yield i, product

@@ -101,6 +101,7 @@ def _cases() -> dict[str, tuple[str, int]]:
     cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
     # The second token of the gemv kernels, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
+    cases |= {f"{name}-m{m}": (KRONECKER[name], m) for name in ("gaws_odd", "gawsd", "lokr_low") for m in (2, 70)}
     return cases
 
 
