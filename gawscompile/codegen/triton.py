@@ -36,7 +36,7 @@ from gawscompile.codegen import cache
 from gawscompile.codegen.spec import DTYPES, KernelSpec, SpecError
 from gawscompile.codegen.triton_gemv import Gemv
 from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
-from gawscompile.codegen.triton_text import WIDTH, Kernel, call, indent
+from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
 from gawscompile.codegen.triton_tile import Tile
 
 OPERAND_DTYPES = DTYPES | {"f64": torch.float64}  # the latter for scales only
@@ -228,7 +228,7 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
     if len(names) == 1:
         return [f"({names[0]},) = {value}"]
     line = f"{', '.join(names)} = {value}"
-    return [line] if len(call("", names)) == 1 else [*call("", names)[:-1], f") = {value}"]
+    return [line] if len(line) <= WIDTH else ["(", *indent(f"{name}," for name in names), f") = {value}"]
 
 
 # --- Checks ------------------------------------------------------------------------------------------------

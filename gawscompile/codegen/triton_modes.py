@@ -29,7 +29,7 @@ REPEATED_ROWS = 64  # of a block mode that is no epilogue: up to here a mix befo
 REPEATED_SHARE = 4  # a mix is folded into an epilogue that then does at most K / 4 more multiplications per token
 FACTOR_ELEMENTS = 4096  # of a factor per program and step
 FACTOR_COLUMNS = (512, 256, 128, 64, 32, 16, 8)
-UNROLLED_STEPS = 4  # so few are unrolled, to keep all their loads in flight
+UNROLLED = 4  # steps whose loads are in flight together: without a `tl.dot`, Triton does not pipeline a loop
 TILE_COLUMNS = {2: (64, 32, 16), 4: (32, 16)}  # of both operands of a `tl.dot` per step, by bytes per element
 DOT_MINIMUM = 16  # the least edge of a `tl.dot` that every target takes
 
@@ -215,9 +215,11 @@ class Emitter:
         one_slice = mode.before == 1
         row = "start" if self.uniform else "row"
         if mode.after == 1:
-            at = row if one_slice else f"{row} % {p.rows}"
-            at = (f"({at} + rows)" if self.uniform else at) if at != "start" else "row"
-            return times(at, mode.columns), "" if one_slice else f"{row} // {p.rows}" + _by(mode.columns)
+            if one_slice:
+                return times("row", mode.columns), ""
+            at = f"{row} % {p.rows}" + " + rows" * self.uniform
+            at = f"({at})" if self.uniform and mode.columns > 1 else at
+            return times(at, mode.columns), f"{row} // {p.rows}" + _by(mode.columns)
         outer, inner = p.rows * mode.after, mode.columns * mode.after
         g = f"{row} // {mode.after}" + ("" if one_slice else f" % {p.rows}") + _by(mode.columns)
         place = f"{row} % {mode.after}" + " + rows" * self.uniform
@@ -235,7 +237,6 @@ class Emitter:
         x_at = _sum(f"x_from{j}{'[:, None]' * x_many}" if x_from else "", at)
         g_at = f"g_from{j}{'[:, None]' * g_many} + cols{j}[None, :]"
         row_ok, col_ok = self.rows.mask("row_ok[:, None]"), cols.mask(f"col{j}_ok[None, :]")
-        steps = "tl.static_range" if cols.steps <= UNROLLED_STEPS else "range"
         # As for x and W: broadcast pointers, not values, whose layout would then change in shared memory.
         shape = f"({self.block}, {cols.block})"
         step = [
@@ -249,7 +250,7 @@ class Emitter:
             f"g_from{j} = {g_from}",
             *[f"x_from{j} = {x_from}"] * bool(x_from),
             *zeros(cols, shape, f"part{j}"),
-            *loop(cols, f"for c in {steps}(0, {mode.columns}, {cols.block})", step),
+            *loop(cols, _unrolled("c", mode.columns, cols.block), step),
         ]
 
     def tile(self, into: str, fresh: bool) -> list[str]:
@@ -307,7 +308,7 @@ class Emitter:
             f"g_from{j} = {g_from}",
             f"x_from{j} = {x_from}",
             *zeros(steps, f"(BLOCK_M, {self.block})", into),
-            *loop(steps, f"for c in range({mode.columns})", step),
+            *loop(steps, _unrolled("c", mode.columns, 1), step),
         ]
 
     def formula(self) -> str:
@@ -351,7 +352,7 @@ class Emitter:
             f"{place} = {at}",
             f"{slices} = {first}",
             f"{name} = tl.zeros({where.shape}, tl.float32)",
-            f"for {i} in range({mode.columns}):",
+            f"{_unrolled(i, mode.columns, 1)}:",
             *indent(step),
         ]
 
@@ -369,6 +370,12 @@ class Emitter:
         """Load from the tensor of mode `at`."""
         pointer = where.pointer(f"{self.product.factor(at)} + {offset}")
         return load(target, pointer, where.ok, self.product.kron.dtype, to, view)
+
+
+def _unrolled(name: str, size: int, block: int) -> str:
+    if size <= UNROLLED * block:
+        return f"for {name} in tl.static_range(0, {size}, {block})"
+    return f"for {name} in tl.range(0, {size}, {block}, loop_unroll_factor={UNROLLED})"
 
 
 def _by(factor: int) -> str:

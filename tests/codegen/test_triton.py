@@ -222,6 +222,11 @@ def test_launches(launches: int, spec: KernelSpec):
     assert len(emitter.variants(spec)) == 3 * launches
 
 
+def test_offsets_into_a_large_transposed_weight_are_wide():
+    small, large = (emitter.emit(KernelSpec.parse(f"k={k} x=bf16; n=65536 wt=bf16 out=bf16")) for k in (16384, 32768))
+    assert "cols[:, None] * 65536" in small and "cols[:, None].to(tl.int64) * 65536" in large
+
+
 def test_gaws_reads_one_slice_where_blocks_divide_and_loops_over_slices_where_not():
     even, odd = emitter.emit(GAWS), emitter.emit(CROSSING)
     assert "x_from0 = start // 384 * 384" in even and "for slice0" not in even and "row_ok" not in even

@@ -39,6 +39,7 @@ KRONECKER = {
     "gaws_f16": "k=80 x=f16; n=48 w=f16 out=f16 kron(5*diag16*1 1*diag80*1 1*48x80*1 f16 s=0.5)",
     "gaws_rows": "k=40 x=f32; n=37 w=f32 out=f32 kron(1*37x40*1 f32 s=1.0)",
     "gaws_tiny": "k=66 x=f32; n=33 w=f32 out=f32 kron(33*1x2*1 f32 s=1.0)",
+    "gaws_one_column": "k=4 x=f32; n=64 w=f32 out=f32 kron(4*16x1*1 f32 s=1.0)",
     "gaws_same": "; ".join(["k=64 x=bf16"] + ["n=64 w=bf16 out=bf16 kron(2*32x32*1 bf16 s=1.0)"] * 3),
     "gawsd": "k=96 x=f32; n=72 w=f32 out=f32 kron(1*6x8*12 f32 s=1.0); n=48 w=f32 out=f32 kron(1*4x8*12 f32 s=-2.0)",
     "gawsd_even": "k=128 x=bf16; n=96 w=bf16 out=bf16 kron(1*3x4*32 bf16 s=1.0); n=32 w=bf16 out=bf16",
