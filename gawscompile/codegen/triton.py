@@ -1,17 +1,23 @@
-"""The `two_launch` plan: prints a `KernelSpec` as a module of Triton kernels, loads it, and runs it.
+"""The plans `two_launch` and `kron_epilogue`: prints a `KernelSpec` as a module of Triton kernels, loads it, runs it.
 
-A generated module holds two pairs of kernels and one host function:
+A generated module holds two sets of kernels and one host function:
 
-    shrink    u = s A x for every low-rank term of the group, fp32, ``[m, sum of ranks]``; absent without such terms
-    expand    the rows of every W, with bias, residual and B u as the epilogue; all siblings in one launch
+    shrink    u = s A x for every low-rank term of the group, and the mode products of Kronecker terms that are not
+              the last of their chain; fp32, ``[m, columns]``. Absent where the group has neither
+    shrink2 … mode products that need those of the launch before; few chains have any (`triton_modes`)
+    expand    the rows of every W, with bias, residual, B u and every last mode product as the epilogue; all siblings
+              in one launch
 
     *_gemv    up to `GEMV_TOKENS` tokens: a program multiplies rows elementwise and sums (memory is the bound)
     *_tile    more tokens: a program makes a tile of tokens by rows with `tl.dot`
 
-    launch    picks the pair by the number of tokens
+    launch    picks the set by the number of tokens
 
-The kernels are in `triton_kernels`, and what they are printed from in `triton_text`. These modules do not import
-Triton; the generated one does.
+The plan is called `kron_epilogue` where the group has Kronecker terms: GAWS and GAWS-D are epilogues that read x, so a
+group with no other adapters is the one launch `expand`.
+
+The kernels are in `triton_gemv` and `triton_tile`, and what they are printed from in `triton_text`. These modules do
+not import Triton; the generated one does.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,23 +34,32 @@ import torch
 
 from gawscompile.codegen import cache
 from gawscompile.codegen.spec import DTYPES, KernelSpec, SpecError
-from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Gemv, Tile, terms
-from gawscompile.codegen.triton_text import Kernel, call, indent
+from gawscompile.codegen.triton_gemv import Gemv
+from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
+from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
+from gawscompile.codegen.triton_tile import Tile
 
 OPERAND_DTYPES = DTYPES | {"f64": torch.float64}  # the latter for scales only
+SCALES = ("scale", "kron_scale")
 GEMV_TOKENS = 2  # beyond, reading W once for all tokens is worth padding them to a tile of 16
 
 
 def emit(spec: KernelSpec) -> str:
-    """The source of a module that runs `spec` by the `two_launch` plan. Equal specs give equal text.
+    """The source of a module that runs `spec` by the plan `plan(spec)`. Equal specs give equal text.
 
     Its entry is ``launch(x, operands, outs=None) -> list[Tensor]``, which trusts its arguments. Raises `SpecError`
-    for a spec without projections or with an empty dimension, and where the rows of a group need more programs
-    than a grid can hold (beyond two million rows).
+    for a spec without projections or with an empty dimension, for a Kronecker term that does not end with a matrix or
+    is no chain from x to y, and where the rows of a group need more programs than a grid can hold (beyond two million
+    rows).
     """
     styles = _styles(spec)
     kernels = [kernel.source() for style in styles for kernel in style.kernels()]
-    return "\n\n\n".join([_header(spec), *kernels, _host(spec, *styles)]) + "\n"
+    return "\n\n\n".join([_header(spec, styles[0]), *kernels, _host(spec, *styles)]) + "\n"
+
+
+def plan(spec: KernelSpec) -> str:
+    """The name of the plan by which `spec` is run."""
+    return "kron_epilogue" if any(p.kronecker for p in spec.projections) else "two_launch"
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ def load(spec: KernelSpec) -> ModuleType:
     the name. Raises `SpecError`, `cache.CacheError`, or `ImportError` where Triton is not installed.
     """
     text = emit(spec)
-    name = f"gawscompile_two_launch_{cache.digest(text)}"
+    name = f"gawscompile_{plan(spec)}_{cache.digest(text)}"
     # Triton reads a kernel's source from its file, so the module has to be one.
     path = cache.folder("triton") / f"{name}.py"
     if cache.get(path) != text.encode():
@@ -108,19 +124,23 @@ def launch(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch.Tensor]) 
 # --- Sections of the module --------------------------------------------------------------------------------
 
 
-def _header(spec: KernelSpec) -> str:
+def _header(spec: KernelSpec, style: Style) -> str:
     """Docstring, imports and constants."""
-    ranks = sum(term.rank for _, _, term, _ in terms(spec))
-    shrink = f"1. shrink: u[m, {ranks}] = s A x for every low-rank term, in fp32"
-    expand = "expand: the rows of every W; bias, residual and B u are added in fp32 before the one rounding"
-    columns = ", ".join(f"A{i}_{j} from {offset}" for i, j, _, offset in terms(spec))
+    said = [
+        f"{kernel.name.split('_')[0]}: u[m, {style.width}] = {_computes(kernel)}, in fp32"
+        for kernel in style.kernels()[:-1]
+    ]
+    joined = ["bias", "residual", *["B u"] * any(p.lowrank for p in spec.projections)]
+    joined += ["Kronecker terms"] * (plan(spec) == "kron_epilogue")
+    said.append(f"expand: the rows of every W; {_listed(joined)} are added in fp32 before the one rounding")
+    sections = [f"{case} from {column}" for case, column in style.sections()]
     lines = [
-        '"""One group of projections by the plan `two_launch`. Generated by gawscompile.codegen.triton.',
+        f'"""One group of projections by the plan `{plan(spec)}`. Generated by gawscompile.codegen.triton.',
         "",
         *indent(spec.formulas()),
         "",
         "Launches:",
-        *indent([shrink, f"2. {expand}"] if ranks else [f"1. {expand}"]),
+        *indent(f"{i}. {text}" for i, text in enumerate(said, 1)),
         f"x[m, {spec.k}] {spec.x} and operands, in order:",
         *indent(f"{o.name}[{', '.join(map(str, o.shape))}] {o.dtype}" for o in spec.operands()),
         "Spec:",
@@ -134,10 +154,26 @@ def _header(spec: KernelSpec) -> str:
         "import triton.language as tl",
         "",
         f"K = tl.constexpr({spec.k})  # columns of x, of every W and of every A",
-        *[f"# Columns of u: {columns}.", f"RANKS = tl.constexpr({ranks})"] * bool(ranks),
+        *_comment(f"Columns of u: {', '.join(sections)}.") * bool(style.width),
+        *[f"WIDTH = tl.constexpr({style.width})"] * bool(style.width),
         f"GEMV_TOKENS = {GEMV_TOKENS}  # up to here the gemv kernels, beyond them the tile kernels",
     ]
     return "\n".join(lines)
+
+
+def _computes(kernel: Kernel) -> str:
+    """What a launch before the last one writes to u."""
+    modes = [case.label for case in kernel.cases if case.label.startswith("G")]
+    parts = ["s A x for every low-rank term"] * (len(modes) < len(kernel.cases))
+    return ", ".join(parts + ["mode products " + ", ".join(modes)] * bool(modes))
+
+
+def _listed(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, WIDTH)]
 
 
 def _host(spec: KernelSpec, gemv: Gemv, tile: Tile) -> str:
@@ -145,7 +181,7 @@ def _host(spec: KernelSpec, gemv: Gemv, tile: Tile) -> str:
     operands = list(spec.operands())
     ys = [f"y{i}" for i in range(len(spec.projections))]
     activations = ["x", *(o.name for o in operands if o.role == "residual")]
-    scales = [o.name for o in operands if o.role == "scale"]
+    scales = [o.name for o in operands if o.role in SCALES]
     few, many = tile.tokens()
     body = [
         f'"""Run the group on x[m, {spec.k}], m >= 1; return [{", ".join(ys)}], written to `outs` if given.',
@@ -161,7 +197,7 @@ def _host(spec: KernelSpec, gemv: Gemv, tile: Tile) -> str:
         "if outs is None:",
         *indent(["outs = [", *indent(f"{_empty(str(p.n), p.out)}," for p in spec.projections), "]"]),
         *_unpack(ys, "outs"),
-        *[f"u = {_empty('RANKS.value', 'f32')}"] * bool(gemv.rank),
+        *[f"u = {_empty('WIDTH.value', 'f32')}"] * bool(gemv.width),
         "if m <= GEMV_TOKENS:",
         *indent(_launches(gemv.kernels(), "m")),
         "else:",
@@ -192,7 +228,7 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
     if len(names) == 1:
         return [f"({names[0]},) = {value}"]
     line = f"{', '.join(names)} = {value}"
-    return [line] if len(call("", names)) == 1 else [*call("", names)[:-1], f") = {value}"]
+    return [line] if len(line) <= WIDTH else ["(", *indent(f"{name}," for name in names), f") = {value}"]
 
 
 # --- Checks ------------------------------------------------------------------------------------------------
@@ -201,7 +237,7 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
 def _styles(spec: KernelSpec) -> tuple[Gemv, Tile]:
     if not spec.projections:
         raise SpecError(f"no projections in {spec}")
-    if min(spec.k, *(p.n for p in spec.projections), *(term.rank for _, _, term, _ in terms(spec))) < 1:
+    if min(spec.k, *(p.n for p in spec.projections), *(term.rank for p in spec.projections for term in p.lowrank)) < 1:
         raise SpecError(f"k, n and ranks must be at least 1: {spec}")
     styles = Gemv(spec), Tile(spec)
     for kernel in (kernel for style in styles for kernel in style.kernels()):
@@ -221,7 +257,7 @@ def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch
         dtype = OPERAND_DTYPES[operand.dtype]
         if list(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{operand.name} is {list(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
-        if operand.role != "scale" and tensor.device != x.device:
+        if operand.role not in SCALES and tensor.device != x.device:
             raise ValueError(f"{operand.name} is on {tensor.device}, x on {x.device}")
         if operand.role != "residual" and not tensor.is_contiguous():
             raise ValueError(f"{operand.name} is not contiguous: strides {tensor.stride()} of {shape}")

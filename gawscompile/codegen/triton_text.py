@@ -6,6 +6,7 @@ a mask where a block divides the range, a loop of one step, a cast to the same d
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -121,14 +122,23 @@ def index(range_: Cut, name: str, mask: str, block: str, step: str, end: str) ->
     return [f"{name} = {start}tl.arange(0, {block})", *[f"{mask} = {name} < {end}"] * range_.masked]
 
 
-def zeros(range_: Cut, shape: str) -> list[str]:
+def zeros(range_: Cut, shape: str, name: str = "acc") -> list[str]:
     """An accumulator, where a loop needs one."""
-    return [f"acc = tl.zeros({shape}, tl.float32)"] * (range_.steps > 1)
+    return [f"{name} = tl.zeros({shape}, tl.float32)"] * (range_.steps > 1)
 
 
-def dot(left: str, right: str, dtype: str, accumulate: bool) -> str:
-    options = ', input_precision="ieee"' * (dtype == "f32")  # never tf32
-    return f"acc = tl.dot({left}, {right}{', acc' * accumulate}{options})"
+def dot(left: str, right: str, dtype: str, accumulate: bool, into: str = "acc") -> list[str]:
+    options = ['input_precision="ieee"'] * (dtype == "f32")  # never tf32
+    return call(f"{into} = tl.dot", [left, right, *[into] * accumulate, *options])
+
+
+def scaled(scale: float | None, dtype: str, name: str, value: str) -> str:
+    """`value` times a number, or times the 0-d tensor `name` of `dtype` where it is None."""
+    if scale is None:
+        return f"tl.load({name}){'.to(tl.float32)' * (dtype != 'f32')} * {value}"
+    if not math.isfinite(scale):  # its repr is no expression
+        return f'float("{scale}") * {value}'
+    return value if scale == 1.0 else f"{scale!r} * {value}"
 
 
 def plus(name: str, offset: int) -> str:

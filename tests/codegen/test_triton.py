@@ -22,7 +22,6 @@ from tests.codegen import triton_interpret_cases as cases
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SNAPSHOT = HERE / "snapshots" / "two_launch_qkv.py.txt"
 UPDATE = "GAWS_UPDATE_SNAPSHOTS"
 
 F32_EPSILON = torch.finfo(torch.float32).eps
@@ -41,36 +40,76 @@ MIXED = KernelSpec.parse(
 LONG = KernelSpec.parse(
     "k=5120 x=f16; n=512 w=f16 out=f16 lora(r=48 f16 s=0.25); n=520 w=f16 out=f16 lora(r=48 f16 s=0.25)"
 )
+
+
+def _llama(*terms: str) -> KernelSpec:
+    """q, k and v of LLaMA-3.2-3B."""
+    rows = (f"n={n} w=bf16 out=bf16 {term}" for n, term in zip((3072, 1024, 1024), terms, strict=True))
+    return KernelSpec.parse("; ".join(["k=3072 x=bf16", *rows]))
+
+
+GAWS = _llama("kron(8*384x384*1 bf16 s=1.0)", *["kron(8*128x384*1 bf16 s=1.0)"] * 2)
+GAWSD = _llama("kron(1*24x24*128 bf16 s=1.0)", *["kron(1*8x24*128 bf16 s=1.0)"] * 2)
+GAWS_DIAG = _llama("kron(8*diag384*1 8*384x384*1 f32 s=1.0)", *["kron(1*diag24*128 1*8x24*128 f32 s=2.0)"] * 2)
+LOKR = _llama("kron(1*48x48*64 48*64x64*1 bf16 s=0.5)", *["kron(1*32x48*64 32*32x64*1 bf16 s=0.5)"] * 2)
+LOKR_LOW = _llama(
+    "kron(1*48x48*64 48*16x64*1 48*64x16*1 bf16 s=0.5)",
+    "kron(48*16x64*1 48*32x16*1 1*32x48*32 bf16 s=0.5)",
+    "kron(48*16x64*1 1*32x48*16 32*32x16*1 bf16 s=0.5)",
+)
+CONV1D = KernelSpec.parse("k=1280 x=bf16; n=3840 wt=bf16 out=bf16 bias=bf16 lora(r=16 bf16 s=2.0)")  # GPT-2 Large
+CROSSING = KernelSpec.parse(
+    "k=1230 x=bf16; n=1107 wt=bf16 out=bf16 lora(r=9 f32 s=0.5) kron(123*9x10*1 bf16 s=1.0) kron(1*9x10*123 f32 s=2.0);"
+    " n=41 w=bf16 out=bf16 kron(1*diag41*30 41*1x30*1 bf16 s=1.0)"
+)
+KRONECKER = {
+    "gaws": GAWS,
+    "gawsd": GAWSD,
+    "gaws_diag": GAWS_DIAG,
+    "lokr": LOKR,
+    "lokr_low": LOKR_LOW,
+    "conv1d": CONV1D,
+    "crossing": CROSSING,
+}
+SNAPSHOTS = {
+    "two_launch_qkv": QKV,
+    "kron_epilogue_gaws": KernelSpec.parse(
+        "k=576 x=bf16; "
+        + "; ".join(f"n={n} w=bf16 out=bf16 kron(3*{n // 3}x192*1 bf16 s=1.0)" for n in (576, 192, 192))
+    ),
+}
 ODD_SCALES = ("-0.0", "1e-50", "1e+40", "inf", "-inf", "nan", "0.3333333333333333", "-2.5e-08", "1.0")
 
 
 # --- Text --------------------------------------------------------------------------------------------------
 
 
-def test_snapshot():
-    text = emitter.emit(QKV)
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_snapshot(name: str):
+    snapshot = HERE / "snapshots" / f"{name}.py.txt"
+    text = emitter.emit(SNAPSHOTS[name])
     if os.environ.get(UPDATE):
-        SNAPSHOT.write_text(text)
-    assert text == SNAPSHOT.read_text(), f"the generated code has changed; if it should, run with {UPDATE}=1"
+        snapshot.write_text(text)
+    assert text == snapshot.read_text(), f"the generated code has changed; if it should, run with {UPDATE}=1"
 
 
-@pytest.mark.parametrize("text", [*SPECS, str(MIXED), str(LONG)])
+@pytest.mark.parametrize("text", [*SPECS, *map(str, (MIXED, LONG, LOKR_LOW, CROSSING))])
 def test_text_is_a_function_of_the_spec(text: str):
     first, second = KernelSpec.parse(text), KernelSpec.parse.__wrapped__(text)
     assert emitter.emit(first) == emitter.emit(second)
 
 
-@pytest.mark.parametrize("text", [*SPECS, str(MIXED), str(LONG)])
+@pytest.mark.parametrize("text", [*SPECS, *map(str, (MIXED, LONG, LOKR_LOW, CROSSING))])
 def test_header_names_plan_formulas_and_spec(text: str):
     spec = KernelSpec.parse(text)
     header = ast.get_docstring(ast.parse(emitter.emit(spec)))
-    assert header is not None and "two_launch" in header
+    assert header is not None and f"plan `{emitter.plan(spec)}`" in header
     for formula in spec.formulas():
         assert formula in header
     assert "; ".join(line.strip() for line in header.split("Spec:\n")[1].splitlines()) == text
 
 
-@pytest.mark.parametrize("text", [*SPECS, str(MIXED), str(LONG)])
+@pytest.mark.parametrize("text", [*SPECS, *map(str, (MIXED, LONG, LOKR_LOW, CROSSING))])
 def test_nothing_is_unused(text: str):
     for function in _jit_functions(emitter.emit(KernelSpec.parse(text))):
         names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
@@ -152,11 +191,63 @@ def test_more_rows_than_a_grid_are_refused():
 
 @pytest.mark.skipif(shutil.which("ruff") is None, reason="ruff is not installed")
 def test_text_is_formatted_and_lints(tmp_path: Path):
-    for i, text in enumerate([*SPECS, str(QKV), str(MIXED), str(LONG)]):
+    for i, text in enumerate([*SPECS, *map(str, (QKV, MIXED, LONG, *KRONECKER.values()))]):
         (tmp_path / f"case{i}.py").write_text(emitter.emit(KernelSpec.parse(text)))
     for command in (["format", "--diff", "--line-length", "100"], ["check"]):
         done = subprocess.run(["ruff", *command, "--isolated", str(tmp_path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("launches", "spec"),
+    [
+        (1, GAWS),
+        (1, GAWSD),
+        (1, GAWS_DIAG),
+        (1, KernelSpec.parse(f"{GAWS}; n=64 wt=bf16 out=bf16 bias=bf16")),
+        (2, KernelSpec.parse(f"{GAWS}; n=64 w=bf16 out=bf16 lora(r=16 bf16 s=2.0)")),
+        (2, QKV),
+        (2, LOKR),
+        (2, _llama("kron(1*48x48*64 48*16x64*1 48*64x16*1 bf16 s=0.5)", "", "")),
+        (2, _llama("kron(48*16x64*1 1*48x48*16 48*64x16*1 bf16 s=0.5)", "", "")),
+        (3, LOKR_LOW),
+    ],
+)
+def test_launches(launches: int, spec: KernelSpec):
+    (host,) = [f for f in ast.parse(emitter.emit(spec)).body if isinstance(f, ast.FunctionDef) and f.name == "launch"]
+    (choice,) = [node for node in host.body if isinstance(node, ast.If) and "GEMV_TOKENS" in ast.unparse(node.test)]
+    for way in (choice.body, choice.orelse):
+        calls = [node for line in way for node in ast.walk(line) if isinstance(node, ast.Call)]
+        assert sum(isinstance(node.func, ast.Subscript) for node in calls) == launches
+    assert len(emitter.variants(spec)) == 3 * launches
+
+
+def test_offsets_into_a_large_transposed_weight_are_wide():
+    small, large = (emitter.emit(KernelSpec.parse(f"k={k} x=bf16; n=65536 wt=bf16 out=bf16")) for k in (16384, 32768))
+    assert "cols[:, None] * 65536" in small and "cols[:, None].to(tl.int64) * 65536" in large
+
+
+def test_gaws_reads_one_slice_where_blocks_divide_and_loops_over_slices_where_not():
+    even, odd = emitter.emit(GAWS), emitter.emit(CROSSING)
+    assert "x_from0 = start // 384 * 384" in even and "for slice0" not in even and "row_ok" not in even
+    assert "for slice0 in range(start // 9, tl.minimum((start + BLOCK_N - 1) // 9 + 1, 123)):" in odd
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("8*16x16*1 8*diag16*1", r"kron\(8\*16x16\*1 8\*diag16\*1 f32 s=1.0\) does not end with a matrix"),
+        ("1*diag128*1", "does not end with a matrix"),
+        ("4*16x16*1", "takes 64 features, not 128"),
+        ("8*16x16*1 4*16x16*1", r"mode 4\*16x16\*1 of kron\(8\*16x16.* takes 64 features, not 128"),
+        ("8*8x16*1", "makes 64 features, not 128"),
+        ("8*0x16*1", "must be at least 1"),
+    ],
+)
+def test_what_is_no_chain_is_refused_by_name(term: str, message: str):
+    spec = KernelSpec.parse(f"k=128 x=f32; n=128 w=f32 out=f32 kron({term} f32 s=1.0)")
+    with pytest.raises(SpecError, match=message):
+        emitter.emit(spec)
 
 
 def _jit_functions(text: str) -> list[ast.FunctionDef]:
@@ -294,21 +385,34 @@ def _variants(**specs: KernelSpec) -> list:
     ]
 
 
-@pytest.mark.parametrize(("spec", "variant"), _variants(qkv=QKV, f32=F32, mixed=MIXED, long=LONG))
+@pytest.mark.parametrize(("spec", "variant"), _variants(qkv=QKV, f32=F32, mixed=MIXED, long=LONG, **KRONECKER))
 def test_sm_90(compiler, tmp_path: Path, spec: KernelSpec, variant: emitter.Variant):
     compiled = compiler(spec, variant, "sm_90")
     usage = _resource_usage(compiled, tmp_path)
     assert usage["STACK"] == 0 and usage["LOCAL"] == 0, "spills, or arrays in local memory"
-    assert usage["REG"] <= 128
+    assert usage["REG"] <= 128 or spec is CROSSING
     assert compiled.metadata.shared <= SHARED_MEMORY["sm_90"]
 
 
-@pytest.mark.parametrize(("spec", "variant"), _variants(qkv=QKV, mixed=MIXED))
+@pytest.mark.parametrize(
+    ("spec", "variant"), _variants(qkv=QKV, mixed=MIXED, gaws=GAWS, gawsd=GAWSD, lokr=LOKR, crossing=CROSSING)
+)
 def test_gfx942(compiler, spec: KernelSpec, variant: emitter.Variant):
     compiled = compiler(spec, variant, "gfx942")
     spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
     assert spills and set(spills) == {"0"}
     assert compiled.metadata.shared <= SHARED_MEMORY["gfx942"]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+@pytest.mark.parametrize(("spec", "variant"), _variants(gaws=GAWS, gawsd=GAWSD, lokr=LOKR))
+def test_kronecker_on_other_nvidia_gpus(
+    compiler, tmp_path: Path, spec: KernelSpec, variant: emitter.Variant, target: str
+):
+    compiled = compiler(spec, variant, target)
+    usage = _resource_usage(compiled, tmp_path)
+    assert usage["STACK"] == 0 and usage["LOCAL"] == 0 and usage["REG"] <= 128
+    assert compiled.metadata.shared <= SHARED_MEMORY[target]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -324,6 +428,14 @@ def test_decode_streams_weights(compiler):
     ptx = compiler(QKV, variant, "sm_90").asm["ptx"]
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 18, "one 16-byte load of W and one of x for each of 9 steps"
     assert "bar.sync" not in ptx, "a barrier would keep loads of later steps from starting"
+
+
+@pytest.mark.parametrize("spec", [GAWS, GAWSD, CONV1D], ids=["gaws", "gawsd", "conv1d"])
+def test_decode_reads_weights_and_factors_in_16_byte_loads(compiler, spec: KernelSpec):
+    (variant,) = [v for v in emitter.variants(spec) if v.kernel == "expand_gemv"]
+    ptx = compiler(spec, variant, "sm_90").asm["ptx"]
+    wide, narrow = (len(re.findall(rf"ld\.global\.{kind}", ptx)) for kind in (r"v4\.b32", r"(?:v2\.)?b(?:16|32)\b"))
+    assert wide >= 20 and narrow <= 8, "the narrow ones are x, where threads lie along W's rows, and a row of a mix"
 
 
 def test_generated_module_is_a_file_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

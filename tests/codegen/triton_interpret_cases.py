@@ -17,12 +17,48 @@ from torch.nn import functional
 
 from gawscompile.codegen import triton as emitter
 from gawscompile.codegen.spec import DTYPES, KernelSpec, Operand
+from gawscompile.operators import Kronecker, Mode
 
 GUARD = 128  # elements of NaN on both sides of a tensor
 
 
 def _lora(rank: int | None, dtype: str = "f32", scale: str = "2.0") -> str:
     return f" lora(r={rank} {dtype} s={scale})" if rank else ""
+
+
+# Kronecker terms and weights kept as [k, n]: slices that blocks divide and that they do not, chains of up to four.
+KRONECKER = {
+    "transposed": f"k=70 x=f32; n=90 wt=f32 out=f32 bias=f32 residual=f32{_lora(5)}; n=24 w=f32 out=f32",
+    "transposed_odd": f"k=101 x=bf16; n=37 wt=bf16 out=bf16 bias=bf16{_lora(3, 'f32')}; n=7 wt=bf16 out=bf16",
+    "transposed_even": "k=256 x=f16; n=96 wt=f16 out=f16; n=64 wt=bf16 out=f32",
+    "gaws": "k=64 x=f32; n=128 w=f32 out=f32 kron(4*32x16*1 f32 s=1.0); n=64 w=f32 out=f32 kron(4*16x16*1 f32 s=1.0)",
+    "gaws_crossing": "k=64 x=f32; n=48 w=f32 out=f32 kron(4*12x16*1 f32 s=1.0)",
+    "gaws_odd": "k=30 x=f32; n=21 w=f32 out=f32 bias=f32 residual=f32 kron(3*7x10*1 f32 s=2.5)",
+    "gaws_diag": "k=96 x=bf16; n=40 w=bf16 out=bf16 kron(8*diag12*1 8*5x12*1 f32 s=1.0)",
+    "gaws_bf16_diag": "k=128 x=bf16; n=64 w=bf16 out=bf16 kron(4*diag32*1 4*16x32*1 bf16 s=1.0)",
+    "gaws_f16": "k=80 x=f16; n=48 w=f16 out=f16 kron(5*diag16*1 1*diag80*1 1*48x80*1 f16 s=0.5)",
+    "gaws_rows": "k=40 x=f32; n=37 w=f32 out=f32 kron(1*37x40*1 f32 s=1.0)",
+    "gaws_tiny": "k=66 x=f32; n=33 w=f32 out=f32 kron(33*1x2*1 f32 s=1.0)",
+    "gaws_one_column": "k=4 x=f32; n=64 w=f32 out=f32 kron(4*16x1*1 f32 s=1.0)",
+    "gaws_same": "; ".join(["k=64 x=bf16"] + ["n=64 w=bf16 out=bf16 kron(2*32x32*1 bf16 s=1.0)"] * 3),
+    "gawsd": "k=96 x=f32; n=72 w=f32 out=f32 kron(1*6x8*12 f32 s=1.0); n=48 w=f32 out=f32 kron(1*4x8*12 f32 s=-2.0)",
+    "gawsd_even": "k=128 x=bf16; n=96 w=bf16 out=bf16 kron(1*3x4*32 bf16 s=1.0); n=32 w=bf16 out=bf16",
+    "gawsd_diag": "k=300 x=bf16; n=200 w=bf16 out=bf16 bias=bf16 kron(1*diag3*100 1*2x3*100 bf16 s=tensor.f32)",
+    "gawsd_both": "k=12 x=f32; n=12 w=f32 out=f32 kron(1*1x1*12 f32 s=1.0) kron(2*2x2*3 f32 s=1.0)",
+    "lokr": "k=60 x=f32; n=66 w=f32 out=f32 kron(1*6x5*12 6*11x12*1 f32 s=2.0)",
+    "lokr_even": "k=128 x=bf16; n=96 w=bf16 out=bf16 kron(1*6x4*32 6*16x32*1 bf16 s=0.5); "
+    + "; ".join(["n=64 w=bf16 out=bf16 kron(1*4x4*32 4*16x32*1 bf16 s=0.5)"] * 2),
+    "lokr_low": f"k=60 x=f32; n=66 w=f32 out=f32{_lora(3)} kron(1*6x5*12 6*4x12*1 6*11x4*1 f32 s=2.0)",
+    "lokr_between": "k=240 x=bf16; n=66 w=bf16 out=bf16 kron(5*2x48*1 1*6x5*2 6*11x2*1 bf16 s=2.0)",
+    "lokr_left": "k=40 x=f16; n=24 w=f16 out=f16 kron(1*2x5*8 1*3x2*8 3*8x8*1 f16 s=tensor.f64)"
+    " kron(4*6x10*1 f32 s=1.0)",
+    "lokr_blocks_first": "k=40 x=f32; n=24 w=f32 out=f32 kron(5*3x8*1 5*6x3*1 1*4x5*6 f32 s=-1.5)",
+    "lokr_four": "k=80 x=f32; n=24 w=f32 out=f32"
+    " kron(1*diag5*16 1*2x5*16 1*diag32*1 1*4x2*16 4*3x16*1 4*diag3*1 4*6x3*1 f32 s=0.5)",
+    "everything": f"k=64 x=bf16; n=48 wt=bf16 out=f32 bias=f16 residual=bf16{_lora(4, 'f32')}{_lora(3, 'bf16')}"
+    " kron(4*12x16*1 f32 s=tensor.f64) kron(1*3x4*16 bf16 s=1.0) kron(1*3x4*16 3*16x16*1 bf16 s=tensor.f32);"
+    f" n=64 w=bf16 out=bf16 kron(1*4x4*16 4*16x16*1 bf16 s=1.0); n=8 w=f32 out=f32{_lora(4)}",
+}
 
 
 def _cases() -> dict[str, tuple[str, int]]:
@@ -63,8 +99,10 @@ def _cases() -> dict[str, tuple[str, int]]:
         "many_rows": f"k=64 x=bf16; n=8192 w=bf16 out=bf16{_lora(8, 'bf16')}; n=64 w=bf16 out=bf16{_lora(8, 'bf16')}",
     }
     cases |= {f"{name}-m{m}": (text, m) for name, text in specs.items() for m in (1, 5)}
+    cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
     # The second token of the gemv kernels, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
+    cases |= {f"{name}-m{m}": (KRONECKER[name], m) for name in ("gaws_odd", "gawsd", "lokr_low") for m in (2, 70)}
     return cases
 
 
@@ -83,6 +121,20 @@ class Problem:
         """An operand by what it is; raises `StopIteration` for one that the spec does not have."""
         key = (role, projection, term)
         return next(t for o, t in self.arguments.items() if (o.role, o.projection, o.term) == key)
+
+    def kronecker(self, projection: int, term: int, exact: bool = False) -> Kronecker:
+        """A Kronecker term as the algebra has it; in fp64 if `exact`."""
+        spec = self.spec.projections[projection].kronecker[term]
+        named = {o.name: t.double() if exact else t for o, t in self.arguments.items()}
+        factors = [named[f"g{projection}_{term}_{at}"] for at in range(len(spec.modes))]
+        modes = (Mode(mode.before, g, mode.after) for mode, g in zip(spec.modes, factors, strict=True))
+        scale = named[f"kron_scale{projection}_{term}"] if spec.scale is None else torch.tensor(spec.scale)
+        return Kronecker(tuple(modes), scale.to(factors[0].dtype))
+
+    def weight(self, projection: int) -> Tensor:
+        """``[n, k]``"""
+        w = self.get("weight", projection)
+        return w.T if self.spec.projections[projection].transposed else w
 
     def scale(self, projection: int, term: int) -> Tensor:
         number = self.spec.projections[projection].lowrank[term].scale
@@ -113,7 +165,9 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
     arguments = {}
     for o in spec.operands():
         shape = tuple(m if size == "m" else int(size) for size in o.shape)
-        fan_in = shape[1] if o.role in ("weight", "a", "b") else 1
+        fan_in = shape[-1] if o.role in ("weight", "a", "b") or (o.role == "mode" and len(shape) == 2) else 1
+        if o.role == "weight" and spec.projections[o.projection].transposed:
+            fan_in = shape[0]
         arguments[o] = normal(shape, o.dtype, fan_in**-0.5)
     return Problem(spec, normal((m, spec.k), spec.x), arguments)
 
@@ -122,7 +176,7 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
     """y_i in fp64, from the algebra; `without` names a part to leave out: ``bias``, ``residual``, ``term0`` …"""
     projection = p.spec.projections[i]
     x = p.x.double()
-    y = x @ p.get("weight", i).double().T
+    y = x @ p.weight(i).double().T
     if projection.bias and without != "bias":
         y = y + p.get("bias", i).double()
     if projection.residual and without != "residual":
@@ -131,13 +185,16 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
         if without != f"term{j}":
             a, b = p.get("a", i, j).double(), p.get("b", i, j).double()
             y = y + p.scale(i, j).double() * ((x @ a.T) @ b.T)
+    for j in range(len(projection.kronecker)):
+        if without != f"kron{j}":
+            y = y + p.kronecker(i, j, exact=True).apply(x)
     return y
 
 
 def segments(p: Problem, i: int) -> Tensor:
     """y_i as frameworks execute it, segment by segment, each result rounded to its dtype."""
     projection = p.spec.projections[i]
-    weight = p.get("weight", i)
+    weight = p.weight(i)
     common = torch.promote_types(p.x.dtype, weight.dtype)
     y = functional.linear(p.x.to(common), weight.to(common))
     if projection.bias:
@@ -145,6 +202,8 @@ def segments(p: Problem, i: int) -> Tensor:
     for j in range(len(projection.lowrank)):
         a, b = p.get("a", i, j), p.get("b", i, j)
         y = y + (functional.linear(functional.linear(p.x.to(a.dtype), a), b) * p.scale(i, j).to(a.dtype)).to(common)
+    for j in range(len(projection.kronecker)):
+        y = y + p.kronecker(i, j).apply(p.x).to(common)
     if projection.residual:
         y = y + p.get("residual", i).to(common)
     return y.to(DTYPES[projection.out])
@@ -164,6 +223,7 @@ def measure(spec: KernelSpec, m: int) -> list[dict[str, object]]:
     for i, q in enumerate(spec.projections):
         exact = reference(p, i)
         parts = ["bias"] * bool(q.bias) + ["residual"] * bool(q.residual) + [f"term{j}" for j in range(len(q.lowrank))]
+        parts += [f"kron{j}" for j in range(len(q.kronecker))]
         results.append(
             {
                 "in_place": returned[i].data_ptr() == outs[i].data_ptr(),

@@ -1,0 +1,386 @@
+"""Kronecker terms in Triton: how a chain of mode products is cut into launches, and the code of one of them.
+
+A chain ``s M_p … M_1 x`` becomes one or more *products*, each a matrix mode ``I_before ⊗ G ⊗ I_after`` with some of the
+modes before it folded into the load of its input. The last product is an epilogue of the base projection's tile: a
+chain with one product costs no launch. The others write to columns of u, the first ones in the launch that makes
+u = s A x; each further one waits for a launch of its own. Folded are
+
+- every diagonal, as a multiplication of what is loaded;
+- a mix (``after > 1``) before a block mode (``after = 1``), where computing it again in every program is cheap: before
+  the epilogue where it costs a program less than a quarter of the columns of x, which it reads anyway for W; in an
+  earlier launch where the block mode has few rows, so that few programs repeat it.
+
+So GAWS and GAWS-D take one launch, LoKr with a full w2 two, and with a low-rank w2 two if its modes come as
+``(I ⊗ w2_a)(w1 ⊗ I)(I ⊗ w2_b)`` or ``(I ⊗ w2_a)(I ⊗ w2_b)(w1 ⊗ I)``, else three.
+
+The rows of a block mode within one slice are a product of matrices (`tl.dot` where there are many tokens; rows of
+several slices in one tile take a `tl.dot` for each slice). A mix is a weighted sum of slices, element by element in
+fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gawscompile.codegen.spec import DTYPES, KernelSpec, KroneckerSpec, ModeSpec, ProjectionSpec, SpecError
+from gawscompile.codegen.triton_text import TL, Cut, cut, dot, indent, index, load, loop, plus, times, zeros
+
+REPEATED_ROWS = 64  # of a block mode that is no epilogue: up to here a mix before it is folded into its load
+REPEATED_SHARE = 4  # a mix is folded into an epilogue that then does at most K / 4 more multiplications per token
+FACTOR_ELEMENTS = 4096  # of a factor per program and step
+FACTOR_COLUMNS = (512, 256, 128, 64, 32, 16, 8)
+UNROLLED = 4  # steps whose loads are in flight together: without a `tl.dot`, Triton does not pipeline a loop
+TILE_COLUMNS = {2: (64, 32, 16), 4: (32, 16)}  # of both operands of a `tl.dot` per step, by bytes per element
+DOT_MINIMUM = 16  # the least edge of a `tl.dot` that every target takes
+
+
+# --- Plans -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """Mode `at` of a term, on an input to which the modes from `start` on are applied as it is loaded.
+
+    It reads columns of u from `source` on, or x where that is None, and writes columns of u from `column` on, or is
+    the epilogue where that is None; both are relative to the columns of its projection. `launch` counts from 0.
+    """
+
+    term: int
+    kron: KroneckerSpec
+    start: int
+    at: int
+    launch: int
+    source: int | None
+    column: int | None
+
+    @property
+    def mode(self) -> ModeSpec:
+        return self.kron.modes[self.at]
+
+    @property
+    def rows(self) -> int:
+        """Of G."""
+        rows = self.mode.rows
+        assert rows is not None
+        return rows
+
+    @property
+    def period(self) -> int:
+        """Blocks of rows that divide this have one slice of x (of a block mode) or one row of G (of a mix)."""
+        return self.rows if self.mode.after == 1 else self.mode.after
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the term's scale is applied here."""
+        return self.start == 0 and self.kron.scale != 1.0
+
+    @property
+    def factors(self) -> range:
+        """The modes whose tensors this reads."""
+        return range(self.start, self.at + 1)
+
+    def factor(self, at: int) -> str:
+        """What the code calls the tensor of a mode."""
+        return f"g{self.term}_{at}"
+
+    def describe(self, projection: int) -> str:
+        """For headers: ``G0_0_1 G0_0_0``, last factor first."""
+        return " ".join(f"G{projection}_{self.term}_{at}" for at in reversed(self.factors))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of u that belong to one projection: `ranks` of its low-rank terms, then those of `products`."""
+
+    products: tuple[Product, ...]
+    width: int
+
+    @property
+    def endings(self) -> list[Product]:
+        return [product for product in self.products if product.column is None]
+
+
+def columns(spec: KernelSpec, p: ProjectionSpec) -> Columns:
+    """All mode products of `p`. Raises `SpecError`, naming the term, for one that is no chain from x to y."""
+    width = p.rank
+    products: list[Product] = []
+    for j, kron in enumerate(p.kronecker):
+        _check(spec, p, kron)
+        source = None
+        cuts = _cuts(spec.k, kron)
+        for launch, (start, at) in enumerate(cuts):
+            column = None if at == len(kron.modes) - 1 else width
+            products.append(Product(j, kron, start, at, launch, source, column))
+            if column is not None:
+                source = column
+                width += kron.modes[at].outputs
+    return Columns(tuple(products), width)
+
+
+def _check(spec: KernelSpec, p: ProjectionSpec, kron: KroneckerSpec) -> None:
+    sizes = [spec.k, *(mode.outputs for mode in kron.modes)]
+    for mode, inputs in zip(kron.modes, sizes, strict=False):
+        if min(mode.before, *mode.shape, mode.after) < 1:
+            raise SpecError(f"the sizes of mode {mode} of {kron} must be at least 1")
+        if mode.inputs != inputs:
+            raise SpecError(f"mode {mode} of {kron} takes {mode.inputs} features, not {inputs}")
+        if (mode.rows or 1) * mode.columns >= 1 << 31:
+            raise SpecError(f"the factor of mode {mode} of {kron} is too large for 32-bit offsets")
+    if sizes[-1] != p.n:
+        raise SpecError(f"{kron} makes {sizes[-1]} features, not {p.n}")
+    if not kron.modes or kron.modes[-1].rows is None:
+        raise SpecError(f"{kron} does not end with a matrix, and only such terms have a Triton kernel")
+
+
+def _cuts(k: int, kron: KroneckerSpec) -> list[tuple[int, int]]:
+    """(start, at) of each product, the first one first."""
+    found: list[tuple[int, int]] = []
+    end = len(kron.modes)
+    while end:
+        at = start = end - 1
+        cost = kron.modes[at].columns
+        while start and (cost := _folded(k, kron, at, start - 1, cost)):
+            start -= 1
+        found.append((start, at))
+        end = start
+    return found[::-1]
+
+
+def _folded(k: int, kron: KroneckerSpec, at: int, candidate: int, cost: int) -> int:
+    """Multiplications per token and block of rows if `candidate` is folded into the load of `at`; 0 if it is not."""
+    mode, earlier = kron.modes[at], kron.modes[candidate]
+    if earlier.rows is None:
+        return cost
+    cost *= earlier.columns
+    if mode.after > 1 or earlier.after == 1:
+        return 0
+    if at == len(kron.modes) - 1:
+        return cost if cost * REPEATED_SHARE <= k else 0
+    return cost if (mode.rows or 0) <= REPEATED_ROWS and cost <= k else 0
+
+
+# --- Code --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Where:
+    """Offsets into a tensor: which are inside, the shape of what is loaded, and whether pointers must grow to it."""
+
+    ok: list[str]
+    shape: str
+    grow: bool = False
+
+    def pointer(self, text: str) -> str:
+        return f"tl.broadcast_to({text}, {self.shape})" if self.grow else text
+
+
+@dataclass(frozen=True)
+class Emitter:
+    """The code of one product for the rows `start … start + BLOCK_N - 1`, which are cut as `rows` says.
+
+    `x` is the dtype of x. The code uses ``start`` (the first row), ``row`` (all of them), ``rows`` (from 0) and their
+    mask ``row_ok``; with `tiles` also ``tokens`` and ``token_ok``.
+    """
+
+    product: Product
+    rows: Cut
+    block: str
+    x: str
+    tiles: bool = False
+
+    @property
+    def uniform(self) -> bool:
+        """Whether a program's rows have one slice of x, or of a mix one row of G, in common."""
+        whole = self.product.mode.before == self.product.mode.after == 1
+        return whole or self.product.period % self.rows.block == 0
+
+    @property
+    def dtype(self) -> str:
+        """Of the input: x's, or that of u."""
+        return self.x if self.product.source is None else "f32"
+
+    @property
+    def common(self) -> str:
+        """Of both operands of a dot. u may be rounded to bf16, which has the range of fp32."""
+        mine = self.product.kron.dtype
+        return mine if self.dtype == mine or (self.product.source is not None and mine == "bf16") else "f32"
+
+    @property
+    def dots(self) -> bool:
+        return self.tiles and self.product.mode.after == 1
+
+    def _from(self) -> tuple[str, str]:
+        """Offsets of these rows in G and in the input: of each row, or of all where they agree."""
+        p, mode = self.product, self.product.mode
+        one_slice = mode.before == 1
+        row = "start" if self.uniform else "row"
+        if mode.after == 1:
+            if one_slice:
+                return times("row", mode.columns), ""
+            at = f"{row} % {p.rows}" + " + rows" * self.uniform
+            at = f"({at})" if self.uniform and mode.columns > 1 else at
+            return times(at, mode.columns), f"{row} // {p.rows}" + _by(mode.columns)
+        outer, inner = p.rows * mode.after, mode.columns * mode.after
+        g = f"{row} // {mode.after}" + ("" if one_slice else f" % {p.rows}") + _by(mode.columns)
+        place = f"{row} % {mode.after}" + " + rows" * self.uniform
+        return g, place if one_slice else f"{row} // {outer} * {inner} + {place}"
+
+    def gemv(self) -> list[str]:
+        """``part = …``, whose sums along its second axis are the rows, for one token."""
+        p, j = self.product, self.product.term
+        mode = p.mode
+        widest = max(FACTOR_COLUMNS[-1], FACTOR_ELEMENTS // self.rows.block)
+        cols = cut(mode.columns, [block for block in FACTOR_COLUMNS if block <= widest])
+        g_from, x_from = self._from()
+        g_many, x_many = mode.after == 1 or not self.uniform, mode.after > 1 or not self.uniform
+        at = times(f"cols{j}[None, :]", mode.after)
+        x_at = _sum(f"x_from{j}{'[:, None]' * x_many}" if x_from else "", at)
+        g_at = f"g_from{j}{'[:, None]' * g_many} + cols{j}[None, :]"
+        row_ok, col_ok = self.rows.mask("row_ok[:, None]"), cols.mask(f"col{j}_ok[None, :]")
+        # As for x and W: broadcast pointers, not values, whose layout would then change in shared memory.
+        shape = f"({self.block}, {cols.block})"
+        step = [
+            *index(cols, f"cols{j}", f"col{j}_ok", str(cols.block), "c", str(mode.columns)),
+            *self._input(f"xs{j}", x_at, Where([row_ok if x_many else "", col_ok], shape, not x_many)),
+            *self._factor(f"gs{j} =", p.at, g_at, Where([row_ok if g_many else "", col_ok], shape, not g_many)),
+            f"part{j} {'+=' if cols.steps > 1 else '='} gs{j} * xs{j}",
+        ]
+        return [
+            self.formula(),
+            f"g_from{j} = {g_from}",
+            *[f"x_from{j} = {x_from}"] * bool(x_from),
+            *zeros(cols, shape, f"part{j}"),
+            *loop(cols, _unrolled("c", mode.columns, cols.block), step),
+        ]
+
+    def tile(self, into: str, fresh: bool) -> list[str]:
+        """Add the rows for a tile of tokens to `into`, or start it with them where it is `fresh`."""
+        return [self.formula(), *(self._dot(into, fresh) if self.dots else self._mix(into))]
+
+    def _dot(self, into: str, fresh: bool) -> list[str]:
+        p, j = self.product, self.product.term
+        mode = p.mode
+        cols = cut(mode.columns, TILE_COLUMNS[DTYPES[self.common].itemsize], DOT_MINIMUM)
+        g_from, x_from = self._from()
+        x_from = x_from if self.uniform else f"slice{j}" + _by(mode.columns)
+        x_at = _sum(f"x_from{j}" if x_from else "", f"cols{j}")
+        mine = self.rows.mask("row_ok[None, :]") if self.uniform else f"row{j}_ok[None, :]"
+        g_ok = [mine, cols.mask(f"col{j}_ok[:, None]")]
+        x_where = Where([cols.mask(f"col{j}_ok")], f"(BLOCK_M, {cols.block})")
+        once = cols.steps == 1 and self.uniform
+        step = [
+            *index(cols, f"cols{j}", f"col{j}_ok", str(cols.block), "c", str(mode.columns)),
+            *self._input(f"xs{j}", x_at, x_where, self.common),
+            *self._factor(f"gs{j} =", p.at, f"g_from{j}[None, :] + cols{j}[:, None]", Where(g_ok, ""), self.common),
+            *dot(f"xs{j}", f"gs{j}", self.common, accumulate=not (fresh and once), into=into),
+        ]
+        body = loop(cols, f"for c in range(0, {mode.columns}, {cols.block})", step)
+        place = [f"x_from{j} = {x_from}"] * bool(x_from)
+        if self.uniform:
+            body = [*place, *body]
+        else:
+            last = f"tl.minimum((start + {self.block} - 1) // {p.rows} + 1, {mode.before})"
+            owned = f"row // {p.rows} == slice{j}"
+            owned = f"row{j}_ok = {f'row_ok & ({owned})' if self.rows.masked else owned}"
+            body = [
+                f"# The rows may lie in several slices of {p.rows}.",
+                f"for slice{j} in range(start // {p.rows}, {last}):",
+                *indent([owned, *place, *body]),
+            ]
+        start = [f"{into} = tl.zeros((BLOCK_M, {self.block}), tl.float32)"] * (fresh and not once)
+        return [f"g_from{j} = {g_from}", *start, *body]
+
+    def _mix(self, into: str) -> list[str]:
+        p, j = self.product, self.product.term
+        mode = p.mode
+        steps = Cut(mode.columns, 1)
+        g_from, x_from = self._from()
+        where = Where([self.rows.mask("row_ok")], f"(BLOCK_M, {self.block})")
+        c, view = "c" if mode.columns > 1 else "", "" if self.uniform else "[None, :]"
+        x_at = _sum(f"x_from{j}", times(c, mode.after) if c else "")
+        g_where = Where([] if self.uniform else where.ok, "")
+        step = [
+            *self._input(f"xs{j}", x_at, where),
+            *self._factor(f"gs{j} =", p.at, _sum(f"g_from{j}", c), g_where, view=view),
+            f"{into} {'+=' if c else '='} gs{j} * xs{j}",
+        ]
+        return [
+            f"g_from{j} = {g_from}",
+            f"x_from{j} = {x_from}",
+            *zeros(steps, f"(BLOCK_M, {self.block})", into),
+            *loop(steps, _unrolled("c", mode.columns, 1), step),
+        ]
+
+    def formula(self) -> str:
+        """What is added to the rows, as a comment."""
+        p = self.product
+        factors = " ".join(f"({p.kron.modes[at]} {p.factor(at)})" for at in reversed(p.factors))
+        scale = "" if not p.scaled else f"kron_scale{p.term} " if p.kron.scale is None else f"{p.kron.scale:g} "
+        return f"# {scale}{factors} {'x' if p.source is None else 'u'}"
+
+    # --- Inputs
+
+    def _input(self, name: str, at: str, where: Where, to: str = "f32") -> list[str]:
+        """`name`: the product's input at the offsets `at`, with what is folded into its load."""
+        folded = list(self.product.factors)[:-1]
+        if not folded:
+            return self._read(name, at, where, to)
+        return [*self._folded(name, folded, at, where), *[f"{name} = {name}.to({TL[to]})"] * (to != "f32")]
+
+    def _folded(self, name: str, folded: list[int], at: str, where: Where) -> list[str]:
+        """The modes `folded`, last one last, at the offsets `at` of their product; in fp32."""
+        if not folded:
+            return self._read(name, at, where)
+        *others, last = folded
+        mode, place = self.product.kron.modes[last], f"at{self.product.term}_{last}"
+        along = place if mode.after == 1 else f"{place} // {mode.after}"
+        along = f"{along} % {mode.rows or mode.columns}" if mode.before > 1 else along
+        view = "[None, :]" * self.tiles
+        if mode.rows is None:
+            g = self._factor(f"{name} *=", last, along, where, view=view)
+            return [f"{place} = {at}", *self._folded(name, others, place, where), *g]
+        i, slices, summand, weight = (f"{word}{self.product.term}_{last}" for word in ("i", "slices", "xs", "gs"))
+        outer, inner = mode.rows * mode.after, mode.columns * mode.after
+        first = f"{place} % {mode.after}"
+        first = f"{place} // {outer} * {inner} + {first}" if mode.before > 1 else first
+        step = [
+            *self._folded(summand, others, f"{slices} + {times(i, mode.after)}", where),
+            *self._factor(f"{weight} =", last, f"{along}{_by(mode.columns)} + {i}", where, view=view),
+            f"{name} += {weight} * {summand}",
+        ]
+        return [
+            f"{place} = {at}",
+            f"{slices} = {first}",
+            f"{name} = tl.zeros({where.shape}, tl.float32)",
+            f"{_unrolled(i, mode.columns, 1)}:",
+            *indent(step),
+        ]
+
+    def _read(self, name: str, at: str, where: Where, to: str = "f32") -> list[str]:
+        """Load from x or u."""
+        source = self.product.source
+        pointer, ok = "x" if source is None else plus("u", source), where.ok
+        if self.tiles:
+            pointer = f"{pointer} + tokens[:, None] * {'K' if source is None else 'WIDTH'}"
+            at = f"({at})[None, :]" if " " in at else f"{at}[None, :]"
+            ok = ["token_ok[:, None]", *(f"{mask}[None, :]" for mask in ok if mask)]
+        return load(f"{name} =", where.pointer(f"{pointer} + {at}"), ok, self.dtype, to)
+
+    def _factor(self, target: str, at: int, offset: str, where: Where, to: str = "f32", view: str = "") -> list[str]:
+        """Load from the tensor of mode `at`."""
+        pointer = where.pointer(f"{self.product.factor(at)} + {offset}")
+        return load(target, pointer, where.ok, self.product.kron.dtype, to, view)
+
+
+def _unrolled(name: str, size: int, block: int) -> str:
+    if size <= UNROLLED * block:
+        return f"for {name} in tl.static_range(0, {size}, {block})"
+    return f"for {name} in tl.range(0, {size}, {block}, loop_unroll_factor={UNROLLED})"
+
+
+def _by(factor: int) -> str:
+    return f" * {factor}" if factor > 1 else ""
+
+
+def _sum(*parts: str) -> str:
+    return " + ".join(part for part in parts if part)

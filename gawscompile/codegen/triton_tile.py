@@ -1,0 +1,184 @@
+"""The kernels for more tokens: those of a tile share each load of a weight."""
+
+from __future__ import annotations
+
+from gawscompile.codegen.spec import DTYPES, KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.codegen.triton_kernels import (
+    Style,
+    blocks_of_rows,
+    dividing,
+    k_columns,
+    rank_columns,
+    rank_loop,
+    rescaled,
+    row_names,
+    row_of_w,
+    row_range,
+    scaled_term,
+    to_rows,
+    with_offsets,
+)
+from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Columns, Emitter, Product
+from gawscompile.codegen.triton_text import Cut, Work, constant, cut, dot, load, loop, plus, store, times, zeros
+
+TILE_ROWS = (64, 32, 16)
+TILE_PROGRAMS = 128
+TILE_RANKS = (32, 16)
+TILE_WARPS = 4
+TILE_TOKENS = (16, 64)  # BLOCK_M for few tokens and for many
+TILE_TOKENS_F32 = (16, 32)  # Triton 3.6 gives wider fp32 tiles to sm_100's tensor cores as tf32, against "ieee"
+TILE_WORKS = 2  # kinds of work whose pipelines fit together into the shared memory of an sm_86 (99 KiB)
+
+_TOKENS = ("tokens = tl.arange(0, BLOCK_M)", "token_ok = tokens < left")
+
+
+class Tile(Style):
+    """More tokens: a program makes a tile of BLOCK_M of them by some rows with `tl.dot`, which sums in fp32."""
+
+    name = "tile"
+    reach = "for BLOCK_M tokens of which `left` exist"
+    token = ("token = tl.program_id(0).to(tl.int64) * BLOCK_M", "left = (m - token).to(tl.int32)")
+    passed = ("token", "left", "BLOCK_M")
+    extra = (("m", "i32"), ("BLOCK_M", "constexpr"))
+
+    def __init__(self, spec: KernelSpec) -> None:
+        super().__init__(spec)
+        self.row_blocks = blocks_of_rows(spec, TILE_ROWS, TILE_PROGRAMS)
+        self.crowded = False
+        # Triton adds up the shared memory of branches, and each kind of work is one.
+        self.crowded = max(len(kernel.groups()) for kernel in self.kernels()) > TILE_WORKS
+
+    def tokens(self) -> tuple[int, int]:
+        """BLOCK_M for few tokens and for many."""
+        dots = [self._common(p.dtype) for p in self.spec.projections]
+        for _, _, term, _ in self.terms():
+            dots += [self._common(term.dtype), _common_with_u(term)]
+        for mine in self.columns:
+            for product in mine.products:
+                emitter = Emitter(product, cut(1, TILE_ROWS), "", self.spec.x, tiles=True)
+                dots += [emitter.common] * emitter.dots
+        return TILE_TOKENS_F32 if "f32" in dots else TILE_TOKENS
+
+    def options(self, warps: int) -> tuple[tuple[str, int], ...]:
+        return (("num_warps", warps), *[("num_stages", 1)] * self.crowded)
+
+    def shrink_warps(self) -> int:
+        return TILE_WARPS
+
+    def expand_warps(self) -> int:
+        return TILE_WARPS
+
+    def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
+        rows = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
+        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
+        body = [
+            constant("BLOCK_R", rows.block),
+            constant("BLOCK_K", self._cut_columns(term.dtype).block),
+            *row_range(rows, "BLOCK_R", str(term.rank)),
+            "a += first * K",
+            "u += first",
+            *self._product("a", term.dtype, rows, "BLOCK_R"),
+            *store("u + tokens[:, None] * WIDTH + rows[None, :]", scaled_term(term, "acc"), "f32", ok),
+        ]
+        return Work(f"BLOCK_R columns of u = s A x, {self.reach}: {{}}.", tuple(body)), rows.steps
+
+    def mode_work(self, product: Product) -> tuple[Work, int]:
+        outputs = product.mode.outputs
+        rows = cut(outputs, dividing(TILE_RANKS, outputs, [product.period]), DOT_MINIMUM)
+        product_ = Emitter(product, rows, "BLOCK_N", self.spec.x, tiles=True).tile("acc", fresh=True)
+        at = f"{plus('u', product.column or 0)} + tokens[:, None] * WIDTH + (first + rows)[None, :]"
+        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
+        body = [
+            constant("BLOCK_N", rows.block),
+            *row_range(rows, "BLOCK_N", str(outputs)),
+            *row_names("BLOCK_N", product_),
+            *_TOKENS,
+            *product_,
+            *store(at, rescaled(product, "acc"), "f32", ok),
+        ]
+        return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(body)), rows.steps
+
+    def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
+        p = projection
+        periods = [ending.period for ending in columns.endings]
+        rows = cut(p.n, dividing(self.row_blocks, p.n, periods), DOT_MINIMUM)
+        epilogue = self._epilogue(p, columns, rows)
+        body = [
+            constant("BLOCK_N", rows.block),
+            constant("BLOCK_K", self._cut_columns(p.dtype).block),
+            *row_range(rows, "BLOCK_N", "N"),
+            *row_names("BLOCK_N", epilogue),
+            *to_rows(p),
+            *self._product("w", p.dtype, rows, "BLOCK_N", p if p.transposed else None),
+            *epilogue,
+        ]
+        return Work(f"BLOCK_N rows of a y, {self.reach}: {{}}.", tuple(body)), rows.steps
+
+    def _common(self, dtype: str) -> str:
+        """Operands of one dtype meet in it (and sum in fp32), others in fp32, which holds every value of both."""
+        return dtype if dtype == self.spec.x else "f32"
+
+    def _cut_columns(self, dtype: str) -> Cut:
+        """The steps over K of a product of x with a matrix of `dtype`."""
+        blocks = TILE_COLUMNS[DTYPES[self._common(dtype)].itemsize]
+        return cut(self.spec.k, blocks[self.crowded :], DOT_MINIMUM)
+
+    def _product(
+        self, matrix: str, dtype: str, rows: Cut, block: str, transposed: ProjectionSpec | None = None
+    ) -> list[str]:
+        """``acc[tokens, rows] = x matrixᵀ``, or x matrix where it is the weight of `transposed`."""
+        common, cols = self._common(dtype), self._cut_columns(dtype)
+        w = f"{matrix} + rows[None, :] * K + cols[:, None]"
+        if transposed:
+            w = f"{matrix} + {row_of_w(transposed, self.spec.k, 'cols[:, None]')} + rows[None, :]"
+        x_ok = ["token_ok[:, None]", cols.mask("col_ok[None, :]")]
+        w_ok = [rows.mask("row_ok[None, :]"), cols.mask("col_ok[:, None]")]
+        step = [
+            *k_columns(cols),
+            *load("xs =", "x + tokens[:, None] * K + cols[None, :]", x_ok, self.spec.x, common),
+            *load("ws =", w, w_ok, dtype, common),
+            *dot("xs", "ws", common, accumulate=cols.steps > 1),
+        ]
+        return [
+            *_TOKENS,
+            *zeros(cols, f"(BLOCK_M, {block})"),
+            *loop(cols, "for k in range(0, K, BLOCK_K)", step),
+        ]
+
+    def _epilogue(self, p: ProjectionSpec, columns: Columns, rows: Cut) -> list[str]:
+        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
+        at = "tokens[:, None] * N + rows[None, :]"
+        lines: list[str] = []
+        for j, (term, offset) in enumerate(with_offsets(p)):
+            lines += self._add_term(j, term, offset, rows)
+        for ending in columns.endings:
+            emitter = Emitter(ending, rows, "BLOCK_N", self.spec.x, tiles=True)
+            joins = emitter.dots and not ending.scaled
+            part = "acc" if joins else f"part{ending.term}"
+            lines += emitter.tile(part, fresh=not joins)
+            lines += [] if joins else [f"acc += {rescaled(ending, part)}"]
+        if p.bias:
+            lines += load("acc +=", "bias + rows", [rows.mask("row_ok")], p.bias, view="[None, :]")
+        if p.residual:
+            lines += load("acc +=", f"residual + {at}", ok, p.residual)
+        return lines + store(f"y + {at}", "acc", p.out, ok)
+
+    def _add_term(self, j: int, term: LowRankSpec, offset: int, rows: Cut) -> list[str]:
+        ranks = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
+        common = _common_with_u(term)
+        u = f"{plus('u', offset)} + tokens[:, None] * WIDTH + ranks{j}[None, :]"
+        b = f"b{j} + {times('rows[None, :]', term.rank)} + ranks{j}[:, None]"
+        u_ok = ["token_ok[:, None]", ranks.mask(f"rank{j}_ok[None, :]")]
+        b_ok = [rows.mask("row_ok[None, :]"), ranks.mask(f"rank{j}_ok[:, None]")]
+        step = [
+            *rank_columns(ranks, j),
+            *load(f"us{j} =", u, u_ok, "f32", common),
+            *load(f"bs{j} =", b, b_ok, term.dtype, common),
+            *dot(f"us{j}", f"bs{j}", common, accumulate=True),
+        ]
+        return rank_loop(ranks, step)
+
+
+def _common_with_u(term: LowRankSpec) -> str:
+    """u may meet B in bf16, which has the range of fp32. In fp16 it could overflow where s is large."""
+    return "bf16" if term.dtype == "bf16" else "f32"
