@@ -63,6 +63,11 @@ class Factor(NamedTuple):
         return rows * self.before * self.after, columns * self.before * self.after
 
     @property
+    def columns(self) -> Any:
+        """Of M."""
+        return self.sizes[1] // (self.before * self.after)
+
+    @property
     def multiplications(self) -> Any:
         """For one token."""
         rows, columns = self.sizes
@@ -327,6 +332,9 @@ def _kronecker(node: Node, w1: Node, w2: Node) -> tuple[tuple[Product, ...], tup
         (*_modes(p, 1, d), *_modes(q, a, 1)),  # (I_a ⊗ w2)(w1 ⊗ I_d)
         (*_modes(q, b, 1), *_modes(p, 1, c)),  # (w1 ⊗ I_c)(I_b ⊗ w2)
     ]
+    if len(q.matrices) > 1:  # (I_a ⊗ w2a)(w1 ⊗ I_r)(I_b ⊗ w2b)
+        inner, last = q._replace(matrices=q.matrices[:-1]), q._replace(matrices=q.matrices[-1:])
+        orders.append((*_modes(inner, b, 1), *_modes(p, 1, last.matrices[0].columns), *_modes(last, a, 1)))
     matrices = min(orders, key=lambda order: sum(factor.multiplications for factor in order))
     return (Product(matrices, node, p.scale.times(q.scale)),), (*left[1], *right[1], node)
 
