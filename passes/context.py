@@ -239,9 +239,12 @@ def reinterpreted(node: Any) -> Node | None:
 def base_activation(node: Node) -> Node:
     """`node` before the views that only merge or split its leading dimensions."""
     found, source = node, reinterpreted(node)
+    features = shape(node)[-1]
     while source is not None and shape(source):
-        if same_size(shape(source)[-1], shape(node)[-1]):
+        if same_size(shape(source)[-1], features):
             found = source
+        elif not same_size(next((size for size in reversed(shape(source)) if not same_size(size, 1)), 1), features):
+            break  # features merged or split: that is no longer the same activation
         source = reinterpreted(source)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from gawscompile import explain
 from tests.architectures import ARCHITECTURES, LAYERS
 from tests.graphs import capture, tokens
+from tests.numerics import error_ratio
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -90,44 +90,12 @@ def test_experts_are_named_with_their_reason():
     assert all(entry.reason for entry in report.linears if entry.status != "fused")
 
 
-def outputs(result) -> torch.Tensor:
-    return (result.logits if "logits" in result else result.last_hidden_state).double()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_errors_are_no_larger_than_the_better_known(name, dtype, record_testsuite_property):
     """20 seeds through parameters that are live: our error over the larger of eager's and Inductor's, against fp64."""
     architecture = ARCHITECTURES[name]
-    model = architecture.build(dtype)
-    inputs, calls = architecture.inputs(), architecture.calls
-    if dtype != torch.float32:
-        inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-    wide = architecture.build().double()
-    if hasattr(wide.config, "_attn_implementation"):
-        wide.set_attn_implementation("eager")
-    if hasattr(wide.config, "_experts_implementation"):
-        wide.config._experts_implementation = "eager"  # the grouped matmul of the default knows no fp64
-    wide_inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-    variants = {
-        "eager": model,
-        "inductor": torch.compile(model, dynamic=False),
-        "gaws": torch.compile(model, backend="gaws", dynamic=False, options={"strict": True}),
-    }
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    logs = []
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, parameter in model.state_dict().items():
-                if parameter.is_floating_point() and parameter.dim() >= 2:
-                    noise = torch.randn(parameter.shape, generator=generator) * start[key].float().std()
-                    parameter.copy_(noise)
-            wide.load_state_dict({key: value.double() for key, value in model.state_dict().items()}, strict=False)
-            reference = outputs(wide(**wide_inputs, **calls))
-            errors = {n: (outputs(run(**inputs, **calls)) - reference).norm().item() for n, run in variants.items()}
-        logs.append(math.log(errors["gaws"] / max(errors["eager"], errors["inductor"])))
-    ratio = math.exp(sum(logs) / len(logs))
+    ratio = error_ratio(architecture.build(dtype), architecture.build(), architecture.inputs(), architecture.calls)
     record_testsuite_property(f"{name}, {dtype}", f"{ratio:.2f}")  # --junitxml keeps it
     assert ratio <= 1.25
