@@ -134,6 +134,38 @@ def test_switching_adapters_recompiles_only_where_torch_does():
     assert counts[0] == counts[1] <= 4
 
 
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_modes(model, mode):
+    close(logits(torch.compile(model, backend="gaws", mode=mode)), logits(model))
+
+
+def test_scaling_after_compile_recompiles_only_where_torch_does():
+    model = small_llama(layers=1)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    counts = []
+    for settings in ({"backend": "eager"}, {"backend": "gaws", "options": OPTIONS}):
+        torch._dynamo.reset()
+        compiled, graphs = torch.compile(model, **settings), graphs_compiled()
+        for factor in (1.0, 3.0, 0.5, 2.0):
+            for layer in layers:
+                layer.scaling["default"] = 2.0 * factor
+            close(logits(compiled), logits(model))
+        counts.append(graphs_compiled() - graphs)
+    assert counts[0] == counts[1] <= 3
+
+
+def test_parameters_that_train_are_fused_under_no_grad_and_left_alone_without():
+    model = small_llama(layers=1)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    compiled = torch.compile(model, backend="gaws", options=OPTIONS)
+    close(logits(compiled), logits(model))
+    mark = len(RECORDS)
+    got = compiled(IDS, use_cache=False).logits  # gradients wanted: Inductor's graph, and backward works
+    got.square().mean().backward()
+    assert all(not record.groups for record in RECORDS.since(mark))
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("search", [{"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate(model, search, cache):
