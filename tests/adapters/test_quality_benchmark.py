@@ -9,7 +9,7 @@ from benchmarks.common import Setup, load_base
 
 
 def test_tables_and_plot(tiny_llama_dir, tmp_path, capsys):
-    flags = ["--model", str(tiny_llama_dir), "--splits", "8", "--steps", "1", "--seeds", "2"]
+    flags = ["--model", str(tiny_llama_dir), "--splits", "8", "--steps", "1", "--seeds", "2", "--demo-steps", "1"]
     files = ["--markdown", str(tmp_path / "q.md"), "--plot", str(tmp_path / "q.png")]
     adapter_quality.main([*flags, *files, "--decode", "eager"])
     out = capsys.readouterr().out
