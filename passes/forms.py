@@ -14,10 +14,6 @@ from torch.fx import Node
 
 from gawscompile.operators import linear
 from gawscompile.passes.context import (
-    CASTS,
-    MATRIX_MATHS,
-    ONES,
-    TRANSPOSES,
     VIEWS,
     args,
     aten,
@@ -32,74 +28,10 @@ from gawscompile.passes.context import (
     transposed,
     value,
 )
-from gawscompile.passes.layouts import Layout, Unknown, kronecker_factors, moved, split
+from gawscompile.passes.layouts import Layout, Unknown, moved, split
+from gawscompile.passes.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
 
 PLAIN = torch.contiguous_format
-
-
-class Factor(NamedTuple):
-    """``I_before ⊗ M ⊗ I_after``: M a parameter matrix, its transpose, or the diagonal matrix of a parameter vector."""
-
-    node: Node
-    turned: bool = False
-    before: int = 1
-    after: int = 1
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is M alone."""
-        return self.before == self.after == 1
-
-    @property
-    def dense(self) -> bool:
-        """Whether it is M alone, and M a matrix."""
-        return self.whole and len(shape(self.node)) == 2
-
-    @property
-    def sizes(self) -> tuple[Any, ...]:
-        """(rows, columns) of the whole."""
-        rows, columns = (*shape(self.node), *shape(self.node))[:2] if len(shape(self.node)) == 1 else shape(self.node)
-        rows, columns = (columns, rows) if self.turned else (rows, columns)
-        return rows * self.before * self.after, columns * self.before * self.after
-
-    @property
-    def columns(self) -> Any:
-        """Of M."""
-        return self.sizes[1] // (self.before * self.after)
-
-    @property
-    def multiplications(self) -> Any:
-        """For one token."""
-        rows, columns = self.sizes
-        return columns if len(shape(self.node)) == 1 else rows * columns // (self.before * self.after)
-
-
-class Scale(NamedTuple):
-    """A number times 0-d nodes."""
-
-    number: float = 1.0
-    nodes: tuple[Node, ...] = ()
-
-    def times(self, other: Any) -> Scale:
-        if isinstance(other, Scale):
-            return Scale(self.number * other.number, self.nodes + other.nodes)
-        if isinstance(other, (int, float)):
-            return Scale(self.number * other, self.nodes)
-        return Scale(self.number, (*self.nodes, other))
-
-
-class Product(NamedTuple):
-    """``scale * W_n … W_1 x``, innermost matrix first. `origin`: the linear node that the outermost came from.
-
-    Without matrices it is x itself, regrouped.
-    """
-
-    matrices: tuple[Factor, ...]
-    origin: Node
-    scale: Scale = Scale()
-
-    def scaled(self, by: Any) -> Product:
-        return self._replace(scale=self.scale.times(by))
 
 
 class Vector(NamedTuple):
@@ -177,10 +109,29 @@ def _of_view(node: Node, forms: dict[Node, Form]) -> Form | None:
     form = replace(form, inner=(*form.inner, node))
     if form.layout is None and transposed(node) is not None:
         return replace(form, turned=not form.turned)
+    if form.turned:  # its last dimension is tokens
+        return form if same_sizes(shape(node), shape(source)) else None
     try:
         return replace(form, layout=moved(form.layout, node)) if not form.vectors or form.layout is None else None
     except Unknown:
         return None
+
+
+def on_its_slices(form: Form) -> Form | None:
+    """A sum of mode products that all are ``I_n ⊗ M`` on slices of an activation: the same sum of M's on the slices
+    themselves, where one of them is a whole matrix and may be their base.
+    """
+    view, layout = form.inner[0], form.layout
+    plain = split(view, args(view)[0]) if layout is not None and is_call(view, *VIEWS) else None
+    factors = [factor for p in form.products for factor in p.matrices]
+    if layout is None or plain is None or len(layout.axes) != 2 or layout.order != (0, 1):
+        return None
+    if any((factor.before, factor.after) != (plain.axes[0], 1) for factor in factors):
+        return None
+    products = tuple(
+        p._replace(matrices=tuple(factor._replace(before=1) for factor in p.matrices)) for p in form.products
+    )
+    return replace(form, activation=view, products=products, layout=None)
 
 
 def _of_diagonal(node: Node, forms: dict[Node, Form]) -> Form | None:
@@ -195,23 +146,6 @@ def _of_diagonal(node: Node, forms: dict[Node, Form]) -> Form | None:
             factor = Factor(through_casts(v), before=before, after=after)
             product = product._replace(matrices=(*product.matrices, factor))
             return replace(form, products=(product,), inner=(*form.inner, node))
-    return None
-
-
-def scaling_of(node: Node) -> tuple[Node, Any] | None:
-    """(x, s) where `node` is s x, s a number or a 0-d node."""
-    if is_call(node, aten.neg.default):
-        return args(node)[0], -1.0
-    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not node.kwargs:
-        x, s = args(node)
-        if is_call(node, aten.mul.Tensor) and (not isinstance(x, Node) or (value(x) is not None and not shape(x))):
-            x, s = s, x
-        if not isinstance(x, Node) or value(x) is None:
-            return None
-        if isinstance(s, (int, float)) and (s or is_call(node, aten.mul.Tensor)):
-            return x, (s if is_call(node, aten.mul.Tensor) else 1.0 / s)
-        if is_call(node, aten.mul.Tensor) and value(s) is not None and not shape(s):
-            return x, s
     return None
 
 
@@ -240,7 +174,10 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
     products, inner_nodes = matrix_of(weight) or ((Product((Factor(weight),), node),), ())
     inner = _folded(x, forms)
     if inner is not None and inner.layout is not None:
-        return _along_an_axis(node, inner, products, inner_nodes) if not vectors else None
+        found = _along_an_axis(node, inner, products, inner_nodes) if not vectors else None
+        if found is not None:
+            return found
+        inner = None  # a projection of the regrouped features, then
     if (
         inner is not None
         and not (inner.turned or inner.vectors)
@@ -267,106 +204,9 @@ def _along_an_axis(
     rows = second.matrices[-1].sizes[0]
     if not isinstance(rows, int):
         return None
-    chain = Product((*first.matrices, *_modes(second, before, after)), node, first.scale.times(second.scale))
+    chain = Product((*first.matrices, *modes(second, before, after)), node, first.scale.times(second.scale))
     layout = inner.layout.with_last(rows)
     return Form(inner.activation, (chain,), (), (*inner.inner, *inner_nodes, node), layout=layout)
-
-
-def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
-    """A matrix as a sum of products of parameters, with the nodes that form it: ``W + s B A`` is what merging makes."""
-    if not isinstance(node, Node) or value(node) is None or len(shape(node)) != 2:
-        return None
-    source = through_casts(node)
-    if is_parameter(source):
-        return (Product((Factor(source),), node),), ()
-    turned = transposed(node)
-    if turned is not None:
-        found = matrix_of(turned)
-        return found and (tuple(_turned(p) for p in found[0]), (*found[1], node))
-    pair = kronecker_factors(node)
-    if pair is not None:
-        return _kronecker(node, *pair)
-    same = reinterpreted(node)
-    if same is not None and same_sizes(shape(same), shape(node)):
-        found = matrix_of(same)
-        return found and (found[0], (*found[1], node))
-    scaling = scaling_of(node)
-    if scaling is not None and same_sizes(shape(node), shape(scaling[0])):
-        found = matrix_of(scaling[0])
-        return found and (tuple(p.scaled(scaling[1]) for p in found[0]), (*found[1], node))
-    if is_cast(node):
-        found = matrix_of(args(node)[0])
-        return found and (found[0], (*found[1], node))
-    if is_call(node, aten.mul.Tensor):  # G diag(v)
-        for g, v in (args(node), args(node)[::-1]):
-            found = matrix_of(g)
-            if found and value(v) is not None and is_parameter(through_casts(v)) and shape(v) == shape(node)[-1:]:
-                columns = Factor(through_casts(v))
-                return tuple(p._replace(matrices=(columns, *p.matrices)) for p in found[0]), (*found[1], node)
-        return None
-    if is_call(node, linear) and len(args(node)) == 2:  # P Q', which mm(P, Q) was
-        left, right = matrix_of(args(node)[0]), matrix_of(args(node)[1])
-        if left and right and len(left[0]) == len(right[0]) == 1:
-            (p,), (q,) = left[0], right[0]
-            q = _turned(q)
-            product = Product((*q.matrices, *p.matrices), node, p.scale.times(q.scale))
-            return (product,), (*left[1], *right[1], node)
-    if is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        left, right = matrix_of(args(node)[0]), matrix_of(args(node)[1])
-        if left and right and same_sizes(shape(args(node)[0]), shape(args(node)[1])):
-            return left[0] + tuple(p.scaled(_weight(node)) for p in right[0]), (*left[1], *right[1], node)
-    return None
-
-
-def _kronecker(node: Node, w1: Node, w2: Node) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
-    """``w1 ⊗ w2`` as mode products, in the order that multiplies less. Either may be a product of factors itself."""
-    left, right = matrix_of(w1), matrix_of(w2)
-    if not left or not right or not len(left[0]) == len(right[0]) == 1:
-        return None
-    (p,), (q,) = left[0], right[0]
-    if not all(factor.whole for factor in (*p.matrices, *q.matrices)):
-        return None
-    (a, b), (c, d) = shape(w1), shape(w2)
-
-    orders = [
-        (*_modes(p, 1, d), *_modes(q, a, 1)),  # (I_a ⊗ w2)(w1 ⊗ I_d)
-        (*_modes(q, b, 1), *_modes(p, 1, c)),  # (w1 ⊗ I_c)(I_b ⊗ w2)
-    ]
-    if len(q.matrices) > 1:  # (I_a ⊗ w2a)(w1 ⊗ I_r)(I_b ⊗ w2b)
-        inner, last = q._replace(matrices=q.matrices[:-1]), q._replace(matrices=q.matrices[-1:])
-        orders.append((*_modes(inner, b, 1), *_modes(p, 1, last.matrices[0].columns), *_modes(last, a, 1)))
-    matrices = min(orders, key=lambda order: sum(factor.multiplications for factor in order))
-    return (Product(matrices, node, p.scale.times(q.scale)),), (*left[1], *right[1], node)
-
-
-def _modes(product: Product, before: int, after: int) -> tuple[Factor, ...]:
-    return tuple(factor._replace(before=before, after=after) for factor in product.matrices)
-
-
-def in_a_weight(node: Node) -> bool:
-    """Whether a linear is a product of parameters on its way into a weight, and no projection at all."""
-    return is_call(node, linear) and matrix_of(node) is not None and _feeds_weights(node)
-
-
-def _feeds_weights(node: Node) -> bool:
-    """Whether all that `node` becomes in the end is the weight of some linear."""
-    return bool(node.users) and all(
-        (is_call(user, linear) and args(user)[1] is node)
-        or (is_call(user, linear, *CASTS, *VIEWS, *ONES, *TRANSPOSES, *MATRIX_MATHS) and _feeds_weights(user))
-        for user in node.users
-    )
-
-
-def _turned(p: Product) -> Product:
-    """(W_n … W_1)' = W_1' … W_n'."""
-    return p._replace(matrices=tuple(f._replace(turned=not f.turned) for f in reversed(p.matrices)))
-
-
-def _weight(node: Node) -> float:
-    """What the second summand of an add or sub is multiplied by."""
-    alpha = node.kwargs.get("alpha", 1)
-    assert isinstance(alpha, (int, float))
-    return float(alpha) if is_call(node, aten.add.Tensor) else -float(alpha)
 
 
 def _activation(x: Node, weight: Node) -> Node:
@@ -391,10 +231,12 @@ def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
     left, right = args(node)
     if value(left) is None or value(right) is None or not isinstance(node.kwargs.get("alpha", 1), (int, float)):
         return None
-    weight = _weight(node)
+    weight = weight_of(node)
     a, b = _folded(left, forms), _folded(right, forms)
     if a is not None and b is not None:
         a, b = _on_activation_of(a, b), _on_activation_of(b, a)
+        if a.layout != b.layout:  # a projection of slices, by its bias, beside an adapter of theirs
+            a, b = on_its_slices(a) or a, on_its_slices(b) or b
     if a is not None and b is not None and same_sizes(shape(left), shape(right)) and _same_activation(a, b):
         b = b if weight == 1.0 else b.scaled(weight, node)
         # where an adapter narrows the activation for itself, the base's is the one to read

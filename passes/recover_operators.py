@@ -42,23 +42,14 @@ from gawscompile.passes.context import (
     plain_sizes,
     prims,
     reinterpreted,
+    same_size,
     same_sizes,
     shape,
     through_casts,
     transposed,
 )
-from gawscompile.passes.forms import (
-    Factor,
-    Form,
-    Product,
-    Scale,
-    Vector,
-    form_of,
-    in_a_weight,
-    matrix_of,
-    scaling_of,
-    widens,
-)
+from gawscompile.passes.forms import Form, Vector, form_of, on_its_slices, widens
+from gawscompile.passes.matrices import Factor, Product, Scale, in_a_weight, matrix_of, scaling_of
 
 
 def run(graph: Graph, context: Context) -> None:
@@ -80,14 +71,15 @@ def run(graph: Graph, context: Context) -> None:
 
 def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -> tuple[Node, ...]:
     """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this."""
-    moved = reinterpreted(node) is not None and not is_call(node, aten.clone.default)
-    if moved or transposed(node) is not None or widens(node):
+    moved = is_call(node, aten.permute.default) or reinterpreted(node) is not None or transposed(node) is not None
+    if (moved and not is_call(node, aten.clone.default)) or widens(node):
         # a reader that wants the result wider, flat or turned makes it so for itself
         source = args(node)[0]
         return (node, *(_root(graph, context, source, forms) if source in forms else ()))
     form = forms[node]
     if form.regrouped:
         return (node,)
+    form = on_its_slices(form) or form
     if len(form.bases) != 1:
         # no base, or several: what it is made of may still be sums of their own
         reason = Reason.SEVERAL_BASES if form.bases else Reason.NO_BASE
@@ -98,14 +90,19 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     scaling = scaling_of(node)
     if scaling is not None and base.scale != Scale() and scaling[0] in forms:
         return (node, *_root(graph, context, scaling[0], forms))  # what is scaled as a whole is a sum all the same
+    sizes = (*shape(form.activation)[:-1], base.matrices[0].sizes[0])
+    wanted = shape(node)[::-1] if form.turned else shape(node)
+    refusal = _refusal(form, base, node)
+    of_sum = _adapters_refusal(form, base) or _shape_refusal(form, node, sizes, wanted) if refusal is None else None
+    if of_sum is not None and len(form.inner) > 1:
+        # the parts may still be projections, the base among them
+        path, (reason, detail) = context.module_path(base.origin), of_sum
+        context.record.notes.append(f"{path}: not fused with what is added to it: {reason.name}: {detail}")
+        return _alone(graph, context, node, forms)
+    refusal = refusal or of_sum
     entry = context.found(base.origin, base.matrices[0].node)
     entry.shape = plain_sizes(base.matrices[0].sizes)
     entry.adapters = len(form.products) - 1
-    sizes = (*shape(form.activation)[:-1], base.matrices[0].sizes[0])
-    refusal = _refusal(form, base, node)
-    wanted = shape(node)[::-1] if form.turned else shape(node)
-    if refusal is None and not same_sizes(sizes, wanted) and not all(isinstance(s, int) for s in wanted):
-        refusal = Reason.RESHAPED, f"{sizes} as {wanted}"
     if refusal is not None:
         context.reject(entry, *refusal)
         return form.inner
@@ -121,15 +118,39 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
         if not same_sizes(sizes, wanted):
             value = empty_like(form.activation, wanted, dtype(node))
             new = context.insert(aten.view.default, (new, list(wanted)), node, value)
-        if form.turned:
-            new = context.insert(aten.permute.default, (new, [1, 0]), node, new.meta["val"].permute(1, 0))
-            new = context.insert(aten.clone.default, (new,), node, node.meta["val"])
-            new.kwargs = {"memory_format": torch.contiguous_format}
+        new = _laid_out(context, _transpose(context, new, node) if form.turned else new, node)
     entry.operators = describe(terms)
     context.replace(node, new)
     context.erase(node)
     context.matched()
     return tuple(n for n in form.inner if n._erased)  # what others read too is a root of its own
+
+
+def _transpose(context: Context, x: Node, like: Node) -> Node:
+    return context.insert(aten.permute.default, (x, [1, 0]), like, x.meta["val"].permute(1, 0))
+
+
+def _laid_out(context: Context, new: Node, node: Node) -> Node:
+    """`new` with the strides of `node`: its readers' views, and the caller of the graph, rely on them."""
+    if _same_strides(shape(node), new.meta["val"].stride(), node.meta["val"].stride()):
+        return new
+    turned = _by_columns(node)
+    new = _transpose(context, new, node) if turned else new
+    value = empty_like(new, shape(new), dtype(new))
+    new = context.insert(aten.clone.default, (new,), node, value)
+    new.kwargs = {"memory_format": torch.contiguous_format}
+    return _transpose(context, new, node) if turned else new
+
+
+def _same_strides(sizes: tuple[Any, ...], a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether they say the same of a tensor of `sizes`; never adds a guard."""
+    return all(same_size(n, 1) or same_size(x, y) for n, x, y in zip(sizes, a, b, strict=True))
+
+
+def _by_columns(node: Node) -> bool:
+    """Whether a matrix is laid out as the transpose of a plain one."""
+    stride = node.meta["val"].stride()
+    return len(stride) == 2 and same_size(stride[0], 1) and not same_size(stride[1], 1)
 
 
 def _alone(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -> tuple[Node, ...]:
@@ -163,16 +184,40 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
         return Reason.MIXED_DTYPES, f"{dtype(x)} activation, {dtype(weight)} weight"
     if base.scale != Scale():
         return Reason.SCALE, ""
+    return None
+
+
+def _shape_refusal(
+    form: Form, node: Node, sizes: tuple[Any, ...], wanted: tuple[Any, ...]
+) -> tuple[Reason, str] | None:
+    """Why the sum's result cannot be put back into the node's shape and strides, if it cannot."""
+    if form.layout is not None and list(form.layout.order) != sorted(form.layout.order):
+        return Reason.RESHAPED, "a sum of permuted features"
+    if not same_sizes(sizes, wanted) and not all(isinstance(s, int) for s in wanted):
+        return Reason.RESHAPED, f"{sizes} as {wanted}"
+    plain = empty_like(form.activation, shape(node), dtype(node))
+    if _same_strides(shape(node), plain.stride(), node.meta["val"].stride()) or _by_columns(node):
+        return None
+    return Reason.RESHAPED, "the sum's strides are not a plain tensor's"
+
+
+def _adapters_refusal(form: Form, base: Product) -> tuple[Reason, str] | None:
+    """Why what is added to the base cannot be in its kernel, if it cannot."""
+    weight = through_casts(base.matrices[0].node)
     for p in form.products:
         if p is base:
             continue
+        ends = (base.matrices[0].sizes[1], *(f.sizes[0] for f in p.matrices))
+        starts = (*(f.sizes[1] for f in p.matrices), base.matrices[0].sizes[0])
+        if not all(isinstance(n, int) for n in (*ends, *starts)) or ends != starts:
+            return Reason.FACTOR_SHAPE, f"features go through {ends} and {starts}, of symbolic sizes or not the same"
+        if not math.isfinite(p.scale.number):
+            return Reason.SCALE, f"the adapter is scaled by {p.scale.number}"
         kinds = {dtype(through_casts(f.node)) for f in p.matrices}
         if not all(is_parameter(through_casts(f.node)) for f in p.matrices):
             return Reason.WEIGHT_COMPUTED, "a factor of the adapter is computed in the graph"
         if len(kinds) != 1 or not kinds <= DTYPE_NAMES.keys():
             return Reason.DTYPE, f"factors of {', '.join(map(str, kinds))}"
-        if not all(isinstance(size, int) for f in p.matrices for size in f.sizes):
-            return Reason.FACTOR_SHAPE, "the rank is symbolic"
         if _low_rank(p):
             rank = p.matrices[0].sizes[0]
             if not 0 < rank <= min(shape(weight)):

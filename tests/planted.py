@@ -56,7 +56,7 @@ FAULTS = {
         PASSES,
     ),
     "alpha of an add overlooked": Fault(
-        "passes/forms.py",
+        "passes/matrices.py",
         "    return float(alpha) if is_call(node, aten.add.Tensor) else -float(alpha)\n",
         "    return 1.0 if is_call(node, aten.add.Tensor) else -1.0\n",
         PASSES,

@@ -154,8 +154,97 @@ def test_a_kron_that_costs_more_than_its_dense_matrix_is_left_alone():
     function = lambda x, w, a, b: F.linear(x, w) + F.linear(x, torch.kron(a, b))  # noqa: E731
     captured = capture(function, torch.randn(3, K), torch.randn(N, K), w1, w2)
     context = captured.until()
-    reasons = [entry.reason for entry in context.record.linears]
-    assert "FACTOR_SHAPE" in reasons
+    assert any("FACTOR_SHAPE" in note for note in context.record.notes)
+    assert [entry.status for entry in context.record.linears] == ["fused", "rejected"]  # the base alone
+    right(captured, context)
+
+
+def parameters(*sizes):
+    generator = torch.Generator().manual_seed(len(sizes))
+    return [torch.nn.Parameter(torch.randn(*size, generator=generator) / 3, requires_grad=False) for size in sizes]
+
+
+def of_module(function, x, *sizes):
+    """The graph of ``function(x, *parameters)``, its weights parameters of a module."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.ParameterList(parameters(*sizes))
+
+        def forward(self, x):
+            return function(x, *self.p)
+
+    return capture(Module(), x)
+
+
+def lora_of(x, a, b):
+    return F.linear(F.linear(x, a), b)
+
+
+def heads_first(x, w):
+    return F.linear(x, w).unflatten(-1, (6, 4)).mT
+
+
+REGROUPED = {
+    "split and turned": (lambda x, w: F.linear(x, w).unflatten(-1, (6, 4)).mT, [(24, 24)]),
+    "split, turned and cut": (lambda x, w: heads_first(x, w)[:, :2], [(24, 24)]),
+    "channels shuffled": (lambda x, w, v: F.linear(heads_first(x, w).flatten(-2), v), [(24, 24), (12, 24)]),
+    "heads of pooled activations": (lambda x, w: F.linear(x, w).view(24, 6, 4).transpose(1, 2), [(24, 24)]),
+    "sum of turned halves": (
+        lambda x, w, g: heads_first(x, w) + F.linear(x.unflatten(-1, (6, 4)), g).mT,
+        [(24, 24), (4, 4)],
+    ),
+    "outer product in a weight": (lambda x, w, u, v: F.linear(x, w + u * v), [(24, 24), (24, 1), (24,)]),
+    "outer product as a weight": (lambda x, w, u, v: F.linear(x, w) + x @ (u * v), [(24, 24), (24, 1), (24,)]),
+    "tokens taken for features": (
+        lambda x, w, a, b, g: F.linear(x, w) + F.linear(lora_of(x, a, b).T.reshape(24, 4, 6), g).flatten(-2),
+        [(24, 24), (3, 24), (24, 3), (6, 6)],
+    ),
+    "columns split": (
+        lambda x, w, a, b: F.linear(x, w).T.view(4, 6, -1) + lora_of(x, a, b).T.view(4, 6, -1),
+        [(24, 24), (3, 24), (24, 3)],
+    ),
+    "columns as a sum's layout": (
+        lambda x, w, a, b: (w @ x.cos().T).T + lora_of(x.cos(), a, b),
+        [(24, 24), (3, 24), (24, 3)],
+    ),
+    "columns, then a view": (
+        lambda x, w, a, b: (F.linear(x, w).T + lora_of(x, a, b).T).T.reshape(-1),
+        [(24, 24), (3, 24), (24, 3)],
+    ),
+    "columns of both": (lambda x, w, a, b: F.linear(x, w).T + lora_of(x, a, b).T, [(24, 24), (3, 24), (24, 3)]),
+    "a sum that is given back": (
+        lambda x, e, w, g: F.linear(x, e) + F.linear(F.linear(x, w).unflatten(-1, (4, 6)), g).flatten(-2),
+        [(24, 24), (24, 24), (6, 6)],
+    ),
+    "bias on the slices": (lambda x, g, b: F.linear(x.unflatten(-1, (4, 6)), g, b), [(6, 6), (6,)]),
+    "scaled by infinity": (
+        lambda x, w, a, b: F.linear(x, w) + lora_of(x, a, b) * float("inf"),
+        [(24, 24), (3, 24), (24, 3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REGROUPED)
+def test_regrouped_features_come_out_as_eagers_values_and_strides(name):
+    function, sizes = REGROUPED[name]
+    x = torch.randn(24, 24, generator=torch.Generator().manual_seed(9))
+    captured = of_module(function, x, *sizes)
+    context = captured.until()
+    right(captured, context, 1e-4)
+    assert [out.stride() for out in captured.run(context)] == [out.stride() for out in captured.outputs]
+    assert context.record.linears  # none without a record
+
+
+def test_adapters_on_slices_have_the_slices_projection_as_their_base():
+    def per_head(x, g, a, c, b):
+        y = x.unflatten(-1, (4, 16))
+        return F.linear(y, g) + S * lora_of(y, a, c), F.linear(y, g, b) + F.linear(y, c @ a)
+
+    captured = of_module(per_head, torch.randn(2, 5, 64), (16, 16), (2, 16), (16, 2), (16,))
+    context = captured.until()
+    assert [entry.adapters for entry in context.record.linears] == [1, 1]
     right(captured, context)
 
 
