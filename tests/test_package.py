@@ -43,7 +43,8 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     python = str(tmp_path / "clean" / "bin" / "python")
     sh(python, "-m", "pip", "install", "--quiet", str(wheel))
     names = set(sh(python, "-c", PROGRAM).split())
-    assert names == {stage.__name__.rpartition(".")[2] for stage in PIPELINE} | {"context", "forms", "layouts", "matrices"}
+    stages = {stage.__name__.rpartition(".")[2] for stage in PIPELINE}
+    assert names == stages | {"context", "forms", "layouts", "matrices"}
 
 
 def test_the_folder_by_its_bare_name_is_refused():
