@@ -11,8 +11,7 @@ tokens meets them.
 
 Mode products of a Kronecker term run one after the other between barriers, the first together with u = s A x, and the
 epilogue adds the last: ΔW exists nowhere. A token's slices are to G what tokens are to a weight, so tiles of them share
-each load of its rows (GAWS of four slices on SmolLM2: +3.2 % over the base at 3.7 % of its bytes; +4.9 % where G's
-rows joined the row accumulators instead, which only two or three slices do).
+each load of its rows; only where there are two or three does G join the row accumulators instead, and spare a barrier.
 
 A weight kept as ``[k, n]`` (Conv1D) is streamed by columns instead: a few of its rows at a time, whole lines of each,
 added up in a block of accumulators that stays in the first cache.
@@ -22,23 +21,21 @@ Vectors are ``at::vec``: AVX2, AVX-512 and NEON from one source, with ``vdpbf16p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from gawscompile.codegen.spec import KernelSpec, KroneckerSpec, LowRankSpec, ModeSpec, Operand, ProjectionSpec
+from gawscompile.codegen.cpp_modes import Scratch, step_code, work
+from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
 
 CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
-
-FEW_SLICES = 4  # fewer do not share loads of G well enough to pay for a stage of their own
 
 PRELUDE = (Path(__file__).parent / "prelude.cpp").read_text()
 
 
 def emit(spec: KernelSpec) -> str:
     """The C++ source of a group's kernels. Equal specs give equal text."""
-    ranks = _Scratch(spec)
+    ranks = Scratch(spec)
     parts = [_header(spec), PRELUDE.strip(), "", *_constants(spec, ranks), ""]
     for i, projection in enumerate(spec.projections):
         parts += _expand(spec, i, projection, ranks)
@@ -52,89 +49,17 @@ def emit(spec: KernelSpec) -> str:
     return "\n".join(parts) + "\n"
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a mode product finds its input, as C++: token t's begins at ``pointer + t * stride``."""
-
-    pointer: str
-    stride: str
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A mode product into scratch (only scaled where `mode` is None)."""
-
-    projection: int
-    mode: ModeSpec | None
-    factor: str
-    source: _Source
-    offset: int
-    width: int
-    scale: str
-
-
-@dataclass(frozen=True)
-class _Ending:
-    """How a Kronecker term reaches its rows: a dot with G's row (`mode`), or what lies in scratch already (None)."""
-
-    mode: ModeSpec | None
-    factor: str
-    source: _Source
-
-
-class _Scratch:
-    """Where each term keeps u = s A x or its mode products: a token's row holds all, each from a vector's boundary on.
-
-    `phases[k]`: the steps that may run once all of the phases before k are done.
-    """
-
-    PAD = 16
-
-    def __init__(self, spec: KernelSpec) -> None:
-        self.width = 0
-        self.offsets = {
-            (i, j): self._take(term.rank) for i, p in enumerate(spec.projections) for j, term in enumerate(p.lowrank)
-        }
-        self.phases: list[list[_Step]] = []
-        self.endings: dict[int, list[_Ending]] = {}
-        for i, p in enumerate(spec.projections):
-            self.endings[i] = [self._chain(i, j, term) for j, term in enumerate(p.kronecker)]
-
-    def _take(self, count: int) -> int:
-        offset = self.width
-        self.width += -(-count // self.PAD) * self.PAD
-        return offset
-
-    def _chain(self, i: int, j: int, term: KroneckerSpec) -> _Ending:
-        factors = [f"g{i}_{j}_{at}" for at in range(len(term.modes))]
-        scale = f"float(*kron_scale{i}_{j})" if term.scale is None else f"{term.scale!r}f"
-        final = term.modes[-1]
-        last = final if final.rows is not None and final.after == 1 and final.before < FEW_SLICES else None
-        steps: list[ModeSpec | None] = list(term.modes[:-1] if last else term.modes)
-        if last and not steps and term.scale != 1.0:
-            steps = [None]
-        source, width = _Source("x", "K"), term.modes[0].inputs
-        for at, mode in enumerate(steps):
-            width = mode.outputs if mode else width
-            step = _Step(i, mode, factors[at] if mode else "", source, self._take(width), width, scale)
-            while len(self.phases) <= at:
-                self.phases.append([])
-            self.phases[at].append(step)
-            source, scale = _Source(f"u + {step.offset}", "LDU"), "1.0f"
-        return _Ending(last, factors[-1], source)
-
-
 def _has_epilogue(p: ProjectionSpec) -> bool:
     """Whether anything is to be added to the plain product W x."""
     return bool(p.bias or p.residual or p.lowrank or p.kronecker)
 
 
-def _from_x(i: int, ranks: _Scratch) -> bool:
+def _from_x(i: int, ranks: Scratch) -> bool:
     """Whether a row of projection i's Kronecker terms is a dot with x itself."""
     return any(ending.source.pointer == "x" for ending in ranks.endings[i])
 
 
-def _extras(i: int, p: ProjectionSpec, ranks: _Scratch) -> bool:
+def _extras(i: int, p: ProjectionSpec, ranks: Scratch) -> bool:
     """Whether projection i reads scratch."""
     return bool(p.lowrank) or any(ending.source.pointer != "x" for ending in ranks.endings[i])
 
@@ -144,7 +69,7 @@ def _header(spec: KernelSpec) -> str:
     return "\n".join(lines + [f"// {formula}" for formula in spec.formulas()]) + "\n"
 
 
-def _constants(spec: KernelSpec, ranks: _Scratch) -> list[str]:
+def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
     lines = [f"using X = {CPP_TYPES[spec.x]};", f"constexpr int64_t K = {spec.k};"]
     lines += [f"constexpr int64_t N{i} = {p.n};" for i, p in enumerate(spec.projections)]
     if ranks.width:
@@ -160,7 +85,7 @@ def _parameters(operands: list[Operand]) -> str:
     return "".join(f"const {CPP_TYPES[o.dtype]}* {o.name}, " for o in operands)
 
 
-def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: _Scratch, base: bool = True) -> list[str]:
+def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: bool = True) -> list[str]:
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
     the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
     operands = _arguments(spec, i, _expanded(p) if base else ("bias", "residual", "b", "mode"))
@@ -216,7 +141,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: _Scratch, base: 
     return lines
 
 
-def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: _Scratch) -> list[str]:
+def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str]:
     """2V columns of one projection, all tokens: y += bias + residual + B u. B's block is transposed once."""
     operands = _arguments(spec, i, ("bias", "residual", "b"))
     out = CPP_TYPES[p.out]
@@ -288,7 +213,7 @@ def _unpack(spec: KernelSpec, roles: tuple[str, ...]) -> list[str]:
     ] + [f"  {CPP_TYPES[p.out]}* y{i} = ({CPP_TYPES[p.out]}*)out[{i}];" for i, p in enumerate(spec.projections)]
 
 
-def _scratch(ranks: _Scratch) -> list[str]:
+def _scratch(ranks: Scratch) -> list[str]:
     if not ranks.width:
         return []
     return [
@@ -298,10 +223,7 @@ def _scratch(ranks: _Scratch) -> list[str]:
     ]
 
 
-_CHUNK = 64  # features of a piece of work that only scales
-
-
-def _shrink(spec: KernelSpec, ranks: _Scratch) -> list[str]:
+def _shrink(spec: KernelSpec, ranks: Scratch) -> list[str]:
     """u = s A x and first mode products, split over all threads by blocks of rows times tiles of tokens; then everyone
     waits; then second mode products, and so on."""
     if not ranks.width:
@@ -312,60 +234,17 @@ def _shrink(spec: KernelSpec, ranks: _Scratch) -> list[str]:
         terms = [(i, j, t) for i, p in enumerate(spec.projections) for j, t in enumerate(p.lowrank) if number == 0]
         # costs in multiplications of a block of rows
         parts = [f"blocks({t.rank}, ROWS) * K" if steps else f"blocks({t.rank}, ROWS)" for _, _, t in terms]
-        parts += ["{} * {}".format(*_work(step)) for step in steps]
+        parts += ["{} * {}".format(*work(step)) for step in steps]
         name = "shrink" if number == 0 else f"phase{number}"
         lines.append(f"    Share {name}(({' + '.join(parts)}) * tiles, id, threads);")
         lines += _low_ranks(terms, ranks, "K" if steps else "1")
         for step in steps:
-            lines += _mode(step, name)
+            lines += step_code(step, name)
         lines.append("#pragma omp barrier")
     return lines
 
 
-def _work(step: _Step) -> tuple[str, int]:
-    """(pieces of a step per tile of tokens, cost of each)."""
-    mode = step.mode
-    if mode is None or mode.rows is None:
-        return str(-(-step.width // _CHUNK)), _CHUNK
-    return f"blocks({mode.rows}, ROWS)", mode.before * mode.columns * mode.after
-
-
-def _mode(step: _Step, share: str) -> list[str]:
-    pieces, cost = _work(step)
-    mode, source = step.mode, step.source
-    lines = [
-        f"    {share}.piece({pieces} * tiles, {cost}, [&, tile = int64_t(-1)](int64_t piece) mutable {{",
-        f"      const int64_t at = piece % ({pieces}), own = piece / ({pieces});",
-        "      const int64_t lo = own * 4 * TOKENS, hi = std::min(m, lo + 4 * TOKENS);",
-    ]
-    if mode is None or mode.rows is None:
-        sizes = f"<{mode.columns}, {mode.after}>" if mode else "<1, 1>"
-        factor = step.factor or "(const float*)nullptr"
-        ends = f"at * {_CHUNK}, std::min<int64_t>({step.width}, (at + 1) * {_CHUNK})"
-        where = f"{source.pointer}, LDU, {source.stride}, {ends}"
-        lines.append(f"      diagonal{sizes}(u + {step.offset}, {factor}, {where}, lo, hi, {step.scale});")
-    else:
-        call = f"mode<{mode.before}, {mode.rows}, {mode.columns}, {mode.after}>(u + {step.offset}, {step.factor}"
-        rest = f"at, lo, hi, {step.scale});"
-        straight = f"{call}, {source.pointer}, LDU, {source.stride}, {rest}"
-        if mode.after == 1:
-            lines.append(f"      {straight}")
-        else:
-            sizes = f"{mode.before}, {mode.columns}, {mode.after}"
-            lines += [
-                f"      if constexpr (turns<{mode.after}>) {{",
-                "        static thread_local std::vector<float> turned;",
-                f"        if (tile != own) turn<{sizes}>(turned, {source.pointer}, {source.stride}, lo, hi);",
-                "        tile = own;",
-                f"        {call}, turned.data(), LDU, 0, {rest}",
-                "      } else {",
-                f"        {straight}",
-                "      }",
-            ]
-    return [*lines, "    });"]
-
-
-def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: _Scratch, cost: str) -> list[str]:
+def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: str) -> list[str]:
     lines = []
     for i, j, term in terms:
         scale = f"float(*scale{i}_{j})" if term.scale is None else f"{term.scale!r}f" if term.scale != 1.0 else None
@@ -401,7 +280,7 @@ def _region(body: list[str]) -> list[str]:
     ]
 
 
-def _gemv(spec: KernelSpec, ranks: _Scratch) -> list[str]:
+def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     costs = [spec.k * _SIZE[p.dtype] + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) for p in spec.projections]
     for i, endings in ranks.endings.items():
         costs[i] += sum(4 * e.mode.columns for e in endings if e.mode)
@@ -460,7 +339,7 @@ def _expanded(p: ProjectionSpec) -> tuple[str, ...]:
     return ("bias", "residual", "b", "mode") if p.transposed else ("weight", "bias", "residual", "b", "mode")
 
 
-def _accumulate(spec: KernelSpec, ranks: _Scratch) -> list[str]:
+def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     added = [i for i, p in enumerate(spec.projections) if _has_epilogue(p)]
     total = " + ".join(f"blocks(N{i}, 2 * V)" for i in added)
     body = [*_shrink(spec, ranks), f"    Share columns({total}, id, threads);"]
