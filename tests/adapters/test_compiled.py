@@ -36,7 +36,9 @@ def test_new_numbers_and_other_adapters_show_in_the_next_call(kind):
     model.add_adapter("other", config(kind, diag=True))
     randomise(model, seed=5, only="other")
     compiled = torch.compile(model, backend="gaws", options={"strict": True})
+    mark = len(RECORDS)
     seen = [run(compiled)]
+    assert any("kron(" in group.spec for record in RECORDS.since(mark) for group in record.groups)
     randomise(model, seed=9, only="default")
     seen.append(run(compiled))
     torch.testing.assert_close(seen[1], run(model), rtol=1e-4, atol=1e-4)
@@ -70,8 +72,9 @@ def test_the_dense_product_is_never_in_memory(kind):
         wanted = KINDS[kind](target_modules=["proj"], init_weights="none", **own[kind])
     model = get_peft_model(Net(torch.nn.Linear(size, size)), wanted).eval()
     compiled = torch.compile(model, backend="gaws", options=OPTIONS)
-    x = torch.randn(3, size)
+    x, mark = torch.randn(3, size), len(RECORDS)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert any("kron(" in group.spec for record in RECORDS.since(mark) for group in record.groups)
     assert largest_allocation(compiled, x) < size * size  # a quarter of ΔW
     if kind == "lokr":  # so that the measure is known to see one
         assert largest_allocation(model, x) >= 4 * size * size
