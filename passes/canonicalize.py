@@ -123,7 +123,7 @@ def _transpose(graph: Graph, context: Context, matrix: Node, node: Node) -> Node
     if source is not None:
         return source
     with graph.inserting_before(node):
-        return context.insert(aten.permute.default, (matrix, [1, 0]), node, matrix.meta["val"].permute(1, 0))
+        return context.transpose(matrix, node)
 
 
 def _looks_like_a_weight(node: Node) -> bool:
@@ -144,10 +144,8 @@ def _turn(graph: Graph, context: Context, node: Node, weight: Node, x: Node, cas
     with graph.inserting_before(node):
         rows = _transpose(graph, context, weight, node)
         product = context.insert(aten.mm.default, (x, rows), node, empty_like(x, shape(node)[::-1], dtype(node)))
-        turned = context.insert(aten.permute.default, (product, [1, 0]), node, product.meta["val"].permute(1, 0))
-        copy = context.insert(aten.clone.default, (turned,), node, node.meta["val"])  # laid out as the product was
-        copy.kwargs = {"memory_format": torch.contiguous_format}
-    context.replace(node, copy)
+        turned = context.contiguous(context.transpose(product, node), node)  # laid out as the product was
+    context.replace(node, turned)
     context.erase(node)
     _linear(graph, context, product, x, weight, None, casts)
 

@@ -80,8 +80,7 @@ def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> 
         with graph.inserting_before(item):
             weight = named[f"w{i}"]
             if spec.projections[i].transposed:
-                turned = weight.meta["val"].permute(1, 0)
-                weight = context.insert(aten.permute.default, (weight, [1, 0]), item, turned)
+                weight = context.transpose(weight, item)
             reads: tuple[Any, ...] = (x, weight)
             if f"bias{i}" in named:
                 bias = named[f"bias{i}"]

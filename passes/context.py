@@ -83,6 +83,16 @@ class Context:
         self.touched.append(node)
         return node
 
+    def transpose(self, matrix: Node, like: Node) -> Node:
+        """A matrix's transpose, as a view."""
+        return self.insert(aten.permute.default, (matrix, [1, 0]), like, matrix.meta["val"].permute(1, 0))
+
+    def contiguous(self, node: Node, like: Node) -> Node:
+        """A copy of `node` that is laid out plainly."""
+        new = self.insert(aten.clone.default, (node,), like, empty_like(node, shape(node), dtype(node)))
+        new.kwargs = {"memory_format": torch.contiguous_format}
+        return new
+
     def erase(self, node: Node) -> None:
         """Remove `node`, which nobody reads any more, and whatever only it read (a dead reader is a false reader)."""
         pending = [node]

@@ -44,9 +44,7 @@ def _spell(graph: Graph, context: Context, node: Node) -> None:
     x, weight, *bias = args(node)
     with graph.inserting_before(node):
         n, k = (_size(graph, context, node, weight, d) for d in (0, 1))
-        turned = context.insert(
-            aten.permute.default, (weight, [1, 0]), node, weight.meta["val"].permute(1, 0)
-        )
+        turned = context.transpose(weight, node)
         flat, leading = x, shape(x)[:-1]
         if len(leading) != 1:
             rows = _rows(graph, context, node, x)

@@ -118,7 +118,7 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
         if not same_sizes(sizes, wanted):
             value = empty_like(form.activation, wanted, dtype(node))
             new = context.insert(aten.view.default, (new, list(wanted)), node, value)
-        new = _laid_out(context, _transpose(context, new, node) if form.turned else new, node)
+        new = _laid_out(context, context.transpose(new, node) if form.turned else new, node)
     entry.operators = describe(terms)
     context.replace(node, new)
     context.erase(node)
@@ -126,20 +126,14 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     return tuple(n for n in form.inner if n._erased)  # what others read too is a root of its own
 
 
-def _transpose(context: Context, x: Node, like: Node) -> Node:
-    return context.insert(aten.permute.default, (x, [1, 0]), like, x.meta["val"].permute(1, 0))
-
-
 def _laid_out(context: Context, new: Node, node: Node) -> Node:
     """`new` with the strides of `node`: its readers' views, and the caller of the graph, rely on them."""
     if _same_strides(shape(node), new.meta["val"].stride(), node.meta["val"].stride()):
         return new
     turned = _by_columns(node)
-    new = _transpose(context, new, node) if turned else new
-    value = empty_like(new, shape(new), dtype(new))
-    new = context.insert(aten.clone.default, (new,), node, value)
-    new.kwargs = {"memory_format": torch.contiguous_format}
-    return _transpose(context, new, node) if turned else new
+    new = context.transpose(new, node) if turned else new
+    new = context.contiguous(new, node)
+    return context.transpose(new, node) if turned else new
 
 
 def _same_strides(sizes: tuple[Any, ...], a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
