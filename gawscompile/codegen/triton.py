@@ -1,32 +1,33 @@
-"""The plans `two_launch` and `kron_epilogue`: prints a `KernelSpec` as a module of Triton kernels, loads it, runs it.
+"""The Triton emitter: prints a `KernelSpec` and a `Plan` as a module of Triton kernels, loads it, runs it.
 
-A generated module holds two sets of kernels and one host function:
+A generated module holds the kernels of one plan, from one to four, and the host function ``launch`` that runs them:
 
-    shrink    u = s A x for every low-rank term of the group, and the mode products of Kronecker terms that are not
-              the last of their chain; fp32, ``[m, columns]``. Absent where the group has neither
-    shrink2 … mode products that need those of the launch before; few chains have any (`triton_modes`)
-    expand    the rows of every W, with bias, residual, B u and every last mode product as the epilogue; all siblings
-              in one launch
+    shrink      u = s A x for every low-rank term of the group, and the mode products of Kronecker terms that are not
+                the last of their chain; fp32, ``[m, columns]``
+    shrink2 …   mode products that need those of the launch before; few chains have any (`triton_modes`)
+    expand      the rows of every W, with bias, residual, B u and every last mode product as the epilogue; all siblings
+                in one launch
+    accumulate  that epilogue alone, added to what the vendor library has written
+    project     all of it in one launch
 
-    *_gemv    up to `GEMV_TOKENS` tokens: a program multiplies rows elementwise and sums (memory is the bound)
-    *_tile    more tokens: a program makes a tile of tokens by rows with `tl.dot`
+The plans, each with the file that has its kernels:
 
-    launch    picks the set by the number of tokens
+    stream, kron_epilogue   expand alone, for groups without a u: no adapters, or those whose terms all read x (GAWS and
+                            GAWS-D); `triton_gemv`
+    single_launch, redundant_shrink, two_launch     few tokens; `triton_gemv`
+    fused_tile, gemm_accumulate                     many tokens; `triton_tile`
 
-The plan is called `kron_epilogue` where the group has Kronecker terms: GAWS and GAWS-D are epilogues that read x, so a
-group with no other adapters is the one launch `expand`.
-
-The kernels are in `triton_gemv` and `triton_tile`, and what they are printed from in `triton_text`. These modules do
-not import Triton; the generated one does.
+These modules do not import Triton; the generated one does.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -34,32 +35,89 @@ import torch
 
 from gawscompile.codegen import cache
 from gawscompile.codegen.spec import DTYPES, KernelSpec, SpecError
-from gawscompile.codegen.triton_gemv import Gemv
+from gawscompile.codegen.triton_gemv import GEMV_ROWS, Gemv, RedundantShrink, SingleLaunch
 from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
 from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
-from gawscompile.codegen.triton_tile import Tile
+from gawscompile.codegen.triton_tile import Accumulate, Tile
 
 OPERAND_DTYPES = DTYPES | {"f64": torch.float64}  # the latter for scales only
 SCALES = ("scale", "kron_scale")
-GEMV_TOKENS = 2  # beyond, reading W once for all tokens is worth padding them to a tile of 16
+
+DECODE: dict[str, Callable[[KernelSpec, int], Gemv]] = {
+    "stream": Gemv,
+    "kron_epilogue": Gemv,
+    "single_launch": SingleLaunch,
+    "redundant_shrink": RedundantShrink,
+    "two_launch": Gemv,
+}
+MANY: dict[str, Callable[[KernelSpec], Tile]] = {"fused_tile": Tile, "gemm_accumulate": Accumulate}
 
 
-def emit(spec: KernelSpec) -> str:
-    """The source of a module that runs `spec` by the plan `plan(spec)`. Equal specs give equal text.
+@dataclass(frozen=True)
+class Plan:
+    """How a group runs: a name of `DECODE` with the most `rows` of W per program, or a name of `MANY`.
 
-    Its entry is ``launch(x, operands, outs=None) -> list[Tensor]``, which trusts its arguments. Raises `SpecError`
-    for a spec without projections or with an empty dimension, for a Kronecker term that does not end with a matrix or
-    is no chain from x to y, and where the rows of a group need more programs than a grid can hold (beyond two million
-    rows).
+    Prints as ``single_launch[8]`` or ``fused_tile`` and parses back.
     """
-    styles = _styles(spec)
-    kernels = [kernel.source() for style in styles for kernel in style.kernels()]
-    return "\n\n\n".join([_header(spec, styles[0]), *kernels, _host(spec, *styles)]) + "\n"
+
+    name: str
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in (MANY if self.rows is None else DECODE):
+            raise SpecError(f"not a plan for Triton: {self.name} with {self.rows} rows; {_PLANS}")
+        if self.rows is not None and self.rows not in GEMV_ROWS:
+            raise SpecError(f"a program of {self.name} takes {', '.join(map(str, GEMV_ROWS))} rows, not {self.rows}")
+
+    def __str__(self) -> str:
+        return self.name if self.rows is None else f"{self.name}[{self.rows}]"
+
+    @staticmethod
+    def parse(text: str) -> Plan:
+        match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", text)
+        if match is None:
+            raise SpecError(f"not a plan for Triton: {text!r}; {_PLANS}")
+        return Plan(match[1], int(match[2]) if match[2] else None)
 
 
-def plan(spec: KernelSpec) -> str:
-    """The name of the plan by which `spec` is run."""
-    return "kron_epilogue" if any(p.kronecker for p in spec.projections) else "two_launch"
+_PLANS = f"these are: {', '.join(f'{name}[rows]' for name in DECODE)}, {', '.join(MANY)}"
+
+
+def plans(spec: KernelSpec) -> list[Plan]:
+    """Every plan that can run `spec`. Raises `SpecError` as `emit` does."""
+    _check_spec(spec)
+    gemv = Gemv(spec, GEMV_ROWS[0])
+    names = ["single_launch", "two_launch", *["redundant_shrink"] * (not gemv.written)]
+    if not gemv.width:
+        names = ["kron_epilogue" if any(p.kronecker for p in spec.projections) else "stream"]
+    many = ["fused_tile", *["gemm_accumulate"] * all(spec.x == p.dtype == p.out for p in spec.projections)]
+    return [Plan(name, rows) for name in names for rows in GEMV_ROWS] + [Plan(name) for name in many]
+
+
+def emit(spec: KernelSpec, plan: Plan, tuned: bool = False) -> str:
+    """The source of a module that runs `spec` by `plan`. Equal arguments give equal text. `tuned`: Triton's autotuner
+    chooses warps and stages at the first launch on a device, and keeps its choice on disk.
+
+    Its entry is ``launch(x, operands, outs=None) -> list[Tensor]``, which trusts its arguments; that of a
+    `single_launch` takes ``flags`` too, int32 zeros ``[tokens >= m, FLAGS]`` that it leaves as zeros. Raises
+    `SpecError` for a plan that cannot run `spec`, for a spec without projections or with an empty dimension, for a
+    Kronecker term that does not end with a matrix or is no chain from x to y, and where the rows of a group need more
+    programs than a grid can hold (beyond two million rows).
+    """
+    style = kernels(spec, plan)
+    parts = [*(kernel.source(tuned) for kernel in style.kernels()), _host(spec, plan, style, tuned)]
+    return "\n\n\n".join([_header(spec, plan, style, "\n".join(parts)), *parts]) + "\n"
+
+
+def kernels(spec: KernelSpec, plan: Plan) -> Style:
+    """The kernels of `plan`. Raises `SpecError` as `emit` does."""
+    if plan not in plans(spec):
+        raise SpecError(f"the plan {plan} cannot run {spec}")
+    style = MANY[plan.name](spec) if plan.rows is None else DECODE[plan.name](spec, plan.rows)
+    for kernel in style.kernels():
+        if kernel.programs > MAX_ROW_BLOCKS:
+            raise SpecError(f"{kernel.name} needs {kernel.programs} row blocks, more than {MAX_ROW_BLOCKS}: {spec}")
+    return style
 
 
 @dataclass(frozen=True)
@@ -75,27 +133,31 @@ class Variant:
     options: dict[str, int]
 
 
-def variants(spec: KernelSpec) -> list[Variant]:
+def variants(spec: KernelSpec, plan: Plan) -> list[Variant]:
     """Every variant that ``launch`` of the generated module can ask for, for compilation ahead of time."""
-    gemv, tile = _styles(spec)
-    few = [Variant(k.name, k.types(), {}, dict(k.options)) for k in gemv.kernels()]
-    many = [
-        Variant(k.name, k.types(), {"BLOCK_M": block}, dict(k.options))
-        for k in tile.kernels()
-        for block in tile.tokens()
-    ]
-    return few + many
+    style = kernels(spec, plan)
+    blocks = [{"BLOCK_M": block} for block in style.tokens()] if isinstance(style, Tile) else [{}]
+    return [Variant(k.name, k.types(), block, dict(k.options)) for k in style.kernels() for block in blocks]
+
+
+@functools.lru_cache(maxsize=4096)
+def launches(spec: KernelSpec, plan: Plan) -> dict[str, int]:
+    """The kernels that one call launches, in order, with their programs for a token (or a block of tokens).
+
+    The vendor library's matmuls are not among them.
+    """
+    return {kernel.name: kernel.programs for kernel in kernels(spec, plan).kernels()}
 
 
 @functools.cache
-def load(spec: KernelSpec) -> ModuleType:
-    """The generated module of `spec`, imported from the cache folder and written there first if it is missing.
+def load(spec: KernelSpec, plan: Plan, tuned: bool = False) -> ModuleType:
+    """The generated module of ``emit(spec, plan, tuned)``, imported from the cache folder, and written there first.
 
-    The file is named by the hash of its text, and the text follows from spec and emitter: a change of either moves
+    The file is named by the hash of its text, and the text follows from spec, plan and emitter: a change of any moves
     the name. Raises `SpecError`, `cache.CacheError`, or `ImportError` where Triton is not installed.
     """
-    text = emit(spec)
-    name = f"gawscompile_{plan(spec)}_{cache.digest(text)}"
+    text = emit(spec, plan, tuned)
+    name = f"gawscompile_{plan.name}_{cache.digest(text)}"
     # Triton reads a kernel's source from its file, so the module has to be one.
     path = cache.folder("triton") / f"{name}.py"
     if cache.get(path) != text.encode():
@@ -109,38 +171,77 @@ def load(spec: KernelSpec) -> ModuleType:
     return module
 
 
-def launch(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def launch(
+    spec: KernelSpec,
+    plan: Plan,
+    x: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    flags: torch.Tensor | None = None,
+    tuned: bool = False,
+) -> list[torch.Tensor]:
     """Check the arguments against `spec`, then run it: ``[y_i]``, each ``[m, n_i]`` of its projection's out dtype.
 
-    `x` is ``[m, k]`` with m >= 1; `operands` are the tensors of ``spec.operands()``, in that order. Raises
-    `ValueError`, naming the tensor, for a wrong count, shape, dtype or device and for a parameter that is not
-    contiguous. Runs where Triton has a driver, or anywhere if ``TRITON_INTERPRET=1`` was set before its import.
+    `x` is ``[m, k]`` with m >= 1; `operands` are the tensors of ``spec.operands()``, in that order; `flags` are at
+    least ``m * flags_per_token(spec, plan)`` int32 zeros, made anew where there are none. Raises `ValueError`, naming
+    the tensor, for a wrong count, shape, dtype or device and for a parameter that is not contiguous. Runs where Triton
+    has a driver, or anywhere if ``TRITON_INTERPRET=1`` was set before its import.
     """
     _check_arguments(spec, x, operands)
-    outs: list[torch.Tensor] = load(spec).launch(x, operands)
+    kept = {"flags": flags} if plan.name == "single_launch" else {}
+    outs: list[torch.Tensor] = load(spec, plan, tuned).launch(x, operands, **kept)
     return outs
+
+
+def chosen(spec: KernelSpec, plan: Plan) -> dict[str, str]:
+    """What the autotuner has chosen in this process, by kernel: ``{"expand_gemv": "num_warps: 4, …"}``."""
+    module = load(spec, plan, True)
+    found = ((kernel.fn.__name__, getattr(kernel, "cache", {})) for kernel in module.KERNELS)
+    return {name: "; ".join(map(str, kept.values())) for name, kept in found if kept}
+
+
+@functools.lru_cache(maxsize=4096)
+def flags_per_token(spec: KernelSpec, plan: Plan) -> int:
+    """How many counters a plan keeps for a token."""
+    style = kernels(spec, plan)
+    return style.stages + 1 if isinstance(style, SingleLaunch) else 0
 
 
 # --- Sections of the module --------------------------------------------------------------------------------
 
 
-def _header(spec: KernelSpec, style: Style) -> str:
-    """Docstring, imports and constants."""
-    said = [
-        f"{kernel.name.split('_')[0]}: u[m, {style.width}] = {_computes(kernel)}, in fp32"
-        for kernel in style.kernels()[:-1]
-    ]
+def _header(spec: KernelSpec, plan: Plan, style: Style, code: str) -> str:
+    """Docstring, imports and constants, as far as `code` needs them."""
     joined = ["bias", "residual", *["B u"] * any(p.lowrank for p in spec.projections)]
-    joined += ["Kronecker terms"] * (plan(spec) == "kron_epilogue")
-    said.append(f"expand: the rows of every W; {_listed(joined)} are added in fp32 before the one rounding")
+    joined += ["Kronecker terms"] * any(p.kronecker for p in spec.projections)
+    said = {
+        "shrink": "u[m, {width}] = {computes}, in fp32",
+        "expand": f"the rows of every W; {_listed(joined)} are added in fp32 before the one rounding",
+        "accumulate": f"{_listed(joined)}, added to every y in fp32",
+        "project": f"u and the rows of every W; {_listed(joined)} are added in fp32 before the one rounding",
+    }
+    launches = [f"torch.mm: y{i} = W{i} x" for i in range(len(spec.projections)) if plan.name == "gemm_accumulate"]
+    for kernel in style.kernels():
+        what = kernel.name.split("_")[0]
+        text = said[re.sub(r"\d", "", what)].format(width=style.width, computes=_computes(kernel))
+        launches.append(f"{what}: {text}")
     sections = [f"{case} from {column}" for case, column in style.sections()]
+    words = set(re.findall(r"\w+", code))
+    constants = {
+        "K": [f"K = tl.constexpr({spec.k})  # columns of x, of every W and of every A"],
+        "WIDTH": [*_comment(f"Columns of u: {', '.join(sections)}."), f"WIDTH = tl.constexpr({style.width})"],
+    }
+    if isinstance(style, SingleLaunch):
+        constants |= {
+            "FLAGS": [f"FLAGS = tl.constexpr({style.stages + 1})  # counters of a token"],
+            "WAITING": [f"WAITING = tl.constexpr({style.waiting})  # programs that wait for u"],
+        }
     lines = [
-        f'"""One group of projections by the plan `{plan(spec)}`. Generated by gawscompile.codegen.triton.',
+        f'"""One group of projections by the plan `{plan}`. Generated by gawscompile.codegen.triton.',
         "",
         *indent(spec.formulas()),
         "",
         "Launches:",
-        *indent(f"{i}. {text}" for i, text in enumerate(said, 1)),
+        *indent(f"{i}. {text}" for i, text in enumerate(launches, 1)),
         f"x[m, {spec.k}] {spec.x} and operands, in order:",
         *indent(f"{o.name}[{', '.join(map(str, o.shape))}] {o.dtype}" for o in spec.operands()),
         "Spec:",
@@ -148,21 +249,19 @@ def _header(spec: KernelSpec, style: Style) -> str:
         '"""',
         "",
         "from collections.abc import Sequence",
+        "from typing import Any",
         "",
         "import torch",
-        "import triton",
-        "import triton.language as tl",
+        *["import triton", "import triton.language as tl"] * bool(style.kernels()),
         "",
-        f"K = tl.constexpr({spec.k})  # columns of x, of every W and of every A",
-        *_comment(f"Columns of u: {', '.join(sections)}.") * bool(style.width),
-        *[f"WIDTH = tl.constexpr({style.width})"] * bool(style.width),
-        f"GEMV_TOKENS = {GEMV_TOKENS}  # up to here the gemv kernels, beyond them the tile kernels",
+        *(line for name, text in constants.items() if name in words for line in text),
+        *["KERNELS = ()"] * (not style.kernels()),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def _computes(kernel: Kernel) -> str:
-    """What a launch before the last one writes to u."""
+    """What a shrinking launch writes to u."""
     modes = [case.label for case in kernel.cases if case.label.startswith("G")]
     parts = ["s A x for every low-rank term"] * (len(modes) < len(kernel.cases))
     return ", ".join(parts + ["mode products " + ", ".join(modes)] * bool(modes))
@@ -176,18 +275,24 @@ def _comment(text: str) -> list[str]:
     return [f"# {line}" for line in textwrap.wrap(text, WIDTH)]
 
 
-def _host(spec: KernelSpec, gemv: Gemv, tile: Tile) -> str:
+def _host(spec: KernelSpec, plan: Plan, style: Style, tuned: bool) -> str:
     """The function `launch`."""
     operands = list(spec.operands())
     ys = [f"y{i}" for i in range(len(spec.projections))]
     activations = ["x", *(o.name for o in operands if o.role == "residual")]
     scales = [o.name for o in operands if o.role in SCALES]
-    few, many = tile.tokens()
-    body = [
+    single = isinstance(style, SingleLaunch)
+    doc = [
         f'"""Run the group on x[m, {spec.k}], m >= 1; return [{", ".join(ys)}], written to `outs` if given.',
         "",
         "Operands are in the order listed above. Nothing is checked here: parameters and `outs` must be",
-        "contiguous, and all tensors but scales on the current device.",
+        "contiguous, and all tensors but scales on the current device. `kernels` stand in for KERNELS",
+        "where Inductor is to see them (`torch.library.wrap_triton`).",
+    ]
+    if single:
+        doc += ["`flags` are int32 zeros, at least [m, FLAGS]; no other launch may use them meanwhile."]
+    body = [
+        *doc,
         '"""',
         *_unpack([o.name for o in operands], "operands"),
         *(f"{name} = {name}.contiguous()" for name in activations),
@@ -197,26 +302,35 @@ def _host(spec: KernelSpec, gemv: Gemv, tile: Tile) -> str:
         "if outs is None:",
         *indent(["outs = [", *indent(f"{_empty(str(p.n), p.out)}," for p in spec.projections), "]"]),
         *_unpack(ys, "outs"),
-        *[f"u = {_empty('WIDTH.value', 'f32')}"] * bool(gemv.width),
-        "if m <= GEMV_TOKENS:",
-        *indent(_launches(gemv.kernels(), "m")),
-        "else:",
-        *indent([f"BLOCK_M = {few} if m <= {few} else {many}", "token_blocks = triton.cdiv(m, BLOCK_M)"]),
-        *indent(_launches(tile.kernels(), "token_blocks")),
-        f"return [{', '.join(ys)}]",
+        *[f"u = {_empty('WIDTH.value', 'f32')}"] * any(t.name == "u" for k in style.kernels() for t in k.shared),
     ]
+    if single:
+        body += [
+            "if flags is None:",
+            "    flags = torch.zeros((m, FLAGS.value), dtype=torch.int32, device=x.device)",
+        ]
+    if plan.name == "gemm_accumulate":
+        turned = ["" if p.transposed else ".t()" for p in spec.projections]
+        body += [f"torch.mm(x, w{i}{turn}, out=y{i})" for i, turn in enumerate(turned)]
+    if isinstance(style, Tile) and style.kernels():
+        few, many = style.tokens()
+        body += [f"BLOCK_M = {few} if m <= {few} else {many}", "token_blocks = triton.cdiv(m, BLOCK_M)"]
+    names = [kernel.name for kernel in style.kernels()]
+    body += _unpack(names, "kernels") if names else []
+    for kernel in style.kernels():
+        body += kernel.launch("token_blocks" if isinstance(style, Tile) else "m", tuned)
+    body.append(f"return [{', '.join(ys)}]")
     head = [
         "def launch(",
         "    x: torch.Tensor,",
         "    operands: Sequence[torch.Tensor],",
         "    outs: Sequence[torch.Tensor] | None = None,",
+        *["    flags: torch.Tensor | None = None,"] * single,
+        "    kernels: Sequence[Any] = KERNELS,",
         ") -> list[torch.Tensor]:",
     ]
-    return "\n".join(head + indent(body))
-
-
-def _launches(kernels: list[Kernel], first_axis: str) -> list[str]:
-    return [line for kernel in kernels for line in kernel.launch(first_axis)]
+    listed = [f"KERNELS = ({', '.join(names)}{',' * (len(names) == 1)})", "", ""] * bool(names)
+    return "\n".join([*listed, *head, *indent(body)])
 
 
 def _empty(columns: str, dtype: str) -> str:
@@ -234,16 +348,11 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
 # --- Checks ------------------------------------------------------------------------------------------------
 
 
-def _styles(spec: KernelSpec) -> tuple[Gemv, Tile]:
+def _check_spec(spec: KernelSpec) -> None:
     if not spec.projections:
         raise SpecError(f"no projections in {spec}")
     if min(spec.k, *(p.n for p in spec.projections), *(term.rank for p in spec.projections for term in p.lowrank)) < 1:
         raise SpecError(f"k, n and ranks must be at least 1: {spec}")
-    styles = Gemv(spec), Tile(spec)
-    for kernel in (kernel for style in styles for kernel in style.kernels()):
-        if kernel.programs > MAX_ROW_BLOCKS:
-            raise SpecError(f"{kernel.name} needs {kernel.programs} row blocks, more than {MAX_ROW_BLOCKS}: {spec}")
-    return styles
 
 
 def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:

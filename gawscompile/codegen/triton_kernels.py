@@ -1,7 +1,8 @@
-"""What the two sets of kernels of a module have in common: which cases there are, their tensors and columns of u.
+"""What the kernels of all plans have in common: which cases there are, their tensors and their columns of u.
 
-`triton_gemv` and `triton_tile` have the sets, `triton_modes` what Kronecker terms add to them, and `triton` puts all
-into a module. Block sizes follow from the shapes by rules of thumb and were not tuned on a device.
+`triton_gemv` has the kernels of the plans for few tokens and `triton_tile` those for many, `triton_modes` what
+Kronecker terms add to them, and `triton` puts the kernels of one plan into a module. Block sizes follow from the
+shapes by rules of thumb and were not tuned on a device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MAX_ROW_BLOCKS = 65535  # CUDA's limit for the second axis of a grid
 
 
 class Style(ABC):
-    """One set of kernels. A program finds its token and its case, and does the case's work.
+    """The kernels of one plan. A program finds its token and its case, and does the case's work.
 
     The work sees pointers that were moved to its (first) token. Work is equal where only tensors, row counts and
     columns of u differ, so q, k and v usually share theirs.
@@ -41,7 +42,7 @@ class Style(ABC):
     token: tuple[str, ...]  # lines that define `token`
     passed: tuple[str, ...] = ("token",)  # what work may use beside tensors
     extra: tuple[tuple[str, str], ...] = ()  # further parameters, with their Triton types
-    row_blocks: tuple[int, ...]
+    expanded: tuple[str, ...] = ("weight", "bias", "residual", "b")  # operands of an expanding case
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
@@ -49,35 +50,44 @@ class Style(ABC):
         *self.offsets, self.width = accumulate((mine.width for mine in self.columns), initial=0)
         products = [(i, p) for i, mine in enumerate(self.columns) for p in mine.products]
         self.written = [(i, p) for i, p in products if p.column is not None]
+        self.stages = max((p.launch + 1 for _, p in self.written), default=1) if self.width else 0
 
     def kernels(self) -> list[Kernel]:
-        later = [self.shrink(launch) for launch in sorted({p.launch for _, p in self.written} - {0})]
-        return [*([self.shrink(0)] if self.width else []), *later, self.expand()]
+        """In the order in which they are launched."""
+        shrinks = [
+            self._kernel(f"shrink{stage + 1 if stage else ''}", "Columns of u", self.shrinks(stage))
+            for stage in range(self.stages)
+        ]
+        expands = self.expands()
+        return [*shrinks, *[self._kernel("expand", "The rows of every y", expands)] * bool(expands)]
 
-    def shrink(self, launch: int) -> Kernel:
-        """Columns of u: s A x for every low-rank term, and mode products."""
+    def shrinks(self, stage: int) -> list[Case]:
+        """Columns of u: s A x for every low-rank term in the first stage, and mode products."""
         cases = []
-        for i, j, term, offset in self.terms() if launch == 0 else ():
+        for i, j, term, offset in self.terms() if stage == 0 else ():
             mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.role in ("a", "scale")]
             work, programs = self.shrink_work(term)
             cases.append(Case(f"A{i}_{j}", work, tuple(map(_tensor, mine)), programs, offset))
         for i, product in self.written:
-            if product.launch == launch:
+            if product.launch == stage:
                 work, programs = self.mode_work(product)
                 tensors = tuple(map(_tensor, _factors(self.spec, i, product)))
                 cases.append(Case(product.describe(i), work, tensors, programs, self.offsets[i]))
-        return self._kernel(f"shrink{launch + 1 if launch else ''}", "Columns of u", cases, self.shrink_warps())
+        return cases
 
-    def expand(self) -> Kernel:
+    def expands(self) -> list[Case]:
         """The rows of every W, with bias, residual, B u and last mode products as their epilogue."""
-        cases = []
-        for i, (p, columns_) in enumerate(zip(self.spec.projections, self.columns, strict=True)):
-            mine = [o for o in self.spec.operands() if o.projection == i and o.role in _EXPANDED]
-            mine += [o for ending in columns_.endings for o in _factors(self.spec, i, ending)]
-            work, programs = self.expand_work(p, columns_)
-            tensors = (*map(_tensor, mine), Tensor("y", f"y{i}", p.out))
-            cases.append(Case(f"y{i}", work, tensors, programs, self.offsets[i] if columns_.width else 0, p.n))
-        return self._kernel("expand", "The rows of every y", cases, self.expand_warps())
+        return [self.expand(i) for i in range(len(self.spec.projections))]
+
+    def expand(self, i: int) -> Case:
+        """The rows of one W."""
+        p, mine = self.spec.projections[i], self.columns[i]
+        operands = [o for o in self.spec.operands() if o.projection == i and o.role in self.expanded]
+        tensors = [_tensor(o, numbered=True) for o in operands]
+        tensors += [_tensor(o) for ending in mine.endings for o in _factors(self.spec, i, ending)]
+        work, programs = self.expand_work(p, mine)
+        column = self.offsets[i] if mine.width else 0
+        return Case(f"y{i}", work, (*tensors, Tensor("y", f"y{i}", p.out)), programs, column, p.n)
 
     def terms(self) -> list[tuple[int, int, LowRankSpec, int]]:
         """Every low-rank term of the group: its projection, its index there, itself, its first column in u."""
@@ -93,24 +103,39 @@ class Style(ABC):
         found += [(p.describe(i), self.offsets[i] + (p.column or 0)) for i, p in self.written]
         return sorted(found, key=lambda section: section[1])
 
-    def options(self, warps: int) -> tuple[tuple[str, int], ...]:
-        """What the host passes to Triton."""
-        return (("num_warps", warps),)
-
-    def _kernel(self, what: str, doc: str, cases: list[Case], warps: int) -> Kernel:
+    def _kernel(self, what: str, doc: str, cases: list[Case]) -> Kernel:
         words = {word for case in cases for line in case.work.body for word in re.findall(r"\w+", line)}
-        moves = ["x += token * K"] * ("x" in words) + ["u += token * WIDTH"] * ("u" in words)
-        shared = [Tensor("x", "x", self.spec.x)] * ("x" in words) + [Tensor("u", "u", "f32")] * ("u" in words)
+        shared = [Tensor("x", "x", self.spec.x), Tensor("u", "u", "f32"), Tensor("flags", "flags", "i32")]
+        lengths = {"x": "K", "u": "WIDTH", "flags": "FLAGS"}
+        shared = [tensor for tensor in shared if tensor.name in words]
         return Kernel(
             name=f"{what}_{self.name}",
             doc=f"{doc}, {self.reach}.",
             shared=tuple(shared),
             cases=tuple(cases),
-            prologue=(*self.token, "block = tl.program_id(1)", *moves),
+            prologue=(
+                *self.token,
+                "block = tl.program_id(1)",
+                *(f"{tensor.name} += token * {lengths[tensor.name]}" for tensor in shared),
+            ),
             passed=self.passed,
             extra=self.extra,
-            options=self.options(warps),
+            options=self.options(what),
+            choices=self.choices(what),
+            helpers=self.helpers(),
         )
+
+    def helpers(self) -> tuple[str, ...]:
+        """Functions that the work of a kernel calls."""
+        return ()
+
+    @abstractmethod
+    def options(self, what: str) -> tuple[tuple[str, int], ...]:
+        """What the host passes to Triton for the kernel `what`."""
+
+    @abstractmethod
+    def choices(self, what: str) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """What the autotuner tries instead."""
 
     @abstractmethod
     def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
@@ -124,20 +149,12 @@ class Style(ABC):
     def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
         """What a program does for `projection`, and the number of programs."""
 
-    @abstractmethod
-    def shrink_warps(self) -> int:
-        """Warps of a shrinking program."""
 
-    @abstractmethod
-    def expand_warps(self) -> int:
-        """Warps of an expanding program."""
-
-
-_EXPANDED = ("weight", "bias", "residual", "b")
-
-
-def _tensor(o: Operand) -> Tensor:
-    roles = {"weight": "w", "b": f"b{o.term}", "mode": f"g{o.term}_{o.mode}", "kron_scale": f"kron_scale{o.term}"}
+def _tensor(o: Operand, numbered: bool = False) -> Tensor:
+    """`o` as the work of a case calls it; those of low-rank terms by their number where a case has several."""
+    roles = {"weight": "w", "mode": f"g{o.term}_{o.mode}", "kron_scale": f"kron_scale{o.term}"}
+    if numbered:
+        roles |= {role: f"{role}{o.term}" for role in ("a", "b", "scale")}
     return Tensor(roles.get(o.role, o.role), o.name, o.dtype)
 
 
@@ -167,12 +184,13 @@ def dividing(blocks: tuple[int, ...], size: int, periods: Iterable[int]) -> tupl
     return tuple(block for block in blocks if common % block == 0) or blocks
 
 
-def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], programs: int) -> tuple[int, ...]:
-    """Those of `blocks` (descending) that give the group enough programs, and no more than a grid can hold."""
+def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Those of `blocks` (descending) up to `most`; larger ones where a grid cannot hold so many programs."""
     rows = sum(p.n for p in spec.projections)
-    most = MAX_ROW_BLOCKS - len(spec.projections)  # each may need one more for its last rows
-    enough = tuple(block for block in blocks if rows >= block * programs) or blocks[-1:]
-    return tuple(block for block in enough if rows <= block * most) or enough[:1]
+    programs = MAX_ROW_BLOCKS - len(spec.projections)  # each may need one more for its last rows
+    few = tuple(block for block in blocks if block <= most) or blocks[-1:]
+    enough = tuple(block for block in blocks if rows <= block * programs) or blocks[:1]
+    return few if rows <= few[0] * programs else enough
 
 
 def with_offsets(p: ProjectionSpec) -> list[tuple[LowRankSpec, int]]:
@@ -202,10 +220,10 @@ def row_range(range_: Cut, block: str, end: str) -> list[str]:
     ]
 
 
-def to_rows(p: ProjectionSpec) -> list[str]:
-    """Move every tensor of `p` to its token (where it has tokens) and to its first row."""
+def to_rows(p: ProjectionSpec, base: bool = True) -> list[str]:
+    """Move every tensor of `p` to its token (where it has tokens) and to its first row; W too if `base`."""
     return [
-        "w += first" if p.transposed else "w += first * K",
+        *["w += first" if p.transposed else "w += first * K"] * base,
         *["bias += first"] * bool(p.bias),
         *["residual += token * N + first"] * bool(p.residual),
         *(f"b{j} += {times('first', term.rank)}" for j, term in enumerate(p.lowrank)),
@@ -213,8 +231,8 @@ def to_rows(p: ProjectionSpec) -> list[str]:
     ]
 
 
-def scaled_term(term: LowRankSpec, value: str) -> str:
-    return scaled(term.scale, term.scale_dtype, "scale", value)
+def scaled_term(term: LowRankSpec, value: str, name: str = "scale") -> str:
+    return scaled(term.scale, term.scale_dtype, name, value)
 
 
 def row_of_w(p: ProjectionSpec, k: int, cols: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 TL = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
-POINTER = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64"}
+POINTER = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64", "i32": "*i32"}
 WIDTH = 88  # of a line before its indentation
 
 
@@ -198,6 +198,12 @@ class Group:
         """The tensor parameters of this group's code: by role if there is nothing to choose."""
         return [tensor.role if len(self.cases) == 1 else tensor.name for tensor in self.tensors]
 
+    def updated(self) -> list[str]:
+        """The parameters for outputs that the work reads before it writes them."""
+        reads = re.search(r"tl\.load\(\s*y\b", "\n".join(self.cases[0].work.body))
+        pairs = zip(self.names(), self.tensors, strict=True)
+        return [name for name, tensor in pairs if reads and tensor.role == "y"]
+
     def body(self) -> list[str]:
         sizes = {case.n for case in self.cases}
         fixed = [constant("N", n) for n in sizes if n is not None] if len(sizes) == 1 else []
@@ -218,7 +224,8 @@ class Kernel:
     """One launch. `shared` are tensors of every case; groups share the second axis of the grid.
 
     `prologue` defines `block` and the names in `passed`, which the code of a group may use. `extra` are further
-    parameters with their Triton types, `options` what the host passes to Triton.
+    parameters with their Triton types, `options` what the host passes to Triton, and `choices` what Triton's autotuner
+    may pass instead. `helpers` are functions that the code calls.
     """
 
     name: str
@@ -229,6 +236,8 @@ class Kernel:
     passed: tuple[str, ...]
     extra: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, int], ...]
+    choices: tuple[tuple[tuple[str, int], ...], ...] = ()
+    helpers: tuple[str, ...] = ()
 
     @property
     def programs(self) -> int:
@@ -247,8 +256,9 @@ class Kernel:
         own = {name: POINTER[tensor.dtype] for name, tensor in zip(names, tensors, strict=True)}
         return {**{tensor.name: POINTER[tensor.dtype] for tensor in self.shared}, **own, **dict(self.extra)}
 
-    def source(self) -> str:
-        """The kernel; where cases differ in their work, after a function for each kind of work."""
+    def source(self, tuned: bool = False) -> str:
+        """The kernel; where cases differ in their work, after a function for each kind of work. `tuned`: under
+        Triton's autotuner, whose trials find what they write to as it was."""
         groups = self.groups()
         if len(groups) == 1:
             parts, doc, body = [], groups[0].doc, groups[0].body()
@@ -257,15 +267,33 @@ class Kernel:
             body = branches([(group.programs, self._call(i, group)) for i, group in enumerate(groups)])
         # A new number of tokens must not compile a new kernel in the middle of a generation.
         head = '@triton.jit(do_not_specialize=["m"])' if "m" in self.types() else "@triton.jit"
+        if tuned:
+            head = "\n".join([*self._autotuner(), head])
         kernel = function(head, self.name, map(self._param, self.types()), doc, [*self.prologue, *body])
-        return "\n\n\n".join([*parts, kernel])
+        return "\n\n\n".join([*self.helpers, *parts, kernel])
 
-    def launch(self, first_axis: str) -> list[str]:
+    def _autotuner(self) -> list[str]:
+        configs = []
+        for choice in self.choices:
+            named = ", ".join(f"{name}={value}" for name, value in choice)
+            configs.append(f"triton.Config({{}}, {named}),")
+        key = ", ".join(f'"{name}"' for name, kind in self.extra if kind == "constexpr")
+        read_and_written = [name for group in self.groups() for name in group.updated()]
+        restored = ", ".join(f'"{name}"' for name in read_and_written)
+        return [
+            "@triton.autotune(",
+            *indent(["configs=[", *indent(configs), "],", f"key=[{key}],"]),
+            *indent([f"restore_value=[{restored}],"] * bool(restored)),
+            "    cache_results=True,",
+            ")",
+        ]
+
+    def launch(self, first_axis: str, tuned: bool = False) -> list[str]:
         """The host's call of this kernel."""
         tensors = [tensor.name for tensor in self.shared]
         tensors += [tensor.name for group in self.groups() for tensor in group.tensors]
         extra = [f"{name}={name}" if kind == "constexpr" else name for name, kind in self.extra]
-        options = [f"{name}={value}" for name, value in self.options]
+        options = [f"{name}={value}" for name, value in self.options if not tuned]
         return call(f"{self.name}[({first_axis}, {self.programs})]", [*tensors, *extra, *options])
 
     def _part(self, i: int, group: Group) -> str:

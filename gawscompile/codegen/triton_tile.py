@@ -1,6 +1,12 @@
-"""The kernels for more tokens: those of a tile share each load of a weight."""
+"""The kernels of the plans for more tokens: those of a tile share each load of a weight.
+
+``fused_tile``          tiles of y by `tl.dot`, whose epilogue adds bias, residual, B u and last mode products
+``gemm_accumulate``     the vendor library's matmuls, then the same epilogue added to what they wrote
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 from gawscompile.codegen.spec import DTYPES, KernelSpec, LowRankSpec, ProjectionSpec
 from gawscompile.codegen.triton_kernels import (
@@ -19,10 +25,24 @@ from gawscompile.codegen.triton_kernels import (
     with_offsets,
 )
 from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Columns, Emitter, Product
-from gawscompile.codegen.triton_text import Cut, Work, constant, cut, dot, load, loop, plus, store, times, zeros
+from gawscompile.codegen.triton_text import (
+    Case,
+    Cut,
+    Kernel,
+    Work,
+    constant,
+    cut,
+    dot,
+    load,
+    loop,
+    plus,
+    store,
+    times,
+    zeros,
+)
 
 TILE_ROWS = (64, 32, 16)
-TILE_PROGRAMS = 128
+TILE_PROGRAMS = 128  # about one per multiprocessor of a large GPU; fewer rows per program where there are fewer
 TILE_RANKS = (32, 16)
 TILE_WARPS = 4
 TILE_TOKENS = (16, 64)  # BLOCK_M for few tokens and for many
@@ -36,6 +56,7 @@ class Tile(Style):
     """More tokens: a program makes a tile of BLOCK_M of them by some rows with `tl.dot`, which sums in fp32."""
 
     name = "tile"
+    does = "BLOCK_N rows of a y"
     reach = "for BLOCK_M tokens of which `left` exist"
     token = ("token = tl.program_id(0).to(tl.int64) * BLOCK_M", "left = (m - token).to(tl.int32)")
     passed = ("token", "left", "BLOCK_M")
@@ -43,10 +64,12 @@ class Tile(Style):
 
     def __init__(self, spec: KernelSpec) -> None:
         super().__init__(spec)
-        self.row_blocks = blocks_of_rows(spec, TILE_ROWS, TILE_PROGRAMS)
+        rows = sum(p.n for p in spec.projections)
+        most = next((block for block in TILE_ROWS if rows >= block * TILE_PROGRAMS), TILE_ROWS[-1])
+        self.row_blocks = blocks_of_rows(spec, TILE_ROWS, most)
         self.crowded = False
         # Triton adds up the shared memory of branches, and each kind of work is one.
-        self.crowded = max(len(kernel.groups()) for kernel in self.kernels()) > TILE_WORKS
+        self.crowded = max((len(kernel.groups()) for kernel in self.kernels()), default=0) > TILE_WORKS
 
     def tokens(self) -> tuple[int, int]:
         """BLOCK_M for few tokens and for many."""
@@ -59,14 +82,12 @@ class Tile(Style):
                 dots += [emitter.common] * emitter.dots
         return TILE_TOKENS_F32 if "f32" in dots else TILE_TOKENS
 
-    def options(self, warps: int) -> tuple[tuple[str, int], ...]:
-        return (("num_warps", warps), *[("num_stages", 1)] * self.crowded)
+    def options(self, what: str) -> tuple[tuple[str, int], ...]:
+        return (("num_warps", TILE_WARPS), *[("num_stages", 1)] * self.crowded)
 
-    def shrink_warps(self) -> int:
-        return TILE_WARPS
-
-    def expand_warps(self) -> int:
-        return TILE_WARPS
+    def choices(self, what: str) -> tuple[tuple[tuple[str, int], ...], ...]:
+        stages = (1, 2) if self.crowded else (2, 3, 4)
+        return tuple((("num_warps", warps), ("num_stages", count)) for warps in (4, 8) for count in stages)
 
     def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
         rows = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
@@ -105,14 +126,20 @@ class Tile(Style):
         epilogue = self._epilogue(p, columns, rows)
         body = [
             constant("BLOCK_N", rows.block),
-            constant("BLOCK_K", self._cut_columns(p.dtype).block),
             *row_range(rows, "BLOCK_N", "N"),
             *row_names("BLOCK_N", epilogue),
-            *to_rows(p),
-            *self._product("w", p.dtype, rows, "BLOCK_N", p if p.transposed else None),
+            *self._start(p, rows),
             *epilogue,
         ]
-        return Work(f"BLOCK_N rows of a y, {self.reach}: {{}}.", tuple(body)), rows.steps
+        return Work(f"{self.does}, {self.reach}: {{}}.", tuple(body)), rows.steps
+
+    def _start(self, p: ProjectionSpec, rows: Cut) -> list[str]:
+        """``acc`` before the epilogue: W x."""
+        return [
+            constant("BLOCK_K", self._cut_columns(p.dtype).block),
+            *to_rows(p),
+            *self._product("w", p.dtype, rows, "BLOCK_N", p if p.transposed else None),
+        ]
 
     def _common(self, dtype: str) -> str:
         """Operands of one dtype meet in it (and sum in fp32), others in fp32, which holds every value of both."""
@@ -177,6 +204,28 @@ class Tile(Style):
             *dot(f"us{j}", f"bs{j}", common, accumulate=True),
         ]
         return rank_loop(ranks, step)
+
+
+class Accumulate(Tile):
+    """What is to be added to the products that the vendor library has written to every y."""
+
+    does = "Added to BLOCK_N rows of a y"
+    expanded = ("bias", "residual", "b")
+
+    def kernels(self) -> list[Kernel]:
+        return [dataclasses.replace(k, name=k.name.replace("expand", "accumulate")) for k in super().kernels()]
+
+    def expands(self) -> list[Case]:
+        adds = (bool(p.bias or p.residual or p.lowrank or p.kronecker) for p in self.spec.projections)
+        return [self.expand(i) for i, adds_ in enumerate(adds) if adds_]
+
+    def _start(self, p: ProjectionSpec, rows: Cut) -> list[str]:
+        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
+        return [
+            *to_rows(p, base=False),
+            *_TOKENS,
+            *load("acc =", "y + tokens[:, None] * N + rows[None, :]", ok, p.out),
+        ]
 
 
 def _common_with_u(term: LowRankSpec) -> str:

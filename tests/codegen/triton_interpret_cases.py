@@ -1,4 +1,4 @@
-"""Runs generated Triton modules in Triton's interpreter and prints one JSON line of measurements per case.
+"""Runs generated Triton modules in Triton's interpreter and prints one JSON line of measurements per case and plan.
 
 A script, as the interpreter must be chosen before Triton is imported: ``TRITON_INTERPRET=1 python <this file>``.
 `test_triton.py` runs it once and judges the lines. Every tensor lies between NaNs and outputs start as NaN, so a
@@ -7,10 +7,14 @@ read or a write beyond an end, or an element that was left out, shows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -62,10 +66,10 @@ KRONECKER = {
 
 
 def _cases() -> dict[str, tuple[str, int]]:
-    """Name → (printed spec, number of tokens)."""
+    """Name → (printed spec, number of tokens); `plans_for` says by which plans each is run."""
     cases = {}
     for m in (1, 2, 5):
-        for rank in (None, 1, 3, 16, 17):
+        for rank in (None, 1, 3, 8, 16, 17):
             cases[f"rank_{rank}-m{m}"] = (f"k=96 x=f32; n=40 w=f32 out=f32{_lora(rank)}", m)
     qkv = "; ".join(f"n={n} w=bf16 out=bf16{_lora(16, 'bf16')}" for n in (48, 16, 16))
     specs = {
@@ -93,20 +97,28 @@ def _cases() -> dict[str, tuple[str, int]]:
         "f16": f"k=96 x=f16; n=40 w=f16 out=f16{_lora(16, 'f16')}",
         "f16_odd": f"k=50 x=f16; n=19 w=f16 out=f16 bias=f16{_lora(3, 'f16', 'tensor.f32')}",
         "f32_over_bf16": f"k=96 x=f32; n=40 w=bf16 out=f32{_lora(16, 'bf16')}",
-        "rank_48": f"k=64 x=f32; n=24 w=f32 out=f32{_lora(48)}",
+        "rank_64": f"k=64 x=f32; n=24 w=f32 out=f32{_lora(64)}",
         "rank_150": f"k=64 x=f32; n=24 w=f32 out=f32{_lora(150)}",
+        "rank_256": f"k=64 x=bf16; n=24 w=bf16 out=bf16{_lora(256, 'bf16')}",
         "long_k": f"k=5120 x=f32; n=8 w=f32 out=f32{_lora(2)}",
         "many_rows": f"k=64 x=bf16; n=8192 w=bf16 out=bf16{_lora(8, 'bf16')}; n=64 w=bf16 out=bf16{_lora(8, 'bf16')}",
     }
     cases |= {f"{name}-m{m}": (text, m) for name, text in specs.items() for m in (1, 5)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
-    # The second token of the gemv kernels, and a second block of tokens.
+    # A second token in flight, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
     cases |= {f"{name}-m{m}": (KRONECKER[name], m) for name in ("gaws_odd", "gawsd", "lokr_low") for m in (2, 70)}
     return cases
 
 
 CASES = _cases()
+DECODE_TOKENS = 2
+
+
+def plans_for(spec: KernelSpec, m: int) -> list[emitter.Plan]:
+    """Every decode plan for few tokens and every other one for many, each with the fewest rows per program."""
+    fewest = {plan.name: plan for plan in emitter.plans(spec)}
+    return [plan for plan in fewest.values() if (plan.rows is not None) == (m <= DECODE_TOKENS)]
 
 
 @dataclass
@@ -214,11 +226,16 @@ def distance(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
-def measure(spec: KernelSpec, m: int) -> list[dict[str, object]]:
+def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list[dict[str, object]]:
     """For each projection: errors of the kernel and of segments, and how far off each part's absence would be."""
-    p = problem(spec, m)
+    p = problem(spec, m, seed)
     outs = [guarded(torch.full((m, q.n), torch.nan, dtype=DTYPES[q.out])) for q in spec.projections]
-    returned = emitter.load(spec).launch(p.x, list(p.arguments.values()), outs)
+    module, flags = emitter.load(spec, plan), {}
+    if plan.name == "single_launch":
+        flags = {"flags": torch.zeros((m, module.FLAGS.value), dtype=torch.int32)}
+    counted = [p.get("weight", i) for i in range(len(outs))] if m == 1 and seed == 0 else []
+    with counted_reads(counted) as reads:
+        returned = module.launch(p.x, list(p.arguments.values()), outs, **flags)
     results = []
     for i, q in enumerate(spec.projections):
         exact = reference(p, i)
@@ -228,6 +245,8 @@ def measure(spec: KernelSpec, m: int) -> list[dict[str, object]]:
             {
                 "in_place": returned[i].data_ptr() == outs[i].data_ptr(),
                 "guards_hold": guards_hold(outs[i]),
+                "flags_cleared": all(not bool(f.any()) for f in flags.values()),
+                "weight_reads": [int(reads[i].min()), int(reads[i].max())] if counted else None,
                 "finite": bool(outs[i].isfinite().all()),
                 "error": distance(outs[i], exact),
                 "segments": distance(segments(p, i), exact),
@@ -237,26 +256,69 @@ def measure(spec: KernelSpec, m: int) -> list[dict[str, object]]:
     return results
 
 
+@contextlib.contextmanager
+def counted_reads(tensors: list[Tensor]) -> Iterator[list[Any]]:
+    """How often kernels in the block load each element of `tensors`."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counts = [numpy.zeros(tensor.numel(), dtype=numpy.int64) for tensor in tensors]
+    load = InterpreterBuilder.create_masked_load
+
+    def counting_load(self, pointers, mask, *rest):
+        addresses = pointers.data[mask.data.astype(bool)].astype(numpy.int64)
+        for tensor, count in zip(tensors, counts, strict=True):
+            offsets = addresses - tensor.data_ptr()
+            inside = offsets[(offsets >= 0) & (offsets < tensor.numel() * tensor.itemsize)]
+            numpy.add.at(count, inside // tensor.itemsize, 1)
+        return load(self, pointers, mask, *rest)
+
+    InterpreterBuilder.create_masked_load = counting_load
+    try:
+        yield counts
+    finally:
+        InterpreterBuilder.create_masked_load = load
+
+
+SEEDS = 12
+OVER_SEEDS = ("qkv", "bf16_with_f32_adapters", "f16", "unequal_ranks", "gaws_bf16_diag", "gawsd", "lokr_even")
+
+
+def over_seeds() -> list[dict[str, object]]:
+    """By every plan, at one token and at five: the error over many draws, over that of the segments."""
+    found = []
+    for name in OVER_SEEDS:
+        for m in (1, 5):
+            text = next(text for case, (text, _) in CASES.items() if case.startswith(f"{name}-m"))
+            spec = KernelSpec.parse(text)
+            for plan in plans_for(spec, m):
+                measured = [p for seed in range(SEEDS) for p in measure(spec, plan, m, seed)]
+                ours, theirs = (sum(float(p[what]) ** 2 for p in measured) ** 0.5 for what in ("error", "segments"))
+                found.append({"case": "seeds", "spec": name, "m": m, "plan": str(plan), "ratio": ours / theirs})
+    return found
+
+
 def overflow() -> dict[str, float]:
-    """An fp16 adapter whose s A x exceeds fp16's range while the result does not: errors with and without tiles."""
+    """An fp16 adapter whose s A x exceeds fp16's range while the result does not: errors by every plan."""
     spec = KernelSpec.parse("k=64 x=f16; n=16 w=f16 out=f16 lora(r=4 f16 s=512.0)")
     errors = {}
     for m in (1, 5):
         p = problem(spec, m)
         p.get("a", 0, 0).mul_(200)
         p.get("b", 0, 0).mul_(1e-3)
-        (y,) = emitter.launch(spec, p.x, list(p.arguments.values()))
-        errors[f"m{m}"] = distance(y, reference(p, 0))
+        for plan in plans_for(spec, m):
+            (y,) = emitter.launch(spec, plan, p.x, list(p.arguments.values()))
+            errors[str(plan)] = distance(y, reference(p, 0))
     return errors
 
 
 def live() -> bool:
     """Whether a factor that is replaced between two calls shows in the second."""
     spec = KernelSpec.parse(CASES["qkv-m1"][0])
+    plan = emitter.Plan("single_launch", 4)
     p = problem(spec, 1)
-    emitter.launch(spec, p.x, list(p.arguments.values()))
+    emitter.launch(spec, plan, p.x, list(p.arguments.values()))
     p = replace(p, arguments={o: t.neg() if o.role == "b" else t for o, t in p.arguments.items()})
-    y = emitter.launch(spec, p.x, list(p.arguments.values()))
+    y = emitter.launch(spec, plan, p.x, list(p.arguments.values()))
     return all(distance(y[i], reference(p, i)) < 0.01 for i in range(3))
 
 
@@ -291,8 +353,12 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN: the scratch for u is poisoned, too
     for name, (text, m) in CASES.items():
         spec = KernelSpec.parse(text)
-        digest = hashlib.sha256(emitter.emit(spec).encode()).hexdigest()
-        print(json.dumps({"case": name, "digest": digest, "projections": measure(spec, m)}), flush=True)
+        for plan in plans_for(spec, m):
+            digest = hashlib.sha256(emitter.emit(spec, plan).encode()).hexdigest()
+            line = {"case": name, "plan": str(plan), "digest": digest, "projections": measure(spec, plan, m)}
+            print(json.dumps(line), flush=True)
+    for line in over_seeds():
+        print(json.dumps(line), flush=True)
     print(json.dumps({"case": "overflow", **overflow()}))
     print(json.dumps({"case": "live", "shows": live()}))
 

@@ -1,0 +1,163 @@
+"""Triton kernels compiled ahead of time, for four targets and without a GPU: resources, loads, memory ordering."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gawscompile.codegen import triton as emitter
+from gawscompile.codegen import triton_aot as ahead
+from gawscompile.codegen.spec import KernelSpec, SpecError
+from gawscompile.codegen.triton import Plan
+from gawscompile.codegen.triton_aot import TARGETS, Compiled
+from tests.codegen.triton_specs import (
+    CONV1D,
+    CROSSING,
+    F32,
+    F32_ADAPTERS,
+    GAWS,
+    GAWSD,
+    KRONECKER,
+    LOKR,
+    LONG,
+    MIXED,
+    QKV,
+    llama,
+)
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter replaces the compiler")
+
+NVIDIA = [target for target in TARGETS if target.startswith("cuda")]
+SHARED_MEMORY = {"cuda": 99 << 10, "hip": 64 << 10}  # an sm_86 has 99 KiB
+LLAMA = llama(*["lora(r=16 bf16 s=2.0)"] * 3)
+LLAMA_WIDE = llama(*["lora(r=64 bf16 s=2.0)"] * 3)
+SINGLE, REDUNDANT, TWO = (Plan(name, 8) for name in ("single_launch", "redundant_shrink", "two_launch"))
+KRON = Plan("kron_epilogue", 8)
+TILE, GEMM = Plan("fused_tile"), Plan("gemm_accumulate")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing comes from an earlier run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GAWS_CACHE_DIR", "TRITON_CACHE_DIR"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        emitter.load.cache_clear()
+        yield
+        emitter.load.cache_clear()
+
+
+def _checked(compiled: Compiled, registers: int | None) -> None:
+    assert compiled.spills == 0, "spills, or arrays in local memory"
+    assert compiled.shared <= SHARED_MEMORY[compiled.target.partition(":")[0]]
+    assert registers is None or compiled.registers <= registers
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("spec", "plan"),
+    [
+        *((LLAMA, plan) for plan in (SINGLE, TILE, GEMM)),
+        (GAWS, KRON),
+        (GAWSD, KRON),
+        (LOKR, SINGLE),
+        (LOKR, TILE),
+    ],
+    ids=lambda value: str(value)[:14],
+)
+def test_every_target(spec: KernelSpec, plan: Plan, target: str):
+    for compiled in ahead.compile_plan(spec, plan, target):
+        _checked(compiled, None if target.startswith("hip") else 128)
+        widths = compiled.loads.get("w", {16: 1})
+        assert set(widths) == {16}, f"{compiled.name} loads W by {widths}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "plan"),
+    [
+        *((spec, plan) for spec in (QKV, LLAMA, LLAMA_WIDE) for plan in (SINGLE, REDUNDANT, TWO)),
+        *((spec, plan) for spec in (F32, MIXED, LONG) for plan in (SINGLE, TILE)),
+        *((spec, TILE) for spec in KRONECKER.values()),
+        (CONV1D, SINGLE),
+        (CROSSING, SINGLE),
+        (QKV, Plan("single_launch", 4)),
+        (QKV, Plan("single_launch", 32)),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_sm_90(spec: KernelSpec, plan: Plan):
+    for compiled in ahead.compile_plan(spec, plan, "cuda:90"):
+        _checked(compiled, None if spec in (CROSSING, MIXED) else 128)
+
+
+def test_decode_streams_weights():
+    (_, expand) = ahead.compile_plan(QKV, Plan("two_launch", 4), "cuda:90")
+    assert expand.loads["w"] == expand.loads["x"] and set(expand.loads["w"]) == {16}, "one load of each in a step"
+    assert "bar.sync" not in str(expand.files["ptx"]), "a barrier would keep loads of later steps from starting"
+
+
+@pytest.mark.parametrize(
+    ("spec", "plan"), [(GAWS, KRON), (GAWSD, KRON), (CONV1D, TWO)], ids=["gaws", "gawsd", "conv1d"]
+)
+def test_decode_reads_weights_and_factors_in_16_byte_loads(spec: KernelSpec, plan: Plan):
+    compiled = ahead.compile_plan(spec, plan, "cuda:90")[-1]
+    assert set(compiled.loads["w"]) == {16}
+    if spec is GAWS:
+        assert set(compiled.loads["g0_0"]) == {16}
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_fp32_is_never_tf32(target: str):
+    for compiled in ahead.compile_plan(F32_ADAPTERS, TILE, target):
+        if compiled.kernel == "shrink_tile":
+            assert "tf32" not in str(compiled.files["ptx"])
+
+
+# --- Ordering of memory between the programs of a single launch ----------------------------------------------
+
+RELEASE = {"cuda": "MEMBAR.ALL.GPU", "hip": "buffer_wbl2 sc1"}
+ACQUIRE = {"cuda": "CCTL.IVALL", "hip": "buffer_inv sc1"}
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("relaxed", [None, "release", "acquire"])
+def test_a_single_launch_releases_and_acquires(target: str, relaxed: str | None, tmp_path: Path):
+    """The interpreter runs programs one after the other and cannot see this. Relaxing either must show here."""
+    text = emitter.emit(QKV, SINGLE)
+    assert text.count('sem="release"') == text.count('sem="acquire"') == 1
+    path = tmp_path / f"relaxed_{relaxed}_{target.partition(':')[0]}.py"
+    path.write_text(text.replace(f'sem="{relaxed}"', 'sem="relaxed"'))
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[path.stem] = module
+    found.loader.exec_module(module)
+    (variant,) = emitter.variants(QKV, SINGLE)
+    compiled = ahead.compile_variant(module.project_gemv, variant, target)
+    kind = target.partition(":")[0]
+    assert (RELEASE[kind] in compiled.ordering) == (relaxed != "release")
+    assert (ACQUIRE[kind] in compiled.ordering) == (relaxed != "acquire")
+
+
+def test_weights_stream_before_the_wait_and_u_is_read_after_it():
+    (compiled,) = ahead.compile_plan(LLAMA, SINGLE, "cuda:90")
+    ptx = str(compiled.files["ptx"])
+    (wait,) = (match.start() for match in re.finditer(r"ld\.global\.gpu\.acquire", ptx))
+    assert "ld.global.v4.b32" in ptx[:wait] and "ld.global.v4.b32" not in ptx[wait:], "weights come before the wait"
+    assert re.search(r"ld\.global\.b", ptx[wait:]), "and u after it"
+
+
+# --- Errors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["sm_90", "cuda", "cuda:", "hip:90", "metal:1"])
+def test_bad_targets_name_good_ones(target: str):
+    with pytest.raises(SpecError, match=r"not a target.*cuda:90 or hip:gfx942"):
+        ahead.parse_target(target)
