@@ -96,4 +96,16 @@ SHAPES = {
     ),
     "llama-3.2-1b": _llama(2048, 32, 16),
     "llama-3.2-3b": _llama(3072, 24, 28),
+    "llama-7b": Shape(
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        32,
+        extra={"rms_norm_eps": 1e-6},
+    ),
 }

@@ -8,6 +8,7 @@ cache keys: an edited pass invalidates what it compiled, and a warm start runs n
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import sys
@@ -27,7 +28,7 @@ from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, VerifierError, verify
 from gawscompile.planning import devices
 from gawscompile.proof import verify_rewrites
-from gawscompile.runtime import ops
+from gawscompile.runtime import gpu, ops
 
 log = logging.getLogger("gawscompile")
 
@@ -49,7 +50,10 @@ def gaws(
     ours, inductor = Options.split(options)
     if mode and mode != "default":
         inductor = {**list_mode_options(mode), **inductor}
-    hook = GawsPass(ours, _key(gm, example_inputs, ours, inductor))
+    if inductor.get("max_autotune"):
+        ours = dataclasses.replace(ours, autotune=True)
+    kind = _kind(example_inputs)
+    hook = GawsPass(ours, _key(gm, example_inputs, ours, inductor, kind), kind)
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
     record = RECORDS.compiled(hook.key, hook.record)
     try:
@@ -70,18 +74,19 @@ def _reproduce() -> str:
 class GawsPass(CustomGraphPass):
     """Our pipeline as one Inductor graph pass. Collects its record."""
 
-    def __init__(self, options: Options, key: str) -> None:
+    def __init__(self, options: Options, key: str, kind: str = "cpu") -> None:
         self.options = options
         self.key = key
+        self.kind = kind
         self.record: GraphRecord | None = None
         # Now, not in a pass: a graph from a warm cache runs no pass and calls the op all the same.
-        self.unavailable = _load_op()
+        self.unavailable = _unavailable(kind)
 
     def uuid(self) -> Any:
         """What decides the outcome beside the graph: our sources and options, the machine and compiler planned for."""
-        compiler = self.unavailable or build.fingerprint()
+        compiler = self.unavailable[1] if self.unavailable else build.fingerprint() if self.kind == "cpu" else ""
         versions = (_torch_version(), _triton_version(), compiler)
-        return cache.digest(cache.source_hash(), str(self.options), devices.cpu().name, *versions).encode()
+        return cache.digest(cache.source_hash(), str(self.options), _device(self.kind), *versions).encode()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.record = self.record or GraphRecord(self.key)  # the branches of a torch.cond come one by one
@@ -123,6 +128,7 @@ class GawsPass(CustomGraphPass):
         if self.options.verify:
             context.stage = "verify"
             verify_rewrites(context)
+        gpu.inline(work)
         work.eliminate_dead_code()
         _take_over(graph, work)
 
@@ -144,28 +150,45 @@ def _triton_version() -> str:
         return "none"
 
 
-def _load_op() -> str | None:
-    """Load the op's CPU kernel (built the first time). Why that is impossible, if it is."""
+def _kind(inputs: Sequence[Any]) -> str:
+    """The one kind of device that a graph's tensors are on ("cpu", "cuda"), "" for none, else several with commas.
+
+    Single numbers may be anywhere: Dynamo makes them of Python's.
+    """
+    tensors = (value for value in inputs if isinstance(value, torch.Tensor) and value.dim() > 0)
+    return ",".join(sorted({value.device.type for value in tensors}))
+
+
+def _device(kind: str) -> str:
+    return devices.of(kind).name if kind in ("cpu", "cuda") else kind
+
+
+def _unavailable(kind: str) -> tuple[Reason, str] | None:
+    """Why no kernels can be had for a kind of device, if so. For CPUs the op is loaded (and built the first time)."""
+    if kind == "cuda":
+        try:
+            import triton
+        except Exception as error:  # missing, or broken
+            return Reason.NO_TRITON, f"{type(error).__name__}: {error}"
+        return None if hasattr(triton, "jit") else (Reason.NO_TRITON, "triton.jit is missing")
+    if kind != "cpu":
+        return (Reason.DEVICE, kind) if kind else None
     try:
         ops.ensure_loaded()
         build.fingerprint()
     except Exception as error:  # a compiler that is missing or broken, a cache that cannot be written or run from
-        return f"{type(error).__name__}: {error}"
+        return Reason.NO_COMPILER, f"{type(error).__name__}: {error}"
     return None
 
 
-def _refusal(graph: torch.fx.Graph, unavailable: str | None) -> tuple[Reason, str] | None:
+def _refusal(graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None) -> tuple[Reason, str] | None:
     """Why a whole graph is left to Inductor, if it is."""
     inputs = graph.find_nodes(op="placeholder")
     if any("Tangent" in type(node.meta.get("desc")).__name__ or node.name.startswith("tangents") for node in inputs):
         return Reason.GRADIENTS, ""
-    kinds = {v.device.type for node in inputs if isinstance(v := node.meta.get("val"), torch.Tensor) and v.dim() > 0}
-    if kinds != {"cpu"}:
-        return (Reason.DEVICE, ", ".join(sorted(kinds))) if kinds else None
-    if unavailable is not None:
-        log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", unavailable)
-        return Reason.NO_COMPILER, unavailable
-    return None
+    if unavailable is not None and unavailable[0] is not Reason.DEVICE:
+        log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", unavailable[1])
+    return unavailable
 
 
 def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
@@ -181,14 +204,17 @@ def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
     graph.output(result)
 
 
-def _key(gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: Options, inductor: dict[str, Any]) -> str:
+def _key(
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: Options, inductor: dict[str, Any], kind: str
+) -> str:
     """Names one compiled graph, the same in every process: what Dynamo traced, for which inputs, with which code."""
     shapes = [
         f"{tuple(i.shape)}{i.stride()}{i.dtype}{i.device}{i.requires_grad}" if isinstance(i, torch.Tensor) else str(i)
         for i in inputs
     ]
-    settings = [str(ours), str(sorted(inductor.items(), key=str)), devices.cpu().name, torch.__version__]
-    modes = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")]
+    settings = [str(ours), str(sorted(inductor.items(), key=str)), _device(kind), torch.__version__]
+    modes: list[Any] = [torch.is_grad_enabled()]
+    modes += [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
     settings += [str(modes), str(torch.is_inference_mode_enabled())]
     return cache.digest(cache.source_hash(), gm.code, *shapes, *settings)
 

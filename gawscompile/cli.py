@@ -1,4 +1,4 @@
-"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``gawscompile cache {info,clear}``."""
+"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``emit``, ``cache {info,clear}``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gawscompile.codegen import cache
@@ -20,13 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gawscompile", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what becomes of every linear of a model")
-    explain.add_argument("--model", help="a transformers model folder (default: SmolLM2-135M from the package index)")
-    explain.add_argument("--adapter", help="a PEFT adapter folder")
-    explain.add_argument("--rank", type=int, default=0, help="without --adapter: a random LoRA of this rank")
-    explain.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    explain.add_argument("--tokens", type=int, default=1, help="tokens in the call that is compiled (default 1)")
+    _model_arguments(explain)
     explain.add_argument("--json", action="store_true", help="plain data instead of a table")
     explain.set_defaults(run=_explain)
+    emit = commands.add_parser("emit", help="a model's Triton kernels as files, for a GPU that need not be here")
+    _model_arguments(emit)
+    emit.add_argument("--target", default="cuda:90", help="cuda:80, cuda:90, cuda:100, hip:gfx942, … (default cuda:90)")
+    emit.add_argument("--out", type=Path, required=True, help="a folder, new or empty")
+    emit.set_defaults(run=_emit)
     kept = commands.add_parser("cache", help="what is cached, and where").add_subparsers(dest="action", required=True)
     kept.add_parser("info", help="place, limit and sizes").set_defaults(run=_cache_info)
     clear = kept.add_parser("clear", help="remove kernels and records")
@@ -41,15 +43,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _model_arguments(command: argparse.ArgumentParser) -> None:
+    """What `_load` and a call of the model need."""
+    command.add_argument(
+        "--model",
+        help="a transformers model folder, with random weights where it has a config.json alone "
+        "(default: SmolLM2-135M from the package index)",
+    )
+    command.add_argument("--adapter", help="lora or gaws with random weights on every linear, or a PEFT adapter folder")
+    command.add_argument("--rank", type=int, help="of the random LoRA (default 16)")
+    command.add_argument("--splits", type=int, help="of the random GAWS (default 8)")
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--tokens", type=int, default=1, help="tokens in the call that is compiled (default 1)")
+
+
 def _explain(arguments: argparse.Namespace) -> str:
     import torch
 
     import gawscompile
 
     model = _load(arguments)
-    tokens = torch.randint(0, 100, (1, arguments.tokens))
-    report = gawscompile.explain(model, input_ids=tokens)
+    report = gawscompile.explain(model, input_ids=torch.zeros((1, arguments.tokens), dtype=torch.int64))
     return json.dumps(report.to_dict(), indent=2) if arguments.json else str(report)
+
+
+def _emit(arguments: argparse.Namespace) -> str:
+    import torch
+
+    from gawscompile import ahead
+
+    out: Path = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: not an empty folder")
+    gpu = ahead.gpu_for(arguments.target)
+    model = _load(arguments)
+    traced = ahead.trace(model, gpu, input_ids=torch.zeros((1, arguments.tokens), dtype=torch.int64))
+    return ahead.emit(traced, arguments.target, arguments.tokens, out)
 
 
 def _cache_info(arguments: argparse.Namespace) -> str:
@@ -73,17 +102,33 @@ def _load(arguments: argparse.Namespace) -> Any:
 
     folder = arguments.model or str(models.smollm2())
     dtype = getattr(torch, arguments.dtype)
-    kinds = AutoConfig.from_pretrained(folder).architectures or []
-    loader = AutoModelForCausalLM if any(kind.endswith("CausalLM") for kind in kinds) else AutoModel
-    model = loader.from_pretrained(folder, dtype=dtype).eval()
-    if arguments.adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, models.adapter_folder(arguments.adapter)).eval()
-    elif arguments.rank:
+    config = AutoConfig.from_pretrained(folder)
+    causal = any(kind.endswith(("CausalLM", "LMHeadModel")) for kind in config.architectures or [])
+    loader = AutoModelForCausalLM if causal else AutoModel
+    weights = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
+    if Path(folder).is_dir() and not weights:
+        model = loader.from_config(config, dtype=dtype).eval()
+    else:
+        model = loader.from_pretrained(folder, dtype=dtype).eval()
+    rank, splits = arguments.rank, arguments.splits
+    adapter = arguments.adapter or ("lora" if rank else "gaws" if splits else None)
+    if (rank and adapter != "lora") or (splits and adapter != "gaws"):
+        raise ValueError("--rank is the random LoRA's and --splits the random GAWS's: --adapter lora or --adapter gaws")
+    if adapter in ("lora", "gaws"):
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=arguments.rank, target_modules="all-linear")).eval()
+        chosen: Any = LoraConfig(r=rank or 16, target_modules="all-linear")
+        if adapter == "gaws":
+            from gawscompile.adapters import GAWSConfig
+
+            chosen = GAWSConfig(input_splits=splits or 8, target_modules="all-linear", init_weights="kaiming")
+        model = get_peft_model(model, chosen).eval()
+    elif adapter:
+        from peft import PeftModel
+
+        import gawscompile.adapters  # noqa: F401  GAWS and GAWS-D become known to PEFT
+
+        model = PeftModel.from_pretrained(model, models.adapter_folder(adapter)).eval()
     return model
 
 

@@ -23,6 +23,13 @@ class Options:
     verify: bool = False
     """Prove every rewrite on random inputs at compile time (`gawscompile.proof`). ``GAWS_VERIFY=1``: the default."""
 
+    autotune: bool = False
+    """On a GPU, let Triton's autotuner choose warps and stages at the first launch; so does ``mode="max-autotune"``."""
+
+    transparent: bool = False
+    """On a GPU, show Inductor the Triton kernels themselves (`torch.library.triton_op`) instead of an opaque op, where
+    the number of tokens is known and the plan keeps nothing between calls; for export ahead of time. Not yet run."""
+
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         """Ours, and what is Inductor's. Raises `OptionError`, naming option, type and the good ones."""

@@ -23,6 +23,7 @@ from gawscompile.debug.records import Reason, plain
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, is_call, is_cast, through_casts
 from gawscompile.planning.table import PlanTable, Program
+from gawscompile.runtime.ops import OPS
 
 SIZES = (3, 2, 7)
 """One draw each: what the first symbolic size is in it (the others follow from it)."""
@@ -71,7 +72,7 @@ class Values:
             inputs, keywords = map_arg((node.args, node.kwargs), self.known.__getitem__)
             if is_cast(node):
                 result = inputs[0]
-            elif is_call(node, torch.ops.gaws.project.default):
+            elif is_call(node, *OPS):
                 result = project(inputs[0], inputs[1], str(Program.parse(inputs[2]).spec))
             else:
                 result = node.target(*inputs, **keywords)
@@ -122,7 +123,7 @@ def _rewrites(context: Context) -> list[Rewrite]:
         if node not in context.stands_for or not node.users:
             continue
         source = args(node)[0] if is_call(node, operator.getitem) else None
-        call = source if is_call(source, torch.ops.gaws.project.default) else None
+        call = source if is_call(source, *OPS) else None
         found.setdefault(call or node, Rewrite([], call)).nodes.append(node)
     return list(found.values())
 
@@ -208,13 +209,13 @@ def _kernel_fault(rewrite: Rewrite, new: Values, wanted: list[torch.Tensor]) -> 
     program = Program.parse(text)
 
     def own(node: Node) -> torch.Tensor:
-        return new.known[node].to(node.meta["val"].dtype).contiguous()
+        return new.known[node].to(node.meta["val"].device, node.meta["val"].dtype).contiguous()
 
     for plan, _ in program.table.rows:
-        alone = Program(PlanTable(((plan, None),)), program.spec)
+        alone = Program(PlanTable(((plan, None),)), program.spec, program.emitter, program.tuned)
         outputs = torch.ops.gaws.project(own(x), [own(node) for node in operands], str(alone))
         for node, want in zip(rewrite.nodes, wanted, strict=True):
-            got = outputs[args(node)[1]]
+            got = outputs[args(node)[1]].cpu()
             fault = _difference(f"output {args(node)[1]}", got, want, KERNEL[got.dtype])
             if fault:
                 return f"plan {plan}, {got.dtype}: {fault}"

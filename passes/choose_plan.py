@@ -8,9 +8,9 @@ after::
 
     fused = operators.project(x, [...], "gemv_cpp<=31, gemm_accumulate | k=576 x=bf16; …")
 
-Where the number of tokens m is known, the table has one row; where it is symbolic, the op picks its row at run time
-and no guard is added. A group without adapters whose plan would be the library's matmul anyway is given back to
-Inductor as the linears that it was.
+or, on a GPU, ``triton single_launch[8]<=2, fused_tile<=96, gemm_accumulate | …``. Where the number of tokens m is
+known, the table has one row; where it is symbolic, the op picks its row at run time and no guard is added. A group
+without adapters whose plan would be the library's matmul anyway is given back to Inductor as the linears that it was.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gawscompile.debug.records import GroupRecord, Reason
 from gawscompile.operators import linear
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, aten, dtype, empty_like, prims, shape
+from gawscompile.planning import devices
 from gawscompile.planning.cost import plan
 from gawscompile.planning.table import PlanTable, Program
 
@@ -33,7 +34,7 @@ def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=project):
         x, operands, text = args(node)
         spec = KernelSpec.parse(text)
-        planned = plan(spec)
+        planned = plan(spec, devices.of(x.meta["val"].device.type))
         tokens = _tokens(x)
         table = planned.table
         if isinstance(tokens, int):
@@ -44,7 +45,8 @@ def run(graph: Graph, context: Context) -> None:
             for entry in entries:
                 context.reject(entry, Reason.LIBRARY, f"m = {tokens}: {planned.compare(tokens)}")
             continue
-        program = Program(table, spec)
+        tuned = planned.emitter == "triton" and context.options.autotune
+        program = Program(table, spec, planned.emitter, tuned)
         node.args = (x, operands, str(program))
         group = GroupRecord(
             index=len(context.record.groups),
@@ -52,8 +54,9 @@ def run(graph: Graph, context: Context) -> None:
             tokens=str(tokens),
             plan=str(table),
             spec=str(spec),
-            kernel=f"cpp:{planned.kernel}",
+            kernel=f"{planned.emitter}:{planned.kernel}",
             costs={name: str(cost) for name, cost in planned.costs.items()},
+            prefix=program.prefix,
         )
         context.record.groups.append(group)
         for entry in entries:

@@ -23,20 +23,30 @@ from torch.fx import Graph, Node
 from gawscompile.operators import linear
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, aten, dtype, empty_like, shape
+from gawscompile.planning.table import Program
 from gawscompile.runtime import ops
 
 
 def run(graph: Graph, context: Context) -> None:
     programs: dict[str, None] = {}
     for node in graph.find_nodes(op="call_function", target=project):
-        node.target = torch.ops.gaws.project.default
-        programs[args(node)[2]] = None
+        program = args(node)[2]
+        transparent = context.options.transparent and is_transparent(Program.parse(program))
+        node.target = torch.ops.gaws.project_traced.default if transparent else torch.ops.gaws.project.default
+        programs[program] = None
         context.touched.append(node)
         context.matched()
     for node in graph.find_nodes(op="call_function", target=linear):
         _spell(graph, context, node)
     for program in programs:
         ops.prepare(program)
+
+
+def is_transparent(program: Program) -> bool:
+    """Whether Inductor may see the kernels themselves: one plan is left, so that the choice adds no guard, and it keeps
+    nothing between calls."""
+    (plan, *others) = [plan for plan, _ in program.table.rows]
+    return program.emitter == "triton" and not others and not plan.startswith("single_launch")
 
 
 def _spell(graph: Graph, context: Context, node: Node) -> None:

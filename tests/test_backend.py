@@ -188,12 +188,20 @@ def test_without_a_compiler_one_warning_and_inductors_answer(monkeypatch, caplog
 def test_other_devices_are_left_to_inductor():
     from torch._subclasses import FakeTensorMode
 
-    graph = torch.fx.Graph()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        graph.placeholder("x").meta["val"] = torch.empty(2, 3, device="cuda")
-        graph.placeholder("w").meta["val"] = torch.empty(2, 3)
-    reason, detail = backend._refusal(graph, None)
-    assert reason.name == "DEVICE" and detail == "cpu, cuda"
+    with FakeTensorMode():
+        here, there, number = torch.empty(2, 3), torch.empty(2, 3, device="cuda"), torch.empty(())
+    assert backend._kind([there, number, 3]) == "cuda" and backend._kind([number]) == ""
+    kind = backend._kind([there, here])
+    reason, detail = backend._unavailable(kind)
+    assert reason.name == "DEVICE" and detail == kind == "cpu,cuda"
+    assert backend._refusal(torch.fx.Graph(), (reason, detail)) == (reason, detail)
+
+
+def test_without_triton_a_graph_on_a_gpu_is_left_to_inductor(monkeypatch):
+    assert backend._unavailable("cuda") is None
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason, detail = backend._unavailable("cuda")
+    assert reason.name == "NO_TRITON" and "triton" in detail
 
 
 @pytest.mark.parametrize("stage", [module.__name__.rpartition(".")[2] for module in PIPELINE])

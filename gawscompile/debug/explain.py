@@ -85,11 +85,17 @@ def explain(
 
     model = getattr(model, "_orig_mod", model)
     mark = len(RECORDS)
-    backend = functools.partial(gaws, options=dict(options or {}))
+    call_once(model, functools.partial(gaws, options=dict(options or {})), args, inputs, dynamic)
+    return assemble(RECORDS.since(mark), model)
+
+
+def call_once(
+    model: torch.nn.Module, backend: Any, args: tuple[Any, ...], inputs: dict[str, Any], dynamic: bool | None = None
+) -> None:
+    """Compile `model` with `backend` for one call, without gradients and on copies of the inputs, and run it."""
     call = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic)
     with torch.no_grad():
         call(model, copy.deepcopy(args), copy.deepcopy(inputs))
-    return assemble(RECORDS.since(mark), model)
 
 
 def _call(self: torch.nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
@@ -121,7 +127,24 @@ def assemble(records: list[GraphRecord], model: torch.nn.Module | None = None) -
         seen = {entry.path for entry in linears}
         linears += [entry for entry in _untraced(model) if entry.path not in seen]
     notes = [note for record in records for note in record.notes]
+    for group in groups:
+        if "autotuned" in group.prefix:
+            notes += _tuned(group)
     return Report(linears, groups, len(records), dict(passes), list(dict.fromkeys(notes)))
+
+
+def _tuned(group: GroupRecord) -> list[str]:
+    """What Triton's autotuner chose for a group that has run."""
+    from gawscompile.codegen import triton
+    from gawscompile.planning.table import Program
+
+    program = Program.parse(group.program)
+    plans = [triton.Plan.parse(plan) for plan, _ in program.table.rows]
+    return [
+        f"autotuned {plan} of {', '.join(group.members)}: {kernel}: {choice}"
+        for plan in plans
+        for kernel, choice in triton.chosen(program.spec, plan).items()
+    ]
 
 
 def _untraced(model: torch.nn.Module) -> list[LinearRecord]:

@@ -17,7 +17,8 @@ class Reason(str, Enum):
     """Why a linear, or an adapter of one, was left as it was."""
 
     GRADIENTS = "gradients are needed: the graph is left to Inductor"
-    DEVICE = "no generated kernels for this device yet: the graph is left to Inductor"
+    DEVICE = "no generated kernels for this device: the graph is left to Inductor"
+    NO_TRITON = "generated kernels for a GPU need Triton and it cannot be imported: the graph is left to Inductor"
     NO_COMPILER = "generated C++ needs a compiler and none was found: the graph is left to Inductor"
     DTYPE = "no generated kernels for this dtype"
     MIXED_DTYPES = "activation and base weight differ in dtype"
@@ -68,11 +69,12 @@ class GroupRecord:
     spec: str
     kernel: str
     costs: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
     @property
     def program(self) -> str:
-        """What the op takes: plan table and spec."""
-        return f"{self.plan} | {self.spec}"
+        """What the op takes: emitter, plan table and spec."""
+        return f"{self.prefix}{self.plan} | {self.spec}"
 
 
 @dataclass

@@ -14,8 +14,8 @@ import sympy
 
 from gawscompile.codegen import cache
 from gawscompile.codegen.spec import DTYPES, KernelSpec
-from gawscompile.planning import devices
-from gawscompile.planning.devices import Device
+from gawscompile.planning import devices, gpu_cost
+from gawscompile.planning.devices import Device, Gpu
 from gawscompile.planning.table import PlanTable
 
 m = sympy.Symbol("m", integer=True, positive=True)
@@ -32,6 +32,7 @@ class Planned:
     """A group's plan table and why: each plan's cost in seconds, in `m`."""
 
     table: PlanTable
+    emitter: str
     kernel: str
     costs: dict[str, sympy.Expr] = field(hash=False)
 
@@ -45,17 +46,20 @@ class Planned:
         return ", ".join(f"{name} {self.seconds(name, tokens) * 1e6:.0f} µs" for name in self.costs)
 
 
-def plan(spec: KernelSpec, device: Device | None = None) -> Planned:
+def plan(spec: KernelSpec, device: Device | Gpu | None = None) -> Planned:
     """The plan table of a group on `device` (by default this CPU)."""
     return _plan(spec, device or devices.cpu())
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(spec: KernelSpec, device: Device) -> Planned:
+def _plan(spec: KernelSpec, device: Device | Gpu) -> Planned:
+    if isinstance(device, Gpu):
+        costs = gpu_cost.costs(spec, device, m)
+        return Planned(_table(costs), "triton", cache.digest(str(spec))[:12], costs)
     costs = {"gemv_cpp": _gemv(spec, device)}
     if all(spec.x == p.dtype == p.out for p in spec.projections):  # the library writes in its inputs' dtype
         costs["gemm_accumulate"] = _gemm(spec, device)
-    return Planned(_table(costs), cache.digest(str(spec))[:12], costs)
+    return Planned(_table(costs), "cpp", cache.digest(str(spec))[:12], costs)
 
 
 def _size(dtype: str) -> int:

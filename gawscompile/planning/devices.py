@@ -5,8 +5,11 @@ The numbers are per machine *kind*, from trials named beside them; they need onl
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,75 @@ class Device:
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the cost model knows of a GPU: bytes and floating-point operations per second, seconds.
+
+    `launch` is what one more kernel costs in a CUDA graph, `publish` what waiting for other programs of the same
+    launch costs, `latency` that of a load from memory. `matrix_rate` goes by dtype name (dense, `tl.dot`'s and the
+    vendor library's peak), `vector_rate` is fp32's. The rates are the makers' published peaks; latencies and launch
+    costs are rounded from published micro-benchmarks and were not measured by us.
+    """
+
+    name: str
+    target: str
+    multiprocessors: int
+    bandwidth: float
+    cache_bandwidth: float
+    vector_rate: float
+    matrix_rate: dict[str, float]
+    launch: float = 2e-6
+    publish: float = 1e-6
+    latency: float = 0.8e-6
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _rates(half: float, single: float) -> dict[str, float]:
+    return {"bf16": half, "f16": half, "f32": single}
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", "cuda:80", 108, 2.0e12, 4.0e12, 19.5e12, _rates(312e12, 19.5e12)),
+        Gpu("H100", "cuda:90", 132, 3.35e12, 5.5e12, 67e12, _rates(989e12, 67e12)),
+        Gpu("B200", "cuda:100", 148, 8.0e12, 12e12, 75e12, _rates(2250e12, 75e12)),
+        Gpu("MI300X", "hip:gfx942", 304, 5.3e12, 10e12, 163e12, _rates(1307e12, 163e12), launch=3e-6),
+    )
+}
+_planned_for: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("planned_for", default=None)
+
+
+@contextlib.contextmanager
+def planning_for(gpu: Gpu) -> Iterator[None]:
+    """Within, every group is planned for `gpu`, whatever device its tensors are on: for compilation ahead of time."""
+    token = _planned_for.set(gpu)
+    try:
+        yield
+    finally:
+        _planned_for.reset(token)
+
+
+def of(kind: str) -> Device | Gpu:
+    """The device that groups with tensors on a `kind` of device ("cpu", "cuda") are planned for."""
+    return _planned_for.get() or (cpu() if kind == "cpu" else _gpu())
+
+
+@functools.cache
+def _gpu() -> Gpu:
+    """This machine's GPU, by its name, or else the one that its compute capability is nearest to."""
+    name = torch.cuda.get_device_name()
+    for known in GPUS.values():
+        if known.name in name:
+            return known
+    if torch.version.hip:
+        return GPUS["MI300X"]
+    major, _ = torch.cuda.get_device_capability()
+    return GPUS["B200" if major >= 10 else "H100" if major == 9 else "A100"]
 
 
 def cpu() -> Device:

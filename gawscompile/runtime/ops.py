@@ -4,8 +4,8 @@
 
 `x` is ``[..., k]``; `operands` follow ``KernelSpec.operands()``; `program` is a printed ``Program``. One output
 ``[..., n_i]`` per projection, contiguous. The op is defined here at import, with its fake; its CPU kernel is
-`dispatch.cpp`, built and loaded by `ensure_loaded`. A program met for the first time in a process (a warm start
-runs no pass) is parsed, emitted, built and registered then.
+`dispatch.cpp`, built and loaded by `ensure_loaded`, its CUDA kernel is in `gpu`. A program met for the first time in a
+process (a warm start runs no pass) is parsed, emitted, built and registered then.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from gawscompile.codegen import build, cpp
+from gawscompile.codegen import build, cpp, triton
 from gawscompile.codegen.spec import DTYPES, SpecError
 from gawscompile.planning.table import Program
+from gawscompile.runtime import gpu
 
 _library = torch.library.Library("gaws", "DEF")
 _library.define(
@@ -29,19 +30,16 @@ _library.define(
 )
 
 
-@functools.lru_cache(maxsize=4096)
-def parse(program: str) -> Program:
-    """`Program.parse`, remembered."""
-    return Program.parse(program)
-
 
 def _fake(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[torch.Tensor]:
-    return [
-        x.new_empty((*x.shape[:-1], p.n), dtype=DTYPES[p.out]) for p in parse(program).spec.projections
-    ]
+    projections = Program.parse(program).spec.projections
+    return [x.new_empty((*x.shape[:-1], p.n), dtype=DTYPES[p.out]) for p in projections]
 
 
 torch.library.register_fake("gaws::project", _fake, lib=_library)
+_library.impl("project", gpu.project, "CUDA")
+
+OPS = (torch.ops.gaws.project.default, torch.ops.gaws.project_traced.default)
 
 # The numbers of torch's ScalarType, which the stable ABI uses.
 _DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
@@ -68,15 +66,24 @@ def ensure_loaded() -> ctypes.CDLL:
 
 def prepare(program: str) -> None:
     """Start building the kernels of `program` in the background, so that they are ready when first called."""
-    build.start(cpp.emit(parse(program).spec))
+    parsed = Program.parse(program)
+    if parsed.emitter == "cpp":
+        build.start(cpp.emit(parsed.spec))
 
 
 def build_all(programs: Iterable[str]) -> None:
-    """Wait until the kernels of all `programs` are built. Raises what building raises: `build.BuildError`,
-    `build.CompilerMissing`, `cache.CacheError`, `OSError` (a full disk, say).
+    """Wait until the kernels of all `programs` are built; Triton's are printed and imported, and compile when called.
+
+    Raises what building raises: `build.BuildError`, `build.CompilerMissing`, `cache.CacheError`, `OSError` (a full
+    disk, say), `ImportError` (no Triton).
     """
-    for pending in [build.start(cpp.emit(parse(program).spec)) for program in dict.fromkeys(programs)]:
-        pending.result()
+    parsed = [Program.parse(program) for program in dict.fromkeys(programs)]
+    pending = [build.start(cpp.emit(program.spec)) for program in parsed if program.emitter == "cpp"]
+    for program in parsed:
+        for plan, _ in program.table.rows if program.emitter == "triton" else ():
+            triton.load(program.spec, triton.Plan.parse(plan), program.tuned)
+    for built in pending:
+        built.result()
 
 
 def _resolve(text: bytes) -> int | None:
@@ -92,7 +99,9 @@ def _resolve(text: bytes) -> int | None:
 
 def register(program: str) -> None:
     """Build the kernels of `program` and hand them to the dispatcher."""
-    planned = parse(program)
+    planned = Program.parse(program)
+    if planned.emitter != "cpp":
+        raise SpecError(f"tensors on the CPU meet a program for a GPU: {program}")
     spec = planned.spec
     kernels = build.load(cpp.emit(spec))
     operands = list(spec.operands())

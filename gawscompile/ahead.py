@@ -1,0 +1,144 @@
+"""Ahead of time: what a model becomes on a GPU that need not be here, and its kernels as files.
+
+`trace` runs Dynamo, AOTAutograd and our passes over one call of a model on this machine, planned for a GPU of your
+choice, and keeps each graph as it was and as it became; the call itself is answered by the graph as it was. `emit`
+writes what a traced model needs: Triton source, assembly, binaries, and a table of what the kernels take.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gawscompile.codegen import triton, triton_aot
+from gawscompile.codegen.spec import KernelSpec, SpecError
+from gawscompile.codegen.triton_aot import Compiled
+from gawscompile.debug.explain import call_once
+from gawscompile.debug.records import GraphRecord
+from gawscompile.planning import devices
+from gawscompile.planning.devices import GPUS, Gpu
+from gawscompile.planning.table import Program
+
+
+@dataclass
+class Traced:
+    """One graph of a model: before our passes and after them, and the record of what they did."""
+
+    before: torch.fx.Graph
+    after: torch.fx.Graph
+    record: GraphRecord
+
+
+def gpu_for(target: str) -> Gpu:
+    """The GPU whose numbers the cost model uses for a compilation `target` (``cuda:90``, ``hip:gfx942``): the one of
+    its architecture or else the nearest older one. Raises `SpecError` for what is no target."""
+    kind, _, architecture = target.partition(":")
+    triton_aot.parse_target(target)
+    if kind == "hip":
+        return GPUS["MI300X"]
+    known = {int(gpu.target.split(":")[1]): gpu for gpu in GPUS.values() if gpu.target.startswith("cuda")}
+    return known[max((capability for capability in known if capability <= int(architecture)), default=min(known))]
+
+
+def trace(model: torch.nn.Module, gpu: Gpu, *args: Any, **inputs: Any) -> list[Traced]:
+    """Every graph of one call ``model(*args, **inputs)``, planned for `gpu`; without gradients, on copied inputs.
+
+    Raises what the model and our passes raise.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    from gawscompile.backend import GawsPass
+    from gawscompile.options import Options
+
+    found: list[Traced] = []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        before = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        hook = GawsPass(Options(strict=True), "ahead of time", "cuda")
+        with devices.planning_for(gpu):
+            hook(gm.graph)
+        assert hook.record is not None
+        found.append(Traced(before.graph, gm.graph, hook.record))
+        return torch._functorch.aot_autograd.make_boxed_func(before.forward)
+
+    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
+    call_once(model, backend, args, inputs)
+    return found
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One generated module of a model: who runs in it, by which plan, and its compiled kernels."""
+
+    members: tuple[str, ...]
+    spec: KernelSpec
+    plan: triton.Plan
+    compiled: tuple[Compiled, ...]
+
+
+def kernels(traced: list[Traced], target: str, tokens: int) -> Iterator[Kernel]:
+    """What the groups of a traced model run for `tokens` tokens, each different one once, compiled for `target`."""
+    members: dict[tuple[KernelSpec, triton.Plan], list[str]] = {}
+    for graph in traced:
+        for group in graph.record.groups:
+            program = Program.parse(group.program)
+            members.setdefault((program.spec, program.triton_plan(tokens)), []).append(" + ".join(group.members))
+    for (spec, plan), who in members.items():
+        yield Kernel(tuple(who), spec, plan, tuple(triton_aot.compile_plan(spec, plan, target)))
+
+
+def emit(traced: list[Traced], target: str, tokens: int, out: Path) -> str:
+    """Write a traced model's kernels for `tokens` tokens into the folder `out`, and return the table of resources.
+
+    A subfolder for every generated module holds its source, ``kernel.py``, and for every variant of its kernels the
+    intermediate texts and the binary; ``resources.md`` is the table. Raises `SpecError` where no group was planned.
+    """
+    rows = []
+    for number, kernel in enumerate(kernels(traced, target, tokens)):
+        folder = out / f"{number:02d}_{kernel.plan.name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "kernel.py").write_text(triton.emit(kernel.spec, kernel.plan))
+        for one in kernel.compiled:
+            for suffix, content in one.files.items():
+                if isinstance(content, (str, bytes)):
+                    data = content.encode() if isinstance(content, str) else content
+                    (folder / f"{one.name}.{suffix}").write_bytes(data)
+            rows.append((folder.name, kernel, one))
+    if not rows:
+        raise SpecError("nothing to emit: no group of this model was fused (gawscompile explain says why)")
+    text = _resources(rows, target, tokens)
+    (out / "resources.md").write_text(text + "\n")
+    return text
+
+
+def _resources(rows: list[tuple[str, Kernel, Compiled]], target: str, tokens: int) -> str:
+    lines = [
+        f"Kernels for {target}, {tokens} token{'s' * (tokens != 1)}: registers per thread, spills (NVIDIA: bytes of"
+        " stack and local memory; AMD: registers and bytes of scratch), shared memory in bytes per program, bytes per"
+        " load of a base weight, instructions that order memory between programs.",
+        "",
+        "| module | groups | first group | plan | kernel | warps | registers | spills | shared | W loads | ordering |",
+        "|---|---:|---|---|---|---:|---:|---:|---:|---|---|",
+    ]
+    for folder, kernel, one in rows:
+        cells = [
+            folder,
+            len(kernel.members),
+            kernel.members[0],
+            kernel.plan,
+            one.name,
+            one.warps,
+            one.registers,
+            one.spills,
+            one.shared,
+            ", ".join(map(str, one.loads.get("w", {}))),
+            ", ".join(one.ordering),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

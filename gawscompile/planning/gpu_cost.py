@@ -1,0 +1,74 @@
+"""The cost model of a GPU: seconds per call of each Triton plan, in m, the number of tokens.
+
+A decode plan is bound by memory. What it reaches of the bandwidth follows from the programs that fit on the device at
+once: their loads in flight must cover the latency (Little's law), and the last wave of programs should be a full one.
+That is what chooses the rows per program. A plan for many tokens pays its bytes and its operations, whichever is more.
+Nothing here was measured on a device yet: the numbers rank plans, and are called predicted wherever they are shown.
+"""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+
+from gawscompile.codegen import triton
+from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.planning.devices import Gpu
+
+RESIDENT, RESIDENT_TILES = 8, 4
+"""Programs that share a multiprocessor: of a decode kernel with up to 64 registers and 128 threads, and of a tile."""
+
+IN_FLIGHT = 8192
+"""Bytes of weights that a program keeps in flight: four loads of 16 bytes in each thread of four warps."""
+
+TILE_STEPS = 128
+"""Columns of W that a tile keeps in flight: two steps of 64 while a third is multiplied."""
+
+TENSOR_SHARE = 0.8
+"""What matmuls by tiles, the vendor library's and ours, reach of the bandwidth at a few tokens."""
+
+MATRIX_SHARE = {"fused_tile": 0.5, "gemm_accumulate": 0.75}
+"""What plans reach of the matrix rate where it is the bound."""
+
+
+def costs(spec: KernelSpec, gpu: Gpu, m: sympy.Symbol) -> dict[str, sympy.Expr]:
+    """Each plan that can run `spec`, with its time in `m`."""
+    return {str(plan): _seconds(spec, plan, gpu, m) for plan in triton.plans(spec)}
+
+
+def _seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol) -> sympy.Expr:
+    weights = sum(p.n * spec.k * DTYPES[p.dtype].itemsize for p in spec.projections)
+    factors = sum(math.prod(map(int, o.shape)) * DTYPES[o.dtype].itemsize for o in spec.operands() if o.role in FACTORS)
+    work = 2 * spec.k * sum(p.n for p in spec.projections)
+    launches = triton.launches(spec, plan)
+    overhead = len(launches) * gpu.launch
+    if plan.name == "gemm_accumulate":
+        outputs = m * sum(p.n * DTYPES[p.out].itemsize for p in spec.projections)
+        library = sympy.Max(weights / (TENSOR_SHARE * gpu.bandwidth), _matrix(spec, plan, gpu, m, work))
+        return overhead + len(spec.projections) * gpu.launch + library + (factors + 2 * outputs) / gpu.bandwidth
+    programs, tiles, rows = list(launches.values())[-1], plan.rows is None, plan.rows or 1
+    seats = gpu.multiprocessors * (RESIDENT_TILES if tiles else RESIDENT)
+    flying = TILE_STEPS * weights / (programs * spec.k) if tiles else IN_FLIGHT
+    share = min(1.0, min(programs, seats) * flying / (gpu.bandwidth * gpu.latency))
+    overhead += math.ceil(programs / seats) * gpu.latency
+    streamed = (weights + factors) / (gpu.bandwidth * share)
+    if tiles:
+        streamed /= TENSOR_SHARE
+        again = sympy.Max(m / 64 - 1, 0) * weights / gpu.cache_bandwidth  # every tile of tokens reads all of W
+        return overhead + sympy.Max(streamed + again, _matrix(spec, plan, gpu, m, work))
+    seconds = overhead + streamed + (m - 1) * weights / gpu.cache_bandwidth + m * work / gpu.vector_rate
+    if plan.name == "single_launch":
+        seconds += gpu.publish
+    if plan.name == "redundant_shrink":  # a program reads the A's of its own projection
+        a = [(p.n, t.rank * DTYPES[t.dtype].itemsize) for p in spec.projections for t in p.lowrank]
+        seconds += m * sum(-(-n // rows) * spec.k * column for n, column in a) / gpu.cache_bandwidth
+    return seconds
+
+
+def _matrix(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol, work: int) -> sympy.Expr:
+    """Time of the products alone; tiles of tokens have an edge of at least 16."""
+    return sympy.Max(m, 16) * work / (MATRIX_SHARE[plan.name] * gpu.matrix_rate[spec.x])
+
+
+FACTORS = ("a", "b", "mode")

@@ -1,0 +1,114 @@
+"""The op on a GPU, without one: fakes, the choice of op and plan, the record, and Triton's kernels seen by Inductor."""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gawscompile.codegen.spec import KernelSpec, SpecError
+from gawscompile.passes.lower import is_transparent
+from gawscompile.planning.table import Program
+from gawscompile.runtime import gpu, ops
+
+LORA = "lora(r=8 bf16 s=2.0)"
+SPEC = f"k=128 x=bf16; n=96 w=bf16 out=bf16 residual=bf16 {LORA}; n=32 w=bf16 out=f32 bias=bf16 {LORA}"
+
+
+def _fakes(mode: FakeTensorMode, leading: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    dtypes = {"bf16": torch.bfloat16, "f32": torch.float32}
+    with mode:
+        operands = []
+        for o in KernelSpec.parse(SPEC).operands():
+            shape = [size for s in o.shape for size in (leading if s == "m" else (int(s),))]
+            operands.append(torch.empty(shape, dtype=dtypes[o.dtype], device="cuda"))
+        return torch.empty((*leading, 128), dtype=torch.bfloat16, device="cuda"), operands
+
+
+@pytest.mark.parametrize("leading", [(1,), (2, 3), (1, 0)])
+def test_the_opaque_op_has_a_fake(leading: tuple[int, ...]):
+    mode = FakeTensorMode()
+    x, operands = _fakes(mode, leading)
+    with mode:
+        y = torch.ops.gaws.project(x, operands, f"triton single_launch[8]<=2, fused_tile | {SPEC}")
+    assert [(tuple(t.shape), t.dtype, t.device.type) for t in y] == [
+        ((*leading, 96), torch.bfloat16, "cuda"),
+        ((*leading, 32), torch.float32, "cuda"),
+    ]
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that knows no more than what it would compile for."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    known = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    monkeypatch.setattr(driver, "_active", known)
+    monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("plan", "written"),
+    [
+        ("two_launch[4]", [{"u"}, {"y0", "y1"}]),
+        ("redundant_shrink[8]", [{"y0", "y1"}]),
+        ("fused_tile", [{"u"}, {"y0", "y1"}]),
+    ],
+)
+def test_a_transparent_graph_shows_the_kernels_and_what_they_write(plan: str, written: list[set[str]]):
+    mode = FakeTensorMode()
+    x, operands = _fakes(mode, (1, 3))
+    graph = torch.fx.Graph()
+    nodes = []
+    for value in (x, *operands):
+        nodes.append(graph.placeholder(f"i{len(nodes)}"))
+        nodes[-1].meta["val"] = value
+    call = graph.call_function(
+        torch.ops.gaws.project_traced.default, (nodes[0], nodes[1:], f"triton {plan} | {SPEC}")
+    )
+    items = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+    graph.output(items)
+    gpu.inline(graph)
+    graph.lint()
+    launches = [n for n in graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+    assert [set(n.kwargs["tensors_to_clone"]) for n in launches] == written
+    shapes = [tuple(n.meta["val"].shape) for n in graph.output_node().args[0]]
+    assert shapes == [(1, 3, 96), (1, 3, 32)]
+
+
+@pytest.mark.parametrize(
+    ("program", "transparent"),
+    [
+        ("triton two_launch[4]", True),
+        ("triton autotuned gemm_accumulate", True),
+        ("triton single_launch[4]", False),
+        ("triton two_launch[4]<=2, fused_tile", False),
+        ("gemv_cpp", False),
+    ],
+)
+def test_only_plans_that_keep_nothing_and_add_no_guard_are_transparent(program: str, transparent: bool):
+    parsed = Program.parse(f"{program} | {SPEC}")
+    assert is_transparent(parsed) == transparent and str(parsed) == f"{program} | {SPEC}"
+
+
+@pytest.mark.parametrize(
+    "program", ["triton gemv_cpp", "single_launch[8]", "triton single_launch", "autotuned gemv_cpp", "magic"]
+)
+def test_plans_of_another_emitter_are_refused(program: str):
+    with pytest.raises(SpecError):
+        Program.parse(f"{program} | {SPEC}")
+
+
+def test_a_program_for_a_gpu_does_not_run_on_a_cpu():
+    ops.ensure_loaded()
+    spec = KernelSpec.parse("k=8 x=f32; n=4 w=f32 out=f32")
+    with pytest.raises(RuntimeError, match="tensors on the CPU meet a program for a GPU"):
+        torch.ops.gaws.project(torch.ones(1, 8), [torch.ones(4, 8)], f"triton stream[4] | {spec}")
