@@ -15,9 +15,11 @@ without adapters whose plan would be the library's matmul anyway is given back t
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import KernelSpec
@@ -73,9 +75,29 @@ def _tokens(x: Node) -> Any:
     return m
 
 
+def _give_back_product(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> None:
+    """Two outputs again, and their product after them."""
+    (only,) = node.users
+    shaped = only.meta["val"]
+    node.meta["val"] = [shaped, shaped]
+    with graph.inserting_before(only):
+        gate, up = (context.insert(operator.getitem, (node, i), only, shaped) for i in (0, 1))
+        cast, wide = prims.convert_element_type.default, shaped.to(torch.float32)
+        source = context.insert(cast, (gate, torch.float32), only, wide)
+        weight = context.insert(aten.sigmoid.default, (source,), only, wide)
+        silu = context.insert(aten.mul.Tensor, (source, weight), only, wide)
+        narrow = context.insert(cast, (silu, shaped.dtype), only, shaped)
+        new = context.insert(aten.mul.Tensor, (narrow, up), only, shaped)
+    context.replace(only, new)
+    context.erase(only)
+
+
 def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> None:
     """Plain linears again, in canonical spelling; `lower` spells them in aten."""
     x, operands, _ = args(node)
+    if spec.swiglu:
+        _give_back_product(graph, context, node, spec)
+        spec = dataclasses.replace(spec, swiglu=False)
     named = dict(zip((o.name for o in spec.operands()), operands, strict=True))
     for item in list(node.users):
         i = args(item)[1]

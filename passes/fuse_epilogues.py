@@ -10,8 +10,19 @@ after::
     fused = operators.project(x, [Wo, residual, Ao, Bo], "k=576 x=f32; n=576 w=f32 out=f32 residual=f32 lora(…)")
     add   = fused[0]
 
+and, of SwiGLU's gate and up::
+
+    silu = aten.div(gate, aten.exp(aten.neg(gate)) + 1)      # gate, up = fused[0], fused[1]
+    mul  = aten.mul(silu, up)
+
+after::
+
+    fused = operators.project(x, […], "k=576 x=f32 swiglu; n=1536 …; n=1536 …")
+    mul   = fused[0]
+
 A bias is there already (``addmm`` brought it into the sum). A residual is taken where it has the output's shape and
-dtype, comes before the projection, and nobody else reads the projection's output.
+dtype, comes before the projection, and nobody else reads the projection's output. So is a product, of the two outputs
+of a group that nobody else reads.
 """
 
 from __future__ import annotations
@@ -19,17 +30,98 @@ from __future__ import annotations
 import dataclasses
 import operator
 
+import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, args, aten, dtype, is_call, same_sizes, same_value, value
+from gawscompile.passes.context import (
+    Context,
+    args,
+    aten,
+    dtype,
+    is_call,
+    is_cast,
+    same_sizes,
+    same_value,
+    value,
+)
 
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=project):
         for item in list(node.users):
             _residual(graph, context, node, item)
+        _swiglu(context, node)
+
+
+def _swiglu(context: Context, node: Node) -> None:
+    """One output, ``silu(gate) * up``, in the place of two."""
+    x, operands, text = args(node)
+    spec = KernelSpec.parse(text)
+    items = sorted(node.users, key=lambda item: args(item)[1])
+    if len(spec.projections) != 2 or len(items) != 2 or any(p.transposed or p.residual for p in spec.projections):
+        return
+    for gate, up in (items, items[::-1]):
+        silu = _silu(gate)
+        product = next(iter(up.users), None) if len(up.users) == 1 else None
+        if silu is None or product is None or not is_call(product, aten.mul.Tensor) or product.kwargs:
+            continue
+        if set(args(product)) != {silu, up} or len(silu.users) != 1:
+            continue
+        if not same_value(value(product), value(up)) or not same_value(value(gate), value(up)):
+            continue
+        first = args(gate)[1]
+        mine = [list(owned) for owned in _by_projection(spec, operands)]
+        fused = dataclasses.replace(
+            spec, projections=(spec.projections[first], spec.projections[1 - first]), swiglu=True
+        )
+        node.args = (x, [*mine[first], *mine[1 - first]], str(fused))
+        node.meta["val"] = [value(product)]
+        entries = node.meta["gaws_entries"]
+        node.meta["gaws_entries"] = [entries[first], entries[1 - first]]
+        with context.graph.inserting_after(node):
+            only = context.insert(operator.getitem, (node, 0), product, value(product))
+        context.touched.append(node)
+        context.replace(product, only)
+        context.erase(product)
+        context.matched()
+        return
+
+
+def _silu(gate: Node) -> Node | None:
+    """The node that is ``gate / (1 + exp(-gate))``, perhaps by way of fp32, if nobody else reads the gate."""
+    source = _reader(gate) or gate
+    wide = source is not gate
+    if wide and not (is_cast(source) and dtype(source) == torch.float32):
+        return None
+    for neg in source.users if len(source.users) == 2 else ():
+        exp = _reader(neg, aten.neg.default)
+        total = _reader(exp, aten.exp.default)
+        div = _reader(total, aten.add.Tensor)
+        if total is None or div is None or not is_call(div, aten.div.Tensor) or div.kwargs:
+            continue
+        if args(total)[1] != 1 or args(div)[0] is not source:
+            continue
+        if not wide:
+            return div
+        silu = _reader(div)
+        return silu if silu and is_cast(silu) and dtype(silu) == dtype(gate) else None
+    return None
+
+
+def _reader(node: Node | None, target: object = None) -> Node | None:
+    """Who alone reads `node`, if `node` calls `target` and nothing but its positional arguments matters."""
+    if node is None or len(node.users) != 1 or (target and (not is_call(node, target) or node.kwargs)):
+        return None
+    return next(iter(node.users))
+
+
+def _by_projection(spec: KernelSpec, operands: list[Node]) -> list[list[Node]]:
+    owned: list[list[Node]] = [[] for _ in spec.projections]
+    for operand, tensor in zip(spec.operands(), operands, strict=True):
+        owned[operand.projection].append(tensor)
+    return owned
 
 
 def _residual(graph: Graph, context: Context, node: Node, item: Node) -> None:

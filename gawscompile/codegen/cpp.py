@@ -24,7 +24,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
+from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec, SpecError
 
 CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
@@ -34,7 +34,12 @@ PRELUDE = (Path(__file__).parent / "prelude.cpp").read_text()
 
 
 def emit(spec: KernelSpec) -> str:
-    """The C++ source of a group's kernels. Equal specs give equal text."""
+    """The C++ source of a group's kernels. Equal specs give equal text.
+
+    Raises `SpecError` for SwiGLU over weights kept as ``[k, n]``.
+    """
+    if spec.swiglu and any(p.transposed for p in spec.projections):
+        raise SpecError(f"no C++ for swiglu over transposed weights: {spec}")
     ranks = Scratch(spec)
     parts = [_header(spec), PRELUDE.strip(), "", *_constants(spec, ranks), ""]
     for i, projection in enumerate(spec.projections):
@@ -43,8 +48,9 @@ def emit(spec: KernelSpec) -> str:
             parts += _expand(spec, i, projection, ranks, base=False)
         elif _has_epilogue(projection):
             parts += _add(spec, i, projection, ranks)
+    parts += _multiply(spec) if spec.swiglu else []
     parts += ["}  // namespace", "", *_gemv(spec, ranks)]
-    if any(_has_epilogue(p) for p in spec.projections):
+    if spec.swiglu or any(_has_epilogue(p) for p in spec.projections):
         parts += ["", *_accumulate(spec, ranks)]
     return "\n".join(parts) + "\n"
 
@@ -89,7 +95,8 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
     the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
     operands = _arguments(spec, i, _expanded(p) if base else ("bias", "residual", "b", "mode"))
-    out = CPP_TYPES[p.out]
+    gate, gated = (spec.swiglu and base and i == at for at in (0, 1))
+    out, y = ("float", "gate") if gate else (CPP_TYPES[p.out], "y" if gated else f"y{i}")
     u = "const float* u, " if _extras(i, p, ranks) else ""
     rows = base and not p.transposed
     x = "const X* x, " if rows or _from_x(i, ranks) else ""
@@ -101,7 +108,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
         f"// {spec.formulas()[i]}" if base else "// the same, its base's product from the library",
         "template <int R, int T>",
         f"inline void {'expand' if base else 'spread'}{i}(int64_t row, int64_t t0, "
-        f"{_parameters(operands)}{u}{x}{z}{out}* y{i}) {{",
+        f"{_parameters(operands)}{u}{x}{z}{'const float* gate, ' * gated}{out}* {y}) {{",
     ]
     if dots:
         lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
@@ -120,19 +127,21 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     before += [f"y{i} + at"] if not base else []
     lines += [
         "  for (int t = 0; t < T; ++t) {",
-        f"    const int64_t at = (t0 + t) * N{i} + row;",
+        "    const int64_t at = 4 * t;" if gate else f"    const int64_t at = (t0 + t) * N{i} + row;",
         "    if constexpr (R == 4) {",
         "      Quad v = sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);" if dots else "      Quad v = {};",
         *[f"      v += load4({term});" for term in before],
         *([f"      v += load4(bias{i} + row);"] if p.bias else []),
         *([f"      v += load4(res{i} + at);"] if p.residual else []),
-        f"      store4(y{i} + at, v);",
+        *["      v *= silu(load4(gate + 4 * t));"] * gated,
+        f"      store4({y} + at, v);",
         "    } else {",
         "      float v = sum(acc[0][t]);" if dots else "      float v = 0;",
         *[f"      v += float(*({term}));" for term in before],
         *([f"      v += float(bias{i}[row]);"] if p.bias else []),
         *([f"      v += float(res{i}[at]);"] if p.residual else []),
-        f"      y{i}[at] = {out}(v);",
+        *["      v *= silu(gate[4 * t]);"] * gated,
+        f"      {y}[at] = {out}(v);",
         "    }",
         "  }",
         "}",
@@ -204,13 +213,31 @@ def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[st
     return lines
 
 
-def _unpack(spec: KernelSpec, roles: tuple[str, ...]) -> list[str]:
+def _multiply(spec: KernelSpec) -> list[str]:
+    """2V columns of the one output, all tokens, from what gate and up have become."""
+    out = CPP_TYPES[spec.projections[0].out]
+    return [
+        f"inline void multiply(int64_t n, int64_t m, const {out}* y0, const {out}* y1, {out}* y) {{",
+        "  const int count = int(std::min<int64_t>(2 * V, N0 - n));",
+        "  for (int64_t at = n; at < m * N0; at += N0) {",
+        "    const Pair gate = load_pair(y0 + at, count), up = load_pair(y1 + at, count);",
+        "    store_pair(y + at, {silu(gate.lo) * up.lo, silu(gate.hi) * up.hi}, count);",
+        "  }",
+        "}",
+        "",
+    ]
+
+
+def _unpack(spec: KernelSpec, roles: tuple[str, ...], outs: list[str]) -> list[str]:
     """Name the operands that the body uses: ``const float* a0_0 = (const float*)in[3];``"""
     return [
         f"  const {CPP_TYPES[o.dtype]}* {o.name} = (const {CPP_TYPES[o.dtype]}*)in[{position}];"
         for position, o in enumerate(spec.operands())
         if o.role in roles
-    ] + [f"  {CPP_TYPES[p.out]}* y{i} = ({CPP_TYPES[p.out]}*)out[{i}];" for i, p in enumerate(spec.projections)]
+    ] + [
+        f"  {CPP_TYPES[p.out]}* {name} = ({CPP_TYPES[p.out]}*)out[{i}];"
+        for i, (name, p) in enumerate(zip(outs, [*spec.projections, spec.projections[0]], strict=False))
+    ]
 
 
 def _scratch(ranks: Scratch) -> list[str]:
@@ -286,8 +313,11 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
         costs[i] += sum(4 * e.mode.columns for e in endings if e.mode)
     units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
+    total = f"blocks(N0, ROWS) * {sum(costs)}" if spec.swiglu else total
     body = [*_shrink(spec, ranks), f"    Share rows({total}, id, threads);  // in bytes of weights and factors"]
-    for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)):
+    ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
+    body += _gated(spec, ranks, sum(costs)) if spec.swiglu else []
+    for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
         names = "".join(f"{o.name}, " for o in _arguments(spec, i, _expanded(p)))
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>"
         panel = max(1, PANEL_BYTES // (4 * spec.k * _SIZE[p.dtype]))
@@ -309,9 +339,34 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return [
         'extern "C" void gemv(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         "  const X* x = (const X*)x_;",
-        *_unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale")),
+        *_unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
         *_scratch(ranks),
         *_region(body),
+    ]
+
+
+def _gated(spec: KernelSpec, ranks: Scratch, cost: int) -> list[str]:
+    """A share of the rows of gate and up, each tile of both before the next."""
+    panel = max(1, PANEL_BYTES // (4 * spec.k * sum(_SIZE[p.dtype] for p in spec.projections)))
+    calls = []
+    for i, p in enumerate(spec.projections):
+        names = "".join(f"{o.name}, " for o in _arguments(spec, i, _expanded(p)))
+        u = "u, " if _extras(i, p, ranks) else ""
+        call = f"expand{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{u}x, gate{', y' * i});"
+        calls.append(f"              {call}")
+    return [
+        f"    rows.range(blocks(N0, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
+        f"      for (int64_t panel = first; panel < last; panel += {panel}) {{",
+        f"        const int64_t end = std::min<int64_t>(last, panel + {panel});",
+        "        for_tokens(0, m, [&](auto t, int64_t t0) {",
+        "          for (int64_t block = panel; block < end; ++block)",
+        "            for_rows<N0>(block, [&](auto r, int64_t row) {",
+        "              float gate[4 * decltype(t)::value];",
+        *calls,
+        "            });",
+        "        });",
+        "      }",
+        "    });",
     ]
 
 
@@ -341,33 +396,35 @@ def _expanded(p: ProjectionSpec) -> tuple[str, ...]:
 
 def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     added = [i for i, p in enumerate(spec.projections) if _has_epilogue(p)]
-    total = " + ".join(f"blocks(N{i}, 2 * V)" for i in added)
+    ys = [f"y{i}" for i in range(len(spec.projections))] + ["y"] * spec.swiglu
+    pieces = [(i, _added(spec, i, ranks)) for i in added]
+    if spec.swiglu:  # one piece of both, and of their product
+        together = [line for _, lines in pieces for line in lines]
+        pieces = [(0, [*together, "      multiply(b * 2 * V, m, y0, y1, y);"])]
+    total = " + ".join(f"blocks(N{i}, 2 * V)" for i, _ in pieces)
     body = [*_shrink(spec, ranks), f"    Share columns({total}, id, threads);"]
-    for i in added:
-        u = "u, " if _extras(i, spec.projections[i], ranks) else ""
-        if spec.projections[i].kronecker:
-            body += _spread(spec, i, u + ("x, " if _from_x(i, ranks) else ""))
-            continue
-        names = ", ".join([o.name for o in _arguments(spec, i, ("bias", "residual", "b"))])
-        body.append(
-            f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{ add{i}(b * 2 * V, m, {names}, {u}y{i}); }});"
-        )
+    for i, lines in pieces:
+        body += [f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{", *lines, "    });"]
     reads = ranks.width or any(_from_x(i, ranks) for i in added)
     x = ["  const X* x = (const X*)x_;"] if reads else []
     return [
         'extern "C" void accumulate(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         *x,
-        *_unpack(spec, ("bias", "residual", "a", "b", "scale", "mode", "kron_scale")),
+        *_unpack(spec, ("bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
         *_scratch(ranks),
         *_region(body),
     ]
 
 
-def _spread(spec: KernelSpec, i: int, reads: str) -> list[str]:
-    """2V rows of a projection with Kronecker terms, all tokens, on top of what y holds."""
+def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
+    """2V rows of a projection, all tokens, on top of what y holds: the block b."""
+    u = "u, " if _extras(i, spec.projections[i], ranks) else ""
+    if not spec.projections[i].kronecker:
+        names = ", ".join([o.name for o in _arguments(spec, i, ("bias", "residual", "b"))])
+        return [f"      add{i}(b * 2 * V, m, {names}, {u}y{i});"]
+    reads = u + ("x, " if _from_x(i, ranks) else "")
     names = "".join(f"{o.name}, " for o in _arguments(spec, i, ("bias", "residual", "b", "mode")))
     return [
-        f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{",
         "      for_tokens(0, m, [&](auto t, int64_t t0) {",
         f"        const int64_t end = std::min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS);",
         "        for (int64_t block = b * 2 * V / ROWS; block < end; ++block)",
@@ -375,7 +432,6 @@ def _spread(spec: KernelSpec, i: int, reads: str) -> list[str]:
         f"            spread{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{reads}y{i});",
         "          });",
         "      });",
-        "    });",
     ]
 
 

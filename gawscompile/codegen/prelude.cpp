@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -224,6 +225,18 @@ inline Quad sum4(const F& a, const F& b, const F& c, const F& d) {
 #else
   return Quad{sum(a), sum(b), sum(c), sum(d)};
 #endif
+}
+
+inline float silu(float v) { return v / (1 + std::exp(-v)); }
+
+inline F silu(const F& v) { return v / (F(1) + v.neg().exp()); }
+
+inline Quad silu(const Quad& v) {
+  Quad out;
+  float lanes[V];
+  silu(F::loadu(&v, 4)).store(lanes);
+  std::memcpy(&out, lanes, sizeof out);
+  return out;
 }
 
 inline Quad load4(const float* p) {

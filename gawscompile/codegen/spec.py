@@ -5,7 +5,8 @@ A spec describes one *group*: projections of the same activation ``x`` that run 
     y_i = W_i x + bias_i + residual_i + sum_j s_ij * B_ij (A_ij x) + sum_j s_ij * M_ijp … M_ij1 x
                                                                           i = 0 … projections-1
 
-where each M is a mode product ``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2.
+where each M is a mode product ``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2. A gate and its
+partner may leave the group as one output, ``y = silu(y_0) * y_1`` (SwiGLU: Shazeer 2020).
 
 It is frozen, hashable, and prints to one line that parses back to an equal spec. That line is what travels in
 the graph (as an argument of the op), in caches and in reports, so a process that never ran a pass can still
@@ -146,24 +147,39 @@ class Operand:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A group of projections of one activation ``x`` (``[m, k]``, `dtype` x)."""
+    """A group of projections of one activation ``x`` (``[m, k]``, `dtype` x).
+
+    `swiglu`: there are two projections of one width and out dtype, and one output, ``silu(y_0) * y_1``.
+    """
 
     k: int
     x: str
     projections: tuple[ProjectionSpec, ...]
+    swiglu: bool = False
+
+    def __post_init__(self) -> None:
+        outputs, residuals = {(p.n, p.out) for p in self.projections}, [p for p in self.projections if p.residual]
+        if self.swiglu and (len(self.projections) != 2 or len(outputs) != 1 or residuals):
+            raise SpecError(f"swiglu takes two projections of one width and dtype, without residuals: {self}")
 
     def __str__(self) -> str:
-        return "; ".join([f"k={self.k} x={self.x}", *map(str, self.projections)])
+        return "; ".join([f"k={self.k} x={self.x}{' swiglu' * self.swiglu}", *map(str, self.projections)])
+
+    @property
+    def outputs(self) -> list[tuple[int, str]]:
+        """(features, dtype) of every output."""
+        return [(p.n, p.out) for p in self.projections[: 1 if self.swiglu else None]]
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def parse(text: str) -> KernelSpec:
         """The spec that prints as `text`. Raises `SpecError`, naming the part that is not understood."""
         head, *rest = text.split("; ")
-        match = re.fullmatch(r"k=(\d+) x=(\w+)", head)
+        match = re.fullmatch(r"k=(\d+) x=(\w+)( swiglu)?", head)
         if match is None or not rest:
             raise SpecError(f"not a kernel spec: {text[:200]!r}")
-        return KernelSpec(int(match[1]), _dtype(match[2]), tuple(_parse_projection(part) for part in rest))
+        projections = tuple(_parse_projection(part) for part in rest)
+        return KernelSpec(int(match[1]), _dtype(match[2]), projections, bool(match[3]))
 
     def operands(self) -> Iterator[Operand]:
         """The tensor arguments after ``x``, in the order in which every op and kernel takes them."""
@@ -199,7 +215,7 @@ class KernelSpec:
                 chain = " ".join(f"({mode} G{i}_{j}_{at})" for at, mode in reversed(list(enumerate(kron.modes))))
                 terms.append(f"{scale} {chain} x")
             lines.append(f"y{i}[{p.n}] = " + " + ".join(terms))
-        return lines
+        return [*lines, *[f"y[{self.outputs[0][0]}] = silu(y0) * y1"] * self.swiglu]
 
 
 def _dtype(name: str) -> str:

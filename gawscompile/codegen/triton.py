@@ -219,6 +219,8 @@ def _header(spec: KernelSpec, plan: Plan, style: Style, code: str) -> str:
         "accumulate": f"{_listed(joined)}, added to every y in fp32",
         "project": f"u and the rows of every W; {_listed(joined)} are added in fp32 before the one rounding",
     }
+    if spec.swiglu:
+        said = {what: f"{text}; y is silu(y0) y1" if what != "shrink" else text for what, text in said.items()}
     launches = [f"torch.mm: y{i} = W{i} x" for i in range(len(spec.projections)) if plan.name == "gemm_accumulate"]
     for kernel in style.kernels():
         what = kernel.name.split("_")[0]
@@ -278,7 +280,7 @@ def _comment(text: str) -> list[str]:
 def _host(spec: KernelSpec, plan: Plan, style: Style, tuned: bool) -> str:
     """The function `launch`."""
     operands = list(spec.operands())
-    ys = [f"y{i}" for i in range(len(spec.projections))]
+    ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     activations = ["x", *(o.name for o in operands if o.role == "residual")]
     scales = [o.name for o in operands if o.role in SCALES]
     single = isinstance(style, SingleLaunch)
@@ -300,7 +302,7 @@ def _host(spec: KernelSpec, plan: Plan, style: Style, tuned: bool) -> str:
         *(f"{name} = {name}.to(x.device)" for name in scales),
         "m = x.shape[0]",
         "if outs is None:",
-        *indent(["outs = [", *indent(f"{_empty(str(p.n), p.out)}," for p in spec.projections), "]"]),
+        *indent(["outs = [", *indent(f"{_empty(str(n), dtype)}," for n, dtype in spec.outputs), "]"]),
         *_unpack(ys, "outs"),
         *[f"u = {_empty('WIDTH.value', 'f32')}"] * any(t.name == "u" for k in style.kernels() for t in k.shared),
     ]
@@ -310,6 +312,8 @@ def _host(spec: KernelSpec, plan: Plan, style: Style, tuned: bool) -> str:
             "    flags = torch.zeros((m, FLAGS.value), dtype=torch.int32, device=x.device)",
         ]
     if plan.name == "gemm_accumulate":
+        if spec.swiglu:
+            body += [f"y{i} = {_empty(str(p.n), p.out)}" for i, p in enumerate(spec.projections)]
         turned = ["" if p.transposed else ".t()" for p in spec.projections]
         body += [f"torch.mm(x, w{i}{turn}, out=y{i})" for i, turn in enumerate(turned)]
     if isinstance(style, Tile) and style.kernels():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.codegen.spec import KernelSpec, LowRankSpec
 from gawscompile.codegen.triton_kernels import (
     Style,
     blocks_of_rows,
@@ -29,7 +29,7 @@ from gawscompile.codegen.triton_kernels import (
     to_rows,
     with_offsets,
 )
-from gawscompile.codegen.triton_modes import Columns, Emitter, Product
+from gawscompile.codegen.triton_modes import Emitter, Product
 from gawscompile.codegen.triton_text import (
     Case,
     Cut,
@@ -37,6 +37,7 @@ from gawscompile.codegen.triton_text import (
     Work,
     constant,
     cut,
+    defining,
     function,
     index,
     load,
@@ -64,6 +65,7 @@ class Gemv(Style):
 
     name = "gemv"
     reach = "for one token"
+    total = "out"
     token = ("token = tl.program_id(0).to(tl.int64)",)  # the fast axis, so tokens share rows while these are in L2
 
     def __init__(self, spec: KernelSpec, rows: int) -> None:
@@ -81,16 +83,12 @@ class Gemv(Style):
         return _warps(GEMV_ELEMENTS if self.written else self.shrink_columns.block)
 
     def _expand_warps(self) -> int:
-        blocks = [self._cut_rows(p, mine).block for p, mine in zip(self.spec.projections, self.columns, strict=True)]
+        blocks = [self.rows(i).block for i in range(len(self.spec.projections))]
         return _warps(max(self._cut_columns(block).block * block for block in blocks))
 
-    def _read_u(self, columns: Columns) -> list[str]:
-        """What comes before the first read of u."""
-        return []
-
-    def _cut_rows(self, p: ProjectionSpec, columns: Columns) -> Cut:
-        blocks = tuple(block for block in GEMV_ROWS if block >= GEMV_TRANSPOSED) if p.transposed else self.row_blocks
-        return cut(p.n, dividing(blocks, p.n, [ending.period for ending in columns.endings]))
+    def cut_rows(self, n: int, transposed: bool, periods: list[int]) -> Cut:
+        blocks = tuple(block for block in GEMV_ROWS if block >= GEMV_TRANSPOSED) if transposed else self.row_blocks
+        return cut(n, dividing(blocks, n, periods))
 
     def _cut_columns(self, rows: int) -> Cut:
         return cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // rows])
@@ -117,12 +115,8 @@ class Gemv(Style):
         blocks = dividing(GEMV_ROWS, product.mode.outputs, [product.period])
         few = tuple(block for block in blocks if product.mode.outputs >= block * GEMV_PROGRAMS) or blocks[-1:]
         rows = cut(product.mode.outputs, few)
-        product_ = Emitter(product, rows, "BLOCK_N", self.spec.x).gemv()
-        body = [
-            constant("BLOCK_N", rows.block),
-            *row_range(rows, "BLOCK_N", str(product.mode.outputs)),
-            *row_names("BLOCK_N", product_),
-            *product_,
+        product_ = [
+            *Emitter(product, rows, "BLOCK_N", self.spec.x).gemv(),
             *store(
                 f"{plus('u', product.column or 0)} + first + rows",
                 rescaled(product, f"tl.sum(part{product.term}, axis=1)"),
@@ -130,11 +124,14 @@ class Gemv(Style):
                 [rows.mask("row_ok")],
             ),
         ]
+        body = [
+            constant("BLOCK_N", rows.block),
+            *defining([*row_range(rows, "BLOCK_N", str(product.mode.outputs)), *row_names("BLOCK_N")], product_),
+        ]
         return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(body)), rows.steps
 
-    def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
-        p, rows = projection, self._cut_rows(projection, columns)
-        cols = self._cut_columns(rows.block)
+    def multiply(self, i: int, rows: Cut) -> list[str]:
+        p, cols = self.spec.projections[i], self._cut_columns(rows.block)
         if p.transposed:
             shape = "(BLOCK_K, BLOCK_N)"
             w = f"w + {row_of_w(p, self.spec.k, 'cols[:, None]')} + rows[None, :]"
@@ -153,23 +150,22 @@ class Gemv(Style):
             *load("ws =", w, ok, p.dtype),
             f"acc {'+=' if cols.steps > 1 else '='} ws * xs",
         ]
-        epilogue = self._epilogue(p, columns, rows)
-        body = [
-            constant("BLOCK_N", rows.block),
+        return [
             constant("BLOCK_K", cols.block),
-            *row_range(rows, "BLOCK_N", "N"),
-            *row_names("BLOCK_N", epilogue),
-            *to_rows(p),
+            f"w += {'first' if p.transposed else 'first * K'}",
             *zeros(cols, shape),
             *loop(cols, _unrolled(cols, cols.block * rows.block, self._expand_warps()), step),
             f"out = tl.sum(acc, axis={0 if p.transposed else 1})",
-            *epilogue,
         ]
-        return Work(f"BLOCK_N rows of a y, {self.reach}: {{}}.", tuple(body)), rows.steps
 
-    def _epilogue(self, p: ProjectionSpec, columns: Columns, rows: Cut) -> list[str]:
-        ok = [rows.mask("row_ok")]
-        lines: list[str] = []
+    def store(self, value: str, dtype: str, rows: Cut) -> list[str]:
+        return store(
+            "y + rows", f"({value})" if " " in value and dtype != "f32" else value, dtype, [rows.mask("row_ok")]
+        )
+
+    def epilogue(self, i: int, rows: Cut) -> list[str]:
+        p, columns, ok = self.spec.projections[i], self.columns[i], [rows.mask("row_ok")]
+        lines = to_rows(p)
         if p.bias:
             lines += load("out +=", "bias + rows", ok, p.bias)
         if p.residual:
@@ -177,13 +173,13 @@ class Gemv(Style):
         of_x, of_u = ([e for e in columns.endings if (e.source is None) == on_x] for on_x in (True, False))
         for ending in of_x:
             lines += self._add_mode(ending, rows)
-        if p.lowrank or of_u:
-            lines += self._read_u(columns)
+        if (p.lowrank or of_u) and not self.spec.swiglu:  # gate and up wait together
+            lines += self.before_u(columns.endings)
         for j, (term, offset) in enumerate(with_offsets(p)):
             lines += self._add_term(j, term, offset, rows)
         for ending in of_u:
             lines += self._add_mode(ending, rows)
-        return lines + store("y + rows", "out", p.out, ok)
+        return lines
 
     def _add_mode(self, ending: Product, rows: Cut) -> list[str]:
         part = f"tl.sum(part{ending.term}, axis=1)"
@@ -252,8 +248,8 @@ class SingleLaunch(Gemv):
             function("@triton.jit", "wait", params, doc, wait),
         )
 
-    def _read_u(self, columns: Columns) -> list[str]:
-        return self._wait(max((e.launch - 1 for e in columns.endings if e.source is not None), default=0))
+    def before_u(self, endings: list[Product]) -> list[str]:
+        return self._wait(max((e.launch - 1 for e in endings if e.source is not None), default=0))
 
     def _wait(self, stage: int) -> list[str]:
         # while the counts are not known yet any will do: no number of programs depends on them
@@ -269,8 +265,8 @@ class RedundantShrink(Gemv):
     def kernels(self) -> list[Kernel]:
         return [self._kernel("project", "The rows of every y", self.expands())]
 
-    def expand(self, i: int) -> Case:
-        return dataclasses.replace(super().expand(i), column=0)
+    def column(self, i: int) -> int:
+        return 0
 
     def _ranks_of_u(self, j: int, term: LowRankSpec, offset: int, ranks: Cut) -> list[str]:
         cols = cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // ranks.block])

@@ -8,23 +8,28 @@ shapes by rules of thumb and were not tuned on a device.
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import accumulate
 
 from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
-from gawscompile.codegen.triton_modes import Columns, Product, columns
+from gawscompile.codegen.triton_modes import Product, columns
 from gawscompile.codegen.triton_text import (
     Case,
     Cut,
     Kernel,
     Tensor,
     Work,
+    call,
+    constant,
+    defining,
+    function,
     index,
     loop,
+    plus,
     scaled,
     times,
+    words,
 )
 
 MAX_ROW_BLOCKS = 65535  # CUDA's limit for the second axis of a grid
@@ -43,6 +48,10 @@ class Style(ABC):
     passed: tuple[str, ...] = ("token",)  # what work may use beside tensors
     extra: tuple[tuple[str, str], ...] = ()  # further parameters, with their Triton types
     expanded: tuple[str, ...] = ("weight", "bias", "residual", "b")  # operands of an expanding case
+    does = "BLOCK_N rows of a y"
+    total: str  # what the work calls the rows before they are stored
+    names: tuple[str, ...] = ()  # lines that define more names for expanding cases
+    reads_y = False  # whether an expanding case adds to what y holds
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
@@ -77,17 +86,90 @@ class Style(ABC):
 
     def expands(self) -> list[Case]:
         """The rows of every W, with bias, residual, B u and last mode products as their epilogue."""
+        if self.spec.swiglu:
+            return [self.gated()]
         return [self.expand(i) for i in range(len(self.spec.projections))]
 
     def expand(self, i: int) -> Case:
         """The rows of one W."""
-        p, mine = self.spec.projections[i], self.columns[i]
+        p, rows = self.spec.projections[i], self.rows(i)
+        place = ["y += token * N + first"]
+        body = [
+            *(place if self.reads_y else []),
+            *self.multiply(i, rows),
+            *self.epilogue(i, rows),
+            *([] if self.reads_y else place),
+            *self.store(self.total, p.out, rows),
+        ]
+        work = Work(f"{self.does}, {self.reach}: {{}}.", tuple(self.framed(body, rows)))
+        return Case(f"y{i}", work, (*self.tensors(i), Tensor("y", f"y{i}", p.out)), rows.steps, self.column(i), p.n)
+
+    def gated(self) -> Case:
+        """The rows of gate and up, whose product alone is stored: ``silu(y0) * y1``."""
+        gate, rows = self.spec.projections[0], self.rows(0)
+        name = "read" if self.reads_y else "multiply"
+        products, multiply = self._halves(name, "W x", [self.multiply(i, rows) for i in (0, 1)], rows)
+        sums, add = self._halves("add", "what is added to them", [self.epilogue(i, rows) for i in (0, 1)], rows)
+        body = [
+            *products,
+            *(self.before_u([e for mine in self.columns for e in mine.endings]) if "u" in words(sums) else []),
+            *sums,
+            "y += token * N + first",
+            *self.store("gate * tl.sigmoid(gate) * up", gate.out, rows),
+        ]
+        work = Work(f"{self.does}, {self.reach}: {{}}.", tuple(self.framed(body, rows)), (*multiply, *add))
+        tensors = [Tensor(t.name, t.name, t.dtype) for i in (0, 1) for t in self.tensors(i, temporary=True)]
+        return Case("y = silu(y0) y1", work, (*tensors, Tensor("y", "y", gate.out)), rows.steps, 0, gate.n)
+
+    def _halves(self, name: str, what: str, bodies: list[list[str]], rows: Cut) -> tuple[list[str], list[str]]:
+        """Calls of a function each for gate and up, and the functions: one, if they are alike."""
+        calls, texts = [], []
+        alike = len({tuple(body) for body in bodies}) == 1
+        for i, (half, body) in enumerate(zip(("gate", "up"), bodies, strict=True)):
+            if not body:
+                continue
+            place = ["y += token * N + first"] * ("y" in words(body))
+            lines = self.framed([*place, *body], rows)
+            lines = [*[constant("N", self.spec.projections[i].n)] * ("N" in words(lines)), *lines]
+            given = {self.total: half} if name == "add" else {}
+            given |= {"x": "x", "u": plus("u", self.column(i))}
+            given |= {tensor.role: tensor.name for tensor in self.tensors(i, temporary=True)}
+            given |= {other: other for other in ("block", *self.passed)}
+            given = {param: value for param, value in given.items() if param in words(lines)}
+            params = [f"{param}: tl.constexpr" if (param, "constexpr") in self.extra else param for param in given]
+            title = name if alike else f"{name}_{half}"
+            doc = f"BLOCK_N rows of {'gate or up' if alike else half}, {self.reach}: {what}, in fp32."
+            calls += call(f"{half} = {title}", given.values())
+            texts.append(function("@triton.jit", title, params, doc, [*lines, f"return {self.total}"]))
+        return calls, list(dict.fromkeys(texts))
+
+    def framed(self, body: list[str], rows: Cut) -> list[str]:
+        """`body` after the names of its rows, as far as it reads them."""
+        names = [*row_range(rows, "BLOCK_N", "N"), *row_names("BLOCK_N"), *self.names]
+        return [constant("BLOCK_N", rows.block), *defining(names, body)]
+
+    def tensors(self, i: int, temporary: bool = False) -> list[Tensor]:
+        """What the rows of one W read beside x and u, what they add to included if it is `temporary`."""
         operands = [o for o in self.spec.operands() if o.projection == i and o.role in self.expanded]
         tensors = [_tensor(o, numbered=True) for o in operands]
-        tensors += [_tensor(o) for ending in mine.endings for o in _factors(self.spec, i, ending)]
-        work, programs = self.expand_work(p, mine)
-        column = self.offsets[i] if mine.width else 0
-        return Case(f"y{i}", work, (*tensors, Tensor("y", f"y{i}", p.out)), programs, column, p.n)
+        tensors += [_tensor(o) for ending in self.columns[i].endings for o in _factors(self.spec, i, ending)]
+        return tensors + [Tensor("y", f"y{i}", self.spec.projections[i].out)] * (temporary and self.reads_y)
+
+    def rows(self, i: int) -> Cut:
+        """How the rows of one W are cut; those of gate and up alike."""
+        joined = range(len(self.spec.projections)) if self.spec.swiglu else [i]
+        periods = [ending.period for j in joined for ending in self.columns[j].endings]
+        return self.cut_rows(
+            self.spec.projections[i].n, any(self.spec.projections[j].transposed for j in joined), periods
+        )
+
+    def column(self, i: int) -> int:
+        """Of u, the first that belongs to a projection."""
+        return self.offsets[i] if self.columns[i].width else 0
+
+    def before_u(self, endings: list[Product]) -> list[str]:
+        """What comes before the first read of u."""
+        return []
 
     def terms(self) -> list[tuple[int, int, LowRankSpec, int]]:
         """Every low-rank term of the group: its projection, its index there, itself, its first column in u."""
@@ -104,10 +186,10 @@ class Style(ABC):
         return sorted(found, key=lambda section: section[1])
 
     def _kernel(self, what: str, doc: str, cases: list[Case]) -> Kernel:
-        words = {word for case in cases for line in case.work.body for word in re.findall(r"\w+", line)}
+        read = words(line for case in cases for line in case.work.body)
         shared = [Tensor("x", "x", self.spec.x), Tensor("u", "u", "f32"), Tensor("flags", "flags", "i32")]
         lengths = {"x": "K", "u": "WIDTH", "flags": "FLAGS"}
-        shared = [tensor for tensor in shared if tensor.name in words]
+        shared = [tensor for tensor in shared if tensor.name in read]
         return Kernel(
             name=f"{what}_{self.name}",
             doc=f"{doc}, {self.reach}.",
@@ -146,8 +228,20 @@ class Style(ABC):
         """What a program does for `product`, which writes to u, and the number of programs."""
 
     @abstractmethod
-    def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
-        """What a program does for `projection`, and the number of programs."""
+    def cut_rows(self, n: int, transposed: bool, periods: list[int]) -> Cut:
+        """How `n` rows of W are cut, in blocks that divide `periods` if any does."""
+
+    @abstractmethod
+    def multiply(self, i: int, rows: Cut) -> list[str]:
+        """`total` = W x for the rows of a program."""
+
+    @abstractmethod
+    def epilogue(self, i: int, rows: Cut) -> list[str]:
+        """What is added to `total`."""
+
+    @abstractmethod
+    def store(self, value: str, dtype: str, rows: Cut) -> list[str]:
+        """`value` to the rows of y."""
 
 
 def _tensor(o: Operand, numbered: bool = False) -> Tensor:
@@ -171,11 +265,9 @@ def rescaled(product: Product, value: str) -> str:
     return scaled(kron.scale, kron.scale_dtype, f"kron_scale{product.term}", value) if product.scaled else value
 
 
-def row_names(block: str, body: list[str]) -> list[str]:
+def row_names(block: str) -> list[str]:
     """The names of rows in 32 bits that mode products use."""
-    words = set(re.findall(r"\w+", "\n".join(body)))
-    names = {"start": f"block * {block}", "row": f"block * {block} + rows"}
-    return [f"{name} = {value}" for name, value in names.items() if name in words]
+    return [f"start = block * {block}", f"row = block * {block} + rows"]
 
 
 def dividing(blocks: tuple[int, ...], size: int, periods: Iterable[int]) -> tuple[int, ...]:
@@ -220,14 +312,12 @@ def row_range(range_: Cut, block: str, end: str) -> list[str]:
     ]
 
 
-def to_rows(p: ProjectionSpec, base: bool = True) -> list[str]:
-    """Move every tensor of `p` to its token (where it has tokens) and to its first row; W too if `base`."""
+def to_rows(p: ProjectionSpec) -> list[str]:
+    """Move what is added to its token (where it has tokens) and to its first row."""
     return [
-        *["w += first" if p.transposed else "w += first * K"] * base,
         *["bias += first"] * bool(p.bias),
         *["residual += token * N + first"] * bool(p.residual),
         *(f"b{j} += {times('first', term.rank)}" for j, term in enumerate(p.lowrank)),
-        "y += token * N + first",
     ]
 
 

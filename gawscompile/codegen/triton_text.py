@@ -141,6 +141,21 @@ def scaled(scale: float | None, dtype: str, name: str, value: str) -> str:
     return value if scale == 1.0 else f"{scale!r} * {value}"
 
 
+def words(lines: Iterable[str]) -> set[str]:
+    """The names in `lines`, comments aside."""
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    return set(re.findall(r"\w+", code))
+
+
+def defining(definitions: Sequence[str], body: Sequence[str]) -> list[str]:
+    """`body` after those of `definitions`, ``name = value`` each, whose names it or a later one of them reads."""
+    lines = list(body)
+    for definition in reversed(definitions):
+        if words([definition.split("=")[0].split(":")[0]]) & words(lines):
+            lines.insert(0, definition)
+    return lines
+
+
 def plus(name: str, offset: int) -> str:
     return f"{name} + {offset}" if offset else name
 
@@ -163,10 +178,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """What a program does once its tensors are picked; `doc` has a place for the labels of the cases it serves."""
+    """What a program does once its tensors are picked; `doc` has a place for the labels of the cases it serves.
+    `helpers` are functions that it calls."""
 
     doc: str
     body: tuple[str, ...]
+    helpers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -270,7 +287,8 @@ class Kernel:
         if tuned:
             head = "\n".join([*self._autotuner(), head])
         kernel = function(head, self.name, map(self._param, self.types()), doc, [*self.prologue, *body])
-        return "\n\n\n".join([*self.helpers, *parts, kernel])
+        called = dict.fromkeys([*self.helpers, *(text for case in self.cases for text in case.work.helpers)])
+        return "\n\n\n".join([*called, *parts, kernel])
 
     def _autotuner(self) -> list[str]:
         configs = []
@@ -309,9 +327,9 @@ class Kernel:
 
     def _used(self, group: Group) -> tuple[list[str], list[str]]:
         """Which tensors that all share, and which of `block` and the names in `passed`, the group's code reads."""
-        words = set(re.findall(r"\w+", "\n".join(group.body())))
-        shared = [tensor.name for tensor in self.shared if tensor.name in words]
-        return shared, [name for name in ("block", *self.passed) if name in words]
+        read = words(group.body())
+        shared = [tensor.name for tensor in self.shared if tensor.name in read]
+        return shared, [name for name in ("block", *self.passed) if name in read]
 
     def _param(self, name: str) -> str:
         return f"{name}: tl.constexpr" if (name, "constexpr") in self.extra else name

@@ -24,7 +24,7 @@ from gawscompile.codegen.triton_kernels import (
     to_rows,
     with_offsets,
 )
-from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Columns, Emitter, Product
+from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Emitter, Product
 from gawscompile.codegen.triton_text import (
     Case,
     Cut,
@@ -32,6 +32,7 @@ from gawscompile.codegen.triton_text import (
     Work,
     constant,
     cut,
+    defining,
     dot,
     load,
     loop,
@@ -56,7 +57,8 @@ class Tile(Style):
     """More tokens: a program makes a tile of BLOCK_M of them by some rows with `tl.dot`, which sums in fp32."""
 
     name = "tile"
-    does = "BLOCK_N rows of a y"
+    total = "acc"
+    names = _TOKENS
     reach = "for BLOCK_M tokens of which `left` exist"
     token = ("token = tl.program_id(0).to(tl.int64) * BLOCK_M", "left = (m - token).to(tl.int32)")
     passed = ("token", "left", "BLOCK_M")
@@ -96,6 +98,7 @@ class Tile(Style):
             constant("BLOCK_R", rows.block),
             constant("BLOCK_K", self._cut_columns(term.dtype).block),
             *row_range(rows, "BLOCK_R", str(term.rank)),
+            *_TOKENS,
             "a += first * K",
             "u += first",
             *self._product("a", term.dtype, rows, "BLOCK_R"),
@@ -109,37 +112,25 @@ class Tile(Style):
         product_ = Emitter(product, rows, "BLOCK_N", self.spec.x, tiles=True).tile("acc", fresh=True)
         at = f"{plus('u', product.column or 0)} + tokens[:, None] * WIDTH + (first + rows)[None, :]"
         ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
-        body = [
-            constant("BLOCK_N", rows.block),
-            *row_range(rows, "BLOCK_N", str(outputs)),
-            *row_names("BLOCK_N", product_),
-            *_TOKENS,
-            *product_,
-            *store(at, rescaled(product, "acc"), "f32", ok),
-        ]
+        body = [*product_, *store(at, rescaled(product, "acc"), "f32", ok)]
+        names = [*row_range(rows, "BLOCK_N", str(outputs)), *row_names("BLOCK_N"), *_TOKENS]
+        body = [constant("BLOCK_N", rows.block), *defining(names, body)]
         return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(body)), rows.steps
 
-    def expand_work(self, projection: ProjectionSpec, columns: Columns) -> tuple[Work, int]:
-        p = projection
-        periods = [ending.period for ending in columns.endings]
-        rows = cut(p.n, dividing(self.row_blocks, p.n, periods), DOT_MINIMUM)
-        epilogue = self._epilogue(p, columns, rows)
-        body = [
-            constant("BLOCK_N", rows.block),
-            *row_range(rows, "BLOCK_N", "N"),
-            *row_names("BLOCK_N", epilogue),
-            *self._start(p, rows),
-            *epilogue,
-        ]
-        return Work(f"{self.does}, {self.reach}: {{}}.", tuple(body)), rows.steps
+    def cut_rows(self, n: int, transposed: bool, periods: list[int]) -> Cut:
+        return cut(n, dividing(self.row_blocks, n, periods), DOT_MINIMUM)
 
-    def _start(self, p: ProjectionSpec, rows: Cut) -> list[str]:
-        """``acc`` before the epilogue: W x."""
+    def multiply(self, i: int, rows: Cut) -> list[str]:
+        p = self.spec.projections[i]
         return [
             constant("BLOCK_K", self._cut_columns(p.dtype).block),
-            *to_rows(p),
+            f"w += {'first' if p.transposed else 'first * K'}",
             *self._product("w", p.dtype, rows, "BLOCK_N", p if p.transposed else None),
         ]
+
+    def store(self, value: str, dtype: str, rows: Cut) -> list[str]:
+        value = f"({value})" if " " in value and dtype != "f32" else value
+        return store("y + tokens[:, None] * N + rows[None, :]", value, dtype, _ok(rows))
 
     def _common(self, dtype: str) -> str:
         """Operands of one dtype meet in it (and sum in fp32), others in fp32, which holds every value of both."""
@@ -167,15 +158,13 @@ class Tile(Style):
             *dot("xs", "ws", common, accumulate=cols.steps > 1),
         ]
         return [
-            *_TOKENS,
             *zeros(cols, f"(BLOCK_M, {block})"),
             *loop(cols, "for k in range(0, K, BLOCK_K)", step),
         ]
 
-    def _epilogue(self, p: ProjectionSpec, columns: Columns, rows: Cut) -> list[str]:
-        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
-        at = "tokens[:, None] * N + rows[None, :]"
-        lines: list[str] = []
+    def epilogue(self, i: int, rows: Cut) -> list[str]:
+        p, columns = self.spec.projections[i], self.columns[i]
+        lines = to_rows(p)
         for j, (term, offset) in enumerate(with_offsets(p)):
             lines += self._add_term(j, term, offset, rows)
         for ending in columns.endings:
@@ -187,8 +176,8 @@ class Tile(Style):
         if p.bias:
             lines += load("acc +=", "bias + rows", [rows.mask("row_ok")], p.bias, view="[None, :]")
         if p.residual:
-            lines += load("acc +=", f"residual + {at}", ok, p.residual)
-        return lines + store(f"y + {at}", "acc", p.out, ok)
+            lines += load("acc +=", "residual + tokens[:, None] * N + rows[None, :]", _ok(rows), p.residual)
+        return lines
 
     def _add_term(self, j: int, term: LowRankSpec, offset: int, rows: Cut) -> list[str]:
         ranks = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
@@ -211,21 +200,25 @@ class Accumulate(Tile):
 
     does = "Added to BLOCK_N rows of a y"
     expanded = ("bias", "residual", "b")
+    reads_y = True
 
     def kernels(self) -> list[Kernel]:
         return [dataclasses.replace(k, name=k.name.replace("expand", "accumulate")) for k in super().kernels()]
 
     def expands(self) -> list[Case]:
+        if self.spec.swiglu:
+            return [self.gated()]
         adds = (bool(p.bias or p.residual or p.lowrank or p.kronecker) for p in self.spec.projections)
         return [self.expand(i) for i, adds_ in enumerate(adds) if adds_]
 
-    def _start(self, p: ProjectionSpec, rows: Cut) -> list[str]:
-        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
-        return [
-            *to_rows(p, base=False),
-            *_TOKENS,
-            *load("acc =", "y + tokens[:, None] * N + rows[None, :]", ok, p.out),
-        ]
+    def multiply(self, i: int, rows: Cut) -> list[str]:
+        p = self.spec.projections[i]
+        return load("acc =", "y + tokens[:, None] * N + rows[None, :]", _ok(rows), p.out)
+
+
+def _ok(rows: Cut) -> list[str]:
+    """The mask of a tile of y."""
+    return ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
 
 
 def _common_with_u(term: LowRankSpec) -> str:

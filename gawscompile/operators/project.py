@@ -12,7 +12,7 @@ from gawscompile.operators.algebra import Kronecker, Mode
 def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[torch.Tensor]:
     """What the generated kernels of `spec` compute, segment by segment, in the dtypes that eager would use.
 
-    x ``[..., k]``; `operands` as ``KernelSpec.operands()`` lists them; one ``[..., n_i]`` per projection.
+    x ``[..., k]``; `operands` as ``KernelSpec.operands()`` lists them; one ``[..., n]`` per output.
     """
     parsed = KernelSpec.parse(spec)
     named = {operand.name: tensor for operand, tensor in zip(parsed.operands(), operands, strict=True)}
@@ -30,4 +30,4 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
             y = y + Kronecker(tuple(modes), scale).apply(x)
         y = y.to(DTYPES[p.out]) if x.dtype != torch.float64 else y
         outputs.append(y + named[f"res{i}"] if p.residual else y)
-    return outputs
+    return [F.silu(outputs[0]) * outputs[1]] if parsed.swiglu else outputs

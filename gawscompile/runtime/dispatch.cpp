@@ -45,6 +45,7 @@ struct Program {
   int32_t x_dtype;
   std::vector<Operand> operands;
   std::vector<Projection> projections;
+  bool swiglu;  // two projections, one output: silu(first) * second
 };
 
 std::shared_mutex mutex;
@@ -88,6 +89,20 @@ Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t 
   return Tensor(handle);
 }
 
+// New memory, laid out plainly.
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d];
+  }
+  AtenTensorHandle handle;
+  CHECK_OK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 std::vector<Tensor> project(Tensor x, std::vector<Tensor> operands, std::string text) {
   const Program& program = find(text);
   STD_TORCH_CHECK(
@@ -110,24 +125,24 @@ std::vector<Tensor> project(Tensor x, std::vector<Tensor> operands, std::string 
   std::vector<Tensor> outputs;
   outputs.reserve(program.projections.size());
   std::vector<void*> out;
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   for (const Projection& p : program.projections) {
+    if (program.swiglu && !outputs.empty()) break;
     sizes.back() = p.n;
-    int64_t step = 1;
-    for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
-      strides[d] = step;
-      step *= sizes[d];
-    }
-    AtenTensorHandle handle;
-    CHECK_OK(aoti_torch_empty_strided(
-        int64_t(sizes.size()), sizes.data(), strides.data(), p.dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    outputs.emplace_back(handle);
+    outputs.push_back(empty(sizes, p.dtype));
     out.push_back(outputs.back().data_ptr());
   }
   if (m == 0) return outputs;
   if (m <= program.gemv_max) {
     program.gemv(m, x.data_ptr(), in.data(), out.data());
     return outputs;
+  }
+  std::vector<Tensor> products;  // gate and up, before accumulate makes one output of them
+  if (program.swiglu) {
+    for (const Projection& p : program.projections) {
+      products.push_back(empty({m, p.n}, p.dtype));
+      out.insert(out.end() - 1, products.back().data_ptr());
+    }
   }
   Tensor rows = view(x.data_ptr(), m, program.k, program.k, 1, program.x_dtype);
   for (size_t i = 0; i < program.projections.size(); ++i) {
@@ -149,13 +164,14 @@ extern "C" void gaws_register(
     const char* text, void* gemv, void* accumulate, int64_t gemv_max, int64_t k, int32_t x_dtype, int64_t n_operands,
     const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
     int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
-    const bool* transposed) {
+    const bool* transposed, bool swiglu) {
   auto program = std::make_unique<Program>();
   program->gemv = Kernel(gemv);
   program->accumulate = Kernel(accumulate);
   program->gemv_max = gemv_max;
   program->k = k;
   program->x_dtype = x_dtype;
+  program->swiglu = swiglu;
   for (int64_t i = 0, at = 0; i < n_operands; at += ranks[i++])
     program->operands.push_back({dtypes[i], {shapes + at, shapes + at + ranks[i]}, names[i]});
   for (int64_t i = 0; i < n_projections; ++i)

@@ -30,7 +30,7 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list
     flat = x.reshape(-1, spec.k).contiguous()
     m = flat.shape[0]
     if m == 0:
-        return [x.new_empty((*x.shape[:-1], p.n), dtype=DTYPES[p.out]) for p in spec.projections]
+        return [x.new_empty((*x.shape[:-1], n), dtype=DTYPES[dtype]) for n, dtype in spec.outputs]
     plan = parsed.triton_plan(m)
     tensors = [
         (t.reshape(m, -1) if o.role == "residual" else t).contiguous()

@@ -2,10 +2,10 @@
 
     gaws::project(Tensor x, Tensor[] operands, str program) -> Tensor[]
 
-`x` is ``[..., k]``; `operands` follow ``KernelSpec.operands()``; `program` is a printed ``Program``. One output
-``[..., n_i]`` per projection, contiguous. The op is defined here at import, with its fake; its CPU kernel is
-`dispatch.cpp`, built and loaded by `ensure_loaded`, its CUDA kernel is in `gpu`. A program met for the first time in a
-process (a warm start runs no pass) is parsed, emitted, built and registered then.
+`x` is ``[..., k]``; `operands` follow ``KernelSpec.operands()``; `program` is a printed ``Program``. The outputs are
+``[..., n]``, one per projection (one in all under ``KernelSpec.swiglu``), contiguous. The op is defined here at import,
+with its fake; its CPU kernel is `dispatch.cpp`, built and loaded by `ensure_loaded`, its CUDA kernel is in `gpu`. A
+program met for the first time in a process (a warm start runs no pass) is parsed, emitted, built and registered then.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ _library.define(
 )
 
 
-
 def _fake(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[torch.Tensor]:
-    projections = Program.parse(program).spec.projections
-    return [x.new_empty((*x.shape[:-1], p.n), dtype=DTYPES[p.out]) for p in projections]
+    outputs = Program.parse(program).spec.outputs
+    return [x.new_empty((*x.shape[:-1], n), dtype=DTYPES[dtype]) for n, dtype in outputs]
 
 
 torch.library.register_fake("gaws::project", _fake, lib=_library)
@@ -129,4 +128,5 @@ def register(program: str) -> None:
         (ctypes.c_int32 * len(spec.projections))(*[_DTYPE_CODES[p.out] for p in spec.projections]),
         (ctypes.c_int64 * len(spec.projections))(*[i for i, o in enumerate(operands) if o.role == "weight"]),
         (ctypes.c_bool * len(spec.projections))(*[p.transposed for p in spec.projections]),
+        ctypes.c_bool(spec.swiglu),
     )

@@ -45,6 +45,8 @@ class Problem:
             sizes = [leading if size == "m" else (int(size),) for size in operand.shape]
             operands[operand.name] = make(tuple(s for size in sizes for s in size), operand.dtype)
         answers = [_answer(spec, i, x.double(), operands) for i in range(len(spec.projections))]
+        if spec.swiglu:
+            answers = [_gated(*answers, spec)]
         return Problem(spec, x, operands, [want for want, _ in answers], [allowed for _, allowed in answers])
 
     def check(self, outputs: list[Tensor]) -> None:
@@ -58,6 +60,14 @@ def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     """A projection's base weight as ``[n, k]``, in fp64."""
     w = operands[f"w{i}"].double()
     return w.T if spec.projections[i].transposed else w
+
+
+def _gated(gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], spec: KernelSpec) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up, whose slopes carry the errors of both on; silu's is at most 1.1."""
+    want = torch.nn.functional.silu(gate[0]) * up[0]
+    half_ulp = torch.finfo(TORCH[spec.projections[0].out]).eps / 2
+    carried = 1.1 * gate[1] * (up[0].abs() + up[1]) + gate[0].abs() * up[1]
+    return want, carried + 2 * half_ulp * want.abs() + 1e-6 * want.abs()
 
 
 def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ def test_every_field_shows_in_the_text():
         KernelSpec(17, "f32", (base,)),
         KernelSpec(16, "bf16", (base,)),
         KernelSpec(16, "f32", (base, base)),
+        KernelSpec(16, "f32", (base, base), swiglu=True),
     ]
     changes: list[dict] = [{"n": 9}, {"dtype": "bf16"}, {"out": "bf16"}, {"bias": "f32"}, {"residual": "f32"}]
     terms = [LowRankSpec(3, "f32", 1.5), LowRankSpec(2, "bf16", 1.5), LowRankSpec(2, "f32", 1.25)]
@@ -66,6 +67,9 @@ def test_operands_come_in_one_order_with_names_of_their_own():
     [
         ("", "not a kernel spec"),
         ("k=4 x=f32", "not a kernel spec"),
+        ("k=4 x=f32 swiglu; n=1 w=f32 out=f32", "swiglu takes two projections of one width"),
+        ("k=4 x=f32 swiglu; n=1 w=f32 out=f32; n=2 w=f32 out=f32", "swiglu takes two projections of one width"),
+        ("k=4 x=f32 swiglu; n=1 w=f32 out=f32; n=1 w=f32 out=f32 residual=f32", "without residuals"),
         ("k=4 x=f99; n=1 w=f32 out=f32", "unknown dtype 'f99'; known: f32, bf16, f16"),
         ("k=4 x=f32; n=1 w=f32", "not a projection spec"),
         ("k=4 x=f32; n=1 w=f32 out=f32 twist=f32", "not a projection spec"),

@@ -31,6 +31,7 @@ from tests.codegen.triton_specs import (
     LONG,
     MIXED,
     QKV,
+    SWIGLU,
     llama,
 )
 
@@ -50,6 +51,7 @@ SNAPSHOTS = {
     "two_launch_qkv": (QKV, Plan("two_launch", 4)),
     "fused_tile_qkv": (QKV, Plan("fused_tile")),
     "gemm_accumulate_qkv": (QKV, Plan("gemm_accumulate")),
+    "single_launch_swiglu": (SWIGLU, Plan("single_launch", 8)),
     "kron_epilogue_gaws": (SMALL_GAWS, Plan("kron_epilogue", 4)),
 }
 SINGLE, TILE = Plan("single_launch", 8), Plan("fused_tile")
@@ -349,14 +351,14 @@ def test_numbers(interpreted: dict[str, list[dict]], case: str):
             assert all(measured[name] for name in ("finite", "guards_hold", "in_place", "flags_cleared")), line["plan"]
             assert measured["error"] <= tolerance, line["plan"]
             if m == 1:
-                assert measured["weight_reads"] == [1, 1], f"{line['plan']} does not read each weight exactly once"
+                assert measured["weight_reads"] == [1], f"{line['plan']} does not read each weight exactly once"
             for part, distance in measured["without"].items():
                 assert distance > tolerance, f"the tolerance would not notice that {part} is missing"
 
 
 def test_error_over_seeds(interpreted: dict[str, list[dict]]):
     """Against fp64, over many draws: at most a quarter more than the segment-by-segment sum errs in that dtype."""
-    assert len(interpreted["seeds"]) == 30
+    assert len(interpreted["seeds"]) == 35
     for line in interpreted["seeds"]:
         assert line["ratio"] <= 1.25, line
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gawscompile.codegen import triton as emitter
-from gawscompile.codegen.spec import DTYPES, KernelSpec, Operand
+from gawscompile.codegen.spec import DTYPES, KernelSpec, Operand, ProjectionSpec
 from gawscompile.operators import Kronecker, Mode
 
 GUARD = 128  # elements of NaN on both sides of a tensor
@@ -64,6 +64,18 @@ KRONECKER = {
     f" n=64 w=bf16 out=bf16 kron(1*4x4*16 4*16x16*1 bf16 s=1.0); n=8 w=f32 out=f32{_lora(4)}",
 }
 
+# A gate and its partner: alike and not, with weights that no block divides, by every kind of term.
+SWIGLU = {
+    "swiglu": "k=64 x=bf16 swiglu; " + "; ".join([f"n=96 w=bf16 out=bf16{_lora(8, 'bf16')}"] * 2),
+    "swiglu_plain": "k=64 x=f32 swiglu; n=48 w=f32 out=f32; n=48 w=f32 out=f32",
+    "swiglu_odd": f"k=37 x=f16 swiglu; n=45 w=f16 out=f16 bias=f32{_lora(3)}; n=45 w=bf16 out=f16{_lora(17)}",
+    "swiglu_half": f"k=50 x=f32 swiglu; n=21 wt=f32 out=f32; n=21 w=f32 out=f32 bias=f32{_lora(4, scale='tensor.f64')}",
+    "swiglu_gaws": "k=60 x=bf16 swiglu; n=66 w=bf16 out=bf16 kron(3*22x20*1 f32 s=1.0);"
+    " n=66 w=bf16 out=bf16 kron(1*11x10*6 f32 s=1.0)",
+    "swiglu_lokr": "k=60 x=f32 swiglu; n=66 w=f32 out=f32 kron(1*6x5*12 6*4x12*1 6*11x4*1 f32 s=2.0);"
+    f" n=66 w=f32 out=f32{_lora(2)} kron(1*6x5*12 6*11x12*1 f32 s=0.1)",
+}
+
 
 def _cases() -> dict[str, tuple[str, int]]:
     """Name → (printed spec, number of tokens); `plans_for` says by which plans each is run."""
@@ -105,8 +117,10 @@ def _cases() -> dict[str, tuple[str, int]]:
     }
     cases |= {f"{name}-m{m}": (text, m) for name, text in specs.items() for m in (1, 5)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
+    cases |= {f"{name}-m{m}": (text, m) for name, text in SWIGLU.items() for m in (1, 5)}
     # A second token in flight, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
+    cases |= {f"swiglu-m{m}": (SWIGLU["swiglu"], m) for m in (2, 70)}
     cases |= {f"{name}-m{m}": (KRONECKER[name], m) for name in ("gaws_odd", "gawsd", "lokr_low") for m in (2, 70)}
     return cases
 
@@ -221,39 +235,57 @@ def segments(p: Problem, i: int) -> Tensor:
     return y.to(DTYPES[projection.out])
 
 
+def references(p: Problem, without: tuple[int, str] = (0, "")) -> list[Tensor]:
+    """Every output in fp64; `without` names a projection and a part of it to leave out."""
+    ys = [reference(p, i, without[1] if i == without[0] else "") for i in range(len(p.spec.projections))]
+    return [functional.silu(ys[0]) * ys[1]] if p.spec.swiglu else ys
+
+
+def rounded(p: Problem) -> list[Tensor]:
+    """Every output as frameworks execute it."""
+    ys = [segments(p, i) for i in range(len(p.spec.projections))]
+    return [functional.silu(ys[0]) * ys[1]] if p.spec.swiglu else ys
+
+
 def distance(y: Tensor, exact: Tensor) -> float:
     """Root mean square of the error, relative to that of the exact values."""
     return float((y.double() - exact).norm() / exact.norm())
 
 
 def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list[dict[str, object]]:
-    """For each projection: errors of the kernel and of segments, and how far off each part's absence would be."""
+    """For each output: errors of the kernel and of segments, and how far off each part's absence would be."""
     p = problem(spec, m, seed)
-    outs = [guarded(torch.full((m, q.n), torch.nan, dtype=DTYPES[q.out])) for q in spec.projections]
+    outs = [guarded(torch.full((m, n), torch.nan, dtype=DTYPES[dtype])) for n, dtype in spec.outputs]
     module, flags = emitter.load(spec, plan), {}
     if plan.name == "single_launch":
         flags = {"flags": torch.zeros((m, module.FLAGS.value), dtype=torch.int32)}
-    counted = [p.get("weight", i) for i in range(len(outs))] if m == 1 and seed == 0 else []
+    counted = [p.weight(i) for i in range(len(spec.projections))] if m == 1 and seed == 0 else []
     with counted_reads(counted) as reads:
         returned = module.launch(p.x, list(p.arguments.values()), outs, **flags)
+    exact, theirs = references(p), rounded(p)
     results = []
-    for i, q in enumerate(spec.projections):
-        exact = reference(p, i)
-        parts = ["bias"] * bool(q.bias) + ["residual"] * bool(q.residual) + [f"term{j}" for j in range(len(q.lowrank))]
-        parts += [f"kron{j}" for j in range(len(q.kronecker))]
+    for i, out in enumerate(outs):
+        mine = range(2) if spec.swiglu else [i]
+        absent = {f"{part}_{j}": references(p, (j, part))[i] for j in mine for part in parts(spec.projections[j])}
         results.append(
             {
-                "in_place": returned[i].data_ptr() == outs[i].data_ptr(),
-                "guards_hold": guards_hold(outs[i]),
+                "in_place": returned[i].data_ptr() == out.data_ptr(),
+                "guards_hold": guards_hold(out),
                 "flags_cleared": all(not bool(f.any()) for f in flags.values()),
-                "weight_reads": [int(reads[i].min()), int(reads[i].max())] if counted else None,
-                "finite": bool(outs[i].isfinite().all()),
-                "error": distance(outs[i], exact),
-                "segments": distance(segments(p, i), exact),
-                "without": {part: distance(reference(p, i, part), exact) for part in parts},
+                "weight_reads": sorted({int(count) for j in mine for count in reads[j]}) if counted else None,
+                "finite": bool(out.isfinite().all()),
+                "error": distance(out, exact[i]),
+                "segments": distance(theirs[i], exact[i]),
+                "without": {part: distance(answer, exact[i]) for part, answer in absent.items()},
             }
         )
     return results
+
+
+def parts(q: ProjectionSpec) -> list[str]:
+    """What `reference` can leave out."""
+    found = ["bias"] * bool(q.bias) + ["residual"] * bool(q.residual) + [f"term{j}" for j in range(len(q.lowrank))]
+    return found + [f"kron{j}" for j in range(len(q.kronecker))]
 
 
 @contextlib.contextmanager
@@ -280,7 +312,7 @@ def counted_reads(tensors: list[Tensor]) -> Iterator[list[Any]]:
 
 
 SEEDS = 12
-OVER_SEEDS = ("qkv", "bf16_with_f32_adapters", "f16", "unequal_ranks", "gaws_bf16_diag", "gawsd", "lokr_even")
+OVER_SEEDS = ("qkv", "bf16_with_f32_adapters", "f16", "unequal_ranks", "gaws_bf16_diag", "gawsd", "lokr_even", "swiglu")
 
 
 def over_seeds() -> list[dict[str, object]]:

@@ -48,3 +48,6 @@ KRONECKER = {
     "conv1d": CONV1D,
     "crossing": CROSSING,
 }
+SWIGLU = KernelSpec.parse(
+    "k=3072 x=bf16 swiglu; " + "; ".join(["n=8192 w=bf16 out=bf16 lora(r=16 bf16 s=2.0)"] * 2)
+)  # gate and up of LLaMA-3.2-3B

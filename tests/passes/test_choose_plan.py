@@ -48,6 +48,19 @@ def test_plain_linears_go_back_to_inductor_where_the_library_is_faster(device):
 
 
 @pytest.mark.parametrize("device", [FAST_LIBRARY], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_that_goes_back_has_its_product_again(device, dtype):
+    captured = capture(small_llama(dtype, layers=1, lora=None), tokens(4, 16), use_cache=False)
+    assert any(
+        KernelSpec.parse(n.args[2]).swiglu
+        for n in captured.until("fuse_epilogues").graph.find_nodes(op="call_function", target=project)
+    )
+    context = captured.until("choose_plan")
+    assert count(context, project) == 0 and {e.reason for e in context.record.linears} == {"LIBRARY"}
+    torch.testing.assert_close(captured.run(captured.until()), captured.outputs)
+
+
+@pytest.mark.parametrize("device", [FAST_LIBRARY], indirect=True)
 def test_adapted_linears_stay_and_accumulate_onto_the_library(device):
     context = capture(small_llama(layers=1), tokens(4, 16), use_cache=False).until("choose_plan")
     assert {str(p.table) for p in programs(context)} == {"gemm_accumulate"}

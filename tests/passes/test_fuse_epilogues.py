@@ -1,5 +1,6 @@
-"""fuse_epilogues: a residual added to a projection rides in it."""
+"""fuse_epilogues: a residual added to a projection rides in it, and so does the product of SwiGLU's gate and up."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +19,7 @@ def test_two_residuals_a_layer():
         captured = capture(model, tokens(1, 4), **inputs)
         before, after = captured.until("fuse_zflora"), captured.until("fuse_epilogues")
         assert residuals(after) == 4
-        assert count(before, aten.add.Tensor) - count(after, aten.add.Tensor) == 4
+        assert count(before, aten.add.Tensor) - count(after, aten.add.Tensor) == 4 + gated(after)
         torch.testing.assert_close(captured.run(after), captured.outputs)
 
 
@@ -60,4 +61,70 @@ def test_only_one_residual_per_projection():
     )
     context = captured.until("fuse_epilogues")
     assert residuals(context) == 1 and count(context, project) == 1
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+# --- SwiGLU ------------------------------------------------------------------------------------------------
+
+
+def gated(context):
+    return sum(spec.swiglu for spec in specs(context))
+
+
+X, GATE, UP = torch.randn(3, 8), torch.randn(6, 8), torch.randn(6, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, gate, up: F.silu(F.linear(x, gate)) * F.linear(x, up),
+        lambda x, gate, up: F.linear(x, up) * F.silu(F.linear(x, gate)),
+    ],
+)
+def test_gate_and_up_leave_one_output(function, dtype):
+    captured = capture(function, X.to(dtype), GATE.to(dtype), UP.to(dtype))
+    context = captured.until("fuse_epilogues")
+    assert gated(context) == 1 and count(context, project) == 1
+    assert count(context, aten.exp.default) == count(context, aten.mul.Tensor) == 0
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_each_layer_of_a_llama_with_adapters_is_gated():
+    captured = capture(small_llama(layers=2), tokens(1, 4), use_cache=False)
+    context = captured.until("fuse_epilogues")
+    assert gated(context) == 2
+    assert all(p.lowrank for spec in specs(context) if spec.swiglu for p in spec.projections)
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, gate, up: F.gelu(F.linear(x, gate)) * F.linear(x, up),
+        lambda x, gate, up: torch.sigmoid(F.linear(x, gate)) * F.linear(x, up),
+        lambda x, gate, up: F.silu(F.linear(x, gate)) * F.linear(x, up)[:1],
+        lambda x, gate, up: F.silu(F.linear(x, gate)) * F.linear(x.sin(), up),
+        lambda x, gate, up: F.silu(y := F.linear(x, gate)) * F.linear(x, up) + y,
+        lambda x, gate, up: F.silu(F.linear(x, gate)) * (y := F.linear(x, up)) + y,
+        lambda x, gate, up: (y := F.silu(F.linear(x, gate))) * F.linear(x, up) + y,
+        lambda x, gate, up: F.silu(y := F.linear(x, gate)) * y + F.linear(x, up),
+        lambda x, gate, up: (y := F.linear(x, gate)) / (torch.exp(-y) + 2) * F.linear(x, up),
+        lambda x, gate, up: (y := F.linear(x, up)) / (torch.exp(-F.linear(x, gate)) + 1) * y,
+    ],
+)
+def test_what_is_not_swiglu_keeps_its_product(function):
+    captured = capture(function, X, GATE, UP)
+    context = captured.until("fuse_epilogues")
+    assert gated(context) == 0
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_gate_of_three_siblings_keeps_its_product():
+    captured = capture(
+        lambda x, gate, up, other: (F.silu(F.linear(x, gate)) * F.linear(x, up), F.linear(x, other)),
+        *(X, GATE, UP, torch.randn(5, 8)),
+    )
+    context = captured.until("fuse_epilogues")
+    assert gated(context) == 0 and count(context, project) == 1
     torch.testing.assert_close(captured.run(context), captured.outputs)
