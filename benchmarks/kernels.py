@@ -301,7 +301,7 @@ def fused(graphs: list[ahead.Traced], gpu: Gpu) -> tuple[int, int, float]:
         library = len(spec.projections) if chosen.name == "gemm_accumulate" else 0
         launches += len(triton.launches(spec, chosen)) + library
         moved += sum(math.prod(1 if s == "m" else int(s) for s in o.shape) * _size(o.dtype) for o in spec.operands())
-        moved += spec.k * _size(spec.x) + sum(p.n * _size(p.out) for p in spec.projections)
+        moved += spec.k * _size(spec.x) + sum(n * _size(out) for n, out in spec.outputs)
         seconds += planned.seconds(str(chosen), 1)
     return launches, moved, seconds
 
