@@ -49,6 +49,9 @@ FAULTS = {
     "activation as residual": Fault(
         "passes/fuse_epilogues.py", "[*operands[:position], residual, *", "[*operands[:position], x, *", PASSES
     ),
+    "gate and up swapped": Fault(
+        "passes/fuse_epilogues.py", "[*mine[first], *mine[1 - first]]", "[*mine[1 - first], *mine[first]]", PASSES
+    ),
     "last adapter lost": Fault(
         "passes/recover_operators.py",
         "    adapters = [p for p in form.products if p is not base]\n",
@@ -127,7 +130,7 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24}
+        shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24, "gate": 40, "up": 40}
         self.w = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 64) / 8) for name, n in shapes.items()})
         self.a = nn.ParameterDict({name: nn.Parameter(torch.randn(8, 64) / 8) for name in (*shapes, "again")})
         self.b = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 8) / 3) for name, n in shapes.items()})
@@ -153,4 +156,7 @@ class Zoo(nn.Module):
         gated = o.sigmoid()
         grouped = F.linear(gated, self.grouped) + F.linear(gated, torch.kron(self.w1, self.w2))
         turned = k.tanh().repeat(1, 1, 2)[..., :63] @ self.turned
-        return q, k, v, o, odd, twice, alpha, other, grouped, turned, self.wide(o.double())
+        bent = o.abs().sqrt()
+        gate, up = (F.linear(bent, self.w[name]) + 2.0 * self.delta(name, bent) for name in ("gate", "up"))
+        product = F.silu(gate) * up
+        return q, k, v, o, odd, twice, alpha, other, grouped, turned, product, self.wide(o.double())

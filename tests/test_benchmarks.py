@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import common, gaws_gap, memory, runtime
+from benchmarks import common, gaws_gap, kernels, memory, runtime
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
 
@@ -129,6 +129,23 @@ def test_memory_counts_every_storage_once(tiny_llama_dir):
     found = memory.probe(Setup(str(tiny_llama_dir)), "eager", adapted=True)
     assert found["tensors_before"] and found["tensors_after"]
     assert found["tensors_after"] < 4 * found["tensors_before"]
+
+
+def test_account_of_a_layer_and_its_kernels(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = Shape("LlamaForCausalLM", {"vocab_size": 64, **sizes}, 3, ("num_hidden_layers",))
+    monkeypatch.setitem(SHAPES, "llama-3.2-1b", small)
+    flags = ["--model", "llama-3.2-1b", "--adapters", "lora", "--rank", "4"]
+    kernels.main([*flags, "--no-compile", "--markdown", str(tmp_path / "k.md")])
+    lines = [line.split("|")[1:4] for line in (tmp_path / "k.md").read_text().splitlines()]
+    found = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if len(cells) == 3}
+    assert found["none"] == ["7 + 0", "4"], "q, k, v, o, gate, up, down; ours: qkv, o, gate with up, down"
+    assert found["lora"][0].startswith("21 + ") and found["lora"][1] == "4"
+    jobs = list(kernels.plans_of({("llama-3.2-1b", "lora"): kernels.trace("llama-3.2-1b", "lora", 4)}, ["cuda:90"]))
+    assert {job.members for job in jobs} == {"q_proj + k_proj + v_proj", "o_proj", "gate_proj + up_proj", "down_proj"}
+    (line,) = kernels.compile_job(next(job for job in jobs if job.plan.name == "single_launch"))
+    assert line.registers > 16 and line.spills == 0 and line.narrowest_w_load == 16 and line.ordering
 
 
 @pytest.mark.slow
