@@ -9,14 +9,17 @@ A LoRA has no reason to be near any of these, so nothing here is done silently: 
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +33,9 @@ from gawscompile.measure import table
 Target = Literal["gaws", "gawsd", "kronecker"]
 WORST = 5
 LEAVES = {"gaws": "GAWS.weight", "gawsd": "GAWSD"}
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""LoRA's ``init_lora_weights`` that write to the base: beside a fresh one such an adapter means something else."""
+PROBES = 4
 
 
 class ApproximationError(ValueError):
@@ -127,8 +133,9 @@ def approximate(
     terms: how many Kronecker products to add up, for ``kronecker`` only: a sum of GAWS of one split is one GAWS.
     tolerance: the largest relative error that any module may have.
 
-    Each ΔW is formed in fp64, one at a time. Raises `ApproximationError` outside the tolerance, `SplitError` for
-    splits that do not fit, `ValueError` where `model` has no such adapter or its ΔW cannot be had.
+    Each ΔW is formed in fp64, one at a time, and must be what its layer adds to the base's output. Raises
+    `ApproximationError` outside the tolerance, `SplitError` for splits that do not fit, `ValueError` where `model` has
+    no such adapter or it is more than a ΔW (DoRA, trained biases or whole modules, PiSSA's changed base, …).
     """
     if to not in ("gaws", "gawsd", "kronecker"):
         raise ValueError(f"to={to!r}: it is one of 'gaws', 'gawsd', 'kronecker'")
@@ -137,17 +144,16 @@ def approximate(
     kind: Kind = "gaws" if to == "gaws" else "gawsd"
     chosen: dict[str, Any] = {"input_splits_pattern" if isinstance(splits, Mapping) else "input_splits": splits}
     chosen["input_split_dim"] = split_dim
-    layers = _adapted_layers(model, adapter)
-    # modules by their whole names, so that the new adapter sits exactly where the old one did
-    config = CONFIGS[kind](**chosen, target_modules=list(layers))
+    root = _base_model(model)
+    _check_nothing_else(root, model, adapter)
+    layers = _adapted_layers(root, adapter)
+    config = CONFIGS[kind](**chosen, target_modules=_exactly(list(layers), root))
     result = Approximation(to, terms, [], config if to != "kronecker" else None)
     for name, layer in layers.items():
         base = layer.get_base_layer()
         check_supported(name, base)
         found = config.splits_of(name, *features(base))
-        with torch.no_grad():
-            delta = layer.get_delta_weight(adapter).double()
-        delta = delta.T if isinstance(base, Conv1D) else delta
+        delta = _delta(name, layer, adapter)
         if to == "kronecker":
             a, b, error = nearest_kronecker(delta, found, terms)
             result.factors[name] = a.float(), b.float()
@@ -198,20 +204,77 @@ def nearest_kronecker(delta: torch.Tensor, splits: Splits, terms: int) -> tuple[
 
 
 def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(difference / whole) if whole > 0 else 0.0
+    return 0.0 if whole == 0 else float(difference / whole)
 
 
-def _adapted_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+def _base_model(model: Any) -> nn.Module:
+    """The model whose modules' paths are those of a bare base."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel):
+        model = model.base_model
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _check_nothing_else(root: nn.Module, model: Any, adapter: str) -> None:
+    """Raises `ValueError` where `adapter` is more than a ΔW on linears, as its configuration and modules say."""
+    config = getattr(getattr(model, "_orig_mod", model), "peft_config", {}).get(adapter)
+    bias, init = getattr(config, "bias", "none"), str(getattr(config, "init_lora_weights", ""))
+    if bias not in ("none", False):
+        raise ValueError(f"adapter {adapter!r} has trained biases of the base (bias={bias!r}), which no ΔW holds")
+    if init.startswith(BASE_CHANGING):
+        raise ValueError(
+            f"init_lora_weights={init!r} changed the base itself: convert the adapter to a plain LoRA first"
+            " (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    for name, module in root.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
+            raise ValueError(f"adapter {adapter!r} has a trained copy of {name} (modules_to_save), which no ΔW holds")
+
+
+def _adapted_layers(root: nn.Module, adapter: str) -> dict[str, Any]:
     """Path in the base model → adapted layer with `adapter`. Raises `ValueError` where there is none or no ΔW."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in root.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter in module._all_available_adapter_names():
             if not hasattr(module, "get_delta_weight"):
                 raise ValueError(f"{name} ({type(module).__name__}) has no ΔW: its adapter does not add to the weight")
-            found[name.removeprefix(PREFIX)] = module
+            found[name] = module
     if not found:
         raise ValueError(f"the model has no adapter {adapter!r}")
     return found
+
+
+def _exactly(names: list[str], root: nn.Module) -> list[str] | str:
+    """`target_modules` for these modules and no others: a listed name also stands for every path that ends with it."""
+    others = {name for name, _ in root.named_modules()} - set(names)
+    if any(other.endswith(f".{name}") for other in others for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+@torch.no_grad()
+def _delta(name: str, layer: Any, adapter: str) -> torch.Tensor:
+    """ΔW ``[N, K]`` of one layer in fp64. Raises `ValueError` unless it is all that the adapter does there."""
+    alone = copy.deepcopy(layer).double().eval()
+    if alone.merged:
+        alone.unmerge()
+    alone.enable_adapters(True)
+    alone.set_adapter(adapter)
+    base = alone.get_base_layer()
+    inputs, outputs = features(base)
+    kind = f"{name} ({type(layer).__module__.split('.')[-2]}'s {type(layer).__name__})"
+    try:
+        delta = alone.get_delta_weight(adapter)
+        delta = delta.T if isinstance(base, Conv1D) else delta
+        x = torch.randn(PROBES, inputs, dtype=torch.float64, device=delta.device)
+        added, product = alone(x) - base(x), x @ delta.T
+    except Exception as error:
+        raise ValueError(f"{kind}: its ΔW cannot be had: {type(error).__name__}: {error}") from error
+    if not (delta.shape == (outputs, inputs) and delta.isfinite().all()):
+        raise ValueError(f"{kind}: its ΔW is not a finite matrix of {outputs} × {inputs}")
+    if not (added - product).norm() <= 1e-6 * (added.norm() + 1e-6 * base(x).norm()):
+        raise ValueError(f"{kind}: what it adds to the base's output is not ΔW x, so no fit of ΔW stands for it")
+    return delta
 
 
 def _size(layer: BaseTunerLayer, adapter: str) -> int:

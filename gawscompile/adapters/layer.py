@@ -77,6 +77,8 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter: str, config: KroneckerConfig, splits: Splits) -> None:
         """Adds an adapter, in the device and dtype of the base weight."""
+        if adapter == BASE:
+            raise ValueError(f"an adapter cannot be called {BASE!r}, which stands for no adapter in a mixed batch")
         rows, columns = splits.shape(self.kind, self.in_features, self.out_features)
         self.make_g(adapter, rows, columns)
         self.splits[adapter] = splits
@@ -127,7 +129,7 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"adapter_names has {len(names)} names for a batch of {len(x)}")
         if self.merged:
             raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter first")
-        result = self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs).clone()  # others may hold the base's output
         for adapter in dict.fromkeys(names):
             if adapter in self.splits:
                 rows = [row for row, name in enumerate(names) if name == adapter]
@@ -147,6 +149,11 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
             delta = torch.kron(g, torch.eye(length, dtype=g.dtype, device=g.device))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
+    @staticmethod
+    def _rounded_once(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """The sum in the wider dtype, in the weight's."""
+        return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+
     def _base_weight(self) -> nn.Parameter:
         weight = self.get_base_layer().weight
         assert isinstance(weight, nn.Parameter)
@@ -162,7 +169,7 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
             if adapter not in self.splits:
                 continue
             weight = self._base_weight()
-            merged = weight.data + self.get_delta_weight(adapter).to(weight.dtype)
+            merged = self._rounded_once(weight.data, self.get_delta_weight(adapter))
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging adapter {adapter!r} would leave weights that are not finite")
             weight.data = merged
@@ -176,7 +183,7 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             weight = self._base_weight()
-            weight.data = weight.data - self.get_delta_weight(adapter).to(weight.dtype)
+            weight.data = self._rounded_once(weight.data, -self.get_delta_weight(adapter))
 
 
 class GAWSLinear(KroneckerLinear):

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from gawscompile.adapters.config import KroneckerConfig
 from gawscompile.adapters.layer import BASE, GAWSDLinear, GAWSLinear, KroneckerLinear, features
 
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_TENSORS = ("Tensor", "Parameter", "DTensor", "FakeTensor")
 PREFIX = "base_model.model."
 """What PEFT puts before every key on disk."""
 
@@ -35,9 +37,11 @@ def check_supported(name: str, layer: nn.Module) -> None:
         )
     if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
         raise TypeError(f"{name} is the out_proj of nn.MultiheadAttention, which never calls it: leave it out")
+    if "weight" not in layer._parameters:
+        raise TypeError(f"{name} computes its weight (a parametrization): GAWS adapters need a plain parameter")
     weight = layer.weight
     kind = type(weight.data) if type(weight) is nn.Parameter else type(weight)
-    if not weight.is_floating_point() or kind.__name__ in ("Params4bit", "Int8Params") or "torchao" in kind.__module__:
+    if weight.dtype not in PLAIN_DTYPES or kind.__name__ not in PLAIN_TENSORS:
         raise TypeError(f"{name} is quantised ({kind.__name__}, {weight.dtype}): GAWS adapters need plain base weights")
 
 
@@ -67,7 +71,7 @@ class KroneckerModel(BaseTuner):
             check_supported(name, layer)
             peft_config.splits_of(name, *features(layer))
         for pattern in (peft_config.input_splits_pattern, peft_config.output_splits_pattern):
-            used = {get_pattern_key(list(pattern), name) for name in found}
+            used = {key for key in pattern if any(get_pattern_key([key], name) == key for name in found)}
             if unused := sorted(set(pattern) - used):
                 warnings.warn(f"these split patterns match no adapted module: {', '.join(unused)}", stacklevel=2)
 
@@ -121,13 +125,15 @@ class KroneckerModel(BaseTuner):
         if missing := sorted(set(expected) - set(bare)):
             faults.append(f"missing: {_some(missing)}")
         faults += [
-            f"{key} has shape {tuple(value.shape)}, the configuration makes it {tuple(expected[key].shape)}"
+            f"{key} has shape {tuple(value.shape)}, the configuration makes it {tuple(present[key].shape)}"
             for key, value in bare.items()
-            if key in expected and value.shape != expected[key].shape
+            if key in present and value.shape != present[key].shape
         ]
         if faults:
+            _materialise(model, adapter_name)
             raise ValueError(
-                f"nothing was loaded, the weights do not fit adapter {adapter_name!r}: {'; '.join(faults)}"
+                f"nothing was loaded, the weights do not fit adapter {adapter_name!r}: {'; '.join(faults)}."
+                f" The adapter stays as it was made: delete_adapter({adapter_name!r}) before another try"
             )
         return mapped
 
@@ -184,6 +190,20 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
                     if key.removesuffix(".weight") == adapter:
                         found[f"{name}.{leaf}.{key}"] = parameter
     return found
+
+
+def _materialise(model: nn.Module, adapter: str) -> None:
+    """Zeros for what waits on the meta device (``low_cpu_mem_usage``): products with it are whatever was in memory."""
+    for module in model.modules():
+        if isinstance(module, KroneckerLinear) and adapter in module.splits and module.g(adapter).is_meta:
+            device = module._base_weight().device
+            for leaf in module.adapter_layer_names:
+                held = getattr(module, leaf)
+                if adapter in held and isinstance(held, nn.ModuleDict):
+                    held[adapter].to_empty(device=device)
+                elif adapter in held:
+                    held[adapter] = nn.Parameter(torch.empty_like(held[adapter], device=device))
+            module.reset(adapter, "zero")
 
 
 def _give_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:

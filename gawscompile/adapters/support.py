@@ -42,7 +42,9 @@ def require_peft() -> None:
         )
     oldest = ".".join(map(str, OLDEST))
     version = metadata.version("peft")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    from packaging.version import Version  # PEFT depends on it
+
+    if Version(version).release[:2] < OLDEST:
         raise ImportError(
             f"gawscompile.adapters needs peft >= {oldest} (tested with {TESTED}), and this is peft {version}:"
             f" pip install -U 'peft>={oldest}'",

@@ -140,3 +140,77 @@ def test_refusals():
     scaled = peft.get_peft_model(base(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"q_proj.* has no ΔW"):
         approximate(scaled, "gaws", splits=4)
+
+
+class Two(nn.Module):
+    """``fc`` and ``block.fc``: one name is the other's end."""
+
+    def __init__(self, first: type[nn.Module] = nn.Linear) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = first(16, 16)
+        self.block = nn.ModuleDict({"fc": nn.Linear(16, 16)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block["fc"](self.fc(x))
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    return model.eval()
+
+
+MORE_THAN_DELTA = {
+    "DoRA": (peft.LoraConfig(target_modules=["fc"], use_dora=True), "not ΔW x"),
+    "bias of B": (peft.LoraConfig(target_modules=["fc"], lora_bias=True), "not ΔW x"),
+    "biases of the base": (peft.LoraConfig(target_modules=["fc"], bias="all"), "trained biases"),
+    "PiSSA": (peft.LoraConfig(target_modules=["fc"], init_lora_weights="pissa"), "changed the base"),
+    "OFT": (peft.OFTConfig(target_modules=["fc"], oft_block_size=4), "not ΔW x"),
+    "MiSS": (peft.MissConfig(target_modules=["fc"], r=4), "cannot be had: .*Error"),
+    "modules_to_save": (peft.LoraConfig(target_modules=r"fc", modules_to_save=["block.fc"]), "copy of block.fc"),
+}
+
+
+@pytest.mark.parametrize("name", MORE_THAN_DELTA)
+def test_what_is_more_than_a_delta_is_refused(name):
+    made, message = MORE_THAN_DELTA[name]
+    model = randomised(peft.get_peft_model(Two(), made))
+    with pytest.raises(ValueError, match=message):
+        approximate(model, "gaws", splits=1, tolerance=1.0)
+
+
+@pytest.mark.parametrize("to", ["gaws", "kronecker"])
+def test_what_is_not_finite_is_refused(to):
+    model = randomised(peft.get_peft_model(Two(), peft.LoraConfig(target_modules=["fc"])))
+    with torch.no_grad():
+        model.base_model.model.fc.lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"fc .*not a finite matrix of 16 × 16"):
+        approximate(model, to, splits=4, tolerance=1.0)
+
+
+def test_the_fit_sits_where_the_old_adapter_did_and_nowhere_else():
+    model = randomised(peft.get_peft_model(Two(), peft.LoraConfig(r=16, lora_alpha=16, target_modules=r"fc")))
+    found = approximate(model, "gaws", splits=1, tolerance=1e-6)
+    attached = found.attach(Two())
+    assert attached.targeted_module_names == ["fc"]
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(attached(x), model(x))
+    for wrapped in (model.base_model, torch.compile(model, backend="eager")):
+        assert approximate(wrapped, "gaws", splits=1, tolerance=1e-6).state_dict.keys() == found.state_dict.keys()
+
+
+def test_a_merged_and_a_disabled_adapter_are_still_fitted():
+    model = randomised(peft.get_peft_model(Two(), peft.LoraConfig(r=4, target_modules="all-linear")))
+    wanted = approximate(model, "gaws", splits=4, tolerance=1.0).state_dict
+    model.merge_adapter()
+    merged = approximate(model, "gaws", splits=4, tolerance=1.0).state_dict
+    with model.disable_adapter():
+        disabled = approximate(model, "gaws", splits=4, tolerance=1.0).state_dict
+    for key, value in wanted.items():
+        torch.testing.assert_close(merged[key], value)
+        torch.testing.assert_close(disabled[key], value)

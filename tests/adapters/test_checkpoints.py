@@ -149,6 +149,49 @@ def test_a_wrong_checkpoint_is_refused_and_changes_no_output(kind, changes, mess
 
 
 @BOTH
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_refused_load_leaves_no_memory_unwritten(kind, trainable, tmp_path):
+    publish(kind, tmp_path, weights=rename("proj.diag", "proj.diagonal"))
+    torch.manual_seed(0)
+    net, x = Net(nn.Linear(24, 12)), torch.randn(5, 24)
+    with torch.no_grad():
+        before = net(x)
+        with pytest.raises(ValueError, match=r"fit nowhere.*delete_adapter\('default'\)"):
+            peft.PeftModel.from_pretrained(net, tmp_path, low_cpu_mem_usage=True, is_trainable=trainable)
+        assert not any(parameter.is_meta for parameter in net.parameters())
+        assert torch.equal(net(x), before)
+        publish(kind, tmp_path / "good")
+        model = peft.PeftModel.from_pretrained(Net(nn.Linear(24, 12)), tmp_path / "good")
+        with pytest.raises(ValueError, match=r"delete_adapter\('bad'\)"):
+            model.load_adapter(tmp_path, "bad", low_cpu_mem_usage=True)
+        model.delete_adapter("bad")
+        model.load_adapter(tmp_path / "good", "bad")
+
+
+@BOTH
+def test_a_saved_module_of_another_shape_is_refused_too(kind, tmp_path):
+    def wider():
+        torch.manual_seed(0)
+        net = Net(nn.Linear(16, 16))
+        net.head = nn.Linear(16, 4)
+        return net
+
+    peft.get_peft_model(wider(), config(kind, target_modules=["proj"], modules_to_save=["head"])).save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "adapter_model.safetensors"
+    named = load_file(file)
+    (key,) = [key for key in named if key.endswith("head.weight")]
+    save_file({**named, key: torch.randn(5, 16)}, file)
+    net, x = wider(), torch.randn(3, 16)
+    with torch.no_grad():
+        before = net(x)
+        with pytest.raises(ValueError, match=r"head.* has shape \(5, 16\), the configuration makes it \(4, 16\)"):
+            peft.PeftModel.from_pretrained(net, tmp_path)
+        assert torch.equal(net(x), before)
+
+
+@BOTH
 def test_an_empty_unknown_key_means_nothing(kind, tmp_path):
     publish(kind, tmp_path, something_else=None, another=False)
     peft.PeftModel.from_pretrained(Net(nn.Linear(24, 12)), tmp_path)
@@ -197,6 +240,21 @@ def test_counts_are_whole_numbers(kind, value):
         config(kind, input_splits=value)
 
 
+@BOTH
+def test_no_adapter_is_called_as_none_is(kind):
+    model = base()
+    with pytest.raises(ValueError, match="'__base__', which stands for no adapter"):
+        peft.get_peft_model(model, config(kind), adapter_name="__base__")
+
+
+@BOTH
+def test_only_patterns_that_match_nothing_are_warned_of(kind, recwarn):
+    patterns = {"q_proj": 4, "self_attn.q_proj": 8, "absent": 2}
+    peft.get_peft_model(base(), config(kind, input_splits_pattern=patterns))
+    (told,) = [str(w.message) for w in recwarn if "split patterns" in str(w.message)]
+    assert told.endswith(": absent")
+
+
 class Params4bit(nn.Parameter):
     """As bitsandbytes names its own."""
 
@@ -204,6 +262,12 @@ class Params4bit(nn.Parameter):
 def quantised():
     layer = nn.Linear(24, 24)
     layer.weight = nn.Parameter(torch.zeros(24, 24, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def eight_bit_float():
+    layer = nn.Linear(24, 24)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
     return layer
 
 
@@ -221,6 +285,8 @@ def four_bit():
         (lambda: nn.Conv2d(4, 4, 1), "Conv2d"),
         (quantised, "quantised .*torch.int8"),
         (four_bit, "quantised .*Params4bit"),
+        (eight_bit_float, "quantised .*float8_e4m3fn"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(24, 24)), "computes its weight"),
         (lambda: nn.MultiheadAttention(24, 2).out_proj, "out_proj of nn.MultiheadAttention"),
     ],
 )

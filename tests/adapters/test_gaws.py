@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gawscompile.adapters.config import INITS
 from gawscompile.adapters.layer import KroneckerLinear
-from tests.adapters.common import KINDS, NAMES, adapted, base, config, randomise, run, single
+from tests.adapters.common import KINDS, NAMES, Net, adapted, base, config, randomise, run, single
 from tests.graphs import tokens
 
 BOTH = pytest.mark.parametrize("kind", KINDS)
@@ -261,6 +261,29 @@ def test_a_mixed_batch_gives_each_row_its_adapter(kind):
         model(input_ids=ids, adapter_names=names)
     with pytest.raises(ValueError, match="eval mode"):
         model.train()(input_ids=ids, adapter_names=names)
+
+
+@BOTH
+def test_a_mixed_batch_does_not_write_into_what_others_hold(kind):
+    layer, held = nn.Linear(16, 16), []
+    model = single(kind, layer)
+    layer.register_forward_hook(lambda module, inputs, output: held.append(output))
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        model(x, adapter_names=["default", "__base__"])
+        assert torch.equal(held[0], F.linear(x, layer.weight, layer.bias))
+
+
+@BOTH
+def test_merging_rounds_once(kind):
+    layer = nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
+    made = config(kind, target_modules=["proj"])
+    model = randomise(peft.get_peft_model(Net(layer), made).eval())
+    (adapted_layer,) = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    exact = layer.weight.detach().float() + adapted_layer.get_delta_weight("default").detach()
+    assert adapted_layer.get_delta_weight("default").dtype == torch.float32
+    model.merge_adapter()
+    assert torch.equal(layer.weight, exact.bfloat16())
 
 
 @BOTH

@@ -99,6 +99,12 @@ def test_an_old_peft_is_named_with_the_remedy(monkeypatch):
         require_peft()
 
 
+@pytest.mark.parametrize("version", ["0.21rc1", "1.0.dev0"])
+def test_a_peft_between_releases_is_taken(version, monkeypatch):
+    monkeypatch.setattr(support.metadata, "version", lambda name: version)
+    require_peft()
+
+
 def test_a_changed_peft_is_named_with_what_it_lacks(monkeypatch):
     monkeypatch.setattr(support, "HOOKS", (*support.HOOKS, "_gone"))
     with pytest.raises(ImportError, match=r"too new .*no BaseTuner\._gone.*peft >= 0\.21 up to about"):
