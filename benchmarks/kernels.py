@@ -114,6 +114,7 @@ class Line:
     warps: int
     registers: int
     spills: int
+    looped_spills: int
     shared: int
     narrowest_w_load: int
     ordering: str
@@ -147,7 +148,8 @@ def compile_job(job: Job) -> list[Line]:
     return [
         Line(
             *(job.model, job.adapter, job.members, job.target, str(job.plan)),
-            *(one.name, one.warps, one.registers, one.spills, one.shared),
+            one.name,
+            *(one.warps, one.registers, one.spills, one.looped_spills, one.shared),
             min(one.loads["w"]) if "w" in one.loads else 0,
             " ".join(one.ordering),
         )
@@ -168,19 +170,23 @@ def summary(lines: list[Line]) -> list[str]:
             [
                 *(plan, kernel, target, str(len(mine))),
                 f"{most.registers} ({most.model} {most.adapter} {most.members})",
-                *(str(max(getattr(line, name) for line in mine)) for name in ("spills", "shared")),
+                *(str(max(getattr(line, name) for line in mine)) for name in ("spills", "looped_spills", "shared")),
                 str(min(loads)) if loads else "",
                 max((line.ordering for line in mine), key=len),
             ]
         )
-    heads = ["plan", "kernel", "target", "shapes", "most registers (where)", "most spills", "most shared"]
+    heads = ["plan", "kernel", "target", "shapes", "most registers (where)", "most spills", "in loops", "most shared"]
     heads += ["narrowest W load", "ordering instructions"]
     decode = [line for line in lines if "[" in line.plan]
+    nvidia = [line for line in lines if line.target.startswith("cuda")]
     told = (
         f"{len(lines)} kernels compiled. Decode plans: at most {max(line.registers for line in decode)} registers"
-        f" ({max(line.registers for line in decode if line.target.startswith('cuda'))} on NVIDIA's targets),"
-        f" {sum(line.spills > 0 for line in lines)} kernels with spills or local memory,"
-        f" {sum(0 < line.narrowest_w_load < 16 for line in lines)} with a load of a base weight below 16 bytes."
+        f" ({max((line.registers for line in decode if line in nvidia), default=0)} on NVIDIA's targets) and"
+        f" {sum(line.spills > 0 for line in decode)} kernels with spills or local memory. Of all plans,"
+        f" {sum(line.spills > 0 for line in lines)} have any, at most {max(line.spills for line in lines)} bytes, and"
+        f" {sum(line.looped_spills > 0 for line in lines)} in a loop;"
+        f" {sum(0 < line.narrowest_w_load < 16 for line in lines)} load base weights by less than 16 bytes,"
+        f" {sum(0 < line.narrowest_w_load < 16 for line in nvidia)} of them for NVIDIA. Below, the worst of all shapes."
     )
     return ["## Every plan at the shapes of one layer, bf16", told, measure.table(heads, rows, markdown=True)]
 

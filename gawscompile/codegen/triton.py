@@ -91,7 +91,8 @@ def plans(spec: KernelSpec) -> list[Plan]:
     if not gemv.width:
         names = ["kron_epilogue" if any(p.kronecker for p in spec.projections) else "stream"]
     many = ["fused_tile", *["gemm_accumulate"] * all(spec.x == p.dtype == p.out for p in spec.projections)]
-    return [Plan(name, rows) for name in names for rows in GEMV_ROWS] + [Plan(name) for name in many]
+    few = GEMV_ROWS[1:] if gemv.written else GEMV_ROWS  # 32 rows and a chain of modes after them spill on sm_80
+    return [Plan(name, rows) for name in names for rows in few] + [Plan(name) for name in many]
 
 
 def emit(spec: KernelSpec, plan: Plan, tuned: bool = False) -> str:

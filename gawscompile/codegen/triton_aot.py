@@ -33,10 +33,11 @@ _ORDERING = re.compile(
 class Compiled:
     """One variant of a kernel for one target.
 
-    `registers` are per thread; `spills` counts registers spilled (AMD) or bytes of stack and local memory (NVIDIA);
-    `shared` is in bytes per program. `loads` maps a tensor, as the source calls it, to how many load instructions
-    there are by width in bytes. `ordering` names instructions that order memory between programs. `files` are
-    Triton's texts and binaries by their suffix (``ttir``, ``ptx``, ``cubin``, ``amdgcn``, ``hsaco`` …).
+    `registers` are per thread; `spills` counts registers spilled (AMD) or bytes of stack and local memory (NVIDIA), and
+    `looped_spills` the instructions that move them within a loop; `shared` is in bytes per program. `loads` maps a
+    tensor, as the source calls it, to how many load instructions there are by width in bytes. `ordering` names
+    instructions that order memory between programs. `files` are Triton's texts and binaries by their suffix (``ttir``,
+    ``ptx``, ``cubin``, ``amdgcn``, ``hsaco`` …).
     """
 
     kernel: str
@@ -45,6 +46,7 @@ class Compiled:
     warps: int
     registers: int
     spills: int
+    looped_spills: int
     shared: int
     loads: dict[str, dict[int, int]]
     ordering: dict[str, int]
@@ -91,6 +93,7 @@ def compile_variant(kernel: Any, variant: emitter.Variant, target: str) -> Compi
         warps=variant.options["num_warps"],
         registers=registers,
         spills=spills,
+        looped_spills=_looped_spills(text),
         shared=made.metadata.shared,
         loads=_loads(made.asm["ptx"] if nvidia else text, lines),
         ordering=dict(Counter(_ORDERING.findall(text))),
@@ -142,6 +145,26 @@ def _amd(assembly: str) -> tuple[int, int]:
     fields = re.findall(r"\.(vgpr_count|[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly)
     values = {name: int(value) for name, value in fields}
     return values.pop("vgpr_count"), sum(values.values())
+
+
+_LABEL = re.compile(r"^\s*(\.?L\w+):")
+_BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.?LB?\w+)")
+_SPILL = re.compile(r"\b(?:LDL|STL|scratch_(?:load|store)_\w+)\b")
+
+
+def _looped_spills(disassembly: str) -> int:
+    """Loads and stores of local memory between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    spills: list[int] = []
+    looped: set[int] = set()
+    for number, line in enumerate(disassembly.splitlines()):
+        if label := _LABEL.match(line):
+            labels[label[1]] = number
+        elif (branch := _BRANCH.search(line)) and branch[1] in labels:
+            looped |= {at for at in spills if at > labels[branch[1]]}
+        elif _SPILL.search(line):
+            spills.append(number)
+    return len(looped)
 
 
 _LOC = re.compile(r"\.loc\s+\d+\s+(\d+)")

@@ -204,6 +204,9 @@ class Gemv(Style):
 class SingleLaunch(Gemv):
     """Shrinking and expanding programs in one launch. The counters of a token, `flags`, are one for each stage of
     shrinking, of the programs that have published, and one of those that have waited; the last of these clears them.
+
+    On AMD a release waits for the stores of its own wave alone, and `publish` counts from the first: that wave holds
+    all that a program writes to u, since the columns are at most GEMV_ROWS[0] = 32 and a wave has 64 lanes.
     """
 
     def __init__(self, spec: KernelSpec, rows: int) -> None:

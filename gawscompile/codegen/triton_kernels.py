@@ -277,12 +277,12 @@ def dividing(blocks: tuple[int, ...], size: int, periods: Iterable[int]) -> tupl
 
 
 def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Those of `blocks` (descending) up to `most`; larger ones where a grid cannot hold so many programs."""
+    """Those of `blocks` (descending) up to `most` of which a grid can hold as many as there are, or larger ones."""
     rows = sum(p.n for p in spec.projections)
-    programs = MAX_ROW_BLOCKS - len(spec.projections)  # each may need one more for its last rows
-    few = tuple(block for block in blocks if block <= most) or blocks[-1:]
+    columns_of_u = sum(columns(spec, p).width for p in spec.projections)  # each may have a program in the same launch
+    programs = MAX_ROW_BLOCKS - len(spec.projections) - columns_of_u  # and each W one more for its last rows
     enough = tuple(block for block in blocks if rows <= block * programs) or blocks[:1]
-    return few if rows <= few[0] * programs else enough
+    return tuple(block for block in enough if block <= most) or enough[-1:]
 
 
 def with_offsets(p: ProjectionSpec) -> list[tuple[LowRankSpec, int]]:

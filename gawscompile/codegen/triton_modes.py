@@ -250,7 +250,7 @@ class Emitter:
             f"g_from{j} = {g_from}",
             *[f"x_from{j} = {x_from}"] * bool(x_from),
             *zeros(cols, shape, f"part{j}"),
-            *loop(cols, _unrolled("c", mode.columns, cols.block), step),
+            *loop(cols, _unrolled("c", mode.columns, cols.block, self.rows.block * cols.block), step),
         ]
 
     def tile(self, into: str, fresh: bool) -> list[str]:
@@ -372,10 +372,12 @@ class Emitter:
         return load(target, pointer, where.ok, self.product.kron.dtype, to, view)
 
 
-def _unrolled(name: str, size: int, block: int) -> str:
-    if size <= UNROLLED * block:
+def _unrolled(name: str, size: int, block: int, elements: int = 1) -> str:
+    """The loop over `size` by steps that load `elements` of a factor."""
+    steps = max(1, min(UNROLLED, 2 * FACTOR_ELEMENTS // elements))  # more in flight than that, and registers run out
+    if size <= steps * block:
         return f"for {name} in tl.static_range(0, {size}, {block})"
-    return f"for {name} in tl.range(0, {size}, {block}, loop_unroll_factor={UNROLLED})"
+    return f"for {name} in tl.range(0, {size}, {block}, loop_unroll_factor={steps})"
 
 
 def _by(factor: int) -> str:

@@ -197,9 +197,14 @@ class Case:
     column: int
     n: int | None = None
 
+    @property
+    def kind(self) -> tuple[Work, tuple[tuple[str, str], ...]]:
+        """Cases of one kind can share code: a pointer that is chosen in a branch must be of one type."""
+        return self.work, tuple((tensor.role, tensor.dtype) for tensor in self.tensors)
+
 
 class Group:
-    """Cases of equal work. They share its code, and choose their tensors by program id.
+    """Cases of one kind. They share its code, and choose their tensors by program id.
 
     Sharing is more than brevity: Triton gives every branch shared memory of its own, so five siblings with a tile
     in each branch would not fit an H100. A chosen pointer keeps the alignment that all of its choices have.
@@ -215,11 +220,9 @@ class Group:
         """The tensor parameters of this group's code: by role if there is nothing to choose."""
         return [tensor.role if len(self.cases) == 1 else tensor.name for tensor in self.tensors]
 
-    def updated(self) -> list[str]:
-        """The parameters for outputs that the work reads before it writes them."""
-        reads = re.search(r"tl\.load\(\s*y\b", "\n".join(self.cases[0].work.body))
-        pairs = zip(self.names(), self.tensors, strict=True)
-        return [name for name, tensor in pairs if reads and tensor.role == "y"]
+    def updates(self, tensor: Tensor) -> bool:
+        """Whether it is an output that the work reads before it writes it."""
+        return tensor.role == "y" and bool(re.search(r"tl\.load\(\s*y\b", "\n".join(self.cases[0].work.body)))
 
     def body(self) -> list[str]:
         sizes = {case.n for case in self.cases}
@@ -262,15 +265,20 @@ class Kernel:
         return sum(case.programs for case in self.cases)
 
     def groups(self) -> list[Group]:
-        works = dict.fromkeys(case.work for case in self.cases)
-        return [Group([case for case in self.cases if case.work == work]) for work in works]
+        kinds = dict.fromkeys(case.kind for case in self.cases)
+        return [Group([case for case in self.cases if case.kind == kind]) for kind in kinds]
+
+    def own(self) -> list[tuple[str, Tensor, Group]]:
+        """The parameters for tensors of single groups: by role where there is one group with nothing to choose."""
+        groups = self.groups()
+        named = [(group.names() if len(groups) == 1 else [t.name for t in group.tensors], group) for group in groups]
+        return [
+            (name, t, group) for names, group in named for name, t in zip(names, group.tensors, strict=True)
+        ]
 
     def types(self) -> dict[str, str]:
         """Parameters and their Triton types, in order."""
-        groups = self.groups()
-        names = groups[0].names() if len(groups) == 1 else [t.name for group in groups for t in group.tensors]
-        tensors = [tensor for group in groups for tensor in group.tensors]
-        own = {name: POINTER[tensor.dtype] for name, tensor in zip(names, tensors, strict=True)}
+        own = {name: POINTER[tensor.dtype] for name, tensor, _ in self.own()}
         return {**{tensor.name: POINTER[tensor.dtype] for tensor in self.shared}, **own, **dict(self.extra)}
 
     def source(self, tuned: bool = False) -> str:
@@ -296,8 +304,7 @@ class Kernel:
             named = ", ".join(f"{name}={value}" for name, value in choice)
             configs.append(f"triton.Config({{}}, {named}),")
         key = ", ".join(f'"{name}"' for name, kind in self.extra if kind == "constexpr")
-        read_and_written = [name for group in self.groups() for name in group.updated()]
-        restored = ", ".join(f'"{name}"' for name in read_and_written)
+        restored = ", ".join(f'"{name}"' for name, tensor, group in self.own() if group.updates(tensor))
         return [
             "@triton.autotune(",
             *indent(["configs=[", *indent(configs), "],", f"key=[{key}],"]),

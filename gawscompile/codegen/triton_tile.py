@@ -96,7 +96,7 @@ class Tile(Style):
         ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
         body = [
             constant("BLOCK_R", rows.block),
-            constant("BLOCK_K", self._cut_columns(term.dtype).block),
+            constant("BLOCK_K", self._cut_columns("a", term.dtype, rows).block),
             *row_range(rows, "BLOCK_R", str(term.rank)),
             *_TOKENS,
             "a += first * K",
@@ -123,7 +123,7 @@ class Tile(Style):
     def multiply(self, i: int, rows: Cut) -> list[str]:
         p = self.spec.projections[i]
         return [
-            constant("BLOCK_K", self._cut_columns(p.dtype).block),
+            constant("BLOCK_K", self._cut_columns("w", p.dtype, rows).block),
             f"w += {'first' if p.transposed else 'first * K'}",
             *self._product("w", p.dtype, rows, "BLOCK_N", p if p.transposed else None),
         ]
@@ -136,16 +136,18 @@ class Tile(Style):
         """Operands of one dtype meet in it (and sum in fp32), others in fp32, which holds every value of both."""
         return dtype if dtype == self.spec.x else "f32"
 
-    def _cut_columns(self, dtype: str) -> Cut:
-        """The steps over K of a product of x with a matrix of `dtype`."""
+    def _cut_columns(self, matrix: str, dtype: str, rows: Cut) -> Cut:
+        """The steps over K of a product of x with `rows` of a `matrix` of `dtype`."""
         blocks = TILE_COLUMNS[DTYPES[self._common(dtype)].itemsize]
+        if matrix == "w" and rows.block == TILE_ROWS[-1]:  # longer, so that each thread has 16 bytes of them to load
+            blocks = (2 * blocks[0], *blocks)
         return cut(self.spec.k, blocks[self.crowded :], DOT_MINIMUM)
 
     def _product(
         self, matrix: str, dtype: str, rows: Cut, block: str, transposed: ProjectionSpec | None = None
     ) -> list[str]:
         """``acc[tokens, rows] = x matrixᵀ``, or x matrix where it is the weight of `transposed`."""
-        common, cols = self._common(dtype), self._cut_columns(dtype)
+        common, cols = self._common(dtype), self._cut_columns(matrix, dtype, rows)
         w = f"{matrix} + rows[None, :] * K + cols[:, None]"
         if transposed:
             w = f"{matrix} + {row_of_w(transposed, self.spec.k, 'cols[:, None]')} + rows[None, :]"

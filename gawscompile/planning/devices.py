@@ -89,19 +89,19 @@ def planning_for(gpu: Gpu) -> Iterator[None]:
 
 def of(kind: str) -> Device | Gpu:
     """The device that groups with tensors on a `kind` of device ("cpu", "cuda") are planned for."""
-    return _planned_for.get() or (cpu() if kind == "cpu" else _gpu())
+    return _planned_for.get() or (cpu() if kind == "cpu" else _gpu(torch.cuda.current_device()))
 
 
 @functools.cache
-def _gpu() -> Gpu:
-    """This machine's GPU, by its name, or else the one that its compute capability is nearest to."""
-    name = torch.cuda.get_device_name()
+def _gpu(index: int) -> Gpu:
+    """GPU number `index` of this machine, by its name, or else the one that its compute capability is nearest to."""
+    name = torch.cuda.get_device_name(index)
     for known in GPUS.values():
         if known.name in name:
             return known
     if torch.version.hip:
         return GPUS["MI300X"]
-    major, _ = torch.cuda.get_device_capability()
+    major, _ = torch.cuda.get_device_capability(index)
     return GPUS["B200" if major >= 10 else "H100" if major == 9 else "A100"]
 
 

@@ -13,7 +13,7 @@ import math
 import sympy
 
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.codegen.spec import DTYPES, KernelSpec, SpecError
 from gawscompile.planning.devices import Gpu
 
 RESIDENT, RESIDENT_TILES = 8, 4
@@ -33,8 +33,18 @@ MATRIX_SHARE = {"fused_tile": 0.5, "gemm_accumulate": 0.75}
 
 
 def costs(spec: KernelSpec, gpu: Gpu, m: sympy.Symbol) -> dict[str, sympy.Expr]:
-    """Each plan that can run `spec`, with its time in `m`."""
-    return {str(plan): _seconds(spec, plan, gpu, m) for plan in triton.plans(spec)}
+    """Each plan that can run `spec`, with its time in `m`. Raises `SpecError` where there is none."""
+    plans = [plan for plan in triton.plans(spec) if _fits(spec, plan)]
+    if not plans:
+        raise SpecError(f"no grid can hold the programs of {spec}")
+    return {str(plan): _seconds(spec, plan, gpu, m) for plan in plans}
+
+
+def _fits(spec: KernelSpec, plan: triton.Plan) -> bool:
+    try:
+        return bool(triton.launches(spec, plan)) or plan.name == "gemm_accumulate"
+    except SpecError:  # more programs than a grid can hold
+        return False
 
 
 def _seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol) -> sympy.Expr:
@@ -51,7 +61,8 @@ def _seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol) -> 
     seats = gpu.multiprocessors * (RESIDENT_TILES if tiles else RESIDENT)
     flying = TILE_STEPS * weights / (programs * spec.k) if tiles else IN_FLIGHT
     share = min(1.0, min(programs, seats) * flying / (gpu.bandwidth * gpu.latency))
-    overhead += math.ceil(programs / seats) * gpu.latency
+    waves = math.ceil(programs / seats) if tiles else sympy.ceiling(m * sympy.Rational(programs, seats))
+    overhead += waves * gpu.latency
     streamed = (weights + factors) / (gpu.bandwidth * share)
     if tiles:
         streamed /= TENSOR_SHARE

@@ -9,6 +9,8 @@ its own code and to export ahead of time: AOTAutograd, which would do so itself,
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -17,28 +19,41 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import DTYPES
+from gawscompile.codegen.spec import DTYPES, KernelSpec
 from gawscompile.planning.table import Program
 
-_flags: dict[tuple[int, int], torch.Tensor] = {}
+_flags: dict[tuple[int, int], list[torch.Tensor]] = {}
+"""The counters of each device and stream: the last buffer is in use, captured graphs may use those before it."""
 
 
 def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[torch.Tensor]:
     """The CUDA kernel of the op. Raises `ValueError`, naming the tensor, where one no longer fits the program."""
     parsed = Program.parse(program)
     spec = parsed.spec
-    flat = x.reshape(-1, spec.k).contiguous()
-    m = flat.shape[0]
+    m = math.prod(x.shape[:-1])
     if m == 0:
-        return [x.new_empty((*x.shape[:-1], n), dtype=DTYPES[dtype]) for n, dtype in spec.outputs]
+        return _nothing(x, spec)
     plan = parsed.triton_plan(m)
-    tensors = [
-        (t.reshape(m, -1) if o.role == "residual" else t).contiguous()
-        for o, t in zip(spec.operands(), operands, strict=True)
-    ]
-    flags = counters(x.device, m * triton.flags_per_token(spec, plan)) if plan.name == "single_launch" else None
-    outs = triton.launch(spec, plan, flat, tensors, flags, parsed.tuned)
-    return [y.view(*x.shape[:-1], -1) for y in outs]
+    tensors = [t.contiguous() for t in _flat(m, spec, operands)]
+    with torch.cuda.device_of(x):  # Triton launches on the current device and its current stream
+        flags = counters(x.device, m * triton.flags_per_token(spec, plan)) if plan.name == "single_launch" else None
+        outs = triton.launch(spec, plan, x.reshape(m, spec.k).contiguous(), tensors, flags, parsed.tuned)
+    return _shaped(x, spec, outs)
+
+
+def _nothing(x: torch.Tensor, spec: KernelSpec) -> list[torch.Tensor]:
+    """The outputs for no tokens."""
+    return [x.new_empty((*x.shape[:-1], n), dtype=DTYPES[dtype]) for n, dtype in spec.outputs]
+
+
+def _flat(m: int, spec: KernelSpec, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The operands, residuals as ``[m, n]``."""
+    named = zip(spec.operands(), operands, strict=True)
+    return [t.reshape(m, spec.projections[o.projection].n) if o.role == "residual" else t for o, t in named]
+
+
+def _shaped(x: torch.Tensor, spec: KernelSpec, outs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [y.view(*x.shape[:-1], n) for y, (n, _) in zip(outs, spec.outputs, strict=True)]
 
 
 def counters(device: torch.device, count: int) -> torch.Tensor:
@@ -48,13 +63,25 @@ def counters(device: torch.device, count: int) -> torch.Tensor:
     overlap. A buffer that is made during a capture is cleared again by every replay, which costs a launch.
     """
     stream = torch.cuda.current_stream(device).cuda_stream
-    key = (device.index or 0, stream)
-    kept = _flags.get(key)
-    if kept is None or kept.numel() < count:
-        kept = torch.zeros(max(count, 1 << 12), dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():
-            _flags[key] = kept
-    return kept
+    kept = _flags.setdefault((device.index or 0, stream), [])
+    if kept and kept[-1].numel() >= count:
+        return kept[-1]
+
+    def make() -> torch.Tensor:
+        return torch.zeros(max(count, 1 << 12), dtype=torch.int32, device=device)
+
+    if torch.cuda.is_current_stream_capturing():
+        return make()
+
+    def outside() -> torch.Tensor:
+        made = make()
+        torch.cuda.current_stream(device).synchronize()
+        return made
+
+    # In a thread of its own: while CUDA graphs warm up, what this thread allocates belongs to their private pool.
+    with ThreadPoolExecutor(1) as other:
+        kept.append(other.submit(outside).result())
+    return kept[-1]
 
 
 @torch.library.triton_op("gaws::project_traced", mutates_args={})
@@ -62,14 +89,13 @@ def project_traced(x: torch.Tensor, operands: list[torch.Tensor], program: str) 
     """`project`, for plans without counters and a number of tokens that is known when it is traced."""
     parsed = Program.parse(program)
     spec = parsed.spec
-    flat = x.reshape(-1, spec.k)
-    module = triton.load(spec, parsed.triton_plan(int(flat.shape[0])), parsed.tuned)
-    tensors = [
-        (t.reshape(flat.shape[0], -1) if o.role == "residual" else t).contiguous()
-        for o, t in zip(spec.operands(), operands, strict=True)
-    ]
+    m = math.prod(x.shape[:-1])
+    if m == 0:
+        return _nothing(x, spec)
+    module = triton.load(spec, parsed.triton_plan(m), parsed.tuned)
+    tensors = [t.contiguous() for t in _flat(m, spec, operands)]
     kernels = [torch.library.wrap_triton(kernel) for kernel in module.KERNELS]
-    return [y.view(*x.shape[:-1], -1) for y in module.launch(flat, tensors, kernels=kernels)]
+    return _shaped(x, spec, module.launch(x.reshape(m, spec.k), tensors, kernels=kernels))
 
 
 def inline(graph: Graph) -> None:

@@ -175,6 +175,19 @@ def test_many_rows_fit_into_a_grid():
     emit(f"k=4 x=f32; n={4 * 65537} w=f32 out=f32")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k=64 x=bf16; n=262148 w=bf16 out=bf16",  # 4 divides it, 8 does not, and 65537 blocks of 4 are too many
+        "k=64 x=bf16; n=262080 w=bf16 out=bf16 lora(r=64 bf16 s=2.0)",  # so are 65520 of rows and 64 of u
+        "k=64 x=bf16; n=1000012 w=bf16 out=bf16",
+    ],
+)
+def test_every_plan_keeps_within_a_grid(text: str):
+    spec = KernelSpec.parse(text)
+    assert all(sum(emitter.launches(spec, plan).values()) <= 65535 for plan in emitter.plans(spec))
+
+
 def test_more_rows_than_a_grid_are_refused():
     with pytest.raises(SpecError, match="row blocks"):
         emit("k=4 x=f32; n=3000000 w=f32 out=f32")
@@ -212,6 +225,18 @@ def test_the_autotuner_is_asked_only_when_wanted():
 
 
 @pytest.mark.skipif(shutil.which("ruff") is None, reason="ruff is not installed")
+def test_autotuned_modules_of_unlike_siblings_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Triton checks the names in `restore_value` when it decorates."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path))
+    restored = 0
+    for spec in {KernelSpec.parse(text) for text, _ in cases.CASES.values()}:
+        for plan in {plan.name: plan for plan in emitter.plans(spec)}.values():
+            restored += "restore_value" in emitter.emit(spec, plan, True)
+            assert emitter.load(spec, plan, True).launch
+    assert restored > 10
+
+
 def test_text_is_formatted_and_lints(tmp_path: Path):
     for i, text in enumerate([*SPECS, *map(str, (QKV, MIXED, LONG, *KRONECKER.values()))]):
         spec = KernelSpec.parse(text)

@@ -103,6 +103,22 @@ def test_sm_90(spec: KernelSpec, plan: Plan):
         _checked(compiled, None if spec in (CROSSING, MIXED) else 128)
 
 
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("k=64 x=bf16; n=64 w=bf16 out=bf16 lora(r=8 bf16 s=2.0); n=64 w=bf16 out=bf16 lora(r=8 f16 s=2.0)", SINGLE),
+        ("k=64 x=bf16; n=64 w=bf16 out=bf16 lora(r=8 bf16 s=2.0); n=64 w=bf16 out=bf16 lora(r=8 f16 s=2.0)", REDUNDANT),
+        ("k=64 x=bf16; n=64 w=bf16 out=bf16 bias=bf16; n=64 w=bf16 out=bf16 bias=f16", TILE),
+        ("k=64 x=f32; n=64 w=bf16 out=f32; n=64 w=f16 out=f32", Plan("stream", 8)),
+        ("k=64 x=f32 swiglu; n=64 w=bf16 out=f32; n=64 w=f16 out=f32", Plan("stream", 8)),
+    ],
+)
+def test_siblings_of_two_half_precisions(text: str, plan: Plan):
+    """They read alike in the source; a pointer chosen in a branch has one type, which the interpreter cannot see."""
+    for compiled in ahead.compile_plan(KernelSpec.parse(text), plan, "cuda:90"):
+        _checked(compiled, None)
+
+
 def test_decode_streams_weights():
     (_, expand) = ahead.compile_plan(QKV, Plan("two_launch", 4), "cuda:90")
     assert expand.loads["w"] == expand.loads["x"] and set(expand.loads["w"]) == {16}, "one load of each in a step"

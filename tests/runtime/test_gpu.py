@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,46 @@ def test_the_opaque_op_has_a_fake(leading: tuple[int, ...]):
         ((*leading, 96), torch.bfloat16, "cuda"),
         ((*leading, 32), torch.float32, "cuda"),
     ]
+
+
+class Streams:
+    """What `counters` asks of CUDA, and the threads in which it allocates."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.capturing, self.threads, zeros = 7, False, [], torch.zeros
+
+        def recorded(*args: object, **kwargs: object) -> torch.Tensor:
+            self.threads.append(threading.get_ident())
+            return zeros(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "zeros", recorded)
+        known = {
+            "current_stream": lambda _: SimpleNamespace(cuda_stream=self.stream, synchronize=lambda: None),
+            "is_current_stream_capturing": lambda: self.capturing,
+        }
+        for name, stand_in in known.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(gpu, "_flags", {})
+
+
+def test_counters_are_kept_for_each_stream_and_outlive_a_larger_buffer(monkeypatch: pytest.MonkeyPatch):
+    cuda, device = Streams(monkeypatch), torch.device("cpu")
+    first = gpu.counters(device, 10)
+    assert gpu.counters(device, first.numel()) is first and not first.any()
+    larger = gpu.counters(device, first.numel() + 1)
+    assert larger is not first and gpu.counters(device, 10) is larger
+    assert any(kept is first for kept in gpu._flags[0, 7]), "a captured graph may still count there"
+    cuda.stream = 8
+    assert gpu.counters(device, 10) is not larger
+
+
+def test_counters_that_are_kept_never_come_from_a_private_pool_of_a_cuda_graph(monkeypatch: pytest.MonkeyPatch):
+    cuda, device = Streams(monkeypatch), torch.device("cpu")
+    kept = gpu.counters(device, 10)
+    assert cuda.threads != [threading.get_ident()], "while graphs warm up, this thread allocates in their pool"
+    cuda.capturing, cuda.stream = True, 9
+    captured = gpu.counters(device, 10)
+    assert captured is not kept and gpu.counters(device, 10) is not captured, "what a capture made is the graph's own"
 
 
 @pytest.fixture
@@ -82,6 +123,15 @@ def test_a_transparent_graph_shows_the_kernels_and_what_they_write(plan: str, wr
     assert [set(n.kwargs["tensors_to_clone"]) for n in launches] == written
     shapes = [tuple(n.meta["val"].shape) for n in graph.output_node().args[0]]
     assert shapes == [(1, 3, 96), (1, 3, 32)]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_transparent_op_takes_no_tokens():
+    mode = FakeTensorMode()
+    x, operands = _fakes(mode, (1, 0))
+    with mode:
+        y = torch.ops.gaws.project_traced(x, operands, f"triton two_launch[4] | {SPEC}")
+    assert [tuple(t.shape) for t in y] == [(1, 0, 96), (1, 0, 32)]
 
 
 @pytest.mark.parametrize(
