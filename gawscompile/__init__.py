@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gawscompile.debug.explain import Report, explain
+    from gawscompile.guards import compile
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "explain"]
+__all__ = ["Report", "__version__", "compile", "explain"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from gawscompile.debug import explain as module
 
         return getattr(module, name)
+    if name == "compile":
+        from gawscompile import guards
+
+        return guards.compile
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

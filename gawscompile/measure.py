@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
+from gawscompile import guards
+
 PACKAGES = ("torch", "transformers", "peft", "triton")
 
 
@@ -114,7 +116,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool 
 
 
 def compiled(model: Any, backend: str, **settings: Any) -> Any:
-    """`model` under ``torch.compile(backend=…)``; ``backend="eager"`` gives it back as it is.
+    """`model` under ``torch.compile(backend=…)``; ``backend="eager"`` gives it back as it is, and "gawscompile.compile"
+    is that function.
 
     Several backends compile the same ``forward`` here. Where torch can (2.12 and later), each gets a table of compiled
     graphs of its own, so that one variant's entries neither slow another's lookup nor use up its recompile limit.
@@ -123,6 +126,8 @@ def compiled(model: Any, backend: str, **settings: Any) -> Any:
         return model
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         settings.setdefault("isolate_recompiles", True)
+    if backend == "gawscompile.compile":
+        return guards.compile(model, **settings)
     return torch.compile(model, backend=backend, **settings)
 
 

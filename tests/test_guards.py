@@ -1,0 +1,164 @@
+"""gawscompile.compile: fewer guards, and everything that PEFT lets one change still shows in the next call."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+
+import gawscompile
+from gawscompile.debug.store import RECORDS
+from gawscompile.guards import inference_guards
+from gawscompile.measure import graphs_compiled
+from tests.graphs import randomise, small_llama, tokens
+
+IDS = tokens(1, 5)
+OPTIONS = {"strict": True}
+
+
+@torch.no_grad()
+def logits(call):
+    return call(IDS, use_cache=False).logits
+
+
+def same(compiled, model):
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def forgetful_dynamo():
+    """Not here: what is compiled once must serve every test, and beyond torch's limit all would be eager."""
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A model with two adapters and its compiled form, shared by all changes."""
+    model = small_llama(layers=1)
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules="all-linear"))
+    randomise(model)
+    mark = len(RECORDS)
+    compiled = gawscompile.compile(model, options=OPTIONS)
+    same(compiled, model)
+    assert any(record.groups for record in RECORDS.since(mark))
+    return model, compiled
+
+
+def scaled(model, factor):
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.scaling["default"] *= factor
+
+
+def test_set_adapter(pair):
+    model, compiled = pair
+    first = logits(compiled)
+    for names in ("other", ["default", "other"], "default"):
+        model.base_model.set_adapter(names)
+        same(compiled, model)
+    assert torch.equal(logits(compiled), first)
+
+
+def test_scaling(pair):
+    model, compiled = pair
+    before = logits(compiled)
+    scaled(model, 3.0)
+    same(compiled, model)
+    assert not torch.allclose(logits(compiled), before, atol=1e-3)
+    scaled(model, 1 / 3)
+    same(compiled, model)
+
+
+def test_disabling(pair):
+    model, compiled = pair
+    before = logits(compiled)
+    with model.disable_adapter():
+        same(compiled, model)
+        assert not torch.allclose(logits(compiled), before, atol=1e-3)
+    same(compiled, model)
+
+
+def test_merging(pair):
+    model, compiled = pair
+    model.merge_adapter()
+    same(compiled, model)
+    model.unmerge_adapter()
+    same(compiled, model)
+
+
+def test_written_and_replaced_parameters_recompile_nothing(pair):
+    model, compiled = pair
+    same(compiled, model)
+    graphs = graphs_compiled()
+    with torch.no_grad():
+        for name, parameter in list(model.named_parameters()):
+            if "lora_B" in name:
+                parameter.mul_(-1.5)
+            elif "norm" in name:
+                parameter.data = parameter.data + 0.1
+    same(compiled, model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+    same(compiled, model)
+    assert graphs_compiled() == graphs
+
+
+def test_a_factor_of_another_rank_is_an_error_and_not_an_answer(pair):
+    model, compiled = pair
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    kept = layer.weight
+    layer.weight = torch.nn.Parameter(kept[:2].clone())
+    with pytest.raises((RuntimeError, AssertionError), match=r"(?i)a0_0|size"):
+        logits(compiled)
+    layer.weight = kept
+    same(compiled, model)
+
+
+def test_an_adapter_that_came_later_and_one_that_went(pair):
+    model, compiled = pair
+    model.add_adapter("late", peft.LoraConfig(r=5, target_modules=["q_proj"]))
+    randomise(model)
+    model.set_adapter("late")
+    same(compiled, model)
+    model.delete_adapter("late")
+    model.set_adapter("default")
+    same(compiled, model)
+
+
+def test_gradients_get_all_their_guards(pair):
+    model, compiled = pair
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    loss = compiled(IDS, use_cache=False).logits.sum()
+    assert not loss.requires_grad
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    compiled(IDS, use_cache=False).logits.sum().backward()
+    active = [p for n, p in model.named_parameters() if p.requires_grad and ".default." in n]
+    assert active and all(p.grad is not None for p in active)
+
+
+def test_most_guards_on_parameters_are_gone():
+    torch._dynamo.reset()
+    model = small_llama(layers=1)
+    counts = []
+
+    def counting(entries):
+        keep = inference_guards(entries)
+        matched = [kept for entry, kept in zip(entries, keep, strict=True) if entry.guard_type == "TENSOR_MATCH"]
+        counts.append((len(matched), sum(matched)))
+        return keep
+
+    logits(torch.compile(model, backend="eager", options={"guard_filter_fn": counting}))
+    parameters = sum(1 for _ in model.parameters())
+    (before, after), *_ = counts
+    assert before >= parameters * 0.9 and after < before / 4
+
+
+def test_what_it_cannot_take_is_said():
+    with pytest.raises(ValueError, match="is a guard_filter_fn"):
+        gawscompile.compile(torch.nn.Linear(2, 2), options={"guard_filter_fn": list})
+    with pytest.raises(ValueError, match="takes no mode"):
+        gawscompile.compile(torch.nn.Linear(2, 2), mode="max-autotune")
