@@ -5,6 +5,7 @@ Timing in turns, the machine's description and tables are `gawscompile.measure`'
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -92,15 +93,20 @@ def load_base(setup: Setup) -> Any:
 ADAPTERS = ("lora", "gaws", "gawsd", "lokr")
 """What can be put on every linear, each with as many parameters as LoRA of the setup's rank has, or nearly so."""
 
+MERGED = "merged"
+"""The LoRA again, merged into a copy of the weights: what unmerged ones are to be measured by."""
+
 
 def with_adapter(base: Any, setup: Setup, kind: str = "lora", share: bool = True) -> Any:
     """`base` with an unmerged adapter on every linear (PEFT's ``all-linear``), small and not zero: a zero hides bugs.
 
     PEFT keeps the factors in fp32 over a half-precision base unless `cast_adapters` is set. With `share` the base
-    itself stays bare and lends its weights.
+    itself stays bare and lends its weights, but for a `MERGED` LoRA, which needs its own.
     """
     from peft import get_peft_model
 
+    if kind == MERGED:
+        return with_adapter(copy.deepcopy(base), setup, share=False).merge_and_unload()
     torch.manual_seed(0)
     inner = measure.sharing_copy(base) if share else base
     config = adapter_config(base, kind, setup.rank)

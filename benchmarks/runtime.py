@@ -51,7 +51,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each variant (default 12)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps in a turn (default 6)")
-    parser.add_argument("--adapters", nargs="+", default=["lora"], choices=common.ADAPTERS, help="default: lora")
+    parser.add_argument("--adapters", nargs="+", default=["lora"], choices=(*common.ADAPTERS, common.MERGED))
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA, whose size the others take (default 16)")
     parser.add_argument("--cast-adapters", action="store_true", help="factors in the base's dtype (PEFT: fp32)")
     parser.add_argument("--kv", choices=("static", "dynamic"), default="static", help="the decoder's cache")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import common, gaws_gap, kernels, memory, runtime
+from benchmarks import common, gaws_gap, kernels, limits, memory, runtime
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
 
@@ -146,6 +146,31 @@ def test_account_of_a_layer_and_its_kernels(monkeypatch, tmp_path):
     assert {job.members for job in jobs} == {"q_proj + k_proj + v_proj", "o_proj", "gate_proj + up_proj", "down_proj"}
     (line,) = kernels.compile_job(next(job for job in jobs if job.plan.name == "single_launch"))
     assert line.registers > 16 and line.spills == 0 and line.narrowest_w_load == 16 and line.ordering
+
+
+def test_floors_and_multiples_of_them(tiny_llama_dir, monkeypatch, tmp_path):
+    monkeypatch.setattr(limits, "BUFFER", 1 << 20)
+    monkeypatch.setattr(limits, "SQUARE", 64)
+    found = limits.machine(rounds=1)
+    assert found.bandwidth > 0 and set(found.rates) == {"float32", "bfloat16"}
+    setup = Setup(str(tiny_llama_dir), rank=4)
+    base = common.load_base(setup)
+    bare, lora = (limits.work(setup, kind) for kind in ("base", "lora"))
+    factors = sum(p.nbytes for p in common.with_adapter(base, setup).parameters() if p.requires_grad)
+    for case, work in bare.items():
+        assert lora[case].read - work.read == factors
+        assert sum(lora[case].operations.values()) > sum(work.operations.values())
+    slow = limits.Machine(bandwidth=1e6, rates={"float32": 1e30, "bfloat16": 1e30})
+    decode = "decode, 64 past"
+    assert bare[decode].floor(slow) == pytest.approx(bare[decode].read / 1e3)
+    floors = {("float32", "decode", kind): 2.0 for kind in ("base", "lora")}
+    lines = limits.lines([row("inductor", "base", 8.0), row("gaws", "lora", 5.0)], floors)
+    assert [line["times"] for line in lines] == [4.0, 2.5] and lines[1]["times_without_guards"] == 2.25
+    text = limits.table(lines, markdown=True)
+    assert text.index("gaws lora") < text.index("inductor base") and "0.62" in text
+    pytest.importorskip("matplotlib")
+    limits.plot(lines, tmp_path / "limits.png")
+    assert (tmp_path / "limits.png").stat().st_size
 
 
 @pytest.mark.slow
