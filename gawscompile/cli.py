@@ -1,4 +1,4 @@
-"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``emit``, ``cache {info,clear}``."""
+"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``emit``, ``calibrate``, ``cache``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     emit.add_argument("--target", default="cuda:90", help="cuda:80, cuda:90, cuda:100, hip:gfx942, … (default cuda:90)")
     emit.add_argument("--out", type=Path, required=True, help="a folder, new or empty")
     emit.set_defaults(run=_emit)
+    calibrate = commands.add_parser("calibrate", help="measure this CPU for the cost model and keep what is found")
+    calibrate.add_argument("--threads", type=int, help="for so many (default: torch's own number)")
+    calibrate.set_defaults(run=_calibrate)
     kept = commands.add_parser("cache", help="what is cached, and where").add_subparsers(dest="action", required=True)
     kept.add_parser("info", help="place, limit and sizes").set_defaults(run=_cache_info)
     clear = kept.add_parser("clear", help="remove kernels and records")
@@ -79,6 +82,18 @@ def _emit(arguments: argparse.Namespace) -> str:
     model = _load(arguments)
     traced = ahead.trace(model, gpu, input_ids=torch.zeros((1, arguments.tokens), dtype=torch.int64))
     return ahead.emit(traced, arguments.target, arguments.tokens, out)
+
+
+def _calibrate(arguments: argparse.Namespace) -> str:
+    import torch
+
+    from gawscompile import calibrate
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads {arguments.threads}: at least 1")
+        torch.set_num_threads(arguments.threads)
+    return calibrate.calibrate().summary()
 
 
 def _cache_info(arguments: argparse.Namespace) -> str:

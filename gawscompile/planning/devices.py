@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
+import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from gawscompile.codegen import cache
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,60 @@ def _gpu(index: int) -> Gpu:
 
 
 def cpu() -> Device:
-    """This machine's CPU, for torch's present number of threads."""
+    """This machine's CPU, for torch's present number of threads: as calibrated, or else by its kind."""
+    default = default_cpu()
+    try:
+        return _stored(cache.root() / CALIBRATIONS).get(default.name, default)
+    except cache.CacheError:  # whoever needs the folder says so
+        return default
+
+
+def default_cpu() -> Device:
+    """What is known of this kind of CPU."""
     return _cpu(torch.get_num_threads(), _vendor(), torch.backends.cpu.get_cpu_capability(), _bf16())
+
+
+CALIBRATIONS = "calibrations.json"
+"""In the cache folder: device name → the constants that `gawscompile.calibrate` has fitted."""
+
+
+def store(device: Device) -> Device:
+    """Keeps `device` for this and later processes, and returns it as they will see it. Raises `CacheError`."""
+    path = cache.root() / CALIBRATIONS
+    with cache.locked(cache.digest(CALIBRATIONS)):
+        kept = _read(path) | {device.name: dataclasses.asdict(device)}
+        cache.write_atomic(path, json.dumps(kept, indent=1, sort_keys=True))
+    _stored.cache_clear()
+    return _stored(path)[device.name]
+
+
+@functools.cache
+def _stored(path: Path) -> dict[str, Device]:
+    """The calibrated devices by the names of their kinds; their own tell the constants apart, as keys must."""
+    found = {}
+    for name, constants in _read(path).items():
+        device = Device(**constants)
+        told = cache.digest(json.dumps(constants, sort_keys=True))[:8]
+        found[name] = dataclasses.replace(device, name=f"{name}:calibrated={told}")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What lies there; nothing, and a warning, where it is no calibration."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for constants in kept.values():
+            rates = (*constants["kernel_rate"].values(), *constants["library_rate"].values())
+            numbers = (constants["bandwidth"], *rates, *constants["library_bandwidth"].values())
+            if not all(isinstance(number, float) and 0 < number < float("inf") for number in numbers):
+                raise ValueError("a constant that is no positive number")
+            Device(**constants)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("gaws: %s is no calibration (%s): run `gawscompile calibrate` again", path, error)
+        return {}
+    return kept
 
 
 @functools.cache
