@@ -23,6 +23,8 @@ from gawscompile import measure, models
 from gawscompile.decoding import CacheKind, Decoder
 
 BACKENDS = ("eager", "inductor", "gaws")
+LLAMA_CPP = "llama.cpp"
+UNCOMPILED = ("eager", LLAMA_CPP)
 PAST, PREFILL = 64, 128
 """Tokens in the cache while decoding, and tokens of a prefill."""
 
@@ -177,7 +179,7 @@ def _ids(model: Any, count: int) -> torch.Tensor:
 
 def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
     """The cases of `model` under `backend`, each compiled for itself, for fixed shapes (``dynamic=False``)."""
-    settings = {} if backend == "eager" else {"dynamic": False}
+    settings = {} if backend in UNCOMPILED else {"dynamic": False}
     if model.config.is_encoder_decoder:
         return _seq2seq_cases(model, backend, settings)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -186,11 +188,17 @@ def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
             Case(f"encode {count}", _forward(measure.compiled(model, backend, **settings), _ids(model, count)))
             for count in (32, 128)
         ]
+    names = f"decode, {PAST} past", f"prefill {PREFILL}"
+    if backend == LLAMA_CPP:
+        from benchmarks import ggml
+
+        steps = ggml.steps(model, _ids(model, PAST)[0].tolist(), _ids(model, PREFILL)[0].tolist())
+        return [Case(name, step) for name, step in zip(names, steps, strict=True)]
     decoder = Decoder(model, measure.compiled(model, backend, **settings), 2 * PAST, setup.kv)
     decoder.fill(_ids(model, PAST)[0].tolist())
     run = measure.compiled(model, backend, **settings)
     prefill = _forward(run, _ids(model, PREFILL), use_cache=True, logits_to_keep=1)
-    return [Case(f"decode, {PAST} past", decoder.timed_step), Case(f"prefill {PREFILL}", prefill)]
+    return [Case(name, step) for name, step in zip(names, (decoder.timed_step, prefill), strict=True)]
 
 
 def _seq2seq_cases(model: Any, backend: str, settings: dict[str, Any]) -> list[Case]:

@@ -6,7 +6,8 @@ The floor of a call is what its weights, adapters and cached keys take to be rea
 what its multiplications take at the machine's best matrix rate, whichever is longer. Both are measured here, before
 each of the processes: a threaded sum over more memory than the caches hold, and the vendor library's matmul of large
 squares. Variants: the bare model, PEFT's LoRA on every linear, and the same LoRA merged; the models' own times are
-those of `benchmarks.runtime`, medians over the processes.
+those of `benchmarks.runtime`, medians over the processes. llama.cpp takes part where it is installed
+(`benchmarks.ggml`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -33,6 +35,7 @@ BUFFER = 1 << 30
 """Bytes that are summed: more than the last cache of any machine we know of."""
 
 SQUARE = 2048
+BACKENDS = "eager,inductor,gaws,gawscompile.compile"
 STREAM = """
 #include <cstdint>
 #include <omp.h>
@@ -190,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2, a shape, or a directory: a causal model")
     parser.add_argument("--layers", type=int, help="cut a shape to its first N layers")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    parser.add_argument("--backends", default="eager,inductor,gaws,gawscompile.compile")
+    parser.add_argument("--backends", default=BACKENDS, help="comma-separated (default %(default)s and llama.cpp)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=4)
@@ -201,7 +204,12 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
     facts = measure.machine()
-    flags = ["--model", given.model, "--dtype", *given.dtype, "--backends", given.backends, "--rank", str(given.rank)]
+    backends, missing = given.backends, ""
+    if backends == BACKENDS and importlib.util.find_spec("llama_cpp"):
+        backends += f",{common.LLAMA_CPP}"
+    elif backends == BACKENDS:
+        missing = " llama.cpp is not installed: pip install 'gawscompile[llama]'."
+    flags = ["--model", given.model, "--dtype", *given.dtype, "--backends", backends, "--rank", str(given.rank)]
     flags += ["--adapters", "lora", MERGED, "--rounds", str(given.rounds), "--steps", str(given.steps)]
     flags += ["--layers", str(given.layers)] if given.layers else []
     limits, runs = [], []
@@ -224,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Limits: {known.bandwidth / 1e9:.1f} GB/s read (best; median of {len(limits)} processes"
         f" {statistics.median(bandwidths):.1f}), matmul of {SQUARE}²: "
         + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in known.rates.items())
-        + "."
+        + f".{missing}"
     )
 
     def report(markdown: bool) -> str:

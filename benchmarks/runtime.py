@@ -48,7 +48,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--layers", type=int, help="cut shapes to their first N layers; the tables say so")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
-    parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated (default %(default)s)")
+    parser.add_argument(
+        "--backends",
+        default=",".join(BACKENDS),
+        help=f"comma-separated (default %(default)s); also gawscompile.compile and {common.LLAMA_CPP}",
+    )
     parser.add_argument("--rounds", type=int, default=12, help="turns of each variant (default 12)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps in a turn (default 6)")
     parser.add_argument("--adapters", nargs="+", default=["lora"], choices=(*common.ADAPTERS, common.MERGED))
@@ -91,7 +95,7 @@ def measure_setup(
     for name, variants in cases.items():
         graphs = measure.graphs_compiled()
         steppers = {f"{backend} {kind}": case.step for (backend, kind), case in variants.items()}
-        guarded = [title for title in steppers if not title.startswith("eager")]
+        guarded = [title for title in steppers if not title.startswith(common.UNCOMPILED)]
         samples, guardless = measure.interleave(steppers, rounds, steps, guarded)
         recompiled = measure.graphs_compiled() - graphs
         for backend, kind in variants:
@@ -105,7 +109,7 @@ def measure_setup(
                     "adapter": kind,
                     "ms": asdict(measure.Timing.of(samples[title])),
                     "ms_without_guards": asdict(measure.Timing.of(guardless[title])) if title in guardless else None,
-                    "compile_s": None if backend == "eager" else seconds,
+                    "compile_s": None if backend in common.UNCOMPILED else seconds,
                     "compile_cached": cached,
                     "recompiled_while_timed": recompiled,
                 }

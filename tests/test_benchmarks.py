@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import common, gaws_gap, kernels, limits, memory, runtime
+from benchmarks import common, gaws_gap, growth, kernels, limits, memory, runtime
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
 
@@ -171,6 +171,39 @@ def test_floors_and_multiples_of_them(tiny_llama_dir, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     limits.plot(lines, tmp_path / "limits.png")
     assert (tmp_path / "limits.png").stat().st_size
+
+
+def test_growth_beside_its_prediction(tmp_path):
+    start = growth.Stack(width=48, layers=1, rank=2)
+    points = growth.sweep("adapters", "float32", 1, (0, 1), start)
+    assert [(p.sweep, p.value) for p in points] == [("adapters", 0), ("adapters", 1)]
+    assert all(p.measured.median > 0 and p.predicted > 0 for p in points)
+    assert points[1].predicted > points[0].predicted
+    specs = growth.Stack().specs("bfloat16")
+    assert [(s.k, [p.n for p in s.projections], s.swiglu) for s in specs] == [
+        (576, [576, 192, 192], False),
+        (576, [576], False),
+        (576, [1536, 1536], True),
+        (1536, [576], False),
+    ]
+    assert "| adapters 1 | float32 |" in growth.table(points, markdown=True)
+    pytest.importorskip("matplotlib")
+    growth.plot(points, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size
+
+
+def test_q_and_k_turn_in_pairs_in_llama_cpp(tiny_llama_dir):
+    from benchmarks import ggml
+
+    model = common.load_base(Setup(str(tiny_llama_dir)))
+    config, named = model.config, dict(ggml.weights(model))
+    q, heads = model.model.layers[0].self_attn.q_proj.weight, model.config.num_attention_heads
+    head = q.view(heads, -1, q.shape[1])
+    got = named["blk.0.attn_q.weight"].view(heads, -1, q.shape[1])
+    half = head.shape[1] // 2
+    assert torch.equal(got[:, 0::2], head[:, :half]) and torch.equal(got[:, 1::2], head[:, half:])
+    assert named["blk.0.ffn_up.weight"] is model.model.layers[0].mlp.up_proj.weight
+    assert len(named) == 2 + 9 * config.num_hidden_layers + (not config.tie_word_embeddings)
 
 
 @pytest.mark.slow
