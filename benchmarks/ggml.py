@@ -46,6 +46,8 @@ class Peer:
         if adapted:
             write_lora(model, lora)
         threads = torch.get_num_threads()
+        # keys and values as exact as the weights; llama.cpp has no quick attention over bf16 ones
+        cached = llama_cpp.GGML_TYPE_F32 if model.dtype == torch.float32 else llama_cpp.GGML_TYPE_F16
         self.llama = llama_cpp.Llama(
             str(base),
             n_ctx=capacity,
@@ -54,6 +56,8 @@ class Peer:
             n_threads=threads,
             n_threads_batch=threads,
             lora_path=str(lora) if adapted else None,
+            type_k=cached,
+            type_v=cached,
             use_mmap=False,
             verbose=False,
         )

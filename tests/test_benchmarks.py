@@ -207,6 +207,39 @@ def test_q_and_k_turn_in_pairs_in_llama_cpp(tiny_llama_dir):
 
 
 @pytest.mark.slow
+def test_a_token_taken_apart(tiny_llama_dir, monkeypatch, capsys):
+    from benchmarks import token
+
+    monkeypatch.setattr(limits, "BUFFER", 1 << 20)
+    monkeypatch.setattr(limits, "SQUARE", 64)
+    flags = ["--model", str(tiny_llama_dir), "--dtype", "float32", "--rank", "4", "--rounds", "1", "--steps", "1"]
+    token.main(flags)
+    lines = capsys.readouterr().out.splitlines()
+    (bare,) = [line for line in lines if line.startswith("float32, base ")]
+    (lora,) = [line for line in lines if line.startswith("float32, lora ")]
+    layers = common.load_base(Setup(str(tiny_llama_dir))).config.num_hidden_layers
+    assert int(lora.split()[-1]) in (4 * layers, 4 * layers + 1), "qkv, o, gate and up, down, and perhaps the head"
+    assert 0 < int(bare.split()[-1]) <= 4 * layers + 1
+    assert token.parts({"a": 10.0, "b": 8.0, "c": 7.0, "d": 4.0}) == [2.0, 1.0, 3.0, 4.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llama_cpp_says_what_eager_says(dtype):
+    pytest.importorskip("llama_cpp", reason="pip install 'gawscompile[llama]'")
+    from benchmarks import ggml
+
+    setup = Setup("smollm2", dtype)
+    base = common.load_base(setup)
+    ids = common._ids(base, 20)
+    for model in (base, common.with_adapter(base, setup)):
+        with torch.no_grad():
+            want = model(input_ids=ids).logits[0, -1].float()
+        got = ggml.Peer(model, 32).logits(ids[0].tolist())
+        assert (got - want).abs().max() < (0.05 if dtype == "float32" else 1.0) and got.argmax() == want.argmax()
+
+
+@pytest.mark.slow
 def test_fresh_processes(tiny_llama_dir, tmp_path, capsys):
     flags = ["--model", str(tiny_llama_dir), "--backends", "inductor,gaws", "--rounds", "1", "--steps", "1"]
     runtime.main([*flags, "--processes", "2", "--memory", "--json", str(tmp_path / "r.json")])

@@ -1,0 +1,149 @@
+"""What one decoded token costs, and who owns it: guards, Dynamo's bytecode, Inductor's part, our projections.
+
+    python -m benchmarks.token --markdown benchmarks/results/token.md
+
+One compiled decode step of SmolLM2, bare and with PEFT's LoRA, is taken apart by leaving parts out: a step as users
+call it; with Dynamo's guards skipped; the compiled graph called with the arguments that it was given before, which
+leaves out the bytecode that fetches them; and our ops alone, called in turn with their own arguments. What lies between
+the last two is Inductor's wrapper with attention, norms and everything else that is not ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import common, limits
+from benchmarks.common import PAST, Setup
+from gawscompile import guards, measure
+from gawscompile.backend import gaws
+from gawscompile.decoding import Decoder
+
+PARTS = ("guards", "Dynamo's bytecode", "Inductor: wrapper, attention, norms", "our projections")
+
+
+class Spy:
+    """A backend: ours, and what the compiled graph was last called with."""
+
+    def __init__(self) -> None:
+        self.call: Callable[..., Any] | None = None
+        self.arguments: tuple[Any, ...] = ()
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = gaws(gm, example_inputs)
+
+        def run(*arguments: Any) -> Any:
+            self.call, self.arguments = compiled, arguments
+            return compiled(*arguments)
+
+        return run
+
+    def again(self) -> Any:
+        """The compiled graph alone."""
+        assert self.call is not None
+        return self.call(*self.arguments)
+
+
+class Projections(TorchDispatchMode):
+    """Notes every call of our op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.gaws.project.default:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+    def again(self) -> None:
+        """The noted calls, one after the other."""
+        for arguments in self.calls:
+            torch.ops.gaws.project(*arguments)
+
+
+def variants(model: Any, fewer_guards: bool) -> tuple[dict[str, Callable[[], float]], int]:
+    """Timed steps by name, each with less in it than the one before; and the number of our calls."""
+    spy = Spy()
+    options: Any = {"guard_filter_fn": guards.inference_guards} if fewer_guards else None
+    run = torch.compile(model, backend=spy, dynamic=False, options=options)
+    decoder = Decoder(model, run, 2 * PAST)
+    decoder.fill(common._ids(model, PAST)[0].tolist())
+    decoder.timed_step()
+    decoder.timed_step()
+    ours = Projections()
+    with torch.no_grad(), ours:
+        spy.again()
+
+    @torch.no_grad()
+    def timed(action: Callable[[], object]) -> float:
+        decoder.seek()
+        return measure.timed(action)
+
+    def unguarded() -> float:
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+            return decoder.timed_step()
+
+    return {
+        "step": decoder.timed_step,
+        "without guards": unguarded,
+        "graph alone": functools.partial(timed, spy.again),
+        "projections alone": functools.partial(timed, ours.again),
+    }, len(ours.calls)
+
+
+def parts(medians: dict[str, float]) -> list[float]:
+    """The differences, in the order of `PARTS`; they add up to the step."""
+    step, unguarded, graph, projections = medians.values()
+    return [step - unguarded, unguarded - graph, graph - projections, projections]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.token", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args(argv)
+    facts, machine = measure.machine(), limits.machine()
+    rows = []
+    for dtype in given.dtype:
+        setup = Setup(given.model, dtype, given.rank)
+        base = common.load_base(setup)
+        models = {"base": base, "lora": common.with_adapter(base, setup)}
+        kinds = [(kind, fewer) for kind in models for fewer in (False, True)]
+        found = {(kind, fewer): variants(models[kind], fewer) for kind, fewer in kinds}
+        flat = {f"{kind} {fewer} {name}": step for (kind, fewer), (v, _) in found.items() for name, step in v.items()}
+        samples, _ = measure.interleave(flat, given.rounds, given.steps)
+        for (kind, fewer), (steps, calls) in found.items():
+            medians = {name: measure.Timing.of(samples[f"{kind} {fewer} {name}"]).median for name in steps}
+            floor = next(iter(limits.work(setup, kind).values())).floor(machine)
+            numbers = [medians["step"], *parts(medians), floor]
+            name = f"{dtype}, {kind}" + ", gawscompile.compile" * fewer
+            rows.append([name, *(f"{number:.2f}" for number in numbers), str(calls)])
+        torch.compiler.reset()
+    heads = ["", "step ms", *PARTS, "floor of the bytes", "our calls"]
+    told = f"Limits: {machine.bandwidth / 1e9:.1f} GB/s. Medians in ms; parts are differences of them, and add up."
+
+    def report(markdown: bool) -> str:
+        return "\n\n".join([measure.describe(facts), told, measure.table(heads, rows, markdown)])
+
+    print(report(markdown=False))
+    if given.markdown:
+        command = "python -m benchmarks.token " + " ".join(argv)
+        common.write(given.markdown, f"# What a token costs\n\n`{command}`\n\n" + report(markdown=True))
+
+
+if __name__ == "__main__":
+    main()
