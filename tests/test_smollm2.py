@@ -82,6 +82,7 @@ def test_static_cache_every_linear_fused_and_live(adapted, prompt):
     assert measure.graphs_compiled() == graphs
 
 
+@pytest.mark.slow
 def test_generate_with_dynamic_cache(adapted, prompt):
     change_adapters(adapted, 0)
     wanted = generate(adapted, prompt, "dynamic")
