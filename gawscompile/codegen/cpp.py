@@ -78,6 +78,8 @@ def _header(spec: KernelSpec) -> str:
 def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
     lines = [f"using X = {CPP_TYPES[spec.x]};", f"constexpr int64_t K = {spec.k};"]
     lines += [f"constexpr int64_t N{i} = {p.n};" for i, p in enumerate(spec.projections)]
+    if spec.swiglu:
+        lines.append(f"constexpr int64_t PANEL = {_panel(spec)};  // rows of gate, and of up, at a time")
     if ranks.width:
         lines.append(f"constexpr int64_t LDU = {ranks.width};  // a token's row of u = s A x, all terms")
     return lines
@@ -95,8 +97,8 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
     the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
     operands = _arguments(spec, i, _expanded(p) if base else ("bias", "residual", "b", "mode"))
-    gate, gated = (spec.swiglu and base and i == at for at in (0, 1))
-    out, y = ("float", "gate") if gate else (CPP_TYPES[p.out], "y" if gated else f"y{i}")
+    halved = spec.swiglu and base
+    out, y = ("float", "half") if halved else (CPP_TYPES[p.out], f"y{i}")
     u = "const float* u, " if _extras(i, p, ranks) else ""
     rows = base and not p.transposed
     x = "const X* x, " if rows or _from_x(i, ranks) else ""
@@ -108,7 +110,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
         f"// {spec.formulas()[i]}" if base else "// the same, its base's product from the library",
         "template <int R, int T>",
         f"inline void {'expand' if base else 'spread'}{i}(int64_t row, int64_t t0, "
-        f"{_parameters(operands)}{u}{x}{z}{'const float* gate, ' * gated}{out}* {y}) {{",
+        f"{_parameters(operands)}{u}{x}{z}{out}* {y}) {{",
     ]
     if dots:
         lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
@@ -127,20 +129,18 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     before += [f"y{i} + at"] if not base else []
     lines += [
         "  for (int t = 0; t < T; ++t) {",
-        "    const int64_t at = 4 * t;" if gate else f"    const int64_t at = (t0 + t) * N{i} + row;",
+        "    const int64_t at = t * PANEL + row;" if halved else f"    const int64_t at = (t0 + t) * N{i} + row;",
         "    if constexpr (R == 4) {",
         "      Quad v = sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);" if dots else "      Quad v = {};",
         *[f"      v += load4({term});" for term in before],
         *([f"      v += load4(bias{i} + row);"] if p.bias else []),
         *([f"      v += load4(res{i} + at);"] if p.residual else []),
-        *["      v *= silu(load4(gate + 4 * t));"] * gated,
         f"      store4({y} + at, v);",
         "    } else {",
         "      float v = sum(acc[0][t]);" if dots else "      float v = 0;",
         *[f"      v += float(*({term}));" for term in before],
         *([f"      v += float(bias{i}[row]);"] if p.bias else []),
         *([f"      v += float(res{i}[at]);"] if p.residual else []),
-        *["      v *= silu(gate[4 * t]);"] * gated,
         f"      {y}[at] = {out}(v);",
         "    }",
         "  }",
@@ -214,14 +214,24 @@ def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[st
 
 
 def _multiply(spec: KernelSpec) -> list[str]:
-    """2V columns of the one output, all tokens, from what gate and up have become."""
+    """Columns of the one output for some tokens, from gate and up in lines of `ldh`."""
     out = CPP_TYPES[spec.projections[0].out]
     return [
-        f"inline void multiply(int64_t n, int64_t m, const {out}* y0, const {out}* y1, {out}* y) {{",
-        "  const int count = int(std::min<int64_t>(2 * V, N0 - n));",
-        "  for (int64_t at = n; at < m * N0; at += N0) {",
-        "    const Pair gate = load_pair(y0 + at, count), up = load_pair(y1 + at, count);",
-        "    store_pair(y + at, {silu(gate.lo) * up.lo, silu(gate.hi) * up.hi}, count);",
+        "// y = silu(gate) * up",
+        "template <class H>",
+        "inline void multiply(int64_t tokens, int64_t count, const H* gate, const H* up, int64_t ldh, "
+        f"{out}* y) {{",
+        "  for (int64_t t = 0; t < tokens; ++t, gate += ldh, up += ldh, y += N0) {",
+        "    int64_t c = 0;",
+        "    for (; c + 2 * V <= count; c += 2 * V) {",
+        "      const Pair a = load_pair(gate + c), b = load_pair(up + c);",
+        "      store_pair(y + c, {silu(a.lo) * b.lo, silu(a.hi) * b.hi});",
+        "    }",
+        "    if (c < count) {",
+        "      const int rest = int(count - c);",
+        "      const Pair a = load_pair(gate + c, rest), b = load_pair(up + c, rest);",
+        "      store_pair(y + c, {silu(a.lo) * b.lo, silu(a.hi) * b.hi}, rest);",
+        "    }",
         "  }",
         "}",
         "",
@@ -346,28 +356,35 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
 
 
 def _gated(spec: KernelSpec, ranks: Scratch, cost: int) -> list[str]:
-    """A share of the rows of gate and up, each tile of both before the next."""
-    panel = max(1, PANEL_BYTES // (4 * spec.k * sum(_SIZE[p.dtype] for p in spec.projections)))
+    """A share of the rows of gate and up: a panel of both for a tile of tokens, then their product, a line at a time
+    (a vector along four rows would waste most of its lanes on exp)."""
     calls = []
-    for i, p in enumerate(spec.projections):
+    for i, (p, half) in enumerate(zip(spec.projections, ("gate", "up"), strict=True)):
         names = "".join(f"{o.name}, " for o in _arguments(spec, i, _expanded(p)))
         u = "u, " if _extras(i, p, ranks) else ""
-        call = f"expand{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{u}x, gate{', y' * i});"
+        call = f"expand{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{u}x, {half} - panel * ROWS);"
         calls.append(f"              {call}")
     return [
         f"    rows.range(blocks(N0, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
-        f"      for (int64_t panel = first; panel < last; panel += {panel}) {{",
-        f"        const int64_t end = std::min<int64_t>(last, panel + {panel});",
+        "      for (int64_t panel = first; panel < last; panel += PANEL / ROWS) {",
+        "        const int64_t end = std::min<int64_t>(last, panel + PANEL / ROWS), row0 = panel * ROWS;",
         "        for_tokens(0, m, [&](auto t, int64_t t0) {",
+        "          float gate[decltype(t)::value * PANEL], up[decltype(t)::value * PANEL];",
         "          for (int64_t block = panel; block < end; ++block)",
         "            for_rows<N0>(block, [&](auto r, int64_t row) {",
-        "              float gate[4 * decltype(t)::value];",
         *calls,
         "            });",
+        "          multiply(decltype(t)::value, std::min(N0, end * ROWS) - row0, gate, up, PANEL, y + t0 * N0 + row0);",
         "        });",
         "      }",
         "    });",
     ]
+
+
+def _panel(spec: KernelSpec) -> int:
+    """Rows of gate, and of up, that are multiplied before their product is taken: whole vectors on every machine."""
+    row = 2 * spec.k * max(_SIZE[p.dtype] for p in spec.projections)
+    return max(16, PANEL_BYTES // row // 16 * 16)
 
 
 def _columns(i: int, cost: int, call: str, names: str) -> list[str]:
@@ -400,7 +417,9 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     pieces = [(i, _added(spec, i, ranks)) for i in added]
     if spec.swiglu:  # one piece of both, and of their product
         together = [line for _, lines in pieces for line in lines]
-        pieces = [(0, [*together, "      multiply(b * 2 * V, m, y0, y1, y);"])]
+        count = "std::min<int64_t>(2 * V, N0 - b * 2 * V)"
+        product = f"      multiply(m, {count}, y0 + b * 2 * V, y1 + b * 2 * V, N0, y + b * 2 * V);"
+        pieces = [(0, [*together, product])]
     total = " + ".join(f"blocks(N{i}, 2 * V)" for i, _ in pieces)
     body = [*_shrink(spec, ranks), f"    Share columns({total}, id, threads);"]
     for i, lines in pieces:

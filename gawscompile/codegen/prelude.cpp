@@ -99,7 +99,8 @@ struct Step<bf16, bf16> {
 };
 #endif
 
-// acc[r][t] += sum over k < N of w[r, k] * x[t, k]
+// acc[r][t] += sum over k < N of w[r, k] * x[t, k]. One token alone waits for memory, and the rows of a half-precision
+// weight are too short for the hardware to run ahead in: the next block's are asked for.
 template <int R, int T, int N, class TW, class TX>
 inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, int64_t ldw, const TX* x, int64_t ldx) {
   using S = Step<TW, TX>;
@@ -109,6 +110,7 @@ inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, int6
     for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + k);
     for (int r = 0; r < R; ++r) {
       const auto ws = S::get(w + r * ldw + k);
+      if constexpr (T == 1 && R == ROWS && sizeof(TW) == 2) __builtin_prefetch(w + (r + R) * ldw + k);
       for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, xs[t]);
     }
   }
@@ -227,17 +229,7 @@ inline Quad sum4(const F& a, const F& b, const F& c, const F& d) {
 #endif
 }
 
-inline float silu(float v) { return v / (1 + std::exp(-v)); }
-
 inline F silu(const F& v) { return v / (F(1) + v.neg().exp()); }
-
-inline Quad silu(const Quad& v) {
-  Quad out;
-  float lanes[V];
-  silu(F::loadu(&v, 4)).store(lanes);
-  std::memcpy(&out, lanes, sizeof out);
-  return out;
-}
 
 inline Quad load4(const float* p) {
   Quad v;
