@@ -2,7 +2,7 @@
 
     python -m benchmarks.token --markdown benchmarks/results/token.md
 
-One compiled decode step of SmolLM2, bare and with PEFT's LoRA, is taken apart by leaving parts out: a step as users
+One compiled decode step of SmolLM2, bare and with adapters, is taken apart by leaving parts out: a step as users
 call it; with Dynamo's guards skipped; the compiled graph called with the arguments that it was given before, which
 leaves out the bytecode that fetches them; and our ops alone, called in turn with their own arguments. What lies between
 the last two is Inductor's wrapper with attention, norms and everything else that is not ours.
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.token", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--adapters", nargs="+", default=["lora"], choices=common.ADAPTERS)
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA, whose size the others take (default 16)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in given.dtype:
         setup = Setup(given.model, dtype, given.rank)
         base = common.load_base(setup)
-        models = {"base": base, "lora": common.with_adapter(base, setup)}
+        models = {"base": base} | {kind: common.with_adapter(base, setup, kind) for kind in given.adapters}
         kinds = [(kind, fewer) for kind in models for fewer in (False, True)]
         found = {(kind, fewer): variants(models[kind], fewer) for kind, fewer in kinds}
         flat = {f"{kind} {fewer} {name}": step for (kind, fewer), (v, _) in found.items() for name, step in v.items()}
