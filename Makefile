@@ -11,8 +11,16 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)            ## real weights, a LoRA trained on the spot, three compilers side by side (under 5 minutes)
 	$(BIN)/python -m gawscompile.demo
 
+# Two processes, as most tests keep one core busy: those of single parts, and those of the whole. Each starts with an
+# Inductor cache of its own (tests/conftest.py).
+PARTS := $(sort $(wildcard tests/*/test_*.py))
+WHOLE := $(sort $(wildcard tests/test_*.py))
+
 test: $(STAMP)            ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(BIN)/python -m pytest -m "not slow" $(PARTS) > "$$log" 2>&1 & parts=$$!; \
+	$(BIN)/python -m pytest -m "not slow" $(WHOLE); whole=$$?; \
+	wait $$parts; parts=$$?; cat "$$log"; exit $$((parts | whole))
 
 test-slow: $(STAMP)       ## whole real models
 	$(BIN)/python -m pytest -m slow
