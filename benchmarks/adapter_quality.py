@@ -172,12 +172,8 @@ def notes(options: argparse.Namespace) -> str:
 
 def plot(results: Sequence[Result], file: Path) -> None:
     """Held-out loss over parameters, a line for each kind. Says so and draws nothing where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: pip install 'gawscompile[bench]'", file=sys.stderr)
+    if (figure := common.figure(5.5, 3.6)) is None:
         return
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for kind, mark in zip(KINDS, "os^", strict=True):
         points = sorted((r.parameters, statistics.mean(r.held_out)) for r in results if r.kind == kind)
@@ -187,8 +183,7 @@ def plot(results: Sequence[Result], file: Path) -> None:
     axes.set_title("SmolLM2-135M, our text, equal budgets", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    common.save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> None:

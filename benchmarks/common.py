@@ -249,3 +249,26 @@ def write(file: Path | None, text: str) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def publish(title: str, module: str, argv: list[str], file: Path | None, report: Callable[[bool], str]) -> None:
+    """Prints ``report(markdown=False)``; ``report(markdown=True)`` goes to `file`, under the title and the command."""
+    print(report(False))
+    command = " ".join([f"python -m benchmarks.{module}", *argv])
+    write(file, f"# {title}\n\n`{command}`\n\n" + report(True) if file else "")
+
+
+def figure(width: float, height: float) -> Any:
+    """A matplotlib figure of that many inches; None, and a line that says so, where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: pip install 'gawscompile[bench]'", file=sys.stderr)
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(drawn: Any, file: Path) -> None:
+    """Writes a figure, its folder made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(file, dpi=110)

@@ -73,13 +73,9 @@ def gap_table(found: list[Gap], markdown: bool) -> str:
 
 def plot(found: list[Gap], file: Path) -> None:
     """Bars: each adapter's time over the same backend's base. Says so and draws nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: pip install 'gawscompile[bench]'", file=sys.stderr)
-        return
     cases = list(dict.fromkeys((model, dtype, case) for model, dtype, case, _, _ in found))
-    figure = Figure(figsize=(9, 0.7 + 0.62 * len(cases)), layout="constrained")
+    if (figure := common.figure(9, 0.7 + 0.62 * len(cases))) is None:
+        return
     panels = figure.subplots(1, len(dict.fromkeys(backend for *_, backend, _ in found)), sharey=True, squeeze=False)[0]
     for axes, backend in zip(panels, dict.fromkeys(backend for *_, backend, _ in found), strict=True):
         for offset, kind in enumerate(("lora", *KINDS)):
@@ -92,8 +88,7 @@ def plot(found: list[Gap], file: Path) -> None:
     panels[0].set_yticks(range(len(cases)), labels, fontsize=7)
     panels[0].invert_yaxis()
     panels[0].legend(fontsize=7)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    common.save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,10 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     def report(markdown: bool) -> str:
         return measure.describe(facts) + "\n\n" + gap_table(found, markdown)
 
-    print(report(markdown=False))
-    if options.markdown:
-        command = "python -m benchmarks.gaws_gap " + " ".join(argv)
-        common.write(options.markdown, f"# What is left of LoRA's cost\n\n`{command}`\n\n" + report(markdown=True))
+    common.publish("What is left of LoRA's cost", "gaws_gap", argv, options.markdown, report)
     if options.plot:
         plot(found, options.plot)
 

@@ -124,13 +124,9 @@ def table(points: list[Point], markdown: bool) -> str:
 
 def plot(points: list[Point], file: Path) -> None:
     """A panel for each sweep. Says so and draws nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: pip install 'gawscompile[bench]'", file=sys.stderr)
-        return
     names = list(dict.fromkeys(p.sweep for p in points))
-    figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
+    if (figure := common.figure(3.4 * len(names), 3.2)) is None:
+        return
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for dtype, colour in zip(NAMES, ("#2060c0", "#c06020"), strict=True):
             mine = [p for p in points if (p.sweep, p.dtype) == (name, dtype)]
@@ -149,8 +145,7 @@ def plot(points: list[Point], file: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ms, all projections")
     figure.axes[0].legend(fontsize=7)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    common.save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,10 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     def report(markdown: bool) -> str:
         return "\n\n".join([measure.describe(facts), told, table(points, markdown)])
 
-    print(report(markdown=False))
-    if given.markdown:
-        command = "python -m benchmarks.growth " + " ".join(argv)
-        common.write(given.markdown, f"# How cost grows\n\n`{command}`\n\n" + report(markdown=True))
+    common.publish("How cost grows", "growth", argv, given.markdown, report)
     if given.plot:
         plot(points, given.plot)
 

@@ -180,17 +180,13 @@ def table(found: list[Line], markdown: bool) -> str:
 
 def plot(found: list[Line], file: Path) -> None:
     """A panel for each dtype and case, a bar for each variant. Says so and draws nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: pip install 'gawscompile[bench]'", file=sys.stderr)
-        return
     colours = {"eager": "#b0b0b0", "inductor": "#e0a030", "gaws": "#2060c0", "gawscompile.compile": "#103070"}
     panels = list(dict.fromkeys((line["dtype"], line["case"]) for line in found))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     tall = max(sum((line["dtype"], line["case"]) == panel for line in found) for panel in panels)
-    figure = Figure(figsize=(5 * columns, rows * (0.9 + 0.24 * tall)), layout="constrained")
+    if (figure := common.figure(5 * columns, rows * (0.9 + 0.24 * tall))) is None:
+        return
     for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
         mine = sorted((x for x in found if (x["dtype"], x["case"]) == panel), key=lambda line: line["times"])
         names = [f"{line['backend']}, {line['adapter']}" for line in mine]
@@ -201,8 +197,7 @@ def plot(found: list[Line], file: Path) -> None:
         axes.set(title=", ".join(panel), xlabel="multiples of the floor")
         axes.tick_params(labelsize=7)
         axes.invert_yaxis()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    common.save(figure, file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,10 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     def report(markdown: bool) -> str:
         return "\n\n".join([measure.describe(facts), told, table(found, markdown)])
 
-    print(report(markdown=False))
-    if given.markdown:
-        command = "python -m benchmarks.limits " + " ".join(argv)
-        common.write(given.markdown, f"# Limits of the machine\n\n`{command}`\n\n" + report(markdown=True))
+    common.publish("Limits of the machine", "limits", argv, given.markdown, report)
     if given.plot:
         plot(found, given.plot)
     common.write(given.json, json.dumps({"machine": facts, "limits": asdict(known), "lines": found}, indent=1))

@@ -270,10 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = [measure.describe(facts), runtime_tables(rows, markdown)]
         return "\n\n".join(parts + ([memory_table(memory, markdown)] if memory else []))
 
-    print(report(markdown=False))
-    if options.markdown:
-        command = "python -m benchmarks.runtime " + " ".join(argv)
-        common.write(options.markdown, f"# Runtime\n\n`{command}`\n\n" + report(markdown=True))
+    common.publish("Runtime", "runtime", argv, options.markdown, report)
     common.write(options.json, json.dumps({"machine": facts, "rows": rows, "memory": memory}, indent=1))
 
 

@@ -140,10 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     def report(markdown: bool) -> str:
         return "\n\n".join([measure.describe(facts), told, measure.table(heads, rows, markdown)])
 
-    print(report(markdown=False))
-    if given.markdown:
-        command = "python -m benchmarks.token " + " ".join(argv)
-        common.write(given.markdown, f"# What a token costs\n\n`{command}`\n\n" + report(markdown=True))
+    common.publish("What a token costs", "token", argv, given.markdown, report)
 
 
 if __name__ == "__main__":

@@ -90,22 +90,25 @@ def _swiglu(context: Context, node: Node) -> None:
 
 
 def _silu(gate: Node) -> Node | None:
-    """The node that is ``gate / (1 + exp(-gate))``, perhaps by way of fp32, if nobody else reads the gate."""
+    """The node that is silu of `gate`, perhaps by way of fp32, if nobody else reads the gate."""
     source = _reader(gate) or gate
     wide = source is not gate
     if wide and not (is_cast(source) and dtype(source) == torch.float32):
         return None
-    for neg in source.users if len(source.users) == 2 else ():
-        exp = _reader(neg, aten.neg.default)
-        total = _reader(exp, aten.exp.default)
-        div = _reader(total, aten.add.Tensor)
-        if total is None or div is None or not is_call(div, aten.div.Tensor) or div.kwargs:
-            continue
-        if args(total)[1] != 1 or args(div)[0] is not source:
+    for first in source.users if len(source.users) == 2 else ():
+        # Inductor decomposes silu to gate / (exp(-gate) + 1), torch's core and many models have gate * sigmoid(gate)
+        total = _reader(_reader(first, aten.neg.default), aten.exp.default)
+        last = _reader(total, aten.add.Tensor)
+        if total and last and is_call(last, aten.div.Tensor):
+            found = args(total)[1] == 1 and args(last)[0] is source
+        else:
+            last = _reader(first, aten.sigmoid.default)
+            found = last is not None and is_call(last, aten.mul.Tensor) and set(args(last)) == {source, first}
+        if last is None or not found or last.kwargs:
             continue
         if not wide:
-            return div
-        silu = _reader(div)
+            return last
+        silu = _reader(last)
         return silu if silu and is_cast(silu) and dtype(silu) == dtype(gate) else None
     return None
 

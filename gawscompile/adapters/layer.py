@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -59,21 +60,21 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
         self.make_containers()
         self.update_layer(adapter, config, splits)
 
+    @abstractmethod
     def make_containers(self) -> None:
         """Makes the dict of G's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_g(self, adapter: str, rows: int, columns: int) -> None:
         """Puts an uninitialised G into its place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def g(self, adapter: str) -> torch.Tensor:
         """The adapter's G."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply_adapter(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """ΔW x for ``[..., K]`` in the adapter's dtype, as ``[..., N]``."""
-        raise NotImplementedError
 
     def update_layer(self, adapter: str, config: KroneckerConfig, splits: Splits) -> None:
         """Adds an adapter, in the device and dtype of the base weight."""

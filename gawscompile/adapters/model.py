@@ -61,7 +61,7 @@ def targets(config: KroneckerConfig, model: nn.Module) -> dict[str, nn.Module]:
 class KroneckerModel(BaseTuner):
     """What the two tuners share."""
 
-    tuner_layer_cls: type[KroneckerLinear] = KroneckerLinear
+    tuner_layer_cls: type[KroneckerLinear]
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

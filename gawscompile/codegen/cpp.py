@@ -24,9 +24,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec, SpecError
-
-CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
+from gawscompile.codegen.cpp_text import (
+    CPP_TYPES,
+    arguments,
+    expanded,
+    extras,
+    from_x,
+    has_epilogue,
+    parameters,
+    region,
+    unpack,
+)
+from gawscompile.codegen.spec import KernelSpec, LowRankSpec, ProjectionSpec, SpecError
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
@@ -46,28 +55,13 @@ def emit(spec: KernelSpec) -> str:
         parts += _expand(spec, i, projection, ranks)
         if projection.kronecker:
             parts += _expand(spec, i, projection, ranks, base=False)
-        elif _has_epilogue(projection):
+        elif has_epilogue(projection):
             parts += _add(spec, i, projection, ranks)
     parts += _multiply(spec) if spec.swiglu else []
     parts += ["}  // namespace", "", *_gemv(spec, ranks)]
-    if spec.swiglu or any(_has_epilogue(p) for p in spec.projections):
+    if spec.swiglu or any(has_epilogue(p) for p in spec.projections):
         parts += ["", *_accumulate(spec, ranks)]
     return "\n".join(parts) + "\n"
-
-
-def _has_epilogue(p: ProjectionSpec) -> bool:
-    """Whether anything is to be added to the plain product W x."""
-    return bool(p.bias or p.residual or p.lowrank or p.kronecker)
-
-
-def _from_x(i: int, ranks: Scratch) -> bool:
-    """Whether a row of projection i's Kronecker terms is a dot with x itself."""
-    return any(ending.source.pointer == "x" for ending in ranks.endings[i])
-
-
-def _extras(i: int, p: ProjectionSpec, ranks: Scratch) -> bool:
-    """Whether projection i reads scratch."""
-    return bool(p.lowrank) or any(ending.source.pointer != "x" for ending in ranks.endings[i])
 
 
 def _header(spec: KernelSpec) -> str:
@@ -85,23 +79,15 @@ def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return lines
 
 
-def _arguments(spec: KernelSpec, projection: int, roles: tuple[str, ...]) -> list[Operand]:
-    return [o for o in spec.operands() if o.projection == projection and o.role in roles]
-
-
-def _parameters(operands: list[Operand]) -> str:
-    return "".join(f"const {CPP_TYPES[o.dtype]}* {o.name}, " for o in operands)
-
-
 def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: bool = True) -> list[str]:
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
     the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
-    operands = _arguments(spec, i, _expanded(p) if base else ("bias", "residual", "b", "mode"))
+    operands = arguments(spec, i, expanded(p) if base else ("bias", "residual", "b", "mode"))
     halved = spec.swiglu and base
     out, y = ("float", "half") if halved else (CPP_TYPES[p.out], f"y{i}")
-    u = "const float* u, " if _extras(i, p, ranks) else ""
+    u = "const float* u, " if extras(i, p, ranks) else ""
     rows = base and not p.transposed
-    x = "const X* x, " if rows or _from_x(i, ranks) else ""
+    x = "const X* x, " if rows or from_x(i, ranks) else ""
     z = "const float* z, int64_t ldz, " if base and p.transposed else ""
     joined = [ending for ending in ranks.endings[i] if ending.mode]
     added = [ending for ending in ranks.endings[i] if not ending.mode]
@@ -110,7 +96,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
         f"// {spec.formulas()[i]}" if base else "// the same, its base's product from the library",
         "template <int R, int T>",
         f"inline void {'expand' if base else 'spread'}{i}(int64_t row, int64_t t0, "
-        f"{_parameters(operands)}{u}{x}{z}{out}* {y}) {{",
+        f"{parameters(operands)}{u}{x}{z}{out}* {y}) {{",
     ]
     if dots:
         lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
@@ -152,11 +138,11 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
 
 def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str]:
     """2V columns of one projection, all tokens: y += bias + residual + B u. B's block is transposed once."""
-    operands = _arguments(spec, i, ("bias", "residual", "b"))
+    operands = arguments(spec, i, ("bias", "residual", "b"))
     out = CPP_TYPES[p.out]
     u = "const float* u, " if p.lowrank else ""
     lines = [
-        f"inline void add{i}(int64_t n, int64_t m, {_parameters(operands)}{u}{out}* y{i}) {{",
+        f"inline void add{i}(int64_t n, int64_t m, {parameters(operands)}{u}{out}* y{i}) {{",
         "  constexpr int W = 2 * V;",
         f"  const int count = int(std::min<int64_t>(W, N{i} - n));",
     ]
@@ -238,18 +224,6 @@ def _multiply(spec: KernelSpec) -> list[str]:
     ]
 
 
-def _unpack(spec: KernelSpec, roles: tuple[str, ...], outs: list[str]) -> list[str]:
-    """Name the operands that the body uses: ``const float* a0_0 = (const float*)in[3];``"""
-    return [
-        f"  const {CPP_TYPES[o.dtype]}* {o.name} = (const {CPP_TYPES[o.dtype]}*)in[{position}];"
-        for position, o in enumerate(spec.operands())
-        if o.role in roles
-    ] + [
-        f"  {CPP_TYPES[p.out]}* {name} = ({CPP_TYPES[p.out]}*)out[{i}];"
-        for i, (name, p) in enumerate(zip(outs, [*spec.projections, spec.projections[0]], strict=False))
-    ]
-
-
 def _scratch(ranks: Scratch) -> list[str]:
     if not ranks.width:
         return []
@@ -306,17 +280,6 @@ def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: 
     return lines
 
 
-def _region(body: list[str]) -> list[str]:
-    return [
-        "#pragma omp parallel",
-        "  {",
-        "    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();",
-        *body,
-        "  }",
-        "}",
-    ]
-
-
 def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     costs = [spec.k * _SIZE[p.dtype] + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) for p in spec.projections]
     for i, endings in ranks.endings.items():
@@ -328,12 +291,12 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     body += _gated(spec, ranks, sum(costs)) if spec.swiglu else []
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
-        names = "".join(f"{o.name}, " for o in _arguments(spec, i, _expanded(p)))
+        names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(p)))
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>"
         panel = max(1, PANEL_BYTES // (4 * spec.k * _SIZE[p.dtype]))
-        u = "u, " if _extras(i, p, ranks) else ""
+        u = "u, " if extras(i, p, ranks) else ""
         if p.transposed:
-            body += _columns(i, cost, call, names + u + ("x, " if _from_x(i, ranks) else ""))
+            body += _columns(i, cost, call, names + u + ("x, " if from_x(i, ranks) else ""))
             continue
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
@@ -349,9 +312,9 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return [
         'extern "C" void gemv(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         "  const X* x = (const X*)x_;",
-        *_unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
+        *unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
         *_scratch(ranks),
-        *_region(body),
+        *region(body),
     ]
 
 
@@ -360,8 +323,8 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int) -> list[str]:
     (a vector along four rows would waste most of its lanes on exp)."""
     calls = []
     for i, (p, half) in enumerate(zip(spec.projections, ("gate", "up"), strict=True)):
-        names = "".join(f"{o.name}, " for o in _arguments(spec, i, _expanded(p)))
-        u = "u, " if _extras(i, p, ranks) else ""
+        names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(p)))
+        u = "u, " if extras(i, p, ranks) else ""
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{u}x, {half} - panel * ROWS);"
         calls.append(f"              {call}")
     return [
@@ -406,13 +369,8 @@ def _columns(i: int, cost: int, call: str, names: str) -> list[str]:
     ]
 
 
-def _expanded(p: ProjectionSpec) -> tuple[str, ...]:
-    """The operands of `_expand`."""
-    return ("bias", "residual", "b", "mode") if p.transposed else ("weight", "bias", "residual", "b", "mode")
-
-
 def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
-    added = [i for i, p in enumerate(spec.projections) if _has_epilogue(p)]
+    added = [i for i, p in enumerate(spec.projections) if has_epilogue(p)]
     ys = [f"y{i}" for i in range(len(spec.projections))] + ["y"] * spec.swiglu
     pieces = [(i, _added(spec, i, ranks)) for i in added]
     if spec.swiglu:  # one piece of both, and of their product
@@ -424,25 +382,25 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     body = [*_shrink(spec, ranks), f"    Share columns({total}, id, threads);"]
     for i, lines in pieces:
         body += [f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{", *lines, "    });"]
-    reads = ranks.width or any(_from_x(i, ranks) for i in added)
+    reads = ranks.width or any(from_x(i, ranks) for i in added)
     x = ["  const X* x = (const X*)x_;"] if reads else []
     return [
         'extern "C" void accumulate(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         *x,
-        *_unpack(spec, ("bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
+        *unpack(spec, ("bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
         *_scratch(ranks),
-        *_region(body),
+        *region(body),
     ]
 
 
 def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
     """2V rows of a projection, all tokens, on top of what y holds: the block b."""
-    u = "u, " if _extras(i, spec.projections[i], ranks) else ""
+    u = "u, " if extras(i, spec.projections[i], ranks) else ""
     if not spec.projections[i].kronecker:
-        names = ", ".join([o.name for o in _arguments(spec, i, ("bias", "residual", "b"))])
+        names = ", ".join([o.name for o in arguments(spec, i, ("bias", "residual", "b"))])
         return [f"      add{i}(b * 2 * V, m, {names}, {u}y{i});"]
-    reads = u + ("x, " if _from_x(i, ranks) else "")
-    names = "".join(f"{o.name}, " for o in _arguments(spec, i, ("bias", "residual", "b", "mode")))
+    reads = u + ("x, " if from_x(i, ranks) else "")
+    names = "".join(f"{o.name}, " for o in arguments(spec, i, ("bias", "residual", "b", "mode")))
     return [
         "      for_tokens(0, m, [&](auto t, int64_t t0) {",
         f"        const int64_t end = std::min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS);",
