@@ -210,19 +210,19 @@ def test_q_and_k_turn_in_pairs_in_llama_cpp(tiny_llama_dir):
 
 @pytest.mark.slow
 def test_a_token_taken_apart(tiny_llama_dir, monkeypatch, capsys):
-    from benchmarks import token
+    from benchmarks import breakdown
 
     monkeypatch.setattr(limits, "BUFFER", 1 << 20)
     monkeypatch.setattr(limits, "SQUARE", 64)
     flags = ["--model", str(tiny_llama_dir), "--dtype", "float32", "--rank", "4", "--rounds", "1", "--steps", "1"]
-    token.main(flags)
+    breakdown.main(flags)
     lines = capsys.readouterr().out.splitlines()
     (bare,) = [line for line in lines if line.startswith("float32, base ")]
     (lora,) = [line for line in lines if line.startswith("float32, lora ")]
     layers = common.load_base(Setup(str(tiny_llama_dir))).config.num_hidden_layers
     assert int(lora.split()[-1]) in (4 * layers, 4 * layers + 1), "qkv, o, gate and up, down, and perhaps the head"
     assert 0 < int(bare.split()[-1]) <= 4 * layers + 1
-    assert token.parts({"a": 10.0, "b": 8.0, "c": 7.0, "d": 4.0}) == [2.0, 1.0, 3.0, 4.0]
+    assert breakdown.parts({"a": 10.0, "b": 8.0, "c": 7.0, "d": 4.0}) == [2.0, 1.0, 3.0, 4.0]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What one decoded token costs, and who owns it: guards, Dynamo's bytecode, Inductor's part, our projections.
 
-    python -m benchmarks.token --markdown benchmarks/results/token.md
+    python -m benchmarks.breakdown --markdown benchmarks/results/breakdown.md
 
 One compiled decode step of SmolLM2, bare and with adapters, is taken apart by leaving parts out: a step as users
 call it; with Dynamo's guards skipped; the compiled graph called with the arguments that it was given before, which
@@ -107,7 +107,7 @@ def parts(medians: dict[str, float]) -> list[float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.token", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.breakdown", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--adapters", nargs="+", default=["lora"], choices=common.ADAPTERS)
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     def report(markdown: bool) -> str:
         return "\n\n".join([measure.describe(facts), told, measure.table(heads, rows, markdown)])
 
-    common.publish("What a token costs", "token", argv, given.markdown, report)
+    common.publish("What a token costs", "breakdown", argv, given.markdown, report)
 
 
 if __name__ == "__main__":
