@@ -101,10 +101,10 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     if dots:
         lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
     if rows:
-        lines.append(f"  dot<R, T, K>(acc, w{i} + row * K, K, x + t0 * K, K);")
+        lines.append(f"  dot<R, T, K>(acc, w{i} + row * K, x + t0 * K, K);")
     for j, term in enumerate(p.lowrank):
         where = f"u + t0 * LDU + {ranks.offsets[i, j]}"
-        lines.append(f"  dot<R, T, {term.rank}>(acc, b{i}_{j} + row * {term.rank}, {term.rank}, {where}, LDU);")
+        lines.append(f"  dot<R, T, {term.rank}>(acc, b{i}_{j} + row * {term.rank}, {where}, LDU);")
     for ending in joined:
         assert ending.mode
         pointer, stride = ending.source.pointer, ending.source.stride
@@ -269,7 +269,7 @@ def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: 
             "          F acc[R][T];",
             "          for (auto& row_acc : acc)",
             "            for (auto& a : row_acc) a = F(0);",
-            f"          dot<R, T, K>(acc, a{i}_{j} + row * K, K, x + t0 * K, K);",
+            f"          dot<R, T, K>(acc, a{i}_{j} + row * K, x + t0 * K, K);",
             "          for (int t = 0; t < T; ++t)",
             f"            for (int r = 0; r < R; ++r) {at} = "
             + (f"{scale} * sum(acc[r][t]);" if scale else "sum(acc[r][t]);"),
