@@ -147,32 +147,39 @@ def lines(rows: list[runtime.Row], floors: Mapping[tuple[str, str, str], float])
                 **{key: row[key] for key in ("dtype", "case", "backend", "adapter")},
                 "floor": floor,
                 "ms": row["ms"],
+                "bare": bare["median"] if bare else None,
                 "times": row["ms"]["median"] / floor,
-                "times_without_guards": bare["median"] / floor if bare else None,
             }
         )
     return found
 
 
 def table(found: list[Line], markdown: bool) -> str:
-    """One for each dtype and case."""
+    """One for each dtype and case. Ratios in brackets are of what both take without guards."""
     parts = []
     for dtype, case in dict.fromkeys((line["dtype"], line["case"]) for line in found):
-        mine = [line for line in found if (line["dtype"], line["case"]) == (dtype, case)]
-        base = next((x["ms"]["median"] for x in mine if (x["backend"], x["adapter"]) == ("inductor", "base")), None)
+        mine = {(x["backend"], x["adapter"]): x for x in found if (x["dtype"], x["case"]) == (dtype, case)}
+
+        def ratio(line: Line, other: Line | None) -> str:
+            if other is None:
+                return ""
+            whole = f"{line['ms']['median'] / other['ms']['median']:.2f}"
+            return f"{whole} ({line['bare'] / other['bare']:.2f})" if line["bare"] and other["bare"] else whole
+
         body = [
             [
                 f"{line['backend']} {line['adapter']}",
                 f"{line['floor']:.1f}",
                 f"{line['ms']['median']:.1f}",
                 f"{line['ms']['low']:.1f}-{line['ms']['high']:.1f}",
+                "" if line["bare"] is None else f"{line['bare']:.1f}",
                 f"{line['times']:.2f}",
-                "" if line["times_without_guards"] is None else f"{line['times_without_guards']:.2f}",
-                f"{line['ms']['median'] / base:.2f}" if base else "",
+                ratio(line, mine.get(("inductor", "base"))),
+                ratio(line, mine.get((line["backend"], "base"))),
             ]
-            for line in sorted(mine, key=lambda line: line["times"])
+            for line in sorted(mine.values(), key=lambda line: line["times"])
         ]
-        heads = ["", "floor ms", "ms", "medians' range", "× floor", "no guards", "× Inductor base"]
+        heads = ["", "floor ms", "ms", "medians' range", "no guards", "× floor", "× Inductor base", "× own base"]
         title = f"{dtype}, {case}"
         parts.append((f"### {title}\n\n" if markdown else f"{title}\n") + measure.table(heads, body, markdown))
     return "\n\n".join(parts)

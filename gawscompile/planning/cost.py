@@ -1,7 +1,7 @@
 """The cost model: seconds per call of each plan, as a sympy expression in m, the number of tokens.
 
-A plan's time is the time of its bytes plus the time of its operations (the two overlap less than a roofline's maximum
-would have it: measured within 20 % over m = 1 … 256). Crossovers are found by evaluating the expressions.
+The generated kernel's first tile of tokens takes the longer of its bytes and its operations; later tiles, and the vendor
+library's matmul, add the two up. Crossovers are found by evaluating the expressions.
 """
 
 from __future__ import annotations
@@ -78,24 +78,25 @@ def adapter_bytes(spec: KernelSpec) -> int:
     return lowrank + sum(math.prod(mode.shape) * _size(dtype) for mode, dtype in kronecker)
 
 
-def _adapter_seconds(spec: KernelSpec, device: Device) -> sympy.Expr:
-    """Both factors' work runs on fp32 vectors, whatever their dtype."""
+def _adapter_products(spec: KernelSpec) -> int:
+    """Multiplications a token, of all factors. They run on fp32 vectors, whatever the factors' dtype."""
     products = sum(t.rank * (spec.k + p.n) for p in spec.projections for t in p.lowrank)
-    products += sum(mode.multiplications for p in spec.projections for t in p.kronecker for mode in t.modes)
-    flops = 2 * m * products
-    return adapter_bytes(spec) / device.bandwidth + flops / device.kernel_rate["f32"]
+    return products + sum(mode.multiplications for p in spec.projections for t in p.kronecker for mode in t.modes)
 
 
 def _gemv(spec: KernelSpec, device: Device) -> sympy.Expr:
-    """One region: each weight read once, tiles of x from the first cache where they fit it."""
-    seconds = sympy.Float(device.launch) + weight_bytes(spec) / device.bandwidth + _adapter_seconds(spec, device)
+    """One region. What the first tile of tokens multiplies hides behind its weights' way from memory, or hides that;
+    later tiles find the weights in a cache."""
+    token = 2 * _adapter_products(spec) / device.kernel_rate["f32"]
     for p in spec.projections:
         # bf16's dot products eat twice what fp32's do: only there do tiles from the second cache slow them down
         fits = p.dtype == "f32" or TILE_TOKENS * spec.k * _size(spec.x) <= FIRST_CACHE
         # sums of columns go through the first cache, and are read and written there once in a few rows
         rate = device.kernel_rate[p.dtype] * (1.0 if fits else 0.8) * (0.8 if p.transposed else 1.0)
-        seconds += 2 * m * p.n * spec.k / rate
-    return seconds
+        token += 2 * p.n * spec.k / rate
+    memory = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth
+    first = sympy.Min(m, TILE_TOKENS)
+    return device.launch + sympy.Max(memory, token * first) + token * (m - first)
 
 
 def _gemm(spec: KernelSpec, device: Device) -> sympy.Expr:
@@ -107,7 +108,9 @@ def _gemm(spec: KernelSpec, device: Device) -> sympy.Expr:
         seconds += 2 * m * p.n * spec.k / device.library_rate[p.dtype]
     if any(p.lowrank or p.kronecker or p.bias or p.residual for p in spec.projections):
         traffic = 2 * m * sum(p.n * _size(p.out) for p in spec.projections)
-        seconds += device.launch + _adapter_seconds(spec, device) + traffic / (4 * device.bandwidth)
+        factors = adapter_bytes(spec) / device.bandwidth
+        adapters = factors + 2 * m * _adapter_products(spec) / device.kernel_rate["f32"]
+        seconds += device.launch + adapters + traffic / (4 * device.bandwidth)
     return seconds
 
 
