@@ -1,4 +1,4 @@
-"""Adapters that people train, as PEFT tuners: GAWS and GAWS-D. Importing this package makes them known to PEFT.
+"""Adapters that people train, as PEFT tuners: GAWS, GAWS-D, zFLoRA. Importing this package makes them known to PEFT.
 
 The only part of gawscompile that imports PEFT and transformers; raises `ImportError` with the remedy without them.
 """
@@ -14,9 +14,11 @@ from gawscompile.adapters.config import GAWSConfig, GAWSDConfig  # noqa: E402
 from gawscompile.adapters.listing import ValidSplits, valid_splits  # noqa: E402
 from gawscompile.adapters.model import GAWSDModel, GAWSModel  # noqa: E402
 from gawscompile.adapters.splits import SplitError, Splits  # noqa: E402
+from gawscompile.adapters.zflora import ZFLoRAConfig, ZFLoRAModel  # noqa: E402
 
 register(AdapterType.GAWS, GAWSConfig, GAWSModel, GAWSModel.prefix)
 register(AdapterType.GAWSD, GAWSDConfig, GAWSDModel, GAWSDModel.prefix)
+register(AdapterType.ZFLORA, ZFLoRAConfig, ZFLoRAModel, ZFLoRAModel.prefix)
 
 __all__ = [
     "Approximation",
@@ -28,6 +30,8 @@ __all__ = [
     "SplitError",
     "Splits",
     "ValidSplits",
+    "ZFLoRAConfig",
+    "ZFLoRAModel",
     "approximate",
     "valid_splits",
 ]

@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from gawscompile.adapters.config import KroneckerConfig
 from gawscompile.adapters.layer import features
 from gawscompile.adapters.listing import CONFIGS
-from gawscompile.adapters.model import PREFIX, check_supported
 from gawscompile.adapters.splits import Kind, Splits
+from gawscompile.adapters.tuner import PREFIX, check_supported
 from gawscompile.measure import table
 
 Target = Literal["gaws", "gawsd", "kronecker"]

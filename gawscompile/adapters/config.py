@@ -17,8 +17,25 @@ EMPTY: tuple[object, ...] = (None, False, "", "none", [], {})
 """Values with which a key that we do not know cannot mean anything."""
 
 
+class CheckedConfig(PeftConfig):
+    """A configuration that refuses what it does not know."""
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """PEFT calls this with what ``adapter_config.json`` holds.
+
+        PEFT would drop unknown keys with a warning. One that says something could change the mathematics, so it is
+        refused; one that is empty (``"bias": "none"``) is dropped.
+        """
+        unknown = {key: value for key, value in kwargs.items() if key not in inspect.signature(cls).parameters}
+        if telling := {key: value for key, value in unknown.items() if value not in EMPTY}:
+            listed = ", ".join(f"{key}={value!r}" for key, value in sorted(telling.items()))
+            raise ValueError(f"adapter_config.json has keys that {cls.__name__} does not know: {listed}")
+        return {key: value for key, value in kwargs.items() if key not in unknown}
+
+
 @dataclass
-class KroneckerConfig(PeftConfig):
+class KroneckerConfig(CheckedConfig):
     """What `GAWSConfig` and `GAWSDConfig` share.
 
     target_modules: names, a regular expression or ``"all-linear"``, as in PEFT's LoRA, whose defaults for known
@@ -85,19 +102,6 @@ class KroneckerConfig(PeftConfig):
         else:
             wish = Wish(self.input_splits, self.output_splits, self.input_split_dim, self.output_split_dim)
         return resolve(self.kind, in_features, out_features, wish, module)
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """PEFT calls this with what ``adapter_config.json`` holds.
-
-        PEFT would drop unknown keys with a warning. One that says something could change the mathematics, so it is
-        refused; one that is empty (``"bias": "none"``) is dropped.
-        """
-        unknown = {key: value for key, value in kwargs.items() if key not in inspect.signature(cls).parameters}
-        if telling := {key: value for key, value in unknown.items() if value not in EMPTY}:
-            listed = ", ".join(f"{key}={value!r}" for key, value in sorted(telling.items()))
-            raise ValueError(f"adapter_config.json has keys that {cls.__name__} does not know: {listed}")
-        return {key: value for key, value in kwargs.items() if key not in unknown}
 
 
 @dataclass

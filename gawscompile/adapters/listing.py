@@ -9,8 +9,9 @@ from torch import nn
 
 from gawscompile.adapters.config import GAWSConfig, GAWSDConfig
 from gawscompile.adapters.layer import features
-from gawscompile.adapters.model import check_supported, targets
+from gawscompile.adapters.model import targets
 from gawscompile.adapters.splits import Kind, Splits, all_splits
+from gawscompile.adapters.tuner import check_supported
 from gawscompile.measure import table
 
 CONFIGS = {"gaws": GAWSConfig, "gawsd": GAWSDConfig}

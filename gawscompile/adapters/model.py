@@ -1,4 +1,4 @@
-"""The PEFT tuners: which modules get an adapter, what is refused before anything changes, and what a checkpoint is."""
+"""The PEFT tuners of GAWS and GAWS-D: which modules get an adapter, and mixed batches."""
 
 from __future__ import annotations
 
@@ -8,41 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from gawscompile.adapters.config import KroneckerConfig
 from gawscompile.adapters.layer import BASE, GAWSDLinear, GAWSLinear, KroneckerLinear, features
-
-PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PLAIN_TENSORS = ("Tensor", "Parameter", "DTensor", "FakeTensor")
-PREFIX = "base_model.model."
-"""What PEFT puts before every key on disk."""
-
-
-def base_layer_of(module: nn.Module) -> nn.Module:
-    """`module`, or what it wraps if it is adapted already."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def check_supported(name: str, layer: nn.Module) -> None:
-    """Raises `TypeError` where the module `layer` at `name` cannot carry an adapter."""
-    if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise TypeError(
-            f"{name} is a {type(layer).__name__}: GAWS adapters go on torch.nn.Linear and transformers' Conv1D"
-        )
-    if type(layer).__name__ == "NonDynamicallyQuantizableLinear":
-        raise TypeError(f"{name} is the out_proj of nn.MultiheadAttention, which never calls it: leave it out")
-    if "weight" not in layer._parameters:
-        raise TypeError(f"{name} computes its weight (a parametrization): GAWS adapters need a plain parameter")
-    weight = layer.weight
-    kind = type(weight.data) if type(weight) is nn.Parameter else type(weight)
-    if weight.dtype not in PLAIN_DTYPES or kind.__name__ not in PLAIN_TENSORS:
-        raise TypeError(f"{name} is quantised ({kind.__name__}, {weight.dtype}): GAWS adapters need plain base weights")
+from gawscompile.adapters.tuner import Tuner, base_layer_of, check_supported
 
 
 def targets(config: KroneckerConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -58,9 +31,10 @@ def targets(config: KroneckerConfig, model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-class KroneckerModel(BaseTuner):
+class KroneckerModel(Tuner):
     """What the two tuners share."""
 
+    layer_type = KroneckerLinear
     tuner_layer_cls: type[KroneckerLinear]
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -95,47 +69,6 @@ class KroneckerModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's cast makes new parameters, and those of a ParameterDict forget that they were frozen."""
-        frozen = {key for key, value in adapter_parameters(self, adapter_name).items() if not value.requires_grad}
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for key, parameter in adapter_parameters(self, adapter_name).items():
-            parameter.requires_grad_(key not in frozen)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
-        """PEFT's mapping of keys on disk to the model's, checked. Raises `ValueError` before anything is loaded.
-
-        PEFT itself ignores keys that it cannot place, and warns of missing ones by a prefix that ``diag`` lacks.
-        """
-        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = adapter_parameters(model, adapter_name)
-        present = model.state_dict()
-        bare = {key if key in present else key.removeprefix(PREFIX): value for key, value in mapped.items()}
-        faults = []
-        if unknown := sorted(set(bare) - set(present)):
-            faults.append(f"keys that fit nowhere: {_some(unknown)}")
-        if missing := sorted(set(expected) - set(bare)):
-            faults.append(f"missing: {_some(missing)}")
-        faults += [
-            f"{key} has shape {tuple(value.shape)}, the configuration makes it {tuple(present[key].shape)}"
-            for key, value in bare.items()
-            if key in present and value.shape != present[key].shape
-        ]
-        if faults:
-            _materialise(model, adapter_name)
-            raise ValueError(
-                f"nothing was loaded, the weights do not fit adapter {adapter_name!r}: {'; '.join(faults)}."
-                f" The adapter stays as it was made: delete_adapter({adapter_name!r}) before another try"
-            )
-        return mapped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -180,35 +113,5 @@ class GAWSDModel(KroneckerModel):
     tuner_layer_cls = GAWSDLinear
 
 
-def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """State-dict key → parameter of every G and diag of `adapter` in `model`."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, KroneckerLinear):
-            for leaf in module.adapter_layer_names:
-                for key, parameter in getattr(module, leaf).named_parameters():
-                    if key.removesuffix(".weight") == adapter:
-                        found[f"{name}.{leaf}.{key}"] = parameter
-    return found
-
-
-def _materialise(model: nn.Module, adapter: str) -> None:
-    """Zeros for what waits on the meta device (``low_cpu_mem_usage``): products with it are whatever was in memory."""
-    for module in model.modules():
-        if isinstance(module, KroneckerLinear) and adapter in module.splits and module.g(adapter).is_meta:
-            device = module._base_weight().device
-            for leaf in module.adapter_layer_names:
-                held = getattr(module, leaf)
-                if adapter in held and isinstance(held, nn.ModuleDict):
-                    held[adapter].to_empty(device=device)
-                elif adapter in held:
-                    held[adapter] = nn.Parameter(torch.empty_like(held[adapter], device=device))
-            module.reset(adapter, "zero")
-
-
 def _give_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
-
-
-def _some(keys: list[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

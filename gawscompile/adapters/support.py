@@ -15,14 +15,16 @@ OLDEST = (0, 21)
 """The first PEFT whose tuners select and rename their own keys on saving and loading."""
 TESTED = "0.21.2"
 HOOKS = (
+    "_prepare_adapter_config",
     "_prepare_model",
     "_check_target_module_exists",
     "_create_and_replace",
+    "_post_injection_hook",
     "_cast_adapter_dtype",
     "_remap_adapter_state_dict_for_load",
     "_get_adapter_state_dict",
 )
-"""What `gawscompile.adapters.model` overrides or relies on in `BaseTuner`."""
+"""What our tuners override or rely on in `BaseTuner`."""
 TABLES = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
 
 
@@ -31,6 +33,7 @@ class AdapterType(str, Enum):
 
     GAWS = "GAWS"
     GAWSD = "GAWSD"
+    ZFLORA = "ZFLORA"
 
 
 def require_peft() -> None:

@@ -1,7 +1,7 @@
 """The cost model: seconds per call of each plan, as a sympy expression in m, the number of tokens.
 
-The generated kernel's first tile of tokens takes the longer of its bytes and its operations; later tiles, and the vendor
-library's matmul, add the two up. Crossovers are found by evaluating the expressions.
+The generated kernel's first tile of tokens takes the longer of its bytes and its operations; later tiles, and the
+vendor library's matmul, add the two up. Crossovers are found by evaluating the expressions.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ def cpu() -> Device:
 
 def default_cpu() -> Device:
     """What is known of this kind of CPU."""
-    return _cpu(torch.get_num_threads(), _vendor(), torch.backends.cpu.get_cpu_capability(), _bf16())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return _cpu(torch.get_num_threads(), _cpuinfo("vendor_id"), _cpuinfo("cpu family"), capability, _bf16())
 
 
 CALIBRATIONS = "calibrations.json"
@@ -170,27 +171,48 @@ def _read(path: Path) -> dict[str, Any]:
     return kept
 
 
+@dataclass(frozen=True)
+class _Core:
+    """A thread of a kind of CPU with vectors of 512 bits; the dictionaries as in `Device`."""
+
+    bandwidth: float
+    library_launch: float
+    kernel: dict[str, float]
+    library: dict[str, float]
+    streamed: dict[str, float]
+
+
+def _each(f32: float, bf16: float, f16: float) -> dict[str, float]:
+    return {"f32": f32, "bf16": bf16, "f16": f16}
+
+
+# From `python -m benchmarks.projections` and `gawscompile calibrate` on 2 threads, weights from memory as in a model
+# (warm, oneDNN looks better than it is). AMX's tiles leave dot products of vectors behind from a dozen tokens on.
+_ZEN5 = _Core(24e9, 50e-6, _each(175e9, 445e9, 120e9), _each(103e9, 500e9, 120e9), _each(14e9, 12.5e9, 12.5e9))
+_ZEN4 = _Core(17e9, 27e-6, _each(86e9, 230e9, 80e9), _each(100e9, 226e9, 80e9), _each(6.7e9, 12.3e9, 12e9))
+_AMX = _Core(11.2e9, 5e-6, _each(145e9, 107e9, 120e9), _each(167e9, 1450e9, 120e9), _each(7.75e9, 5e9, 7.75e9))
+_CONVERTED = 120e9  # operations per second in bf16 where the CPU has nothing for it
+_MEMORY_THREADS = 8  # that memory feeds as well as it feeds one
+
+
 @functools.cache
-def _cpu(threads: int, vendor: str, capability: str, bf16: str) -> Device:
-    # Fitted to `python -m benchmarks.projections` on 2 threads, weights from memory as in a model (warm, oneDNN looks
-    # better than it is), as bytes / bandwidth + flops / rate: an AMD EPYC (family 26) with avx512_bf16, and an Intel
-    # Xeon with AMX, whose tiles leave dot products of vectors behind from some six tokens on. Others are taken to be
-    # like the former, without its dot products.
-    wide = 1.0 if "512" in capability else 0.5
-    intel = vendor == "GenuineIntel"
-    kernel = {"f32": 145e9 if intel else 175e9, "bf16": {"amx": 107e9, "dot": 445e9, "": 120e9}[bf16], "f16": 120e9}
-    library = {"f32": 167e9 if intel else 103e9, "bf16": {"amx": 1450e9, "dot": 500e9, "": 120e9}[bf16], "f16": 120e9}
-    streamed = {"f32": 14e9, "bf16": 5e9 if bf16 == "amx" else 12.5e9, "f16": 12.5e9}
+def _cpu(threads: int, vendor: str, family: str, capability: str, bf16: str) -> Device:
+    core = _AMX if vendor == "GenuineIntel" else _ZEN4 if (vendor, family) == ("AuthenticAMD", "25") else _ZEN5
+    kernel, library = dict(core.kernel), dict(core.library)
+    if bf16 != "amx" and core is _AMX:
+        kernel["bf16"], library["bf16"] = _ZEN5.kernel["bf16"], _ZEN5.library["bf16"]
+    if not bf16:
+        kernel["bf16"] = library["bf16"] = _CONVERTED
+    vectors = threads * (1.0 if "512" in capability else 0.5)
+    streams = min(threads, _MEMORY_THREADS)
     return Device(
-        name=f"cpu:{vendor}:{capability}:bf16={bf16 or 'none'}:threads={threads}",
-        bandwidth=min(threads, 8) * (11.2e9 if intel else 24e9),
+        name=f"cpu:{vendor}:{family}:{capability}:bf16={bf16 or 'none'}:threads={threads}",
+        bandwidth=streams * core.bandwidth,
         launch=2e-6,
-        library_launch=50e-6 if bf16 == "dot" else 5e-6,
-        kernel_rate={name: threads * wide * rate for name, rate in kernel.items()},
-        library_rate={name: threads * wide * rate for name, rate in library.items()},
-        library_bandwidth={
-            name: min(threads, 8) * min(rate, 7.75e9 if intel else rate) for name, rate in streamed.items()
-        },
+        library_launch=core.library_launch,
+        kernel_rate={name: vectors * rate for name, rate in kernel.items()},
+        library_rate={name: vectors * rate for name, rate in library.items()},
+        library_bandwidth={name: streams * rate for name, rate in core.streamed.items()},
     )
 
 
@@ -199,19 +221,15 @@ def _bf16() -> str:
     return "amx" if _has("amx_bf16") else "dot" if _has("avx512_bf16") else ""
 
 
+@functools.cache
 def _cpuinfo(field: str) -> str:
+    """The first CPU's, or "unknown"."""
     try:
         match = re.search(rf"^{field}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        return ""
-    return match[1] if match else ""
+        return "unknown"
+    return match[1] if match else "unknown"
 
 
-@functools.cache
-def _vendor() -> str:
-    return _cpuinfo("vendor_id") or "unknown"
-
-
-@functools.cache
 def _has(flag: str) -> bool:
     return flag in _cpuinfo("flags").split()
