@@ -18,8 +18,8 @@ WHOLE := $(sort $(wildcard tests/test_*.py))
 
 test: $(STAMP)            ## the fast tests
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	$(BIN)/python -m pytest -m "not slow" $(PARTS) > "$$log" 2>&1 & parts=$$!; \
-	$(BIN)/python -m pytest -m "not slow" $(WHOLE); whole=$$?; \
+	$(BIN)/python -m pytest -m "not slow" --durations=15 $(PARTS) > "$$log" 2>&1 & parts=$$!; \
+	$(BIN)/python -m pytest -m "not slow" --durations=15 $(WHOLE); whole=$$?; \
 	wait $$parts; parts=$$?; cat "$$log"; exit $$((parts | whole))
 
 test-slow: $(STAMP)       ## whole real models

@@ -1,4 +1,4 @@
-"""LoRA, GAWS and GAWS-D at equal budgets: held-out loss of SmolLM2 on our own text, and optionally decode latency.
+"""LoRA, GAWS, GAWS-D and zFLoRA at equal budgets: held-out loss of SmolLM2 on our text, optionally decode latency.
 
     python -m benchmarks.adapter_quality --markdown benchmarks/results/quality.md --plot benchmarks/results/quality.png
 
@@ -28,9 +28,10 @@ from gawscompile.decoding import Decoder
 
 HELD_OUT = 3
 """The last pairs of the text, which no adapter is trained on."""
-RATES = {"LoRA": 2e-3, "GAWS": 2e-3, "GAWS-D": 2e-3}
+RATES = {"LoRA": 2e-3, "GAWS": 2e-3, "GAWS-D": 2e-3, "zFLoRA": 2e-3}
 """Learning rates, chosen for LoRA and GAWS by the held-out loss: of 1e-3, 2e-3 and 5e-3, tried with ``--splits 8
---rates``, this one was the best for both (LoRA 3.445, 2.727, 2.921; GAWS 2.833, 2.656, 3.032). Not tried for GAWS-D."""
+--rates``, this one was the best for both (LoRA 3.445, 2.727, 2.921; GAWS 2.833, 2.656, 3.032). Not tried for GAWS-D
+and zFLoRA."""
 KINDS = tuple(RATES)
 
 
@@ -68,7 +69,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def configuration(kind: str, base: Any, splits: int) -> tuple[Any, str]:
     """(PEFT configuration, its setting in words) of `kind` at the budget of GAWS with `splits` splits.
 
-    GAWS-D with slices of that length has exactly as many parameters; LoRA gets the nearest rank.
+    GAWS-D with slices of that length has exactly as many parameters; LoRA and zFLoRA get the nearest rank.
     """
     from peft import LoraConfig
 
@@ -79,6 +80,9 @@ def configuration(kind: str, base: Any, splits: int) -> tuple[Any, str]:
     head = base.get_output_embeddings()
     shapes = [m.weight.shape for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     rank = max(1, round(sum(n * k for n, k in shapes) / splits**2 / sum(n + k for n, k in shapes)))
+    if kind == "zFLoRA":
+        config = common.adapter_config(base, "zflora", rank)
+        return config, f"z of {config.r}"
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), f"r = {rank}"
 
 
@@ -128,7 +132,7 @@ def quality_table(results: Sequence[Result], markdown: bool = False) -> str:
                 f"{result.rate:g}" if result.trained else "",
                 f"{statistics.mean(result.trained):.3f}" if result.trained else "",
                 f"{mean:.3f}{spread}",
-                f"{mean - lora:+.3f}" if result.kind in ("GAWS", "GAWS-D") else "",
+                f"{mean - lora:+.3f}" if result.kind not in ("base", "LoRA") else "",
                 *(f"{result.decode[backend]:.1f}" for backend in backends),
             ]
         )
@@ -175,7 +179,7 @@ def plot(results: Sequence[Result], file: Path) -> None:
     if (figure := common.figure(5.5, 3.6)) is None:
         return
     axes = figure.subplots()
-    for kind, mark in zip(KINDS, "os^", strict=True):
+    for kind, mark in zip(KINDS, "os^D", strict=True):
         points = sorted((r.parameters, statistics.mean(r.held_out)) for r in results if r.kind == kind)
         axes.plot(*zip(*points, strict=True), marker=mark, label=kind)
     axes.set_xscale("log")

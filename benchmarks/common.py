@@ -92,8 +92,9 @@ def load_base(setup: Setup) -> Any:
     return model.to(setup.device).eval()
 
 
-ADAPTERS = ("lora", "gaws", "gawsd", "lokr")
-"""What can be put on every linear, each with as many parameters as LoRA of the setup's rank has, or nearly so."""
+ADAPTERS = ("lora", "gaws", "gawsd", "lokr", "zflora")
+"""What can be put on every linear (zFLoRA: on the stream's), each with as many parameters as LoRA of the setup's rank
+has, or nearly so."""
 
 MERGED = "merged"
 """The LoRA again, merged into a copy of the weights: what unmerged ones are to be measured by."""
@@ -124,12 +125,17 @@ def adapter_config(base: Any, kind: str, rank: int) -> Any:
     """PEFT's configuration of `kind` at the budget of a LoRA of `rank` on every linear."""
     from peft import LoKrConfig, LoraConfig
 
-    from gawscompile.adapters import GAWSConfig, GAWSDConfig
+    from gawscompile.adapters import GAWSConfig, GAWSDConfig, ZFLoRAConfig
     from gawscompile.adapters.splits import Kind, all_splits
 
     if kind == "lora":
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     sizes = linear_sizes(base)
+    if kind == "zflora":
+        stream = ZFLoRAConfig(model_type=base.config.model_type).stream()
+        ends = {"reader": 1, "writer": 0}  # a reader's factor has a row for each output, a writer's for each input
+        of_one = sum(size[ends[role]] for name, size in sizes.items() if (role := stream.role(name)) in ends)
+        return ZFLoRAConfig(r=max(1, round(sum(rank * (k + n) for k, n in sizes.values()) / of_one)))
     if kind == "lokr":
         factors = {factor: sum(_lokr_parameters(k, n, factor) for k, n in sizes.values()) for factor in range(2, 33)}
         budget = sum(rank * (k + n) for k, n in sizes.values())

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gawscompile.debug.records import Reason, plain
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, args, is_call, is_cast, through_casts
+from gawscompile.passes.context import Context, args, aten, is_call, is_cast, through_casts
 from gawscompile.planning.table import PlanTable, Program
 from gawscompile.runtime.ops import OPS
 
@@ -77,6 +77,21 @@ class Values:
             else:
                 result = node.target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result
+
+
+    def join(self) -> None:
+        """What known nodes are the parts of is known too: streams that `split_streams` takes apart are whole in the
+        original graph. A part that nobody has drawn yet is drawn.
+        """
+        for node in list(self.known):
+            split: Any = args(node)[0] if is_call(node, operator.getitem) else None
+            if is_call(split, aten.split_with_sizes.default) and args(split)[0] not in self.known:
+                items = {args(user)[1]: user for user in split.users}
+                parts = [
+                    self.known[items[i]] if items.get(i) in self.known else random(fake, self.draw, self.generator)
+                    for i, fake in enumerate(split.meta["val"])
+                ]
+                self.known[args(split)[0]] = torch.cat([part.double() for part in parts], *args(split)[2:])
 
 
 def random(fake: Any, draw: int, generator: torch.Generator, activation: bool = False) -> Any:
@@ -164,6 +179,7 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
             if source not in old.known:
                 old.known[source] = random(narrowest[source], draw, generator, source is x)
             old.known[origin] = new.known[node] = old.known[source]
+        old.join()
         wanted = [context.stands_for[node] for node in rewrite.nodes]
         before, _ = _cone(wanted, old.known.__contains__)
         try:

@@ -17,9 +17,11 @@ from gawscompile.passes import (
     group_siblings,
     lower,
     recover_operators,
+    split_streams,
 )
 
 PIPELINE = (
+    split_streams,
     canonicalize,
     recover_operators,
     group_siblings,

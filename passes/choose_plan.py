@@ -42,7 +42,7 @@ def run(graph: Graph, context: Context) -> None:
         if isinstance(tokens, int):
             table = PlanTable(((table.pick(tokens), None),))
         entries = node.meta["gaws_entries"]
-        if not any(p.lowrank or p.kronecker for p in spec.projections) and table.rows[0][0] == "gemm_accumulate":
+        if not any(p.adapted for p in spec.projections) and table.rows[0][0] == "gemm_accumulate":
             _give_back(graph, context, node, spec)
             for entry in entries:
                 context.reject(entry, Reason.LIBRARY, f"m = {tokens}: {planned.compare(tokens)}")

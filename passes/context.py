@@ -104,8 +104,9 @@ class Context:
             self.graph.erase_node(dead)
             pending += sources
 
-    def replace(self, old: Node, new: Node) -> None:
-        """Everyone who read `old` reads `new`, which must have its shape and dtype."""
+    def replace(self, old: Node, new: Node, named: bool = False) -> None:
+        """Everyone who read `old` reads `new`, which must have its shape and dtype. `named`: it had that value before,
+        and keeps what it stands for already."""
         if not same_value(old.meta.get("val"), new.meta.get("val")):
             raise VerifierError(
                 f"{self.stage}: {new.name} {_brief(new)} cannot stand for {old.name} {_brief(old)}"
@@ -113,7 +114,7 @@ class Context:
         old.replace_all_uses_with(new)
         self.touched.extend(new.users)
         origin = self.original(old)
-        if origin is not None:
+        if origin is not None and not (named and self.original(new)):
             self.stands_for[new] = origin
 
     def original(self, node: Node) -> Node | None:

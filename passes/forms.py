@@ -61,7 +61,7 @@ class Form:
 
     @property
     def bases(self) -> list[Product]:
-        return [p for p in self.products if len(p.matrices) == 1 and p.matrices[0].dense]
+        return [p for p in self.products if len(p.matrices) == 1 and p.matrices[0].dense and p.given is None]
 
     @property
     def regrouped(self) -> bool:
@@ -243,12 +243,36 @@ def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
         activation = a.activation if a.bases else b.activation
         inner = (*a.inner, *b.inner, node)
         return Form(activation, a.products + b.products, a.vectors + b.vectors, inner, a.turned, a.layout)
+    if a is not None and b is not None and weight == 1.0 and same_sizes(shape(left), shape(right)):
+        for wide, narrow in ((a, b), (b, a)):
+            if (given := _given(narrow, wide)) is not None:
+                products, inner = (*wide.products, given), (*narrow.inner, *wide.inner, node)
+                return replace(wide, products=products, inner=inner)
     if a is not None and _plain(a) and _is_vector(right, left, node):
         return replace(a, vectors=(*a.vectors, Vector(right, Scale(weight))), inner=(*a.inner, node))
     if b is not None and _plain(b) and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
         return replace(b, vectors=(*b.vectors, Vector(left)), inner=(*b.inner, node))
     return None
+
+
+NARROW = 256
+"""Features of an activation beside another at most, and a quarter of the other's."""
+
+
+def _given(narrow: Form, wide: Form) -> Product | None:
+    """``B z`` of an activation z of few features, as a summand of a projection of a wide one (zFLoRA's stream)."""
+    if not (_plain(narrow) and _plain(wide)) or len(wide.bases) != 1 or narrow.vectors:
+        return None
+    if len(narrow.products) != 1 or len(narrow.bases) != 1 or narrow.products[0].scale != Scale():
+        return None
+    (product,), z, x = narrow.products, narrow.activation, wide.activation
+    rank, features = product.matrices[0].sizes[1], wide.bases[0].matrices[0].sizes[1]
+    if not (isinstance(rank, int) and isinstance(features, int) and 0 < rank <= min(NARROW, features // 4)):
+        return None
+    if not same_sizes(shape(z)[:-1], shape(x)[:-1]):
+        return None
+    return product._replace(given=z)
 
 
 def _plain(form: Form) -> bool:

@@ -9,7 +9,9 @@ after::
     fused = operators.project(x, [Wq, Aq, Bq, Wk, bk], "k=576 x=bf16; n=576 w=bf16 … lora(r=16 f32 s=2.0); n=192 …")
 
 The A's of the group ride in the base projection and the B's are its epilogue (zFLoRA: Gowda et al. 2025, used here as
-an exact rewrite of plain LoRA). From here on a group is a `KernelSpec` and the tensors that it takes.
+an exact rewrite of plain LoRA). What another, narrow activation brings (z of a stream that zFLoRA widens) joins the
+epilogue likewise: ``[W | B]`` on (x, z) without a copy of W. From here on a group is a `KernelSpec` and the tensors
+that it takes.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec, LowRankSpec, ProjectionSpec
-from gawscompile.operators import Bias, Dense, Kronecker, LowRank, operator_group
+from gawscompile.codegen.spec import DTYPE_NAMES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.operators import Bias, Dense, Given, Kronecker, LowRank, operator_group
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, dtype, shape
 
@@ -68,6 +70,9 @@ def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Projec
         fixed, scale_dtype = scale_of(term.scale)
         operands += [term.a, term.b] if fixed is not None else [term.a, term.b, term.scale]
         specs.append(LowRankSpec(int(shape(term.a)[0]), DTYPE_NAMES[dtype(term.a)], fixed, scale_dtype))
+    given = [term for term in terms if isinstance(term, Given)]
+    for beside in given:
+        operands += [beside.b, beside.z]
     bias = DTYPE_NAMES[dtype(biases[0])] if biases else None
     return ProjectionSpec(
         n=int(base.sizes[0]),
@@ -76,4 +81,5 @@ def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Projec
         bias=bias,
         lowrank=tuple(specs),
         transposed=base.transposed,
+        given=tuple(GivenSpec(int(shape(g.b)[1]), DTYPE_NAMES[dtype(g.b)], DTYPE_NAMES[dtype(g.z)]) for g in given),
     )

@@ -82,12 +82,13 @@ class Scale(NamedTuple):
 class Product(NamedTuple):
     """``scale * W_n … W_1 x``, innermost matrix first. `origin`: the linear node that the outermost came from.
 
-    Without matrices it is x itself, regrouped.
+    Without matrices it is x itself, regrouped. Where another activation is `given`, it is that one's product.
     """
 
     matrices: tuple[Factor, ...]
     origin: Node
     scale: Scale = Scale()
+    given: Node | None = None
 
     def scaled(self, by: Any) -> Product:
         return self._replace(scale=self.scale.times(by))

@@ -30,7 +30,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.debug.records import Reason
-from gawscompile.operators import Bias, Dense, Kronecker, LowRank, Mode, Operator, describe, linear, operator_sum
+from gawscompile.operators import Bias, Dense, Given, Kronecker, LowRank, Mode, Operator, describe, linear, operator_sum
 from gawscompile.passes.context import (
     Context,
     args,
@@ -48,7 +48,7 @@ from gawscompile.passes.context import (
     through_casts,
     transposed,
 )
-from gawscompile.passes.forms import Form, Vector, form_of, on_its_slices, widens
+from gawscompile.passes.forms import NARROW, Form, Vector, form_of, on_its_slices, widens
 from gawscompile.passes.matrices import Factor, Product, Scale, in_a_weight, matrix_of, scaling_of
 
 
@@ -174,11 +174,17 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
             return Reason.DTYPE, str(dtype(through_casts(tensor)))
     if dtype(node) not in DTYPE_NAMES:
         return Reason.DTYPE, str(dtype(node))
-    if dtype(x) != dtype(weight):
+    if dtype(x) != dtype(weight) and not _wider_and_small(x, weight):
         return Reason.MIXED_DTYPES, f"{dtype(x)} activation, {dtype(weight)} weight"
     if base.scale != Scale():
         return Reason.SCALE, ""
     return None
+
+
+def _wider_and_small(x: Node, weight: Node) -> bool:
+    """Whether the generated C++ multiplies them as they are: an fp32 factor that stands alone on a bf16 activation."""
+    small = min(shape(weight)) <= NARROW and 4 * min(shape(weight)) <= max(shape(weight))
+    return small and dtype(weight).itemsize > dtype(x).itemsize and x.meta["val"].device.type == "cpu"
 
 
 def _shape_refusal(
@@ -201,7 +207,8 @@ def _adapters_refusal(form: Form, base: Product) -> tuple[Reason, str] | None:
     for p in form.products:
         if p is base:
             continue
-        ends = (base.matrices[0].sizes[1], *(f.sizes[0] for f in p.matrices))
+        features = base.matrices[0].sizes[1] if p.given is None else shape(p.given)[-1]
+        ends = (features, *(f.sizes[0] for f in p.matrices))
         starts = (*(f.sizes[1] for f in p.matrices), base.matrices[0].sizes[0])
         if not all(isinstance(n, int) for n in (*ends, *starts)) or ends != starts:
             return Reason.FACTOR_SHAPE, f"features go through {ends} and {starts}, of symbolic sizes or not the same"
@@ -212,6 +219,10 @@ def _adapters_refusal(form: Form, base: Product) -> tuple[Reason, str] | None:
             return Reason.WEIGHT_COMPUTED, "a factor of the adapter is computed in the graph"
         if len(kinds) != 1 or not kinds <= DTYPE_NAMES.keys():
             return Reason.DTYPE, f"factors of {', '.join(map(str, kinds))}"
+        if p.given is not None:
+            if dtype(p.given) not in DTYPE_NAMES or p.scale != Scale():
+                return Reason.DTYPE, f"beside an activation of {dtype(p.given)}, scaled by {p.scale}"
+            continue
         if _low_rank(p):
             rank = p.matrices[0].sizes[0]
             if not 0 < rank <= min(shape(weight)):
@@ -238,7 +249,9 @@ def _terms(context: Context, form: Form, base: Product, node: Node) -> tuple[Ope
     for p in sorted(adapters, key=_low_rank, reverse=True):
         factors = [_factor(context, f) for f in p.matrices]
         scale = _scale(context, p.scale)
-        if _low_rank(p):
+        if p.given is not None:
+            terms.append(Given(factors[0], p.given))
+        elif _low_rank(p):
             a, b = factors
             terms.append(LowRank(b, a, scale))
         else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import common, gaws_gap, growth, kernels, limits, memory, runtime
+from benchmarks import common, gaws_gap, growth, kernels, limits, memory, runtime, zflora
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
 
@@ -55,7 +55,7 @@ def test_cut_shapes_say_so(monkeypatch, capsys):
     assert "small (1 of 3 layers), float32, decode, 64 past" in out and "encode 128" in out
 
 
-@pytest.mark.parametrize("kind", ["gaws", "gawsd", "lokr"])
+@pytest.mark.parametrize("kind", ["gaws", "gawsd", "lokr", "zflora"])
 def test_adapters_of_one_budget(kind):
     base = SHAPES["llama-3.2-1b"]
     with torch.device("meta"):
@@ -79,6 +79,18 @@ def test_gap_of_gaws(monkeypatch, tmp_path, capsys):
     times = {"base": 10.0, "lora": 20.0, "gaws": 14.0, "gawsd": 10.0}
     assert gaws_gap.share(times, "gaws") == 0.4 and gaws_gap.share(times, "gawsd") == 0
     assert gaws_gap.share({**times, "lora": 10.1}, "gaws") is None
+
+
+def test_cost_of_a_widened_stream(tiny_llama_dir, tmp_path):
+    flags = ["--model", str(tiny_llama_dir), "--dtype", "float32", "--backends", "eager", "--rounds", "1"]
+    zflora.main([*flags, "--steps", "1", "--rank", "4", "--markdown", str(tmp_path / "zflora.md")])
+    heads, *rows = [line for line in (tmp_path / "zflora.md").read_text().splitlines() if line.startswith("|")][::2]
+    assert "zFLoRA" in heads and len(rows) == 1
+    base = common.load_base(Setup(str(tiny_llama_dir)))
+    adapted = common.with_adapter(base, Setup(str(tiny_llama_dir), rank=4), "zflora")
+    factors = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in base.parameters()) - base.get_input_embeddings().weight.nbytes
+    assert zflora.byte_share(Setup(str(tiny_llama_dir), rank=4), "zflora") == pytest.approx(factors / weights)
 
 
 def test_shapes_that_do_not_fit_are_refused(monkeypatch):

@@ -212,7 +212,8 @@ class StreamLayer(nn.Module, BaseTunerLayer):
 
     def applied(self, factor: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """`factor` times as much of `x` as it reads, in the factor's dtype."""
-        product: torch.Tensor = factor(self._cast_input_dtype(x[..., : factor.in_features], factor.weight.dtype))
+        x = x if factor.in_features == x.shape[-1] else x[..., : factor.in_features]
+        product: torch.Tensor = factor(self._cast_input_dtype(x, factor.weight.dtype))
         return product
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -339,7 +340,8 @@ class Writer(StreamLayer):
         for name in self.in_effect():
             if factor := self.factor("A", name):
                 z = self.applied(factor, a).to(y.dtype)
-                parts.append(F.pad(z, (0, self.ranks[name] - factor.out_features)))
+                rest = self.ranks[name] - factor.out_features
+                parts.append(F.pad(z, (0, rest)) if rest else z)
             else:
                 parts.append(y.new_zeros(*y.shape[:-1], self.ranks[name]))
         return torch.cat(parts, -1) if len(parts) > 1 else y

@@ -82,7 +82,7 @@ def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
 def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: bool = True) -> list[str]:
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
     the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
-    operands = arguments(spec, i, expanded(p) if base else ("bias", "residual", "b", "mode"))
+    operands = arguments(spec, i, expanded(p) if base else expanded(p)[-6:])
     halved = spec.swiglu and base
     out, y = ("float", "half") if halved else (CPP_TYPES[p.out], f"y{i}")
     u = "const float* u, " if extras(i, p, ranks) else ""
@@ -91,7 +91,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     z = "const float* z, int64_t ldz, " if base and p.transposed else ""
     joined = [ending for ending in ranks.endings[i] if ending.mode]
     added = [ending for ending in ranks.endings[i] if not ending.mode]
-    dots = p.lowrank or joined or rows
+    dots = p.lowrank or p.given or joined or rows
     lines = [
         f"// {spec.formulas()[i]}" if base else "// the same, its base's product from the library",
         "template <int R, int T>",
@@ -105,6 +105,9 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     for j, term in enumerate(p.lowrank):
         where = f"u + t0 * LDU + {ranks.offsets[i, j]}"
         lines.append(f"  dot<R, T, {term.rank}>(acc, b{i}_{j} + row * {term.rank}, {where}, LDU);")
+    for j, given in enumerate(p.given):
+        at = f"c{i}_{j} + row * {given.rank}, z{i}_{j} + t0 * {given.rank}, {given.rank}"
+        lines.append(f"  dot<R, T, {given.rank}>(acc, {at});")
     for ending in joined:
         assert ending.mode
         pointer, stride = ending.source.pointer, ending.source.stride
@@ -138,22 +141,25 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
 
 def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str]:
     """2V columns of one projection, all tokens: y += bias + residual + B u. B's block is transposed once."""
-    operands = arguments(spec, i, ("bias", "residual", "b"))
+    operands = arguments(spec, i, ("bias", "residual", "b", "c", "z"))
     out = CPP_TYPES[p.out]
+    # rank, factor, and the activation that it multiplies, for each term
+    terms = [(t.rank, f"b{i}_{j}", f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + k]") for j, t in enumerate(p.lowrank)]
+    terms += [(g.rank, f"c{i}_{j}", f"float(z{i}_{j}[(t0 + t) * {g.rank} + k])") for j, g in enumerate(p.given)]
     u = "const float* u, " if p.lowrank else ""
     lines = [
         f"inline void add{i}(int64_t n, int64_t m, {parameters(operands)}{u}{out}* y{i}) {{",
         "  constexpr int W = 2 * V;",
         f"  const int count = int(std::min<int64_t>(W, N{i} - n));",
     ]
-    if p.lowrank:
-        lines.append(f"  float bt[{p.rank}][W] = {{}};")
+    if terms:
+        lines.append(f"  float bt[{sum(rank for rank, _, _ in terms)}][W] = {{}};")
         row = 0
-        for j, term in enumerate(p.lowrank):
-            at = f"b{i}_{j}[(n + c) * {term.rank} + k]"
+        for rank, factor, _ in terms:
+            at = f"{factor}[(n + c) * {rank} + k]"
             lines.append("  for (int c = 0; c < count; ++c)")
-            lines.append(f"    for (int k = 0; k < {term.rank}; ++k) bt[{row} + k][c] = float({at});")
-            row += term.rank
+            lines.append(f"    for (int k = 0; k < {rank}; ++k) bt[{row} + k][c] = float({at});")
+            row += rank
     if p.bias:
         lines.append(f"  const Pair bias = load_pair(bias{i} + n, count);")
     lines += [
@@ -171,17 +177,17 @@ def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[st
         lines.append("      acc[t] = {acc[t].lo + r.lo, acc[t].hi + r.hi};")
     lines.append("    }")
     row = 0
-    for j, term in enumerate(p.lowrank):
+    for rank, _, activation in terms:
         lines += [
-            f"    for (int k = 0; k < {term.rank}; ++k) {{",
+            f"    for (int k = 0; k < {rank}; ++k) {{",
             f"      const Pair b = load_pair(bt[{row} + k]);",
             "      for (int t = 0; t < T; ++t) {",
-            f"        const F ut(u[(t0 + t) * LDU + {ranks.offsets[i, j]} + k]);",
+            f"        const F ut({activation});",
             "        acc[t] = {at::vec::fmadd(b.lo, ut, acc[t].lo), at::vec::fmadd(b.hi, ut, acc[t].hi)};",
             "      }",
             "    }",
         ]
-        row += term.rank
+        row += rank
     lines += [
         "    for (int t = 0; t < T; ++t) {",
         f"      {out}* y = y{i} + (t0 + t) * N{i} + n;",
@@ -281,7 +287,12 @@ def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: 
 
 
 def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
-    costs = [spec.k * _SIZE[p.dtype] + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) for p in spec.projections]
+    costs = [
+        spec.k * _SIZE[p.dtype]
+        + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank)
+        + sum(t.rank * _SIZE[t.dtype] for t in p.given)
+        for p in spec.projections
+    ]
     for i, endings in ranks.endings.items():
         costs[i] += sum(4 * e.mode.columns for e in endings if e.mode)
     units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
@@ -312,7 +323,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return [
         'extern "C" void gemv(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         "  const X* x = (const X*)x_;",
-        *unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
+        *unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "c", "z", "mode", "kron_scale"), ys),
         *_scratch(ranks),
         *region(body),
     ]
@@ -387,7 +398,7 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return [
         'extern "C" void accumulate(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         *x,
-        *unpack(spec, ("bias", "residual", "a", "b", "scale", "mode", "kron_scale"), ys),
+        *unpack(spec, ("bias", "residual", "a", "b", "scale", "c", "z", "mode", "kron_scale"), ys),
         *_scratch(ranks),
         *region(body),
     ]
@@ -397,10 +408,10 @@ def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
     """2V rows of a projection, all tokens, on top of what y holds: the block b."""
     u = "u, " if extras(i, spec.projections[i], ranks) else ""
     if not spec.projections[i].kronecker:
-        names = ", ".join([o.name for o in arguments(spec, i, ("bias", "residual", "b"))])
+        names = ", ".join([o.name for o in arguments(spec, i, ("bias", "residual", "b", "c", "z"))])
         return [f"      add{i}(b * 2 * V, m, {names}, {u}y{i});"]
     reads = u + ("x, " if from_x(i, ranks) else "")
-    names = "".join(f"{o.name}, " for o in arguments(spec, i, ("bias", "residual", "b", "mode")))
+    names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(spec.projections[i])[-6:]))
     return [
         "      for_tokens(0, m, [&](auto t, int64_t t0) {",
         f"        const int64_t end = std::min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS);",

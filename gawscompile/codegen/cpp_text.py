@@ -10,7 +10,7 @@ CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
 def has_epilogue(p: ProjectionSpec) -> bool:
     """Whether anything is to be added to the plain product W x."""
-    return bool(p.bias or p.residual or p.lowrank or p.kronecker)
+    return bool(p.bias or p.residual or p.adapted)
 
 
 def from_x(i: int, ranks: Scratch) -> bool:
@@ -56,4 +56,5 @@ def region(body: list[str]) -> list[str]:
 
 def expanded(p: ProjectionSpec) -> tuple[str, ...]:
     """The operands of `_expand`."""
-    return ("bias", "residual", "b", "mode") if p.transposed else ("weight", "bias", "residual", "b", "mode")
+    epilogue = ("bias", "residual", "b", "c", "z", "mode")
+    return epilogue if p.transposed else ("weight", *epilogue)

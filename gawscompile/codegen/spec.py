@@ -2,11 +2,12 @@
 
 A spec describes one *group*: projections of the same activation ``x`` that run together,
 
-    y_i = W_i x + bias_i + residual_i + sum_j s_ij * B_ij (A_ij x) + sum_j s_ij * M_ijp … M_ij1 x
+    y_i = W_i x + bias_i + residual_i + sum_j s_ij * B_ij (A_ij x) + sum_j C_ij z_ij + sum_j s_ij * M_ijp … M_ij1 x
                                                                           i = 0 … projections-1
 
-where each M is a mode product ``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2. A gate and its
-partner may leave the group as one output, ``y = silu(y_0) * y_1`` (SwiGLU: Shazeer 2020).
+where each z is another activation, few features wide (zFLoRA's widened stream), and each M is a mode product
+``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2. A gate and its partner may leave the group as one
+output, ``y = silu(y_0) * y_1`` (SwiGLU: Shazeer 2020).
 
 It is frozen, hashable, and prints to one line that parses back to an equal spec. That line is what travels in
 the graph (as an argument of the op), in caches and in reports, so a process that never ran a pass can still
@@ -47,6 +48,18 @@ class LowRankSpec:
     def __str__(self) -> str:
         scale = f"tensor.{self.scale_dtype}" if self.scale is None else repr(self.scale)
         return f"lora(r={self.rank} {self.dtype} s={scale})"
+
+
+@dataclass(frozen=True)
+class GivenSpec:
+    """``C z``: z is an activation ``[m, rank]`` of dtype `z`, C is ``[n, rank]`` of `dtype`, both contiguous."""
+
+    rank: int
+    dtype: str
+    z: str
+
+    def __str__(self) -> str:
+        return f"given(r={self.rank} {self.dtype} z={self.z})"
 
 
 @dataclass(frozen=True)
@@ -111,12 +124,18 @@ class ProjectionSpec:
     lowrank: tuple[LowRankSpec, ...] = ()
     transposed: bool = False
     kronecker: tuple[KroneckerSpec, ...] = ()
+    given: tuple[GivenSpec, ...] = ()
 
     def __str__(self) -> str:
         words = [f"n={self.n}", f"{'wt' if self.transposed else 'w'}={self.dtype}", f"out={self.out}"]
         words += [f"bias={self.bias}"] if self.bias else []
         words += [f"residual={self.residual}"] if self.residual else []
-        return " ".join([*words, *map(str, self.lowrank), *map(str, self.kronecker)])
+        return " ".join([*words, *map(str, self.lowrank), *map(str, self.given), *map(str, self.kronecker)])
+
+    @property
+    def adapted(self) -> bool:
+        """Whether anything is added that is no bias or residual."""
+        return bool(self.lowrank or self.given or self.kronecker)
 
     @property
     def rank(self) -> int:
@@ -124,7 +143,7 @@ class ProjectionSpec:
         return sum(term.rank for term in self.lowrank)
 
 
-Role = Literal["weight", "bias", "residual", "a", "b", "scale", "mode", "kron_scale"]
+Role = Literal["weight", "bias", "residual", "a", "b", "scale", "c", "z", "mode", "kron_scale"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,11 @@ class Operand:
     shape: tuple[int | str, ...]
     dtype: str
     mode: int | None = None
+
+    @property
+    def activation(self) -> bool:
+        """Whether it has a row for each token."""
+        return "m" in self.shape
 
     @property
     def name(self) -> str:
@@ -194,6 +218,9 @@ class KernelSpec:
                 yield Operand("b", i, j, (p.n, term.rank), term.dtype)
                 if term.scale is None:
                     yield Operand("scale", i, j, (), term.scale_dtype)
+            for j, given in enumerate(p.given):
+                yield Operand("c", i, j, (p.n, given.rank), given.dtype)
+                yield Operand("z", i, j, ("m", given.rank), given.z)
             for j, kron in enumerate(p.kronecker):
                 for at, mode in enumerate(kron.modes):
                     yield Operand("mode", i, j, mode.shape, kron.dtype, at)
@@ -210,6 +237,7 @@ class KernelSpec:
             for j, term in enumerate(p.lowrank):
                 scale = f"s{i}_{j}" if term.scale is None else f"{term.scale:g}"
                 terms.append(f"{scale} B{i}_{j}[{p.n}x{term.rank}] (A{i}_{j} x)")
+            terms += [f"C{i}_{j}[{p.n}x{given.rank}] z{i}_{j}" for j, given in enumerate(p.given)]
             for j, kron in enumerate(p.kronecker):
                 scale = f"s{i}_{j}" if kron.scale is None else f"{kron.scale:g}"
                 chain = " ".join(f"({mode} G{i}_{j}_{at})" for at, mode in reversed(list(enumerate(kron.modes))))
@@ -234,7 +262,7 @@ def _scale(text: str) -> tuple[float | None, str]:
 
 _MODE = re.compile(r"(\d+)\*(?:(\d+)x|diag)(\d+)\*(\d+)")
 _FIELD = re.compile(
-    r"(?:(\w+)=(\w+)|lora\(r=(\d+) (\w+) s=([^)\s]+)\)"
+    r"(?:(\w+)=(\w+)|lora\(r=(\d+) (\w+) s=([^)\s]+)\)|given\(r=(\d+) (\w+) z=(\w+)\)"
     r"|kron\(((?:\d+\*(?:\d+x|diag)\d+\*\d+ )+)(\w+) s=([^)\s]+)\))(?: |$)"
 )
 
@@ -242,6 +270,7 @@ _FIELD = re.compile(
 def _parse_projection(text: str) -> ProjectionSpec:
     fields: dict[str, str] = {}
     lowrank: list[LowRankSpec] = []
+    given: list[GivenSpec] = []
     kronecker: list[KroneckerSpec] = []
     position = 0
     while position < len(text):
@@ -252,9 +281,11 @@ def _parse_projection(text: str) -> ProjectionSpec:
             fields[match[1]] = match[2]
         elif match[3]:
             lowrank.append(LowRankSpec(int(match[3]), _dtype(match[4]), *_scale(match[5])))
+        elif match[6]:
+            given.append(GivenSpec(int(match[6]), _dtype(match[7]), _dtype(match[8])))
         else:
-            modes = [ModeSpec(int(b), int(r) if r else None, int(c), int(a)) for b, r, c, a in _MODE.findall(match[6])]
-            kronecker.append(KroneckerSpec(tuple(modes), _dtype(match[7]), *_scale(match[8])))
+            modes = [ModeSpec(int(b), int(r) if r else None, int(c), int(a)) for b, r, c, a in _MODE.findall(match[9])]
+            kronecker.append(KroneckerSpec(tuple(modes), _dtype(match[10]), *_scale(match[11])))
         position = match.end()
     weight = "wt" if "wt" in fields else "w"
     if not {"n", weight, "out"} <= fields.keys() <= {"n", weight, "out", "bias", "residual"}:
@@ -267,5 +298,6 @@ def _parse_projection(text: str) -> ProjectionSpec:
         lowrank=tuple(lowrank),
         transposed=weight == "wt",
         kronecker=tuple(kronecker),
+        given=tuple(given),
         **optional,
     )

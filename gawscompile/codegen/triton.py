@@ -213,6 +213,7 @@ def flags_per_token(spec: KernelSpec, plan: Plan) -> int:
 def _header(spec: KernelSpec, plan: Plan, style: Style, code: str) -> str:
     """Docstring, imports and constants, as far as `code` needs them."""
     joined = ["bias", "residual", *["B u"] * any(p.lowrank for p in spec.projections)]
+    joined += ["C z"] * any(p.given for p in spec.projections)
     joined += ["Kronecker terms"] * any(p.kronecker for p in spec.projections)
     said = {
         "shrink": "u[m, {width}] = {computes}, in fp32",
@@ -282,7 +283,7 @@ def _host(spec: KernelSpec, plan: Plan, style: Style, tuned: bool) -> str:
     """The function `launch`."""
     operands = list(spec.operands())
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
-    activations = ["x", *(o.name for o in operands if o.role == "residual")]
+    activations = ["x", *(o.name for o in operands if o.activation)]
     scales = [o.name for o in operands if o.role in SCALES]
     single = isinstance(style, SingleLaunch)
     doc = [
@@ -356,7 +357,9 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
 def _check_spec(spec: KernelSpec) -> None:
     if not spec.projections:
         raise SpecError(f"no projections in {spec}")
-    if min(spec.k, *(p.n for p in spec.projections), *(term.rank for p in spec.projections for term in p.lowrank)) < 1:
+    ranks = [term.rank for p in spec.projections for term in p.lowrank]
+    ranks += [term.rank for p in spec.projections for term in p.given]
+    if min(spec.k, *(p.n for p in spec.projections), *ranks) < 1:
         raise SpecError(f"k, n and ranks must be at least 1: {spec}")
 
 
@@ -373,5 +376,5 @@ def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch
             raise ValueError(f"{operand.name} is {list(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
         if operand.role not in SCALES and tensor.device != x.device:
             raise ValueError(f"{operand.name} is on {tensor.device}, x on {x.device}")
-        if operand.role != "residual" and not tensor.is_contiguous():
+        if not operand.activation and not tensor.is_contiguous():
             raise ValueError(f"{operand.name} is not contiguous: strides {tensor.stride()} of {shape}")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec
+from gawscompile.codegen.spec import GivenSpec, KernelSpec, LowRankSpec
 from gawscompile.codegen.triton_kernels import (
     Style,
     blocks_of_rows,
     dividing,
+    given_columns,
     k_columns,
     rank_columns,
     rank_loop,
@@ -170,6 +171,8 @@ class Gemv(Style):
             lines += load("out +=", "bias + rows", ok, p.bias)
         if p.residual:
             lines += load("out +=", "residual + rows", ok, p.residual)
+        for j, given in enumerate(p.given):
+            lines += self._add_given(j, given, rows)
         of_x, of_u = ([e for e in columns.endings if (e.source is None) == on_x] for on_x in (True, False))
         for ending in of_x:
             lines += self._add_mode(ending, rows)
@@ -194,6 +197,18 @@ class Gemv(Style):
             *self._ranks_of_u(j, term, offset, ranks),
             *load(f"bs{j} =", b, b_ok, term.dtype),
             f"out += tl.sum(bs{j} * us{j}[None, :], axis=1)",
+        ]
+        return rank_loop(ranks, step)
+
+    def _add_given(self, j: int, given: GivenSpec, rows: Cut) -> list[str]:
+        ranks = cut(given.rank, GEMV_RANKS)
+        c = f"c{j} + {times('rows[:, None]', given.rank)} + given{j}[None, :]"
+        c_ok = [rows.mask("row_ok[:, None]"), ranks.mask(f"given{j}_ok[None, :]")]
+        step = [
+            *given_columns(ranks, j),
+            *load(f"zs{j} =", f"z{j} + given{j}", [ranks.mask(f"given{j}_ok")], given.z),
+            *load(f"cs{j} =", c, c_ok, given.dtype),
+            f"out += tl.sum(cs{j} * zs{j}[None, :], axis=1)",
         ]
         return rank_loop(ranks, step)
 
@@ -263,7 +278,7 @@ class SingleLaunch(Gemv):
 class RedundantShrink(Gemv):
     """Every program computes u = s A x for itself; only low-rank terms need a u here."""
 
-    expanded = ("weight", "bias", "residual", "a", "b", "scale")
+    expanded = ("weight", "bias", "residual", "a", "b", "scale", "c", "z")
 
     def kernels(self) -> list[Kernel]:
         return [self._kernel("project", "The rows of every y", self.expands())]

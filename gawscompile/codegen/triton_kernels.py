@@ -47,7 +47,7 @@ class Style(ABC):
     token: tuple[str, ...]  # lines that define `token`
     passed: tuple[str, ...] = ("token",)  # what work may use beside tensors
     extra: tuple[tuple[str, str], ...] = ()  # further parameters, with their Triton types
-    expanded: tuple[str, ...] = ("weight", "bias", "residual", "b")  # operands of an expanding case
+    expanded: tuple[str, ...] = ("weight", "bias", "residual", "b", "c", "z")  # operands of an expanding case
     does = "BLOCK_N rows of a y"
     total: str  # what the work calls the rows before they are stored
     names: tuple[str, ...] = ()  # lines that define more names for expanding cases
@@ -85,7 +85,7 @@ class Style(ABC):
         return cases
 
     def expands(self) -> list[Case]:
-        """The rows of every W, with bias, residual, B u and last mode products as their epilogue."""
+        """The rows of every W, with bias, residual, B u, C z and last mode products as their epilogue."""
         if self.spec.swiglu:
             return [self.gated()]
         return [self.expand(i) for i in range(len(self.spec.projections))]
@@ -248,7 +248,7 @@ def _tensor(o: Operand, numbered: bool = False) -> Tensor:
     """`o` as the work of a case calls it; those of low-rank terms by their number where a case has several."""
     roles = {"weight": "w", "mode": f"g{o.term}_{o.mode}", "kron_scale": f"kron_scale{o.term}"}
     if numbered:
-        roles |= {role: f"{role}{o.term}" for role in ("a", "b", "scale")}
+        roles |= {role: f"{role}{o.term}" for role in ("a", "b", "scale", "c", "z")}
     return Tensor(roles.get(o.role, o.role), o.name, o.dtype)
 
 
@@ -299,6 +299,10 @@ def rank_columns(range_: Cut, j: int) -> list[str]:
     return index(range_, f"ranks{j}", f"rank{j}_ok", str(range_.block), "r", str(range_.size))
 
 
+def given_columns(range_: Cut, j: int) -> list[str]:
+    return index(range_, f"given{j}", f"given{j}_ok", str(range_.block), "r", str(range_.size))
+
+
 def rank_loop(range_: Cut, body: list[str]) -> list[str]:
     return loop(range_, f"for r in range(0, {range_.size}, {range_.block})", body)
 
@@ -318,6 +322,8 @@ def to_rows(p: ProjectionSpec) -> list[str]:
         *["bias += first"] * bool(p.bias),
         *["residual += token * N + first"] * bool(p.residual),
         *(f"b{j} += {times('first', term.rank)}" for j, term in enumerate(p.lowrank)),
+        *(f"c{j} += {times('first', given.rank)}" for j, given in enumerate(p.given)),
+        *(f"z{j} += {times('token', given.rank)}" for j, given in enumerate(p.given)),
     ]
 
 

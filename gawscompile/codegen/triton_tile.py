@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from gawscompile.codegen.spec import DTYPES, KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.codegen.spec import DTYPES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
 from gawscompile.codegen.triton_kernels import (
     Style,
     blocks_of_rows,
     dividing,
+    given_columns,
     k_columns,
     rank_columns,
     rank_loop,
@@ -78,6 +79,7 @@ class Tile(Style):
         dots = [self._common(p.dtype) for p in self.spec.projections]
         for _, _, term, _ in self.terms():
             dots += [self._common(term.dtype), _common_with_u(term)]
+        dots += [_common_with_z(given) for p in self.spec.projections for given in p.given]
         for mine in self.columns:
             for product in mine.products:
                 emitter = Emitter(product, cut(1, TILE_ROWS), "", self.spec.x, tiles=True)
@@ -169,6 +171,8 @@ class Tile(Style):
         lines = to_rows(p)
         for j, (term, offset) in enumerate(with_offsets(p)):
             lines += self._add_term(j, term, offset, rows)
+        for j, given in enumerate(p.given):
+            lines += self._add_given(j, given, rows)
         for ending in columns.endings:
             emitter = Emitter(ending, rows, "BLOCK_N", self.spec.x, tiles=True)
             joins = emitter.dots and not ending.scaled
@@ -197,11 +201,27 @@ class Tile(Style):
         return rank_loop(ranks, step)
 
 
+    def _add_given(self, j: int, given: GivenSpec, rows: Cut) -> list[str]:
+        ranks = cut(given.rank, TILE_RANKS, DOT_MINIMUM)
+        common = _common_with_z(given)
+        z = f"z{j} + {times('tokens[:, None]', given.rank)} + given{j}[None, :]"
+        c = f"c{j} + {times('rows[None, :]', given.rank)} + given{j}[:, None]"
+        z_ok = ["token_ok[:, None]", ranks.mask(f"given{j}_ok[None, :]")]
+        c_ok = [rows.mask("row_ok[None, :]"), ranks.mask(f"given{j}_ok[:, None]")]
+        step = [
+            *given_columns(ranks, j),
+            *load(f"zs{j} =", z, z_ok, given.z, common),
+            *load(f"cs{j} =", c, c_ok, given.dtype, common),
+            *dot(f"zs{j}", f"cs{j}", common, accumulate=True),
+        ]
+        return rank_loop(ranks, step)
+
+
 class Accumulate(Tile):
     """What is to be added to the products that the vendor library has written to every y."""
 
     does = "Added to BLOCK_N rows of a y"
-    expanded = ("bias", "residual", "b")
+    expanded = ("bias", "residual", "b", "c", "z")
     reads_y = True
 
     def kernels(self) -> list[Kernel]:
@@ -210,7 +230,7 @@ class Accumulate(Tile):
     def expands(self) -> list[Case]:
         if self.spec.swiglu:
             return [self.gated()]
-        adds = (bool(p.bias or p.residual or p.lowrank or p.kronecker) for p in self.spec.projections)
+        adds = (bool(p.bias or p.residual or p.adapted) for p in self.spec.projections)
         return [self.expand(i) for i, adds_ in enumerate(adds) if adds_]
 
     def multiply(self, i: int, rows: Cut) -> list[str]:
@@ -226,3 +246,8 @@ def _ok(rows: Cut) -> list[str]:
 def _common_with_u(term: LowRankSpec) -> str:
     """u may meet B in bf16, which has the range of fp32. In fp16 it could overflow where s is large."""
     return "bf16" if term.dtype == "bf16" else "f32"
+
+
+def _common_with_z(given: GivenSpec) -> str:
+    """Operands of one dtype meet in it, others in fp32."""
+    return given.dtype if given.dtype == given.z else "f32"

@@ -3,6 +3,7 @@
 from gawscompile.operators.algebra import (
     Bias,
     Dense,
+    Given,
     Kronecker,
     LowRank,
     Mode,
@@ -16,6 +17,7 @@ from gawscompile.operators.algebra import (
 __all__ = [
     "Bias",
     "Dense",
+    "Given",
     "Kronecker",
     "LowRank",
     "Mode",

@@ -46,6 +46,17 @@ class LowRank(NamedTuple):
         return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b) * self.scale
 
 
+class Given(NamedTuple):
+    """``B z``: z ``[..., r]`` is an activation that is there already, few features wide, B ``[N, r]`` (zFLoRA's widened
+    stream: Gowda et al. 2025)."""
+
+    b: Leaf
+    z: Leaf
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.z.to(self.b.dtype), self.b)
+
+
 class Bias(NamedTuple):
     """``+ v``, v ``[N]``."""
 
@@ -88,8 +99,8 @@ class Kronecker(NamedTuple):
         return x * self.scale
 
 
-Operator = Dense | LowRank | Bias | Kronecker
-OPERATORS: tuple[type, ...] = (Dense, LowRank, Bias, Kronecker)
+Operator = Dense | LowRank | Given | Bias | Kronecker
+OPERATORS: tuple[type, ...] = (Dense, LowRank, Given, Bias, Kronecker)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -126,6 +137,8 @@ def _describe(term: Operator) -> str:
     if isinstance(term, Kronecker):
         scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
         return f"{scale}·Kronecker({' '.join(map(_describe_mode, reversed(term.modes)))})"
+    if isinstance(term, Given):
+        return f"Given(r={_shape(term.b)[1]})"
     return f"Bias[{_shape(term.vector)[0]}]"
 
 

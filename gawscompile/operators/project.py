@@ -24,6 +24,9 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
             a, b = named[f"a{i}_{j}"], named[f"b{i}_{j}"]
             scale = named[f"scale{i}_{j}"] if term.scale is None else term.scale
             y = y + F.linear(F.linear(x.to(a.dtype), a), b) * scale
+        for j in range(len(p.given)):
+            c = named[f"c{i}_{j}"]
+            y = y + F.linear(named[f"z{i}_{j}"].to(c.dtype), c)
         for j, kron in enumerate(p.kronecker):
             modes = [Mode(mode.before, named[f"g{i}_{j}_{at}"], mode.after) for at, mode in enumerate(kron.modes)]
             scale = named[f"kron_scale{i}_{j}"] if kron.scale is None else kron.scale

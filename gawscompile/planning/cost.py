@@ -74,13 +74,15 @@ def weight_bytes(spec: KernelSpec) -> int:
 def adapter_bytes(spec: KernelSpec) -> int:
     """Bytes of the group's factors."""
     lowrank = sum(t.rank * (spec.k + p.n) * _size(t.dtype) for p in spec.projections for t in p.lowrank)
+    given = sum(t.rank * p.n * _size(t.dtype) for p in spec.projections for t in p.given)
     kronecker = [(mode, term.dtype) for p in spec.projections for term in p.kronecker for mode in term.modes]
-    return lowrank + sum(math.prod(mode.shape) * _size(dtype) for mode, dtype in kronecker)
+    return lowrank + given + sum(math.prod(mode.shape) * _size(dtype) for mode, dtype in kronecker)
 
 
 def _adapter_products(spec: KernelSpec) -> int:
     """Multiplications a token, of all factors. They run on fp32 vectors, whatever the factors' dtype."""
     products = sum(t.rank * (spec.k + p.n) for p in spec.projections for t in p.lowrank)
+    products += sum(t.rank * p.n for p in spec.projections for t in p.given)
     return products + sum(mode.multiplications for p in spec.projections for t in p.kronecker for mode in t.modes)
 
 
@@ -106,7 +108,7 @@ def _gemm(spec: KernelSpec, device: Device) -> sympy.Expr:
         bytes_ = p.n * spec.k * _size(p.dtype)
         seconds += device.library_launch + bytes_ / device.library_bandwidth[p.dtype]
         seconds += 2 * m * p.n * spec.k / device.library_rate[p.dtype]
-    if any(p.lowrank or p.kronecker or p.bias or p.residual for p in spec.projections):
+    if any(p.adapted or p.bias or p.residual for p in spec.projections):
         traffic = 2 * m * sum(p.n * _size(p.out) for p in spec.projections)
         factors = adapter_bytes(spec) / device.bandwidth
         adapters = factors + 2 * m * _adapter_products(spec) / device.kernel_rate["f32"]

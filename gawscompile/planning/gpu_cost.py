@@ -82,4 +82,4 @@ def _matrix(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol, work
     return sympy.Max(m, 16) * work / (MATRIX_SHARE[plan.name] * gpu.matrix_rate[spec.x])
 
 
-FACTORS = ("a", "b", "mode")
+FACTORS = ("a", "b", "c", "mode")

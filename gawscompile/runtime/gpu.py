@@ -47,9 +47,9 @@ def _nothing(x: torch.Tensor, spec: KernelSpec) -> list[torch.Tensor]:
 
 
 def _flat(m: int, spec: KernelSpec, operands: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The operands, residuals as ``[m, n]``."""
+    """The operands, those with a row for each token as ``[m, …]``."""
     named = zip(spec.operands(), operands, strict=True)
-    return [t.reshape(m, spec.projections[o.projection].n) if o.role == "residual" else t for o, t in named]
+    return [t.reshape(m, int(o.shape[-1])) if o.activation else t for o, t in named]
 
 
 def _shaped(x: torch.Tensor, spec: KernelSpec, outs: list[torch.Tensor]) -> list[torch.Tensor]:

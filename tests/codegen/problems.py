@@ -71,7 +71,7 @@ def _gated(gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], spec: KernelS
 
 
 def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """W x + bias + residual + sum s B (A x), and a bound on the error of fp32 sums of rounded products.
+    """W x + bias + residual + sum s B (A x) + sum C z, and a bound on the error of fp32 sums of rounded products.
 
     A sum of K products in fp32 errs by a small multiple of eps times the sum of their magnitudes. Plans that round the
     base product to the output's dtype first (the library's matmul does) err by half an ulp of that too.
@@ -88,6 +88,9 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
         scale = float(operands[f"scale{i}_{j}"]) if term.scale is None else term.scale
         total = total + scale * (x @ a.T) @ b.T
         size = size + abs(scale) * (x.abs() @ a.abs().T) @ b.abs().T
+    for j in range(len(p.given)):
+        c, z = operands[f"c{i}_{j}"].double(), operands[f"z{i}_{j}"].double()
+        total, size = total + z @ c.T, size + z.abs() @ c.abs().T
     for j, kron in enumerate(p.kronecker):
         scale = float(operands[f"kron_scale{i}_{j}"]) if kron.scale is None else kron.scale
         factors = [operands[f"g{i}_{j}_{at}"].double() for at in range(len(kron.modes))]

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, ProjectionSpec, SpecError
+from gawscompile.codegen.spec import GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec, SpecError
 
 
 def random_spec(random: random.Random) -> KernelSpec:
@@ -19,8 +19,9 @@ def random_spec(random: random.Random) -> KernelSpec:
 
     def projection() -> ProjectionSpec:
         terms = tuple(lowrank() for _ in range(random.randint(0, 3)))
+        given = tuple(GivenSpec(random.randint(1, 300), "f32", "bf16") for _ in range(random.randint(0, 2)))
         bias, residual = (random.choice([None, "f32", "bf16"]) for _ in range(2))
-        return ProjectionSpec(random.randint(1, 9999), "bf16", "f32", bias, residual, terms)
+        return ProjectionSpec(random.randint(1, 9999), "bf16", "f32", bias, residual, terms, given=given)
 
     return KernelSpec(random.randint(1, 9999), "bf16", tuple(projection() for _ in range(random.randint(1, 4))))
 
@@ -46,6 +47,8 @@ def test_every_field_shows_in_the_text():
     changes: list[dict] = [{"n": 9}, {"dtype": "bf16"}, {"out": "bf16"}, {"bias": "f32"}, {"residual": "f32"}]
     terms = [LowRankSpec(3, "f32", 1.5), LowRankSpec(2, "bf16", 1.5), LowRankSpec(2, "f32", 1.25)]
     terms += [LowRankSpec(2, "f32", None, scale_dtype) for scale_dtype in ("f32", "f64")]
+    fields = (4, "f32", "f32"), (5, "f32", "f32"), (4, "bf16", "f32"), (4, "f32", "bf16")
+    changes += [{"given": (GivenSpec(*given),)} for given in fields]
     changes += [{"lowrank": ()}, *({"lowrank": (term,)} for term in terms)]
     variants += [KernelSpec(16, "f32", (dataclasses.replace(base, **change),)) for change in changes]
     assert all(str(a) != str(b) for a, b in itertools.combinations(variants, 2))

@@ -23,6 +23,8 @@ from tests.codegen.triton_specs import (
     F32_ADAPTERS,
     GAWS,
     GAWSD,
+    GIVEN,
+    GIVEN_SWIGLU,
     KRONECKER,
     LOKR,
     LONG,
@@ -41,6 +43,7 @@ LLAMA = llama(*["lora(r=16 bf16 s=2.0)"] * 3)
 LLAMA_WIDE = llama(*["lora(r=64 bf16 s=2.0)"] * 3)
 SINGLE, REDUNDANT, TWO = (Plan(name, 8) for name in ("single_launch", "redundant_shrink", "two_launch"))
 KRON = Plan("kron_epilogue", 8)
+STREAM = Plan("stream", 8)
 TILE, GEMM = Plan("fused_tile"), Plan("gemm_accumulate")
 
 
@@ -72,6 +75,9 @@ def _checked(compiled: Compiled, registers: int | None) -> None:
         (LOKR, TILE),
         (SWIGLU, SINGLE),
         (SWIGLU, TILE),
+        (GIVEN, STREAM),
+        (GIVEN, TILE),
+        (GIVEN_SWIGLU, STREAM),
     ],
     ids=lambda value: str(value)[:14],
 )

@@ -77,6 +77,17 @@ SWIGLU = {
 }
 
 
+# What another activation brings: alone, beside u, in several dtypes, and for gate and up.
+GIVEN = {
+    "given": "k=64 x=bf16; "
+    + "; ".join(f"n={n} w=bf16 out=bf16 given(r=16 bf16 z=bf16)" for n in (48, 16, 16)),
+    "given_odd": "k=37 x=f32; n=21 w=f32 out=f32 bias=f32 residual=f32 given(r=3 f32 z=bf16) given(r=17 f16 z=f32)",
+    "given_beside": f"k=64 x=bf16; n=24 wt=bf16 out=bf16{_lora(5)} given(r=70 f32 z=bf16) kron(4*6x16*1 f32 s=1.0)",
+    "given_swiglu": "k=64 x=f32 swiglu; n=40 w=f32 out=f32 given(r=8 f32 z=f32);"
+    " n=40 w=f32 out=f32 given(r=8 f32 z=f32)",
+}
+
+
 def _cases() -> dict[str, tuple[str, int]]:
     """Name → (printed spec, number of tokens); `plans_for` says by which plans each is run."""
     cases = {}
@@ -117,7 +128,7 @@ def _cases() -> dict[str, tuple[str, int]]:
     }
     cases |= {f"{name}-m{m}": (text, m) for name, text in specs.items() for m in (1, 5)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
-    cases |= {f"{name}-m{m}": (text, m) for name, text in SWIGLU.items() for m in (1, 5)}
+    cases |= {f"{name}-m{m}": (text, m) for name, text in (SWIGLU | GIVEN).items() for m in (1, 5)}
     # A second token in flight, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
     cases |= {f"swiglu-m{m}": (SWIGLU["swiglu"], m) for m in (2, 70)}
@@ -191,7 +202,7 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
     arguments = {}
     for o in spec.operands():
         shape = tuple(m if size == "m" else int(size) for size in o.shape)
-        fan_in = shape[-1] if o.role in ("weight", "a", "b") or (o.role == "mode" and len(shape) == 2) else 1
+        fan_in = shape[-1] if o.role in ("weight", "a", "b", "c") or (o.role == "mode" and len(shape) == 2) else 1
         if o.role == "weight" and spec.projections[o.projection].transposed:
             fan_in = shape[0]
         arguments[o] = normal(shape, o.dtype, fan_in**-0.5)
@@ -211,6 +222,9 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
         if without != f"term{j}":
             a, b = p.get("a", i, j).double(), p.get("b", i, j).double()
             y = y + p.scale(i, j).double() * ((x @ a.T) @ b.T)
+    for j in range(len(projection.given)):
+        if without != f"given{j}":
+            y = y + p.get("z", i, j).double() @ p.get("c", i, j).double().T
     for j in range(len(projection.kronecker)):
         if without != f"kron{j}":
             y = y + p.kronecker(i, j, exact=True).apply(x)
@@ -228,6 +242,10 @@ def segments(p: Problem, i: int) -> Tensor:
     for j in range(len(projection.lowrank)):
         a, b = p.get("a", i, j), p.get("b", i, j)
         y = y + (functional.linear(functional.linear(p.x.to(a.dtype), a), b) * p.scale(i, j).to(a.dtype)).to(common)
+    for j in range(len(projection.given)):
+        c, z = p.get("c", i, j), p.get("z", i, j)
+        wide = torch.promote_types(c.dtype, z.dtype)
+        y = y + functional.linear(z.to(wide), c.to(wide)).to(common)
     for j in range(len(projection.kronecker)):
         y = y + p.kronecker(i, j).apply(p.x).to(common)
     if projection.residual:
@@ -285,6 +303,7 @@ def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list
 def parts(q: ProjectionSpec) -> list[str]:
     """What `reference` can leave out."""
     found = ["bias"] * bool(q.bias) + ["residual"] * bool(q.residual) + [f"term{j}" for j in range(len(q.lowrank))]
+    found += [f"given{j}" for j in range(len(q.given))]
     return found + [f"kron{j}" for j in range(len(q.kronecker))]
 
 
@@ -312,7 +331,10 @@ def counted_reads(tensors: list[Tensor]) -> Iterator[list[Any]]:
 
 
 SEEDS = 12
-OVER_SEEDS = ("qkv", "bf16_with_f32_adapters", "f16", "unequal_ranks", "gaws_bf16_diag", "gawsd", "lokr_even", "swiglu")
+OVER_SEEDS = (
+    *("qkv", "bf16_with_f32_adapters", "f16", "unequal_ranks", "gaws_bf16_diag", "gawsd", "lokr_even"),
+    *("swiglu", "given"),
+)
 
 
 def over_seeds() -> list[dict[str, object]]:

@@ -48,6 +48,10 @@ KRONECKER = {
     "conv1d": CONV1D,
     "crossing": CROSSING,
 }
+GIVEN = llama(*["given(r=32 bf16 z=bf16)"] * 3)
+GIVEN_SWIGLU = KernelSpec.parse(
+    "k=3072 x=bf16 swiglu; " + "; ".join(["n=8192 w=bf16 out=bf16 given(r=32 bf16 z=bf16)"] * 2)
+)
 SWIGLU = KernelSpec.parse(
     "k=3072 x=bf16 swiglu; " + "; ".join(["n=8192 w=bf16 out=bf16 lora(r=16 bf16 s=2.0)"] * 2)
 )  # gate and up of LLaMA-3.2-3B
