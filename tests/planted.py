@@ -93,8 +93,8 @@ FAULTS = {
     ),
     "G's rows in another order": Fault(
         "codegen/prelude.cpp",
-        "dot<R, T, I>(acc, g + row * I, I, from + s0 * I, I);",
-        "dot<R, T, I>(acc, g + (O - R - row) * I, I, from + s0 * I, I);",
+        "dot<R, T, I>(acc, g + row * I, from + s0 * I, I);",
+        "dot<R, T, I>(acc, g + (O - R - row) * I, from + s0 * I, I);",
         "tests/codegen/test_cpp.py",
     ),
     "a Conv1D weight's tail of rows left out": Fault(

@@ -63,8 +63,8 @@ def broken_emitter(spec):
 INJECTED = {
     "emitter": (cpp, "emit", broken_emitter, "broken emitter"),
     "emitter writes nonsense": (cpp, "emit", lambda spec: f"int main( // {spec}", "failed on"),
-    "compiler refuses": (build, "_command", lambda source, target: ["false"], "failed on"),
-    "compiler vanished": (build, "_command", lambda source, target: ["/no/such/compiler"], "no/such/compiler"),
+    "compiler refuses": (build, "_command", lambda *_: ["false"], "failed on"),
+    "compiler vanished": (build, "_command", lambda *_: ["/no/such/compiler"], "no/such/compiler"),
     "disk full": (tempfile, "mkstemp", no_space, "No space left"),
     "disk full at the last step": (os, "replace", no_space, "No space left"),
     "read-only": (tempfile, "mkstemp", read_only, "Read-only"),

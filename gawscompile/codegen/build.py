@@ -87,7 +87,7 @@ def _includes(source: str) -> str:
 
 def _headers(includes: str) -> Path | None:
     """A header of `includes` beside which its precompiled form lies, if there is one or it is time to make it."""
-    if "clang" in _flags()[1]:
+    if not includes or "clang" in _flags()[1]:
         return None
     key = cache.digest(includes, fingerprint())
     path = cache.folder("kernels") / f"{key}.h"
@@ -97,8 +97,7 @@ def _headers(includes: str) -> Path | None:
         with cache.locked(key), contextlib.suppress(BuildError):
             if not made.exists():
                 cache.write_atomic(path, includes + "\n")
-                words = [word for word in _command(path, made) if word != "-shared" and not word.startswith("-l")]
-                _compile([words[0], "-x", "c++-header", *words[1:]], path, made)
+                _compile(path, made, ahead=True)
     return path if made.exists() and _whole(made) else None
 
 
@@ -108,12 +107,15 @@ def _whole(path: Path) -> bool:
     return cache.get(path) is not None
 
 
-def _compile(command: list[str], source: Path, target: Path) -> None:
-    """Runs `command`, which writes `target`, and makes an entry of that. Raises `BuildError`."""
+def _compile(source: Path, target: Path, headers: Path | None = None, ahead: bool = False) -> None:
+    """Compiles `source`, with `headers` or into such if `ahead`, and makes an entry of it. Raises `BuildError`."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
     os.close(handle)
     try:
-        command[command.index("-o") + 1] = temporary
+        command = _command(source, Path(temporary), headers)
+        if ahead:
+            words = [word for word in command if word != "-shared" and not word.startswith("-l")]
+            command = [words[0], "-x", "c++-header", *words[1:]]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"{compiler()} failed on {source}:\n{done.stderr[-4000:]}")
@@ -170,10 +172,10 @@ def _build(source: str, path: Path) -> Path:
         text = path.with_suffix(".cpp")
         cache.write_atomic(text, source)
         try:
-            _compile(_command(text, path, headers), text, path)
+            _compile(text, path, headers)
         except BuildError:
             if headers is None:
                 raise
-            _compile(_command(text, path), text, path)  # whatever has become of the headers
+            _compile(text, path)  # whatever has become of the headers
     cache.trim(spare=path)
     return path
