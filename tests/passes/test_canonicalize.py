@@ -68,11 +68,11 @@ def test_counts_follow_from_the_model_and_a_second_run_matches_nothing():
     for model, per_layer, rest in ((small_llama(layers=layers), 7, 1), (small_bert(layers=layers), 6, 1)):
         context = capture(model, tokens(1, 5), use_cache=False).until("canonicalize")
         adapters = 2 * (per_layer * layers + (rest if per_layer == 6 else 0))
-        assert context.record.passes == {"canonicalize": per_layer * layers + rest + adapters}
+        assert context.record.passes["canonicalize"] == per_layer * layers + rest + adapters
         from gawscompile.passes import canonicalize
 
         canonicalize.run(context.graph, context)
-        assert context.record.passes == {"canonicalize": per_layer * layers + rest + adapters}
+        assert context.record.passes["canonicalize"] == per_layer * layers + rest + adapters
 
 
 def test_values_with_a_symbolic_number_of_tokens():
