@@ -14,7 +14,8 @@ from gawscompile.adapters.config import GAWSConfig, GAWSDConfig  # noqa: E402
 from gawscompile.adapters.listing import ValidSplits, valid_splits  # noqa: E402
 from gawscompile.adapters.model import GAWSDModel, GAWSModel  # noqa: E402
 from gawscompile.adapters.splits import SplitError, Splits  # noqa: E402
-from gawscompile.adapters.zflora import ZFLoRAConfig, ZFLoRAModel  # noqa: E402
+from gawscompile.adapters.streams import ZFLoRAConfig  # noqa: E402
+from gawscompile.adapters.zflora import ZFLoRAModel  # noqa: E402
 
 register(AdapterType.GAWS, GAWSConfig, GAWSModel, GAWSModel.prefix)
 register(AdapterType.GAWSD, GAWSDConfig, GAWSDModel, GAWSDModel.prefix)

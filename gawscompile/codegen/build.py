@@ -92,8 +92,8 @@ def _headers(includes: str) -> Path | None:
     key = cache.digest(includes, fingerprint())
     path = cache.folder("kernels") / f"{key}.h"
     made = path.with_suffix(".h.gch")
-    _built[includes] += 1
-    if not made.exists() and _built[includes] > ENOUGH:
+    count = _built[includes] = _built[includes] + 1
+    if not made.exists() and count == ENOUGH + 1:  # once: a compiler that cannot will not be asked again
         with cache.locked(key), contextlib.suppress(BuildError):
             if not made.exists():
                 cache.write_atomic(path, includes + "\n")

@@ -26,6 +26,7 @@ from pathlib import Path
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
 from gawscompile.codegen.cpp_text import (
     CPP_TYPES,
+    EPILOGUE,
     arguments,
     expanded,
     extras,
@@ -82,7 +83,7 @@ def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
 def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: bool = True) -> list[str]:
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
     the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
-    operands = arguments(spec, i, expanded(p) if base else expanded(p)[-6:])
+    operands = arguments(spec, i, expanded(p) if base else EPILOGUE)
     halved = spec.swiglu and base
     out, y = ("float", "half") if halved else (CPP_TYPES[p.out], f"y{i}")
     u = "const float* u, " if extras(i, p, ranks) else ""
@@ -411,7 +412,7 @@ def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
         names = ", ".join([o.name for o in arguments(spec, i, ("bias", "residual", "b", "c", "z"))])
         return [f"      add{i}(b * 2 * V, m, {names}, {u}y{i});"]
     reads = u + ("x, " if from_x(i, ranks) else "")
-    names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(spec.projections[i])[-6:]))
+    names = "".join(f"{o.name}, " for o in arguments(spec, i, EPILOGUE))
     return [
         "      for_tokens(0, m, [&](auto t, int64_t t0) {",
         f"        const int64_t end = std::min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS);",

@@ -8,6 +8,10 @@ from gawscompile.codegen.spec import KernelSpec, Operand, ProjectionSpec
 CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
 
+EPILOGUE = ("bias", "residual", "b", "c", "z", "mode")
+"""Roles of the operands that are added to a base's product."""
+
+
 def has_epilogue(p: ProjectionSpec) -> bool:
     """Whether anything is to be added to the plain product W x."""
     return bool(p.bias or p.residual or p.adapted)
@@ -56,5 +60,4 @@ def region(body: list[str]) -> list[str]:
 
 def expanded(p: ProjectionSpec) -> tuple[str, ...]:
     """The operands of `_expand`."""
-    epilogue = ("bias", "residual", "b", "c", "z", "mode")
-    return epilogue if p.transposed else ("weight", *epilogue)
+    return EPILOGUE if p.transposed else ("weight", *EPILOGUE)

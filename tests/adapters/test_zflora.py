@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gawscompile.adapters import ZFLoRAConfig
-from gawscompile.adapters.zflora import DIRECTIONS, STREAMS, StreamLayer
+from gawscompile.adapters.streams import DIRECTIONS, STREAMS
+from gawscompile.adapters.zflora import StreamLayer
 from tests.adapters.common import base, run
 from tests.architectures import ARCHITECTURES
 from tests.graphs import tokens
