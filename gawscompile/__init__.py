@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gawscompile.debug.explain import Report, explain
     from gawscompile.guards import compile
+    from gawscompile.runtime.ops import invalidate
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "compile", "explain"]
+__all__ = ["Report", "__version__", "compile", "explain", "invalidate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from gawscompile import guards
 
         return guards.compile
+    if name == "invalidate":
+        from gawscompile.runtime import ops
+
+        return ops.invalidate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

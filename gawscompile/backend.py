@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from gawscompile import polyfills
 from gawscompile.codegen import build, cache
 from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
@@ -31,6 +33,8 @@ from gawscompile.proof import verify_rewrites
 from gawscompile.runtime import gpu, ops
 
 log = logging.getLogger("gawscompile")
+
+polyfills.install()  # torch.compile has asked for the backend: nothing is traced yet
 
 
 def gaws(
@@ -47,13 +51,14 @@ def gaws(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    polyfills.install()
     ours, inductor = Options.split(options)
     if mode and mode != "default":
         inductor = {**list_mode_options(mode), **inductor}
     if inductor.get("max_autotune"):
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
-    hook = GawsPass(ours, _key(gm, example_inputs, ours, inductor, kind), kind)
+    hook = GawsPass(ours, _key(gm, example_inputs, ours, inductor, kind), kind, stored_inputs(gm, example_inputs))
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
     record = RECORDS.compiled(hook.key, hook.record)
     try:
@@ -67,6 +72,29 @@ def gaws(
     return compiled
 
 
+def stored_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> frozenset[int]:
+    """Which inputs of Dynamo's graph are a module's: parameters, buffers, tensors in its attributes. By their index."""
+    found = set()
+    for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False)):
+        source = getattr(node, "_dynamo_source", None)
+        while source is not None and not re.search("ParamBuffer|NNModule", type(source).__name__):
+            source = getattr(source, "base", None)
+        if isinstance(value, torch.nn.Parameter) or (source is not None and isinstance(value, torch.Tensor)):
+            found.add(i)
+    return frozenset(found)
+
+
+def placeholders_of(graph: torch.fx.Graph, stored: frozenset[int]) -> list[torch.fx.Node]:
+    """AOTAutograd's inputs that are those."""
+    found = []
+    for node in graph.find_nodes(op="placeholder"):
+        said = node.meta.get("desc")
+        index = said.idx if type(said).__name__ == "PlainAOTInput" else None
+        if index in stored or type(said).__name__ in ("ParamAOTInput", "BufferAOTInput"):
+            found.append(node)
+    return found
+
+
 def _reproduce() -> str:
     return f"To reproduce with a traceback: GAWS_STRICT=1 {shlex.join([sys.executable, *sys.argv])}"
 
@@ -74,10 +102,11 @@ def _reproduce() -> str:
 class GawsPass(CustomGraphPass):
     """Our pipeline as one Inductor graph pass. Collects its record."""
 
-    def __init__(self, options: Options, key: str, kind: str = "cpu") -> None:
+    def __init__(self, options: Options, key: str, kind: str = "cpu", stored: frozenset[int] = frozenset()) -> None:
         self.options = options
         self.key = key
         self.kind = kind
+        self.stored = stored
         self.record: GraphRecord | None = None
         # Now, not in a pass: a graph from a warm cache runs no pass and calls the op all the same.
         self.unavailable = _unavailable(kind)
@@ -86,7 +115,8 @@ class GawsPass(CustomGraphPass):
         """What decides the outcome beside the graph: our sources and options, the machine and compiler planned for."""
         compiler = self.unavailable[1] if self.unavailable else build.fingerprint() if self.kind == "cpu" else ""
         versions = (_torch_version(), _triton_version(), compiler)
-        return cache.digest(cache.source_hash(), str(self.options), _device(self.kind), *versions).encode()
+        stored = str(sorted(self.stored))
+        return cache.digest(cache.source_hash(), str(self.options), _device(self.kind), stored, *versions).encode()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.record = self.record or GraphRecord(self.key)  # the branches of a torch.cond come one by one
@@ -119,6 +149,8 @@ class GawsPass(CustomGraphPass):
         copies: dict[torch.fx.Node, torch.fx.Node] = {}
         work.output(work.graph_copy(graph, copies))
         context = self.context = Context(work, self.options, record)
+        context.stored = frozenset(copies[node] for node in placeholders_of(graph, self.stored))
+        context.holder = graph.owning_module
         context.copied = {copy: node for node, copy in copies.items()}
         context.complain = self._complain
         for stage in PIPELINE:

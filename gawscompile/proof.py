@@ -9,6 +9,8 @@ a model happens to hold. A rewrite that fails is undone: the original nodes come
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gawscompile.debug.records import Reason, plain
+from gawscompile.operators import recipe
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, aten, is_call, is_cast, through_casts
 from gawscompile.planning.table import PlanTable, Program
@@ -73,7 +76,9 @@ class Values:
             if is_cast(node):
                 result = inputs[0]
             elif is_call(node, *OPS):
-                result = project(inputs[0], inputs[1], str(Program.parse(inputs[2]).spec))
+                program = Program.parse(inputs[2])
+                operands = program.operands(inputs[1], functools.partial(recipe.run, exact=True))
+                result = project(inputs[0], operands, str(program.spec))
             else:
                 result = node.target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result
@@ -228,7 +233,7 @@ def _kernel_fault(rewrite: Rewrite, new: Values, wanted: list[torch.Tensor]) -> 
         return new.known[node].to(node.meta["val"].device, node.meta["val"].dtype).contiguous()
 
     for plan, _ in program.table.rows:
-        alone = Program(PlanTable(((plan, None),)), program.spec, program.emitter, program.tuned)
+        alone = dataclasses.replace(program, table=PlanTable(((plan, None),)))
         outputs = torch.ops.gaws.project(own(x), [own(node) for node in operands], str(alone))
         for node, want in zip(rewrite.nodes, wanted, strict=True):
             got = outputs[args(node)[1]].cpu()

@@ -27,6 +27,7 @@ from gawscompile.debug.records import GroupRecord, Reason
 from gawscompile.operators import linear
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, aten, dtype, empty_like, prims, shape
+from gawscompile.passes.hoist_weights import arguments
 from gawscompile.planning import devices
 from gawscompile.planning.cost import plan
 from gawscompile.planning.table import PlanTable, Program
@@ -42,14 +43,15 @@ def run(graph: Graph, context: Context) -> None:
         if isinstance(tokens, int):
             table = PlanTable(((table.pick(tokens), None),))
         entries = node.meta["gaws_entries"]
-        if not any(p.adapted for p in spec.projections) and table.rows[0][0] == "gemm_accumulate":
+        taken, derived = arguments(operands, [spec.k * spec.projections[o.projection].n for o in spec.operands()])
+        if not derived and not any(p.adapted for p in spec.projections) and table.rows[0][0] == "gemm_accumulate":
             _give_back(graph, context, node, spec)
             for entry in entries:
                 context.reject(entry, Reason.LIBRARY, f"m = {tokens}: {planned.compare(tokens)}")
             continue
         tuned = planned.emitter == "triton" and context.options.autotune
-        program = Program(table, spec, planned.emitter, tuned)
-        node.args = (x, operands, str(program))
+        program = Program(table, spec, planned.emitter, tuned, derived)
+        node.args = (x, taken, str(program))
         group = GroupRecord(
             index=len(context.record.groups),
             members=[entry.path for entry in entries],
@@ -59,6 +61,7 @@ def run(graph: Graph, context: Context) -> None:
             kernel=f"{planned.emitter}:{planned.kernel}",
             costs={name: str(cost) for name, cost in planned.costs.items()},
             prefix=program.prefix,
+            suffix=program.suffix,
         )
         context.record.groups.append(group)
         for entry in entries:

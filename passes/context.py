@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.debug.records import GraphRecord, LinearRecord, Reason
 from gawscompile.operators import algebra, linear
+from gawscompile.operators.recipe import hoisted
 from gawscompile.options import Options
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -41,6 +42,9 @@ class Context:
     graph: Graph
     options: Options
     record: GraphRecord
+    stored: frozenset[Node] = frozenset()  # the inputs that are parameters and buffers
+    fixed: set[Node] = field(default_factory=set)  # the nodes that are computed from those alone
+    holder: Any = None  # the module whose constants get_attr nodes read
     stage: str = ""
     module: str = "the graph's first node"  # whose rewrite is under way, for messages
     touched: list[Node] = field(default_factory=list)
@@ -201,8 +205,8 @@ def through_casts(node: Any) -> Any:
 
 
 def is_parameter(node: Any) -> bool:
-    """A graph input (every parameter and buffer is one)."""
-    return isinstance(node, Node) and node.op == "placeholder"
+    """A graph input (every parameter and buffer is one), or what `hoist_weights` has made of them."""
+    return isinstance(node, Node) and (node.op == "placeholder" or is_call(node, hoisted))
 
 
 def of_parameters(node: Any) -> bool:

@@ -6,6 +6,7 @@ form of every node and replaces those that are whole projections.
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.fx import Node
 
 from gawscompile.operators import linear
 from gawscompile.passes.context import (
+    CASTS,
     VIEWS,
     args,
     aten,
@@ -35,10 +37,11 @@ PLAIN = torch.contiguous_format
 
 
 class Vector(NamedTuple):
-    """``scale * v``, the same for every token."""
+    """``scale * v``, the same for every token; times other vectors, `rows`, where its sum's rows were scaled."""
 
     node: Node
     scale: Scale = Scale()
+    rows: tuple[Node, ...] = ()
 
     def scaled(self, by: Any) -> Vector:
         return self._replace(scale=self.scale.times(by))
@@ -68,13 +71,28 @@ class Form:
         """Whether it is the activation itself, and no linear has read it yet."""
         return not all(p.matrices for p in self.products)
 
+    @property
+    def plain(self) -> bool:
+        return not self.turned and self.layout is None
+
+    def without_row_scale(self) -> tuple[Form, Node | None]:
+        """``c ⊙ S`` as (S, c), where a sum without a base is a base's whose rows are scaled (DoRA, (IA)³)."""
+        last = {p.matrices[-1] if p.matrices and p.given is None else None for p in self.products}
+        (factor,) = last if len(last) == 1 else (None,)
+        if self.bases or not self.plain or factor is None or not factor.whole or factor.dense:
+            return self, None
+        products = tuple(p._replace(matrices=p.matrices[:-1]) for p in self.products)
+        inner = replace(self, products=products)
+        return (inner, factor.node) if len(inner.bases) == 1 else (self, None)
+
     def scaled(self, by: Any, node: Node) -> Form:
         products = tuple(p.scaled(by) for p in self.products)
         vectors = tuple(v.scaled(by) for v in self.vectors)
         return replace(self, products=products, vectors=vectors, inner=(*self.inner, node))
 
 
-def form_of(node: Node, forms: dict[Node, Form]) -> Form | None:
+def form_of(node: Node, forms: dict[Node, Form], fixed: Container[Node] = ()) -> Form | None:
+    """`fixed`: nodes that are computed from parameters alone, which may stand for one."""
     if is_call(node, linear):
         return _of_linear(node, forms)
     if is_cast(node):
@@ -86,12 +104,12 @@ def form_of(node: Node, forms: dict[Node, Form]) -> Form | None:
     scaling = scaling_of(node)
     if scaling is not None:
         inner, by = scaling
-        form = _folded(inner, forms) if same_sizes(shape(node), shape(inner)) else None
+        form = _summed(inner, forms) if same_sizes(shape(node), shape(inner)) else None
         return form and form.scaled(by, node)
     if is_call(node, aten.mul.Tensor):
-        return _of_diagonal(node, forms)
+        return _of_diagonal(node, forms) or _of_rows(node, forms, fixed)
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        return _of_sum(node, forms)
+        return _of_sum(node, forms, fixed)
     return None
 
 
@@ -149,6 +167,92 @@ def _of_diagonal(node: Node, forms: dict[Node, Form]) -> Form | None:
     return None
 
 
+def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
+    """A sum whose rows are scaled by a vector, ``v ⊙ S``; by v = u - 1 (DoRA) it is ``u ⊙ S - S``."""
+    for x, v in (args(node), args(node)[::-1]):
+        form = _summed(x, forms)
+        if form is None or form is v or not form.plain or form.regrouped or not same_sizes(shape(x), shape(node)):
+            continue
+        v, less = _shifted(v)
+        v = _vector(v, shape(node)[-1])
+        if v is None or not (is_parameter(through_casts(v)) or v in fixed):
+            continue
+        v = through_casts(v)
+        rows = Factor(v)
+        products = [p._replace(matrices=(*p.matrices, rows)) for p in form.products]
+        vectors = [vector._replace(rows=(*vector.rows, v)) for vector in form.vectors]
+        if less:
+            products += [p.scaled(less) for p in form.products]
+            vectors += [vector.scaled(less) for vector in form.vectors]
+        inner = (*form.inner, node)
+        return replace(form, products=_merged(products), vectors=_merged_vectors(vectors), inner=inner)
+    return None
+
+
+def _shifted(v: Any) -> tuple[Any, float]:
+    """(u, s) where v is u + s."""
+    if is_call(v, aten.add.Tensor, aten.sub.Tensor) and not v.kwargs and isinstance(args(v)[1], (int, float)):
+        return args(v)[0], float(args(v)[1]) * (1 if is_call(v, aten.add.Tensor) else -1)
+    return v, 0.0
+
+
+def _vector(v: Any, size: Any) -> Node | None:
+    """The vector of `size` numbers that v is, under sizes of one or not."""
+    while value(v) is not None and len(shape(v)) > 1:
+        v = reinterpreted(v)
+    return v if value(v) is not None and same_sizes(shape(v), (size,)) else None
+
+
+def _merged(products: Iterable[Product]) -> tuple[Product, ...]:
+    """Products of the same matrices as one: DoRA takes its base away and adds it again."""
+    found: dict[Any, Product] = {}
+    for p in products:
+        key = (p.matrices, p.given, p.scale.nodes)
+        before = found.get(key)
+        number = p.scale.number + (before.scale.number if before else 0.0)
+        found[key] = (before or p)._replace(scale=p.scale._replace(number=number))
+    return tuple(p for p in found.values() if p.scale.number)
+
+
+def _merged_vectors(vectors: Iterable[Vector]) -> tuple[Vector, ...]:
+    found: dict[Any, Vector] = {}
+    for v in vectors:
+        key = (v.node, v.rows, v.scale.nodes)
+        number = v.scale.number + (found[key].scale.number if key in found else 0.0)
+        found[key] = v._replace(scale=v.scale._replace(number=number))
+    return tuple(v for v in found.values() if v.scale.number)
+
+
+def _summed(node: Any, forms: dict[Node, Form]) -> Form | None:
+    """The form of `node`, for a reader that may be one of several that end up in one sum (DoRA reads its base twice).
+
+    Whether they do, `escapes` tells once the sum is whole.
+    """
+    form = _folded(node, forms)
+    if form is not None or not isinstance(node, Node) or len(node.users) > READERS:
+        return form
+    form = forms.get(node)
+    together = form is not None and form.plain and all(is_call(user, *SUMMED) for user in node.users)
+    return form if together else None
+
+
+READERS = 4
+SUMMED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, *CASTS, *VIEWS)
+
+
+def escapes(form: Form, forms: dict[Node, Form]) -> bool:
+    """Whether some part of a form that should not run twice is read by others too."""
+    inside = set(form.inner)
+    for node in inside - {form.inner[-1]}:
+        part = forms.get(node)
+        if part is None or _source(part.activation) is not _source(form.activation):
+            continue  # a product of parameters on its way into a weight
+        outside = any(user not in inside for user in node.users)
+        if outside and (part.vectors or not all(map(_small, part.products))):
+            return True
+    return False
+
+
 def _folded(node: Any, forms: dict[Node, Form]) -> Form | None:
     """The form of `node`, where its reader may compute it anew: nobody else reads it, or it is an adapter's part.
 
@@ -169,7 +273,7 @@ def _small(product: Product) -> bool:
 
 def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
     x, weight = args(node)[:2]
-    vectors = tuple(Vector(v) for v in args(node)[2:])
+    vectors = tuple(Vector(through_casts(v)) for v in args(node)[2:])
     # what is not made of parameters alone is a projection all the same, and to be reported as one
     products, inner_nodes = matrix_of(weight) or ((Product((Factor(weight),), node),), ())
     inner = _folded(x, forms)
@@ -178,17 +282,20 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
         if found is not None:
             return found
         inner = None  # a projection of the regrouped features, then
-    if (
-        inner is not None
-        and not (inner.turned or inner.vectors)
-        and len(inner.products) == len(inner.bases) == len(products) == 1
-    ):
+    chained = inner is not None and inner.plain and not inner.vectors and len(inner.products) == len(products) == 1
+    if inner is not None and chained and _matrices(inner.products[0]):
         (first,), (second,) = inner.products, products
         chain = Product((*first.matrices, *second.matrices), node, first.scale.times(second.scale))
         return Form(inner.activation, (chain,), vectors, (*inner.inner, *inner_nodes, node))
     return Form(
         _activation(x, weight), tuple(p._replace(origin=node) for p in products), vectors, (*inner_nodes, node)
     )
+
+
+def _matrices(p: Product) -> bool:
+    """Whether it is one matrix on the activation, its rows scaled or not (VeRA)."""
+    first, *rest = p.matrices or (None,)
+    return p.given is None and first is not None and first.dense and not any(f.dense or not f.whole for f in rest)
 
 
 def _along_an_axis(
@@ -222,19 +329,22 @@ def _activation(x: Node, weight: Node) -> Node:
     return x
 
 
-def _extend(node: Node, forms: dict[Node, Form]) -> Form | None:
-    inner = _folded(args(node)[0], forms)
+def _extend(node: Node, forms: dict[Node, Form], source: Node | None = None) -> Form | None:
+    inner = _summed(source or args(node)[0], forms)
     return inner and replace(inner, inner=(*inner.inner, node))
 
 
-def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
+def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
     left, right = args(node)
     if value(left) is None or value(right) is None or not isinstance(node.kwargs.get("alpha", 1), (int, float)):
         return None
+    for summand, other in ((left, right), (right, left)):
+        if is_call(other, aten.full.default) and args(other)[1] == 0 and (summand is left or weight_of(node) == 1.0):
+            return _extend(node, forms, summand) if same_sizes(shape(summand), shape(node)) else None
     weight = weight_of(node)
-    a, b = _folded(left, forms), _folded(right, forms)
+    a, b = _summed(left, forms), _summed(right, forms)
     if a is not None and b is not None:
-        a, b = _on_activation_of(a, b), _on_activation_of(b, a)
+        a, b = _on_activation_of(a, b, fixed), _on_activation_of(b, a, fixed)
         if a.layout != b.layout:  # a projection of slices, by its bias, beside an adapter of theirs
             a, b = on_its_slices(a) or a, on_its_slices(b) or b
     if a is not None and b is not None and same_sizes(shape(left), shape(right)) and _same_activation(a, b):
@@ -242,17 +352,20 @@ def _of_sum(node: Node, forms: dict[Node, Form]) -> Form | None:
         # where an adapter narrows the activation for itself, the base's is the one to read
         activation = a.activation if a.bases else b.activation
         inner = (*a.inner, *b.inner, node)
-        return Form(activation, a.products + b.products, a.vectors + b.vectors, inner, a.turned, a.layout)
+        products, vectors = _merged(a.products + b.products), _merged_vectors(a.vectors + b.vectors)
+        return Form(activation, products, vectors, inner, a.turned, a.layout) if products else None
     if a is not None and b is not None and weight == 1.0 and same_sizes(shape(left), shape(right)):
         for wide, narrow in ((a, b), (b, a)):
             if (given := _given(narrow, wide)) is not None:
                 products, inner = (*wide.products, given), (*narrow.inner, *wide.inner, node)
                 return replace(wide, products=products, inner=inner)
-    if a is not None and _plain(a) and _is_vector(right, left, node):
-        return replace(a, vectors=(*a.vectors, Vector(right, Scale(weight))), inner=(*a.inner, node))
-    if b is not None and _plain(b) and _is_vector(left, right, node):
+    if a is not None and a.plain and _is_vector(right, left, node):
+        vectors = _merged_vectors((*a.vectors, Vector(through_casts(right), Scale(weight))))
+        return replace(a, vectors=vectors, inner=(*a.inner, node))
+    if b is not None and b.plain and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
-        return replace(b, vectors=(*b.vectors, Vector(left)), inner=(*b.inner, node))
+        vectors = _merged_vectors((*b.vectors, Vector(through_casts(left))))
+        return replace(b, vectors=vectors, inner=(*b.inner, node))
     return None
 
 
@@ -262,7 +375,7 @@ NARROW = 256
 
 def _given(narrow: Form, wide: Form) -> Product | None:
     """``B z`` of an activation z of few features, as a summand of a projection of a wide one (zFLoRA's stream)."""
-    if not (_plain(narrow) and _plain(wide)) or len(wide.bases) != 1 or narrow.vectors:
+    if not (narrow.plain and wide.plain) or len(wide.bases) != 1 or narrow.vectors:
         return None
     if len(narrow.products) != 1 or len(narrow.bases) != 1 or narrow.products[0].scale != Scale():
         return None
@@ -275,10 +388,6 @@ def _given(narrow: Form, wide: Form) -> Product | None:
     return product._replace(given=z)
 
 
-def _plain(form: Form) -> bool:
-    return not form.turned and form.layout is None
-
-
 def _is_vector(other: Node, summand: Node, node: Node) -> bool:
     """Whether `other` is a parameter with one number per feature of `summand`, and the sum broadcasts nothing else."""
     if value(other) is None or not is_parameter(through_casts(other)):
@@ -286,9 +395,17 @@ def _is_vector(other: Node, summand: Node, node: Node) -> bool:
     return same_sizes(shape(other), shape(node)[-1:]) and same_sizes(shape(summand), shape(node))
 
 
-def _on_activation_of(form: Form, other: Form) -> Form:
-    """``B A (s x)`` as ``s B A x``, where the other summand reads x."""
-    scaling = scaling_of(through_casts(form.activation))
+def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> Form:
+    """``B A (s x)`` as ``s B A x``, and ``B A (v ⊙ x)`` as ``B A diag(v) x``, where the other summand reads x."""
+    x = through_casts(form.activation)
+    for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not form.bases else ()):
+        v = _vector(v, shape(x)[-1])
+        stands = v is not None and (is_parameter(through_casts(v)) or v in fixed)
+        if stands and isinstance(of, Node) and _source(of) is _source(other.activation) and form.plain:
+            columns = Factor(through_casts(v))
+            products = tuple(p._replace(matrices=(columns, *p.matrices)) for p in form.products)
+            return replace(form, activation=other.activation, products=products)
+    scaling = scaling_of(x)
     if form.bases or scaling is None or _source(scaling[0]) is not _source(other.activation):
         return form
     return replace(form, activation=other.activation, products=tuple(p.scaled(scaling[1]) for p in form.products))

@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
-from gawscompile.operators import Bias, Dense, Given, Kronecker, LowRank, operator_group
+from gawscompile.operators import Bias, Dense, Given, Kronecker, LowRank, RowScale, operator_group
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, dtype, shape
 
@@ -65,6 +65,8 @@ def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Projec
     lowrank = [term for term in terms if isinstance(term, LowRank)]
     operands.append(base.weight)
     operands += biases
+    rowscales = [term.vector for term in terms if isinstance(term, RowScale)]
+    operands += rowscales
     specs = []
     for term in lowrank:
         fixed, scale_dtype = scale_of(term.scale)
@@ -81,5 +83,6 @@ def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Projec
         bias=bias,
         lowrank=tuple(specs),
         transposed=base.transposed,
+        rowscale=DTYPE_NAMES[dtype(rowscales[0])] if rowscales else None,
         given=tuple(GivenSpec(int(shape(g.b)[1]), DTYPE_NAMES[dtype(g.b)], DTYPE_NAMES[dtype(g.z)]) for g in given),
     )

@@ -19,6 +19,7 @@ from gawscompile.passes.context import (
     is_cast,
     is_parameter,
     reinterpreted,
+    same_size,
     same_sizes,
     shape,
     through_casts,
@@ -65,11 +66,17 @@ class Factor(NamedTuple):
         return columns if len(shape(self.node)) == 1 else rows * columns // (self.before * self.after)
 
 
+class Inverse(NamedTuple):
+    """One over a 0-d node."""
+
+    node: Node
+
+
 class Scale(NamedTuple):
-    """A number times 0-d nodes."""
+    """A number times 0-d nodes and inverses of such."""
 
     number: float = 1.0
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[Node | Inverse, ...] = ()
 
     def times(self, other: Any) -> Scale:
         if isinstance(other, Scale):
@@ -100,15 +107,20 @@ def scaling_of(node: Node) -> tuple[Node, Any] | None:
         return args(node)[0], -1.0
     if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not node.kwargs:
         x, s = args(node)
-        if is_call(node, aten.mul.Tensor) and (not isinstance(x, Node) or (value(x) is not None and not shape(x))):
+        if is_call(node, aten.mul.Tensor) and (not isinstance(x, Node) or _single(x)):
             x, s = s, x
         if not isinstance(x, Node) or value(x) is None:
             return None
         if isinstance(s, (int, float)) and (s or is_call(node, aten.mul.Tensor)):
             return x, (s if is_call(node, aten.mul.Tensor) else 1.0 / s)
-        if is_call(node, aten.mul.Tensor) and value(s) is not None and not shape(s):
-            return x, s
+        if _single(s):
+            return x, (s if is_call(node, aten.mul.Tensor) else Inverse(s))
     return None
+
+
+def _single(s: Any) -> bool:
+    """Whether it is a tensor of one number."""
+    return value(s) is not None and all(same_size(size, 1) for size in shape(s))
 
 
 def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:

@@ -30,7 +30,19 @@ from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.debug.records import Reason
-from gawscompile.operators import Bias, Dense, Given, Kronecker, LowRank, Mode, Operator, describe, linear, operator_sum
+from gawscompile.operators import (
+    Bias,
+    Dense,
+    Given,
+    Kronecker,
+    LowRank,
+    Mode,
+    Operator,
+    RowScale,
+    describe,
+    linear,
+    operator_sum,
+)
 from gawscompile.passes.context import (
     Context,
     args,
@@ -39,6 +51,7 @@ from gawscompile.passes.context import (
     empty_like,
     is_call,
     is_parameter,
+    leaves,
     plain_sizes,
     prims,
     reinterpreted,
@@ -48,14 +61,16 @@ from gawscompile.passes.context import (
     through_casts,
     transposed,
 )
-from gawscompile.passes.forms import NARROW, Form, Vector, form_of, on_its_slices, widens
-from gawscompile.passes.matrices import Factor, Product, Scale, in_a_weight, matrix_of, scaling_of
+from gawscompile.passes.forms import NARROW, Form, Vector, escapes, form_of, on_its_slices, widens
+from gawscompile.passes.hoist_weights import cone, fixed_nodes, hoistable
+from gawscompile.passes.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
 
 
 def run(graph: Graph, context: Context) -> None:
     forms: dict[Node, Form] = {}
+    context.fixed = fixed = fixed_nodes(graph, context.stored)
     for node in graph.nodes:
-        form = form_of(node, forms)
+        form = form_of(node, forms, fixed)
         if form is not None:
             forms[node] = form
     settled: set[Node] = set()
@@ -80,6 +95,9 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     if form.regrouped:
         return (node,)
     form = on_its_slices(form) or form
+    if escapes(form, forms):
+        return (node,)  # some of it would run twice: it is a sum of its own
+    form, rowscale = form.without_row_scale()
     if len(form.bases) != 1:
         # no base, or several: what it is made of may still be sums of their own
         reason = Reason.SEVERAL_BASES if form.bases else Reason.NO_BASE
@@ -92,8 +110,10 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
         return (node, *_root(graph, context, scaling[0], forms))  # what is scaled as a whole is a sum all the same
     sizes = (*shape(form.activation)[:-1], base.matrices[0].sizes[0])
     wanted = shape(node)[::-1] if form.turned else shape(node)
-    refusal = _refusal(form, base, node)
-    of_sum = _adapters_refusal(form, base) or _shape_refusal(form, node, sizes, wanted) if refusal is None else None
+    refusal = _refusal(context, form, base, node)
+    of_sum = None
+    if refusal is None:
+        of_sum = _adapters_refusal(context, form, base) or _shape_refusal(form, node, sizes, wanted)
     if of_sum is not None and len(form.inner) > 1:
         # the parts may still be projections, the base among them
         path, (reason, detail) = context.module_path(base.origin), of_sum
@@ -108,6 +128,8 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
         return form.inner
     with graph.inserting_before(node):
         terms = _terms(context, form, base, node)
+        terms += (RowScale(stored(rowscale)),) if rowscale is not None else ()
+        settled = tuple(n for leaf in leaves(terms) if leaf in context.fixed for n in cone(leaf))
         new = context.insert(
             operator_sum,
             (form.activation, terms, dtype(node)),
@@ -123,7 +145,7 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     context.replace(node, new)
     context.erase(node)
     context.matched()
-    return tuple(n for n in form.inner if n._erased)  # what others read too is a root of its own
+    return (*settled, *(n for n in form.inner if n._erased))  # what others read too is a root of its own
 
 
 def _laid_out(context: Context, new: Node, node: Node) -> Node:
@@ -159,13 +181,14 @@ def _alone(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) 
     return _root(graph, context, node, forms)
 
 
-def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None:
+def _refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Reason, str] | None:
     """Why this sum cannot be one projection, if it cannot."""
     x = form.activation
-    weight = through_casts(base.matrices[0].node)
-    if not is_parameter(weight):
-        return Reason.WEIGHT_COMPUTED, f"it is the result of {weight.target}"
-    if not all(isinstance(size, int) for size in shape(weight)) or not weight.meta["val"].is_contiguous():
+    weight = stored(base.matrices[0].node)
+    if not is_parameter(weight) and not hoistable(weight, context):
+        return Reason.WEIGHT_COMPUTED, f"it is the result of {through_casts(weight).target}"
+    strided = is_parameter(weight) and not weight.meta["val"].is_contiguous()
+    if strided or not all(isinstance(size, int) for size in shape(weight)):
         return Reason.WEIGHT_LAYOUT, f"shape {shape(weight)}, strides {weight.meta['val'].stride()}"
     if 0 in shape(weight):
         return Reason.WEIGHT_LAYOUT, f"it is empty: {shape(weight)}"
@@ -179,6 +202,12 @@ def _refusal(form: Form, base: Product, node: Node) -> tuple[Reason, str] | None
     if base.scale != Scale():
         return Reason.SCALE, ""
     return None
+
+
+def stored(node: Node) -> Node:
+    """The parameter of which `node` is a cast, or itself: kernels read parameters in their own dtype."""
+    source: Node = through_casts(node)
+    return source if is_parameter(source) else node
 
 
 def _wider_and_small(x: Node, weight: Node) -> bool:
@@ -201,9 +230,9 @@ def _shape_refusal(
     return Reason.RESHAPED, "the sum's strides are not a plain tensor's"
 
 
-def _adapters_refusal(form: Form, base: Product) -> tuple[Reason, str] | None:
+def _adapters_refusal(context: Context, form: Form, base: Product) -> tuple[Reason, str] | None:
     """Why what is added to the base cannot be in its kernel, if it cannot."""
-    weight = through_casts(base.matrices[0].node)
+    weight = base.matrices[0].node
     for p in form.products:
         if p is base:
             continue
@@ -214,8 +243,9 @@ def _adapters_refusal(form: Form, base: Product) -> tuple[Reason, str] | None:
             return Reason.FACTOR_SHAPE, f"features go through {ends} and {starts}, of symbolic sizes or not the same"
         if not math.isfinite(p.scale.number):
             return Reason.SCALE, f"the adapter is scaled by {p.scale.number}"
-        kinds = {dtype(through_casts(f.node)) for f in p.matrices}
-        if not all(is_parameter(through_casts(f.node)) for f in p.matrices):
+        factors = [stored(f.node) for f in p.matrices]
+        kinds = {dtype(factor) for factor in factors}
+        if not all(is_parameter(factor) or hoistable(factor, context) for factor in factors):
             return Reason.WEIGHT_COMPUTED, "a factor of the adapter is computed in the graph"
         if len(kinds) != 1 or not kinds <= DTYPE_NAMES.keys():
             return Reason.DTYPE, f"factors of {', '.join(map(str, kinds))}"
@@ -242,7 +272,7 @@ def _low_rank(p: Product) -> bool:
 def _terms(context: Context, form: Form, base: Product, node: Node) -> tuple[Operator, ...]:
     """The operator sum of a form, its nodes inserted where the caller stands."""
     (weight,) = base.matrices
-    terms: list[Operator] = [Dense(through_casts(weight.node), weight.turned)]
+    terms: list[Operator] = [Dense(stored(weight.node), weight.turned)]
     bias = _bias(context, form.vectors, node)
     terms += [Bias(bias)] if bias is not None else []
     adapters = [p for p in form.products if p is not base]
@@ -262,7 +292,7 @@ def _terms(context: Context, form: Form, base: Product, node: Node) -> tuple[Ope
 
 def _factor(context: Context, factor: Factor) -> Node:
     """The factor as it is stored, or a view of its transpose (which the op copies in every call: it is small)."""
-    node = through_casts(factor.node)
+    node = stored(factor.node)
     if not factor.turned or len(shape(node)) == 1:
         return node
     return _derive(context, aten.permute.default, (node, [1, 0]), node.meta["val"].permute(1, 0))
@@ -279,11 +309,13 @@ def _bias(context: Context, vectors: tuple[Vector, ...], node: Node) -> Node | N
     """One bias: the vector itself, or the sum of several (a bias on B beside the base's), formed in the graph."""
     if not vectors:
         return None
-    if len(vectors) == 1 and vectors[0].scale == Scale():
+    if len(vectors) == 1 and vectors[0].scale == Scale() and not vectors[0].rows:
         return through_casts(vectors[0].node)
     total: Node | None = None
     for vector in vectors:
         part = _cast(context, through_casts(vector.node), torch.float32)
+        for row in vector.rows:
+            part = _derive(context, aten.mul.Tensor, (part, _cast(context, row, torch.float32)), part.meta["val"])
         scale = _scale(context, vector.scale)
         if scale != 1.0:
             part = _derive(context, aten.mul.Tensor, (part, scale), part.meta["val"])
@@ -303,10 +335,15 @@ def _scale(context: Context, scale: Scale) -> Any:
     if not scale.nodes:
         return scale.number
     total: Node | None = None
-    for node in scale.nodes:
-        node = through_casts(node)  # what a kernel reads, it can read in any dtype: no cast needed
+    for found in scale.nodes:
+        # what a kernel reads, it can read in any dtype: no cast needed
+        node = through_casts(found.node if isinstance(found, Inverse) else found)
         if dtype(node) not in (torch.float32, torch.float64):
             node = _cast(context, node, torch.float32)
+        if shape(node) != ():
+            node = _derive(context, aten.view.default, (node, []), node.meta["val"].view([]))
+        if isinstance(found, Inverse):
+            node = _derive(context, aten.reciprocal.default, (node,), node.meta["val"])
         if total is None:
             total = node
         else:

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
+from gawscompile.backend import placeholders_of, stored_inputs
 from gawscompile.debug.records import GraphRecord
 from gawscompile.options import Options
 from gawscompile.passes import PIPELINE
@@ -26,13 +27,16 @@ class Captured:
     module: torch.fx.GraphModule
     inputs: list[Any]
     outputs: list[torch.Tensor]
+    stored: frozenset[int] = frozenset()
 
     def until(self, stage: str | None = None) -> Context:
         """Run the pipeline over a copy, up to and including `stage`, checking values after every pass."""
         ops.ensure_loaded()
         work = torch.fx.Graph()
-        work.output(work.graph_copy(self.graph, {}))
-        context = Context(work, Options(), GraphRecord("test"))
+        copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        work.output(work.graph_copy(self.graph, copies))
+        stored = frozenset(copies[node] for node in placeholders_of(self.graph, self.stored))
+        context = Context(work, Options(), GraphRecord("test"), stored, holder=self.module)
         for module in PIPELINE:
             context.stage = module.__name__.rpartition(".")[2]
             module.run(work, context)
@@ -55,12 +59,19 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
     def compiler(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
             outputs = gm(*inputs)
-            found.append(Captured(gm.graph, gm, list(inputs), [o for o in outputs if isinstance(o, torch.Tensor)]))
+            tensors = [out for out in outputs if isinstance(out, torch.Tensor)]
+            found.append(Captured(gm.graph, gm, list(inputs), tensors, stored[0]))
             return outputs
 
         return run
 
-    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
+    stored = []
+    through = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        stored.append(stored_inputs(gm, inputs))
+        return through(gm, inputs)
+
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(function, backend=backend, dynamic=dynamic)(*args, **kwargs)

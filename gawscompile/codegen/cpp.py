@@ -1,9 +1,9 @@
 """The C++ emitter: one group, one file, two entry points.
 
-``gemv``        y = W x + bias + residual + s B (A x) for any number of tokens, each weight read from memory once.
+``gemv``        y = c ⊙ (W x + s B (A x)) + bias + residual for any number of tokens, each weight read from memory once.
                 All threads compute u = s A x, meet at a barrier, then stream rows of every W of the group; B's
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
-``accumulate``  y += bias + residual + s B (A x), for the plan whose base product comes from the vendor library.
+``accumulate``  the same on top of what y holds, for the plan whose base product comes from the vendor library.
 
 Measured by ``python -m benchmarks.projections`` (``benchmarks/results/projections.md``). Four rows by six tokens fill
 24 of AVX-512's 32 registers with accumulators. Panels of weights stay in the second cache while tile after tile of
@@ -39,6 +39,12 @@ from gawscompile.codegen.cpp_text import (
 from gawscompile.codegen.spec import KernelSpec, LowRankSpec, ProjectionSpec, SpecError
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
+
+READ = ("bias", "residual", "rowscale", "a", "b", "scale", "c", "z", "mode", "kron_scale")
+"""Roles of all operands but weights."""
+
+ADDED = ("bias", "residual", "rowscale", "b", "c", "z")
+"""Roles of the operands of `_add`."""
 
 PRELUDE = (Path(__file__).parent / "prelude.cpp").read_text()
 
@@ -123,12 +129,14 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
         "    if constexpr (R == 4) {",
         "      Quad v = sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);" if dots else "      Quad v = {};",
         *[f"      v += load4({term});" for term in before],
+        *([f"      v *= load4(rowscale{i} + row);"] if p.rowscale else []),
         *([f"      v += load4(bias{i} + row);"] if p.bias else []),
         *([f"      v += load4(res{i} + at);"] if p.residual else []),
         f"      store4({y} + at, v);",
         "    } else {",
         "      float v = sum(acc[0][t]);" if dots else "      float v = 0;",
         *[f"      v += float(*({term}));" for term in before],
+        *([f"      v *= float(rowscale{i}[row]);"] if p.rowscale else []),
         *([f"      v += float(bias{i}[row]);"] if p.bias else []),
         *([f"      v += float(res{i}[at]);"] if p.residual else []),
         f"      {y}[at] = {out}(v);",
@@ -141,8 +149,9 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
 
 
 def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str]:
-    """2V columns of one projection, all tokens: y += bias + residual + B u. B's block is transposed once."""
-    operands = arguments(spec, i, ("bias", "residual", "b", "c", "z"))
+    """2V columns of one projection, all tokens: y += bias + residual + B u, rows scaled before the bias. B's block is
+    transposed once."""
+    operands = arguments(spec, i, ADDED)
     out = CPP_TYPES[p.out]
     # rank, factor, and the activation that it multiplies, for each term
     terms = [(t.rank, f"b{i}_{j}", f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + k]") for j, t in enumerate(p.lowrank)]
@@ -163,6 +172,15 @@ def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[st
             row += rank
     if p.bias:
         lines.append(f"  const Pair bias = load_pair(bias{i} + n, count);")
+    if p.rowscale:
+        lines.append(f"  const Pair rowscale = load_pair(rowscale{i} + n, count);")
+    added = ["acc[t] = {acc[t].lo + bias.lo, acc[t].hi + bias.hi};"] if p.bias else []
+    if p.residual:
+        at = f"res{i} + (t0 + t) * N{i} + n"
+        added.append(f"const Pair r = whole ? load_pair({at}) : load_pair({at}, count);")
+        added.append("acc[t] = {acc[t].lo + r.lo, acc[t].hi + r.hi};")
+    early, late = ([], added) if p.rowscale else (added, [])
+    late = ["acc[t] = {acc[t].lo * rowscale.lo, acc[t].hi * rowscale.hi};", *late] if p.rowscale else []
     lines += [
         "  const auto columns = [&](auto width, int64_t t0, auto whole) {",
         "    constexpr int T = decltype(width)::value;",
@@ -170,13 +188,9 @@ def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[st
         "    for (int t = 0; t < T; ++t) {",
         f"      {out}* y = y{i} + (t0 + t) * N{i} + n;",
         "      acc[t] = whole ? load_pair(y) : load_pair(y, count);",
-        *(["      acc[t] = {acc[t].lo + bias.lo, acc[t].hi + bias.hi};"] if p.bias else []),
+        *[f"      {line}" for line in early],
+        "    }",
     ]
-    if p.residual:
-        at = f"res{i} + (t0 + t) * N{i} + n"
-        lines.append(f"      const Pair r = whole ? load_pair({at}) : load_pair({at}, count);")
-        lines.append("      acc[t] = {acc[t].lo + r.lo, acc[t].hi + r.hi};")
-    lines.append("    }")
     row = 0
     for rank, _, activation in terms:
         lines += [
@@ -191,6 +205,7 @@ def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[st
         row += rank
     lines += [
         "    for (int t = 0; t < T; ++t) {",
+        *[f"      {line}" for line in late],
         f"      {out}* y = y{i} + (t0 + t) * N{i} + n;",
         "      if (whole) store_pair(y, acc[t]); else store_pair(y, acc[t], count);",
         "    }",
@@ -324,7 +339,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return [
         'extern "C" void gemv(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         "  const X* x = (const X*)x_;",
-        *unpack(spec, ("weight", "bias", "residual", "a", "b", "scale", "c", "z", "mode", "kron_scale"), ys),
+        *unpack(spec, ("weight", *READ), ys),
         *_scratch(ranks),
         *region(body),
     ]
@@ -399,7 +414,7 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return [
         'extern "C" void accumulate(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         *x,
-        *unpack(spec, ("bias", "residual", "a", "b", "scale", "c", "z", "mode", "kron_scale"), ys),
+        *unpack(spec, READ, ys),
         *_scratch(ranks),
         *region(body),
     ]
@@ -409,7 +424,7 @@ def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
     """2V rows of a projection, all tokens, on top of what y holds: the block b."""
     u = "u, " if extras(i, spec.projections[i], ranks) else ""
     if not spec.projections[i].kronecker:
-        names = ", ".join([o.name for o in arguments(spec, i, ("bias", "residual", "b", "c", "z"))])
+        names = ", ".join([o.name for o in arguments(spec, i, ADDED)])
         return [f"      add{i}(b * 2 * V, m, {names}, {u}y{i});"]
     reads = u + ("x, " if from_x(i, ranks) else "")
     names = "".join(f"{o.name}, " for o in arguments(spec, i, EPILOGUE))

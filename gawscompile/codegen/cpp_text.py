@@ -8,7 +8,7 @@ from gawscompile.codegen.spec import KernelSpec, Operand, ProjectionSpec
 CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
 
-EPILOGUE = ("bias", "residual", "b", "c", "z", "mode")
+EPILOGUE = ("bias", "residual", "rowscale", "b", "c", "z", "mode")
 """Roles of the operands that are added to a base's product."""
 
 

@@ -2,12 +2,12 @@
 
 A spec describes one *group*: projections of the same activation ``x`` that run together,
 
-    y_i = W_i x + bias_i + residual_i + sum_j s_ij * B_ij (A_ij x) + sum_j C_ij z_ij + sum_j s_ij * M_ijp … M_ij1 x
-                                                                          i = 0 … projections-1
+    y_i = c_i ⊙ (W_i x + sum_j s_ij * B_ij (A_ij x) + sum_j C_ij z_ij + sum_j s_ij * M_ijp … M_ij1 x)
+          + bias_i + residual_i                                           i = 0 … projections-1
 
-where each z is another activation, few features wide (zFLoRA's widened stream), and each M is a mode product
-``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2. A gate and its partner may leave the group as one
-output, ``y = silu(y_0) * y_1`` (SwiGLU: Shazeer 2020).
+where c is a vector that scales rows (DoRA), if there is one, each z is another activation, few features wide (zFLoRA's
+widened stream), and each M is a mode product ``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2. A
+gate and its partner may leave the group as one output, ``y = silu(y_0) * y_1`` (SwiGLU: Shazeer 2020).
 
 It is frozen, hashable, and prints to one line that parses back to an equal spec. That line is what travels in
 the graph (as an argument of the op), in caches and in reports, so a process that never ran a pass can still
@@ -113,7 +113,7 @@ class ProjectionSpec:
     """One projection of the group; `n` output features, base weight of `dtype`.
 
     The weight is ``[n, k]``, or ``[k, n]`` where it is `transposed` (GPT-2's Conv1D). `bias` (``[n]``)
-    and `residual` (shaped like the output) name their dtypes, or are None where absent.
+    `residual` (shaped like the output) and `rowscale` (``[n]``) name their dtypes, or are None where absent.
     """
 
     n: int
@@ -125,17 +125,19 @@ class ProjectionSpec:
     transposed: bool = False
     kronecker: tuple[KroneckerSpec, ...] = ()
     given: tuple[GivenSpec, ...] = ()
+    rowscale: str | None = None
 
     def __str__(self) -> str:
         words = [f"n={self.n}", f"{'wt' if self.transposed else 'w'}={self.dtype}", f"out={self.out}"]
         words += [f"bias={self.bias}"] if self.bias else []
         words += [f"residual={self.residual}"] if self.residual else []
+        words += [f"rowscale={self.rowscale}"] if self.rowscale else []
         return " ".join([*words, *map(str, self.lowrank), *map(str, self.given), *map(str, self.kronecker)])
 
     @property
     def adapted(self) -> bool:
         """Whether anything is added that is no bias or residual."""
-        return bool(self.lowrank or self.given or self.kronecker)
+        return bool(self.lowrank or self.given or self.kronecker or self.rowscale)
 
     @property
     def rank(self) -> int:
@@ -143,7 +145,7 @@ class ProjectionSpec:
         return sum(term.rank for term in self.lowrank)
 
 
-Role = Literal["weight", "bias", "residual", "a", "b", "scale", "c", "z", "mode", "kron_scale"]
+Role = Literal["weight", "bias", "residual", "rowscale", "a", "b", "scale", "c", "z", "mode", "kron_scale"]
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,8 @@ class KernelSpec:
                 yield Operand("bias", i, None, (p.n,), p.bias)
             if p.residual:
                 yield Operand("residual", i, None, ("m", p.n), p.residual)
+            if p.rowscale:
+                yield Operand("rowscale", i, None, (p.n,), p.rowscale)
             for j, term in enumerate(p.lowrank):
                 yield Operand("a", i, j, (term.rank, self.k), term.dtype)
                 yield Operand("b", i, j, (p.n, term.rank), term.dtype)
@@ -232,8 +236,8 @@ class KernelSpec:
         lines = []
         for i, p in enumerate(self.projections):
             terms = [f"W{i}' x" if p.transposed else f"W{i} x"]
-            terms += [f"bias{i}"] if p.bias else []
-            terms += [f"res{i}"] if p.residual else []
+            added = [f"bias{i}"] * bool(p.bias) + [f"res{i}"] * bool(p.residual)
+            terms += [] if p.rowscale else added
             for j, term in enumerate(p.lowrank):
                 scale = f"s{i}_{j}" if term.scale is None else f"{term.scale:g}"
                 terms.append(f"{scale} B{i}_{j}[{p.n}x{term.rank}] (A{i}_{j} x)")
@@ -242,6 +246,8 @@ class KernelSpec:
                 scale = f"s{i}_{j}" if kron.scale is None else f"{kron.scale:g}"
                 chain = " ".join(f"({mode} G{i}_{j}_{at})" for at, mode in reversed(list(enumerate(kron.modes))))
                 terms.append(f"{scale} {chain} x")
+            if p.rowscale:
+                terms = [f"rowscale{i} * ({' + '.join(terms)})", *added]
             lines.append(f"y{i}[{p.n}] = " + " + ".join(terms))
         return [*lines, *[f"y[{self.outputs[0][0]}] = silu(y0) * y1"] * self.swiglu]
 
@@ -288,9 +294,9 @@ def _parse_projection(text: str) -> ProjectionSpec:
             kronecker.append(KroneckerSpec(tuple(modes), _dtype(match[10]), *_scale(match[11])))
         position = match.end()
     weight = "wt" if "wt" in fields else "w"
-    if not {"n", weight, "out"} <= fields.keys() <= {"n", weight, "out", "bias", "residual"}:
+    optional = ("bias", "residual", "rowscale")
+    if not {"n", weight, "out"} <= fields.keys() <= {"n", weight, "out", *optional}:
         raise SpecError(f"not a projection spec: {text!r}")
-    optional = {name: _dtype(fields[name]) for name in ("bias", "residual") if name in fields}
     return ProjectionSpec(
         n=int(fields["n"]),
         dtype=_dtype(fields[weight]),
@@ -299,5 +305,5 @@ def _parse_projection(text: str) -> ProjectionSpec:
         transposed=weight == "wt",
         kronecker=tuple(kronecker),
         given=tuple(given),
-        **optional,
+        **{name: _dtype(fields[name]) for name in optional if name in fields},
     )

@@ -213,6 +213,7 @@ def flags_per_token(spec: KernelSpec, plan: Plan) -> int:
 def _header(spec: KernelSpec, plan: Plan, style: Style, code: str) -> str:
     """Docstring, imports and constants, as far as `code` needs them."""
     joined = ["bias", "residual", *["B u"] * any(p.lowrank for p in spec.projections)]
+    joined += ["the rows' scale"] * any(p.rowscale for p in spec.projections)
     joined += ["C z"] * any(p.given for p in spec.projections)
     joined += ["Kronecker terms"] * any(p.kronecker for p in spec.projections)
     said = {

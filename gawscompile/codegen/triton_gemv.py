@@ -167,10 +167,9 @@ class Gemv(Style):
     def epilogue(self, i: int, rows: Cut) -> list[str]:
         p, columns, ok = self.spec.projections[i], self.columns[i], [rows.mask("row_ok")]
         lines = to_rows(p)
-        if p.bias:
-            lines += load("out +=", "bias + rows", ok, p.bias)
-        if p.residual:
-            lines += load("out +=", "residual + rows", ok, p.residual)
+        added = load("out +=", "bias + rows", ok, p.bias) if p.bias else []
+        added += load("out +=", "residual + rows", ok, p.residual) if p.residual else []
+        lines += [] if p.rowscale else added  # loads that need not wait for u
         for j, given in enumerate(p.given):
             lines += self._add_given(j, given, rows)
         of_x, of_u = ([e for e in columns.endings if (e.source is None) == on_x] for on_x in (True, False))
@@ -182,6 +181,8 @@ class Gemv(Style):
             lines += self._add_term(j, term, offset, rows)
         for ending in of_u:
             lines += self._add_mode(ending, rows)
+        if p.rowscale:
+            lines += [*load("out *=", "rowscale + rows", ok, p.rowscale), *added]
         return lines
 
     def _add_mode(self, ending: Product, rows: Cut) -> list[str]:
@@ -278,7 +279,7 @@ class SingleLaunch(Gemv):
 class RedundantShrink(Gemv):
     """Every program computes u = s A x for itself; only low-rank terms need a u here."""
 
-    expanded = ("weight", "bias", "residual", "a", "b", "scale", "c", "z")
+    expanded = ("weight", "bias", "residual", "rowscale", "a", "b", "scale", "c", "z")
 
     def kernels(self) -> list[Kernel]:
         return [self._kernel("project", "The rows of every y", self.expands())]

@@ -47,7 +47,8 @@ class Style(ABC):
     token: tuple[str, ...]  # lines that define `token`
     passed: tuple[str, ...] = ("token",)  # what work may use beside tensors
     extra: tuple[tuple[str, str], ...] = ()  # further parameters, with their Triton types
-    expanded: tuple[str, ...] = ("weight", "bias", "residual", "b", "c", "z")  # operands of an expanding case
+    # operands of an expanding case
+    expanded: tuple[str, ...] = ("weight", "bias", "residual", "rowscale", "b", "c", "z")
     does = "BLOCK_N rows of a y"
     total: str  # what the work calls the rows before they are stored
     names: tuple[str, ...] = ()  # lines that define more names for expanding cases
@@ -321,6 +322,7 @@ def to_rows(p: ProjectionSpec) -> list[str]:
     return [
         *["bias += first"] * bool(p.bias),
         *["residual += token * N + first"] * bool(p.residual),
+        *["rowscale += first"] * bool(p.rowscale),
         *(f"b{j} += {times('first', term.rank)}" for j, term in enumerate(p.lowrank)),
         *(f"c{j} += {times('first', given.rank)}" for j, given in enumerate(p.given)),
         *(f"z{j} += {times('token', given.rank)}" for j, given in enumerate(p.given)),

@@ -179,6 +179,8 @@ class Tile(Style):
             part = "acc" if joins else f"part{ending.term}"
             lines += emitter.tile(part, fresh=not joins)
             lines += [] if joins else [f"acc += {rescaled(ending, part)}"]
+        if p.rowscale:
+            lines += load("acc *=", "rowscale + rows", [rows.mask("row_ok")], p.rowscale, view="[None, :]")
         if p.bias:
             lines += load("acc +=", "bias + rows", [rows.mask("row_ok")], p.bias, view="[None, :]")
         if p.residual:
@@ -221,7 +223,7 @@ class Accumulate(Tile):
     """What is to be added to the products that the vendor library has written to every y."""
 
     does = "Added to BLOCK_N rows of a y"
-    expanded = ("bias", "residual", "b", "c", "z")
+    expanded = ("bias", "residual", "rowscale", "b", "c", "z")
     reads_y = True
 
     def kernels(self) -> list[Kernel]:

@@ -50,6 +50,7 @@ class LinearRecord:
     status: str = "rejected"
     operators: str = ""
     adapters: int = 0
+    hoisted: int = 0  # operands that are computed once per state of their sources
     group: int | None = None
     plan: str | None = None
     kernel: str | None = None
@@ -70,11 +71,12 @@ class GroupRecord:
     kernel: str
     costs: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
+    suffix: str = ""
 
     @property
     def program(self) -> str:
-        """What the op takes: emitter, plan table and spec."""
-        return f"{self.prefix}{self.plan} | {self.spec}"
+        """What the op takes: emitter, plan table, spec, and the recipes of what is hoisted."""
+        return f"{self.prefix}{self.plan} | {self.spec}{self.suffix}"
 
 
 @dataclass

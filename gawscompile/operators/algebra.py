@@ -66,6 +66,12 @@ class Bias(NamedTuple):
         return self.vector
 
 
+class RowScale(NamedTuple):
+    """``c ⊙`` all else in the sum but biases: c ``[N]`` (DoRA: Liu et al. 2024, eq. 5; (IA)³: Liu et al. 2022)."""
+
+    vector: Leaf
+
+
 class Mode(NamedTuple):
     """``(I_before ⊗ G ⊗ I_after) x``: a mode product, G applied along the middle of x's features as three axes
     (Van Loan 2000, "The ubiquitous Kronecker product"). G ``[rows, columns]``, or a vector ``[columns]``, its diagonal.
@@ -99,8 +105,9 @@ class Kronecker(NamedTuple):
         return x * self.scale
 
 
-Operator = Dense | LowRank | Given | Bias | Kronecker
-OPERATORS: tuple[type, ...] = (Dense, LowRank, Given, Bias, Kronecker)
+Summand = Dense | LowRank | Given | Bias | Kronecker
+Operator = Summand | RowScale
+OPERATORS: tuple[type, ...] = (Dense, LowRank, Given, Bias, Kronecker, RowScale)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -110,10 +117,24 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def operator_sum(x: torch.Tensor, terms: tuple[Operator, ...], out: torch.dtype) -> torch.Tensor:
     """The sum of `terms` on x ``[..., K]``, cast to `out`: ``[..., N]``."""
-    total = terms[0].apply(x)
-    for term in terms[1:]:
+    scales, biases, (first, *rest) = split_sum(terms)
+    total = first.apply(x)
+    for term in rest:
         total = total + term.apply(x)
+    for scale in scales:
+        total = total * scale.vector
+    for bias in biases:
+        total = total + bias.apply(x)
     return total.to(out)
+
+
+def split_sum(
+    terms: tuple[Operator, ...],
+) -> tuple[list[RowScale], list[Bias], list[Dense | LowRank | Given | Kronecker]]:
+    """What scales the rows of a sum, what is added after that, and the sum itself."""
+    scales = [term for term in terms if isinstance(term, RowScale)]
+    biases = [term for term in terms if isinstance(term, Bias)]
+    return scales, biases, [term for term in terms if not isinstance(term, (RowScale, Bias))]
 
 
 def operator_group(
@@ -125,10 +146,15 @@ def operator_group(
 
 def describe(terms: tuple[Operator, ...]) -> str:
     """A sum in words: ``Dense[576x576] + 2·LowRank(r=16)``. Leaves need a shape (tensors, or nodes with a value)."""
-    return " + ".join(_describe(term) for term in terms)
+    scales, _, scaled = split_sum(terms)
+    if not scales:
+        return " + ".join(_describe(term) for term in terms if not isinstance(term, RowScale))
+    sizes = "".join(f"diag[{_shape(scale.vector)[0]}]·" for scale in scales)
+    biases = "".join(f" + {_describe(term)}" for term in terms if isinstance(term, Bias))
+    return f"{sizes}({' + '.join(map(_describe, scaled))}){biases}"
 
 
-def _describe(term: Operator) -> str:
+def _describe(term: Summand) -> str:
     if isinstance(term, Dense):
         return "Dense[{}x{}]".format(*term.sizes)
     if isinstance(term, LowRank):

@@ -19,7 +19,8 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
     outputs = []
     for i, p in enumerate(parsed.projections):
         weight = named[f"w{i}"].T if p.transposed else named[f"w{i}"]
-        y = F.linear(x, weight, named[f"bias{i}"] if p.bias else None)
+        late = bool(p.rowscale)  # the bias comes after the scale
+        y = F.linear(x, weight, named[f"bias{i}"] if p.bias and not late else None)
         for j, term in enumerate(p.lowrank):
             a, b = named[f"a{i}_{j}"], named[f"b{i}_{j}"]
             scale = named[f"scale{i}_{j}"] if term.scale is None else term.scale
@@ -31,6 +32,9 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
             modes = [Mode(mode.before, named[f"g{i}_{j}_{at}"], mode.after) for at, mode in enumerate(kron.modes)]
             scale = named[f"kron_scale{i}_{j}"] if kron.scale is None else kron.scale
             y = y + Kronecker(tuple(modes), scale).apply(x)
+        if p.rowscale:
+            y = y * named[f"rowscale{i}"]
+            y = y + named[f"bias{i}"] if p.bias else y
         y = y.to(DTYPES[p.out]) if x.dtype != torch.float64 else y
         outputs.append(y + named[f"res{i}"] if p.residual else y)
     return [F.silu(outputs[0]) * outputs[1]] if parsed.swiglu else outputs

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from gawscompile.codegen import triton
 from gawscompile.codegen.spec import KernelSpec, SpecError
+
+T = TypeVar("T")
 
 CPP_PLANS = ("gemv_cpp", "gemm_accumulate")
 
@@ -49,18 +54,36 @@ class PlanTable:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """The operand at `operand` is no argument of the op, but computed by `recipe` from the arguments at `sources`.
+
+    `large` says of each source whether it is as large as a base weight: the op tells such a one by its identity,
+    version and a sample of its numbers, others by all of their numbers.
+    """
+
+    operand: int
+    sources: tuple[int, ...]
+    large: tuple[bool, ...]
+    recipe: str
+
+
+@dataclass(frozen=True)
 class Program:
     """A planned group: which plan runs for which m, the spec of its kernels, and the emitter that prints them.
 
-    `tuned`: Triton's autotuner has the last word (``triton autotuned single_launch[8] | …``).
+    `tuned`: Triton's autotuner has the last word (``triton autotuned single_launch[8] | …``). `derived`: operands that
+    are hoisted (``… | k=576 x=bf16; … | [[2,[0,1],[true,false],"[…"]]``).
     """
 
     table: PlanTable
     spec: KernelSpec
     emitter: str = "cpp"
     tuned: bool = False
+    derived: tuple[Derived, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.derived and self.emitter != "cpp":
+            raise SpecError(f"nothing is hoisted on a GPU: {self.spec}")
         for plan, _ in self.table.rows:
             if self.emitter == "triton":
                 triton.Plan.parse(plan)
@@ -68,7 +91,26 @@ class Program:
                 raise SpecError(f"not a plan of the emitter {self.emitter}: {plan}")
 
     def __str__(self) -> str:
-        return f"{self.prefix}{self.table} | {self.spec}"
+        return f"{self.prefix}{self.table} | {self.spec}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """What comes after the spec."""
+        rows = [[d.operand, d.sources, d.large, d.recipe] for d in self.derived]
+        return " | " + json.dumps(rows, separators=(",", ":")) if rows else ""
+
+    def operands(self, arguments: Sequence[T], derive: Callable[[str, list[T]], T]) -> list[T]:
+        """What the kernels take, of what the op takes; `derive` computes a recipe from its sources."""
+        if not self.derived:
+            return list(arguments)
+        given, derived = iter(arguments), {d.operand: d for d in self.derived}
+        found = []
+        for at, _ in enumerate(self.spec.operands()):
+            if at in derived:
+                found.append(derive(derived[at].recipe, [arguments[source] for source in derived[at].sources]))
+            else:
+                found.append(next(given))
+        return found
 
     @property
     def prefix(self) -> str:
@@ -83,8 +125,11 @@ class Program:
     @functools.lru_cache(maxsize=4096)
     def parse(text: str) -> Program:
         """The program that prints as `text`. Raises `SpecError`, naming the part that is not understood."""
-        table, _, spec = text.partition(" | ")
+        table, _, rest = text.partition(" | ")
+        spec, _, suffix = rest.partition(" | ")
         match = re.fullmatch("(triton )?(autotuned )?(.*)", table)
         assert match is not None
         emitter = "triton" if match[1] else "cpp"
-        return Program(PlanTable.parse(match[3]), KernelSpec.parse(spec), emitter, bool(match[2]))
+        rows = json.loads(suffix) if suffix else []
+        derived = tuple(Derived(at, tuple(sources), tuple(large), recipe) for at, sources, large, recipe in rows)
+        return Program(PlanTable.parse(match[3]), KernelSpec.parse(spec), emitter, bool(match[2]), derived)

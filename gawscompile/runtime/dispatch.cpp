@@ -2,7 +2,8 @@
 //
 // It finds the kernels of `program` (asking Python to build them the first time), checks every operand against the
 // spec (a parameter may have been replaced since compilation), allocates the outputs and runs the plan that the
-// program names for this number of tokens. Only torch's stable ABI is used: one build serves every torch from 2.10.
+// program names for this number of tokens. Operands that are hoisted are compared with their sources in every call.
+// Only torch's stable ABI is used, and c10 for what that cannot say: which tensor it is, and its version.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -10,6 +11,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <ATen/core/TensorBase.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -38,6 +45,28 @@ struct Projection {
   bool transposed;  // the weight is [k, n]
 };
 
+// A tensor as it was when something was derived from it.
+struct State {
+  const void* data;
+  uint64_t version, numbers;  // numbers: of all of them, or of a sample of a large tensor's
+
+  bool operator==(const State& o) const { return data == o.data && version == o.version && numbers == o.numbers; }
+};
+
+struct Derived {
+  int64_t operand;
+  std::string recipe;
+  std::vector<int64_t> sources;
+  std::vector<char> large;
+
+  struct Value {
+    std::vector<State> states;
+    std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> alive;  // and no address that is a key is used again
+    Tensor tensor;
+  };
+  mutable std::map<std::vector<const void*>, Value> values;  // by the sources' identities
+};
+
 struct Program {
   Kernel gemv, accumulate;  // accumulate: null where nothing is to be added to W x
   int64_t gemv_max;         // the most tokens that gemv runs; beyond, the library multiplies
@@ -46,6 +75,8 @@ struct Program {
   std::vector<Operand> operands;
   std::vector<Projection> projections;
   bool swiglu;  // two projections, one output: silu(first) * second
+  std::vector<Derived> derived;  // by rising operand
+  size_t arguments;              // how many the op takes: the other operands, then sources that are none of them
 };
 
 std::shared_mutex mutex;
@@ -80,6 +111,94 @@ bool fits(const Tensor& t, const Operand& o, int64_t m) {
   return true;
 }
 
+c10::TensorImpl* impl_of(const Tensor& t) {
+  // A handle of the stable ABI is a pointer to an at::Tensor, which is a TensorBase and no more.
+  return reinterpret_cast<const at::TensorBase*>(t.get())->unsafeGetTensorImpl();
+}
+
+// Every number counts and its place does: each of the lanes is a polynomial in an odd number.
+uint64_t hash(const char* data, size_t bytes, uint64_t seed) {
+  constexpr size_t LANES = 64;
+  uint32_t lanes[LANES];
+  for (size_t i = 0; i < LANES; ++i) lanes[i] = uint32_t(seed) + uint32_t(i);
+  const size_t whole = bytes / sizeof lanes;
+  for (size_t block = 0; block < whole; ++block) {
+    uint32_t words[LANES];
+    std::memcpy(words, data + block * sizeof words, sizeof words);
+    for (size_t i = 0; i < LANES; ++i) lanes[i] = lanes[i] * 0x9E3779B1u + words[i];
+  }
+  uint64_t sum = seed ^ bytes;
+  for (size_t i = whole * sizeof lanes; i < bytes; ++i) sum = sum * 0x100000001B3ull + uint8_t(data[i]);
+  for (uint32_t lane : lanes) sum = (sum ^ lane) * 0x9E3779B97F4A7C15ull;
+  return sum ^ sum >> 32;
+}
+
+constexpr size_t SAMPLES = 32, LINE = 64;  // of a large tensor: so many pieces of so many bytes
+
+State state_of(const Tensor& t, bool large) {
+  c10::TensorImpl* impl = impl_of(t);
+  const Tensor plain = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const char* data = static_cast<const char*>(plain.data_ptr());
+  const size_t bytes = size_t(plain.numel()) * impl->dtype().itemsize();
+  uint64_t numbers = uint64_t(dtype_of(t));
+  for (int64_t d = 0; d < t.dim(); ++d) numbers = (numbers * 31 + uint64_t(t.size(d))) * 31 + uint64_t(t.stride(d));
+  if (!large || bytes <= SAMPLES * LINE) {
+    numbers = hash(data, bytes, numbers);
+  } else {
+    std::array<char, SAMPLES * LINE> sample;
+    for (size_t i = 0; i < SAMPLES; ++i)
+      std::memcpy(sample.data() + i * LINE, data + (bytes - LINE) / (SAMPLES - 1) * i, LINE);
+    numbers = hash(sample.data(), sample.size(), numbers);
+  }
+  return {t.data_ptr(), impl->is_inference() ? 0 : impl->version_counter().current_version(), numbers};
+}
+
+// The operand that is derived from `arguments`, computed anew where any of its sources is no longer what it was.
+Tensor derive(const Derived& d, const std::vector<Tensor>& arguments) {
+  std::vector<const void*> key;
+  std::vector<State> states;
+  for (size_t i = 0; i < d.sources.size(); ++i) {
+    const Tensor& source = arguments[d.sources[i]];
+    key.push_back(impl_of(source));
+    states.push_back(state_of(source, d.large[i]));
+  }
+  {
+    std::shared_lock lock(mutex);
+    const auto it = d.values.find(key);
+    if (it != d.values.end() && it->second.states == states) return it->second.tensor;
+  }
+  std::vector<Tensor> sources;
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> alive;
+  for (int64_t source : d.sources) {
+    sources.push_back(arguments[source]);
+    alive.emplace_back(reinterpret_cast<const at::TensorBase*>(arguments[source].get())->getIntrusivePtr());
+  }
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(sources), torch::stable::detail::from(d.recipe)};
+  CHECK_OK(aoti_torch_call_dispatcher("gaws::derive", "", stack.data()));
+  Tensor tensor = torch::stable::detail::to<Tensor>(stack[0]);
+  std::unique_lock lock(mutex);
+  for (auto it = d.values.begin(); it != d.values.end();) {
+    const auto& all = it->second.alive;
+    const bool gone = std::any_of(all.begin(), all.end(), [](const auto& one) { return one.expired(); });
+    it = gone ? d.values.erase(it) : std::next(it);
+  }
+  d.values.insert_or_assign(std::move(key), Derived::Value{std::move(states), std::move(alive), tensor});
+  return tensor;
+}
+
+// What the kernels take: `arguments`, with what is derived from them where it belongs.
+std::vector<Tensor> with_derived(const Program& program, std::vector<Tensor> arguments) {
+  if (program.derived.empty()) return arguments;
+  std::vector<Tensor> operands;
+  size_t given = 0, at = 0;
+  for (const Derived& d : program.derived) {
+    while (int64_t(at) < d.operand) operands.push_back(arguments[given++]), ++at;
+    operands.push_back(derive(d, arguments)), ++at;
+  }
+  while (at++ < program.operands.size()) operands.push_back(arguments[given++]);
+  return operands;
+}
+
 // A view of dense memory, for the library's matmul; the caller keeps the memory alive.
 Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int32_t dtype) {
   const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
@@ -103,14 +222,15 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
-std::vector<Tensor> project(Tensor x, std::vector<Tensor> operands, std::string text) {
+std::vector<Tensor> project(Tensor x, std::vector<Tensor> arguments, std::string text) {
   const Program& program = find(text);
   STD_TORCH_CHECK(
       x.dim() > 0 && x.size(-1) == program.k && dtype_of(x) == program.x_dtype,
       "gaws::project: x does not fit the compiled kernel (wanted ", program.k, " features): ", text);
   STD_TORCH_CHECK(
-      operands.size() == program.operands.size(),
-      "gaws::project: ", operands.size(), " operands, the kernel takes ", program.operands.size(), ": ", text);
+      arguments.size() == program.arguments,
+      "gaws::project: ", arguments.size(), " operands, the kernel takes ", program.arguments, ": ", text);
+  std::vector<Tensor> operands = with_derived(program, std::move(arguments));
   const int64_t m = program.k ? x.numel() / program.k : 0;
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   std::vector<const void*> in(operands.size());
@@ -164,7 +284,8 @@ extern "C" void gaws_register(
     const char* text, void* gemv, void* accumulate, int64_t gemv_max, int64_t k, int32_t x_dtype, int64_t n_operands,
     const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
     int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
-    const bool* transposed, bool swiglu) {
+    const bool* transposed, bool swiglu, int64_t n_derived, const int64_t* places, const char* const* recipes,
+    const int64_t* counts, const int64_t* sources, const bool* large) {
   auto program = std::make_unique<Program>();
   program->gemv = Kernel(gemv);
   program->accumulate = Kernel(accumulate);
@@ -176,8 +297,27 @@ extern "C" void gaws_register(
     program->operands.push_back({dtypes[i], {shapes + at, shapes + at + ranks[i]}, names[i]});
   for (int64_t i = 0; i < n_projections; ++i)
     program->projections.push_back({widths[i], out_dtypes[i], weights[i], transposed[i]});
+  program->arguments = size_t(n_operands - n_derived);
+  for (int64_t i = 0; i < n_derived; sources += counts[i], large += counts[i], ++i) {
+    program->derived.push_back({places[i], recipes[i], {sources, sources + counts[i]}, {large, large + counts[i]}, {}});
+    for (int64_t j = 0; j < counts[i]; ++j) program->arguments = std::max(program->arguments, size_t(sources[j] + 1));
+  }
   std::unique_lock lock(mutex);
   programs.emplace(text, std::move(program));  // never replaced: calls in flight hold references
+}
+
+// Forget what was derived from tensors at these addresses; from all where `count` is negative.
+extern "C" void gaws_forget(const void* const* data, int64_t count) {
+  std::unique_lock lock(mutex);
+  for (auto& [text, program] : programs)
+    for (const Derived& d : program->derived)
+      for (auto it = d.values.begin(); it != d.values.end();) {
+        const auto& states = it->second.states;
+        const bool meant = count < 0 || std::any_of(states.begin(), states.end(), [&](const State& s) {
+          return std::find(data, data + count, s.data) != data + count;
+        });
+        it = meant ? d.values.erase(it) : std::next(it);
+      }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gaws, CPU, m) { m.impl("project", TORCH_BOX(&project)); }

@@ -2,7 +2,8 @@
 
     gaws::project(Tensor x, Tensor[] operands, str program) -> Tensor[]
 
-`x` is ``[..., k]``; `operands` follow ``KernelSpec.operands()``; `program` is a printed ``Program``. The outputs are
+`x` is ``[..., k]``; `operands` follow ``KernelSpec.operands()``, or ``Program.operands`` makes those of them where some
+are hoisted; `program` is a printed ``Program``. The outputs are
 ``[..., n]``, one per projection (one in all under ``KernelSpec.swiglu``), contiguous. The op is defined here at import,
 with its fake; its CPU kernel is `dispatch.cpp`, built and loaded by `ensure_loaded`, its CUDA kernel is in `gpu`. A
 program met for the first time in a process (a warm start runs no pass) is parsed, emitted, built and registered then.
@@ -20,6 +21,7 @@ import torch
 
 from gawscompile.codegen import build, cpp, triton
 from gawscompile.codegen.spec import DTYPES, SpecError
+from gawscompile.operators.recipe import hoisted
 from gawscompile.planning.table import Program
 from gawscompile.runtime import gpu
 
@@ -36,6 +38,18 @@ def _fake(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[t
 
 
 torch.library.register_fake("gaws::project", _fake, lib=_library)
+_library.define("derive(Tensor[] sources, str recipe) -> Tensor")
+
+
+def _derive(sources: list[torch.Tensor], recipe: str) -> torch.Tensor:
+    """Called by the dispatcher for an operand that is hoisted, whose sources have changed: new memory."""
+    with torch.no_grad():
+        found = hoisted(recipe, [source.detach() for source in sources])
+        kept = {source.untyped_storage().data_ptr() for source in sources}
+        return found.clone() if found.untyped_storage().data_ptr() in kept else found
+
+
+_library.impl("derive", _derive, "CPU")
 _library.impl("project", gpu.project, "CUDA")
 
 OPS = (torch.ops.gaws.project.default, torch.ops.gaws.project_traced.default)
@@ -96,6 +110,17 @@ def _resolve(text: bytes) -> int | None:
     return None
 
 
+def invalidate(model: torch.nn.Module | None = None) -> None:
+    """Forget what was hoisted of the parameters and buffers of `model` (of all models where it is None).
+
+    Only needed after a write through ``.data`` to a few single numbers of a *base* weight whose function was hoisted
+    (DoRA's norm, LoHa's ΔW): every other change is seen by itself.
+    """
+    pointers = [t.data_ptr() for t in (*model.parameters(), *model.buffers())] if model is not None else []
+    count = len(pointers) if model is not None else -1
+    ensure_loaded().gaws_forget((ctypes.c_void_p * len(pointers))(*pointers), ctypes.c_int64(count))
+
+
 def register(program: str) -> None:
     """Build the kernels of `program` and hand them to the dispatcher."""
     planned = Program.parse(program)
@@ -111,6 +136,9 @@ def register(program: str) -> None:
         raise SpecError(f"the op runs gemv_cpp up to some m and gemm_accumulate beyond, not {planned.table}")
     gemv_max = 0 if first[0] != "gemv_cpp" else (2**62 if first[1] is None else first[1])
     accumulate = ctypes.cast(kernels.accumulate, ctypes.c_void_p) if hasattr(kernels, "accumulate") else None
+    derived = planned.derived
+    marks = [large for d in derived for large in d.large]
+    sources = [source for d in derived for source in d.sources]
     ensure_loaded().gaws_register(
         program.encode(),
         ctypes.cast(kernels.gemv, ctypes.c_void_p),
@@ -129,4 +157,10 @@ def register(program: str) -> None:
         (ctypes.c_int64 * len(spec.projections))(*[i for i, o in enumerate(operands) if o.role == "weight"]),
         (ctypes.c_bool * len(spec.projections))(*[p.transposed for p in spec.projections]),
         ctypes.c_bool(spec.swiglu),
+        ctypes.c_int64(len(derived)),
+        (ctypes.c_int64 * len(derived))(*[d.operand for d in derived]),
+        (ctypes.c_char_p * len(derived))(*[d.recipe.encode() for d in derived]),
+        (ctypes.c_int64 * len(derived))(*[len(d.sources) for d in derived]),
+        (ctypes.c_int64 * len(sources))(*sources),
+        (ctypes.c_bool * len(marks))(*marks),
     )

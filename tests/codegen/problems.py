@@ -71,7 +71,7 @@ def _gated(gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], spec: KernelS
 
 
 def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """W x + bias + residual + sum s B (A x) + sum C z, and a bound on the error of fp32 sums of rounded products.
+    """c * (W x + sum s B (A x) + sum C z) + bias + residual, and a bound on the error of fp32 sums of rounded products.
 
     A sum of K products in fp32 errs by a small multiple of eps times the sum of their magnitudes. Plans that round the
     base product to the output's dtype first (the library's matmul does) err by half an ulp of that too.
@@ -80,9 +80,6 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
     w = weight(spec, i, operands)
     base, size = x @ w.T, x.abs() @ w.abs().T
     total = base.clone()
-    for name in (f"bias{i}", f"res{i}"):
-        if name in operands:
-            total, size = total + operands[name].double(), size + operands[name].double().abs()
     for j, term in enumerate(p.lowrank):
         a, b = operands[f"a{i}_{j}"].double(), operands[f"b{i}_{j}"].double()
         scale = float(operands[f"scale{i}_{j}"]) if term.scale is None else term.scale
@@ -104,6 +101,12 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
             middle = torch.diag(g).abs() if mode.rows is None else g.abs()
             bound = torch.kron(torch.kron(torch.eye(mode.before), middle), torch.eye(mode.after)).double() @ bound
         size = size + abs(scale) * x.abs() @ bound.T
+    if p.rowscale:
+        rows = operands[f"rowscale{i}"].double()
+        base, total, size = base * rows, total * rows, size * rows.abs()
+    for name in (f"bias{i}", f"res{i}"):
+        if name in operands:
+            total, size = total + operands[name].double(), size + operands[name].double().abs()
     half_ulp = torch.finfo(TORCH[p.out]).eps / 2 if p.out != "f32" else 0.0
     allowed = 1.02 * half_ulp * (total.abs() + base.abs()) + 6 * torch.finfo(torch.float32).eps * size
     return total, allowed

@@ -46,6 +46,10 @@ SPECS = {
     "given_too": "k=70 x=bf16; n=21 w=bf16 out=bf16 lora(r=5 f32 s=2.0) given(r=8 f32 z=bf16) given(r=3 bf16 z=bf16) "
     "kron(7*3x10*1 f32 s=1.0); n=16 w=f32 out=bf16",
     "given_conv1d": "k=60 x=bf16; n=44 wt=bf16 out=bf16 bias=bf16 residual=bf16 given(r=16 f32 z=bf16)",
+    "rowscale": "k=48 x=f32; n=20 w=f32 out=f32 bias=f32 residual=f32 rowscale=f32 lora(r=4 f32 s=2.0); "
+    "n=9 w=f32 out=f32 rowscale=f32",
+    "rowscale_kron": "k=64 x=bf16; n=48 wt=bf16 out=bf16 bias=bf16 rowscale=f32 kron(4*12x16*1 f32 s=1.0) "
+    "lora(r=3 f32 s=1.0)",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)

@@ -19,6 +19,7 @@ from gawscompile.codegen.triton_aot import TARGETS, Compiled
 from tests.codegen.triton_specs import (
     CONV1D,
     CROSSING,
+    DORA,
     F32,
     F32_ADAPTERS,
     GAWS,
@@ -75,6 +76,7 @@ def _checked(compiled: Compiled, registers: int | None) -> None:
         (LOKR, TILE),
         (SWIGLU, SINGLE),
         (SWIGLU, TILE),
+        (DORA, SINGLE),
         (GIVEN, STREAM),
         (GIVEN, TILE),
         (GIVEN_SWIGLU, STREAM),

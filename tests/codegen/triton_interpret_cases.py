@@ -88,6 +88,17 @@ GIVEN = {
 }
 
 
+# Rows scaled after all that is linear in x, and before bias and residual.
+ROWSCALE = {
+    "rowscale": f"k=64 x=bf16; n=48 w=bf16 out=bf16 bias=bf16 residual=bf16 rowscale=f32{_lora(8)};"
+    f" n=21 w=bf16 out=bf16 rowscale=bf16{_lora(8)}; n=16 w=bf16 out=bf16",
+    "rowscale_kron": "k=64 x=f32; n=48 wt=f32 out=f32 bias=f32 rowscale=f32 given(r=3 f32 z=f32)"
+    " kron(4*12x16*1 f32 s=1.0)",
+    "rowscale_swiglu": f"k=60 x=f32 swiglu; n=40 w=f32 out=f32 rowscale=f32{_lora(4)};"
+    f" n=40 w=f32 out=f32 bias=f32 rowscale=f32{_lora(4)}",
+}
+
+
 def _cases() -> dict[str, tuple[str, int]]:
     """Name → (printed spec, number of tokens); `plans_for` says by which plans each is run."""
     cases = {}
@@ -128,7 +139,7 @@ def _cases() -> dict[str, tuple[str, int]]:
     }
     cases |= {f"{name}-m{m}": (text, m) for name, text in specs.items() for m in (1, 5)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
-    cases |= {f"{name}-m{m}": (text, m) for name, text in (SWIGLU | GIVEN).items() for m in (1, 5)}
+    cases |= {f"{name}-m{m}": (text, m) for name, text in (SWIGLU | GIVEN | ROWSCALE).items() for m in (1, 5)}
     # A second token in flight, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
     cases |= {f"swiglu-m{m}": (SWIGLU["swiglu"], m) for m in (2, 70)}
@@ -214,10 +225,6 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
     projection = p.spec.projections[i]
     x = p.x.double()
     y = x @ p.weight(i).double().T
-    if projection.bias and without != "bias":
-        y = y + p.get("bias", i).double()
-    if projection.residual and without != "residual":
-        y = y + p.get("residual", i).double()
     for j in range(len(projection.lowrank)):
         if without != f"term{j}":
             a, b = p.get("a", i, j).double(), p.get("b", i, j).double()
@@ -228,6 +235,12 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
     for j in range(len(projection.kronecker)):
         if without != f"kron{j}":
             y = y + p.kronecker(i, j, exact=True).apply(x)
+    if projection.rowscale and without != "rowscale":
+        y = y * p.get("rowscale", i).double()
+    if projection.bias and without != "bias":
+        y = y + p.get("bias", i).double()
+    if projection.residual and without != "residual":
+        y = y + p.get("residual", i).double()
     return y
 
 
@@ -237,7 +250,7 @@ def segments(p: Problem, i: int) -> Tensor:
     weight = p.weight(i)
     common = torch.promote_types(p.x.dtype, weight.dtype)
     y = functional.linear(p.x.to(common), weight.to(common))
-    if projection.bias:
+    if projection.bias and not projection.rowscale:
         y = y + p.get("bias", i).to(common)
     for j in range(len(projection.lowrank)):
         a, b = p.get("a", i, j), p.get("b", i, j)
@@ -248,6 +261,9 @@ def segments(p: Problem, i: int) -> Tensor:
         y = y + functional.linear(z.to(wide), c.to(wide)).to(common)
     for j in range(len(projection.kronecker)):
         y = y + p.kronecker(i, j).apply(p.x).to(common)
+    if projection.rowscale:
+        y = y * p.get("rowscale", i).to(common)
+        y = y + p.get("bias", i).to(common) if projection.bias else y
     if projection.residual:
         y = y + p.get("residual", i).to(common)
     return y.to(DTYPES[projection.out])

@@ -49,6 +49,7 @@ KRONECKER = {
     "crossing": CROSSING,
 }
 GIVEN = llama(*["given(r=32 bf16 z=bf16)"] * 3)
+DORA = llama(*["rowscale=f32 lora(r=16 bf16 s=2.0)"] * 3)
 GIVEN_SWIGLU = KernelSpec.parse(
     "k=3072 x=bf16 swiglu; " + "; ".join(["n=8192 w=bf16 out=bf16 given(r=32 bf16 z=bf16)"] * 2)
 )

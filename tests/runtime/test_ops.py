@@ -52,6 +52,7 @@ def test_half_precision(dtype, plan):
         "k=37 x=f32 swiglu; n=13 w=f32 out=f32 bias=f32 lora(r=3 f32 s=0.5); n=13 w=f32 out=f32 lora(r=5 f32 s=2.0)",
         "k=64 x=bf16 swiglu; n=96 w=bf16 out=bf16 lora(r=8 f32 s=2.0); n=96 w=bf16 out=bf16 bias=bf16",
         "k=48 x=f32 swiglu; n=20 w=f32 out=f32 given(r=4 f32 z=f32); n=20 w=f32 out=f32 bias=f32 given(r=3 f32 z=bf16)",
+        "k=70 x=bf16 swiglu; n=50 w=bf16 out=bf16 rowscale=bf16 lora(r=5 f32 s=1.0); n=50 w=bf16 out=bf16 bias=bf16",
         "k=60 x=f32 swiglu; n=66 w=f32 out=f32 kron(3*22x20*1 f32 s=0.5);"
         " n=66 w=f32 out=f32 lora(r=2 f32 s=1.0) kron(1*6x5*12 6*11x12*1 f32 s=0.1)",
     ],

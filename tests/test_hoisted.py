@@ -1,0 +1,250 @@
+"""What is hoisted follows its sources, whatever is done to them; nothing recompiles where torch need not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gawscompile
+from gawscompile.debug.explain import explain
+from gawscompile.measure import graphs_compiled
+from tests.graphs import small_llama, tokens
+from tests.peft_kinds import adapted
+
+IDS = tokens(1, 3)
+TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+@pytest.fixture(scope="module", params=["LORA dora", "LOHA"])
+def pair(request):
+    """A model and its compiled form, shared by all changes: they add up."""
+    torch._dynamo.reset()
+    model = adapted(request.param, small_llama(layers=1, lora=None), TARGETS)
+    compiled = torch.compile(model, backend="gaws", options={"strict": True, "verify": True})
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+    report = explain(compiled, IDS, use_cache=False, options={"verify": True})
+    assert sum(entry.hoisted for entry in report.linears) >= len(TARGETS)
+    assert not [entry for entry in report.linears if entry.reason == "UNPROVEN"]
+    return model, compiled
+
+
+@pytest.fixture(autouse=True)
+def forgetful_dynamo():
+    """Not here: what is compiled once must serve every test."""
+
+
+def factors(model):
+    return [p for name, p in model.named_parameters() if "lora_" in name or "hada_" in name]
+
+
+def bases(model):
+    return [p for name, p in model.named_parameters() if "base_layer" in name]
+
+
+def no_grad(change):
+    def changed(model):
+        with torch.no_grad():
+            change(model)
+
+    changed.__name__ = change.__name__
+    return changed
+
+
+@no_grad
+def in_place(model):
+    for p in factors(model):
+        p.mul_(1.1)
+
+
+@no_grad
+def one_number(model):
+    for p in factors(model):
+        p.view(-1)[p.numel() // 3] += 2.0
+
+
+def one_number_through_data(model):
+    for p in factors(model):
+        p.data.view(-1)[-1] += 2.0
+
+
+def through_data(model):
+    for p in factors(model):
+        p.data.mul_(-0.9)
+
+
+def through_numpy(model):
+    for p in factors(model):
+        p.detach().numpy()[...] *= 1.1
+
+
+def magnitude_or_first(model):
+    chosen = [p for name, p in model.named_parameters() if "magnitude" in name or "w1_a" in name]
+    for p in chosen:
+        p.data.add_(0.1)
+
+
+def assigned_data(model):
+    for p in factors(model):
+        p.data = p.data.clone() * 1.05
+
+
+def assigned_data_of_all(model):
+    for p in model.parameters():
+        p.data = p.data.clone() * 1.02
+
+
+def fused_adamw(model):
+    _step(model, torch.optim.AdamW(factors(model), lr=0.02, fused=True))
+
+
+def foreach_sgd(model):
+    _step(model, torch.optim.SGD(factors(model), lr=0.02, foreach=True))
+
+
+def _step(model, optimizer):
+    for p in factors(model):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p in factors(model):
+        p.grad = None
+
+
+def loaded(model):
+    model.load_state_dict({name: value * 0.97 for name, value in model.state_dict().items()})
+
+
+def moved(model):
+    model.to(torch.bfloat16)
+    model.to(torch.float32)
+    with torch.no_grad():
+        for p in factors(model):
+            p.add_(0.02)
+
+
+def from_inference_mode(model):
+    with torch.inference_mode():
+        fresh = [p.detach().clone() * 0.9 for p in factors(model)]
+    for p, new in zip(factors(model), fresh, strict=True):
+        p.data.copy_(new)
+
+
+@no_grad
+def zeroed(model):
+    factors(model)[1].zero_()
+
+
+@no_grad
+def refilled(model):
+    for p in factors(model)[1:2]:
+        p.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+
+
+@no_grad
+def base_in_place(model):
+    for p in bases(model):
+        p.mul_(1.05)
+
+
+@no_grad
+def one_number_of_the_base(model):
+    for p in bases(model):
+        p[5, 7] += 3.0
+
+
+def base_through_data(model):
+    for p in bases(model):
+        p.data.mul_(0.95)
+
+
+def base_copied(model):
+    for p in bases(model):
+        p.data.copy_(p.data.flip(0))
+
+
+def base_assigned(model):
+    for p in bases(model):
+        p.data = p.data.flip(1).contiguous()
+
+
+def swapped(model):
+    for p in factors(model)[:1]:
+        other = torch.nn.Parameter(p.detach() * 1.5)
+        p.data, other.data = other.data, p.data
+
+
+CHANGES = [
+    in_place,
+    one_number,
+    one_number_through_data,
+    through_data,
+    through_numpy,
+    magnitude_or_first,
+    assigned_data,
+    assigned_data_of_all,
+    fused_adamw,
+    foreach_sgd,
+    loaded,
+    moved,
+    from_inference_mode,
+    zeroed,
+    refilled,
+    base_in_place,
+    one_number_of_the_base,
+    base_through_data,
+    base_copied,
+    base_assigned,
+    swapped,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_the_next_call_shows_it(pair, change):
+    model, compiled = pair
+    before, graphs = logits(compiled), graphs_compiled()
+    change(model)
+    want = logits(model)
+    assert (want - before).abs().max() > 1e-4, "the change shows nowhere: this test proves nothing"
+    torch.testing.assert_close(logits(compiled), want, rtol=1e-4, atol=1e-4)
+    assert graphs_compiled() == graphs
+
+
+def test_a_few_numbers_of_a_base_through_data_want_invalidate(pair):
+    """The documented limit: a base weight is told by identity, version and a sample of its numbers."""
+    model, compiled = pair
+    logits(compiled)
+    for p in bases(model):
+        p.data.view(-1)[100:120] += 4.0
+    gawscompile.invalidate(model)
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_replaced_objects_and_disabled_adapters(pair):
+    model, compiled = pair
+    model.load_state_dict({name: value * 1.05 for name, value in model.state_dict().items()}, assign=True)
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+    adapted_logits = logits(compiled)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(logits(compiled), adapted_logits, rtol=1e-2)
+    torch.testing.assert_close(logits(compiled), adapted_logits)
+
+
+def test_two_adapters_on_one_base_do_not_share_what_is_hoisted():
+    from gawscompile.measure import sharing_copy
+
+    torch._dynamo.reset()
+    base = small_llama(layers=1, lora=None)
+    models = [adapted("LORA dora", sharing_copy(base), TARGETS) for _ in range(2)]
+    with torch.no_grad():
+        for p in factors(models[1]):
+            p.mul_(-1.5)
+    ours = [torch.compile(model, backend="gaws", options={"strict": True}) for model in models]
+    for _ in range(2):
+        for model, compiled in zip(models, ours, strict=True):
+            torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(ours[0]), logits(ours[1]), rtol=1e-2)
