@@ -96,6 +96,9 @@ ADAPTERS = ("lora", "gaws", "gawsd", "lokr", "zflora")
 """What can be put on every linear (zFLoRA: on the stream's), each with as many parameters as LoRA of the setup's rank
 has, or nearly so."""
 
+DORA = "dora"
+"""The LoRA with a magnitude for each row."""
+
 MERGED = "merged"
 """The LoRA again, merged into a copy of the weights: what unmerged ones are to be measured by."""
 
@@ -116,7 +119,7 @@ def with_adapter(base: Any, setup: Setup, kind: str = "lora", share: bool = True
     adapted = get_peft_model(inner, config, autocast_adapter_dtype=not setup.cast_adapters)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad and "lora_A" not in name:
+            if parameter.requires_grad and "lora_A" not in name and "magnitude" not in name:
                 parameter.normal_(std=0.02)
     return adapted.to(setup.device).eval()
 
@@ -128,8 +131,8 @@ def adapter_config(base: Any, kind: str, rank: int) -> Any:
     from gawscompile.adapters import GAWSConfig, GAWSDConfig, ZFLoRAConfig
     from gawscompile.adapters.splits import Kind, all_splits
 
-    if kind == "lora":
-        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    if kind in ("lora", DORA):
+        return LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=kind == DORA, target_modules="all-linear")
     sizes = linear_sizes(base)
     if kind == "zflora":
         stream = ZFLoRAConfig(model_type=base.config.model_type).stream()

@@ -338,9 +338,11 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
     left, right = args(node)
     if value(left) is None or value(right) is None or not isinstance(node.kwargs.get("alpha", 1), (int, float)):
         return None
-    for summand, other in ((left, right), (right, left)):
-        if is_call(other, aten.full.default) and args(other)[1] == 0 and (summand is left or weight_of(node) == 1.0):
-            return _extend(node, forms, summand) if same_sizes(shape(summand), shape(node)) else None
+    for summand, zero in ((left, right), (right, left)):
+        if is_call(zero, aten.full.default) and args(zero)[1] == 0 and same_sizes(shape(summand), shape(node)):
+            form = _extend(node, forms, summand) if summand is left or weight_of(node) == 1.0 else None
+            # a single matrix stays alone: it may be the z of a widened stream, which others read
+            return form if form is not None and not form.bases else None
     weight = weight_of(node)
     a, b = _summed(left, forms), _summed(right, forms)
     if a is not None and b is not None:

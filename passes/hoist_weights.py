@@ -89,12 +89,9 @@ def _pure(target: Any) -> bool:
 
 
 def _static(found: Any) -> bool:
-    """Whether all its sizes are known, on a CPU: elsewhere comparing sources would wait for the device."""
+    """Whether all its sizes are known."""
     tensors = found if isinstance(found, (list, tuple)) else [found]
-    return all(
-        isinstance(t, torch.Tensor) and t.device.type == "cpu" and all(isinstance(n, int) for n in t.shape)
-        for t in tensors
-    )
+    return all(isinstance(t, torch.Tensor) and all(isinstance(n, int) for n in t.shape) for t in tensors)
 
 
 def cone(leaf: Node) -> list[Node]:
@@ -122,8 +119,10 @@ def hoistable(leaf: Node, context: Context) -> bool:
 
 
 def worthwhile(leaf: Node) -> bool:
-    """Whether it is no single number, and more than a parameter viewed or cast."""
-    if value(leaf) is None or shape(leaf) == ():
+    """Whether it is no single number, more than a parameter viewed or cast, and on a CPU: elsewhere comparing sources
+    would wait for the device, and Inductor computes it in every call."""
+    found = value(leaf)
+    if found is None or shape(leaf) == () or found.device.type != "cpu":
         return False
     return not all(is_call(node, *CASTS, *VIEWS, *ONES, *TRANSPOSES) for node in cone(leaf))
 

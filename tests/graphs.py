@@ -79,6 +79,24 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
     return captured
 
 
+def rewriting(records: list[GraphRecord]) -> Callable[..., Any]:
+    """A backend that runs our passes and no Inductor, for any number of graphs; `records` get what each pass said."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        stored = stored_inputs(gm, inputs)
+
+        def compiler(joint: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            context = Captured(joint.graph, joint, [], [], stored).until()
+            records.append(context.record)
+            return torch.fx.GraphModule(joint, context.graph).forward
+
+        decompositions = select_decomp_table()
+        through = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=decompositions)
+        return through(gm, inputs)
+
+    return backend
+
+
 def count(context: Context, target: Any) -> int:
     return len(context.graph.find_nodes(op="call_function", target=target))
 

@@ -24,6 +24,13 @@ def constant(numbers: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(numbers, dtype=dtype)
 
 
+def iota(*inputs: Any, dtype: torch.dtype, **keywords: Any) -> torch.Tensor:
+    """``prims.iota``, which has no kernel for the short unsigned integers that an eye is made of."""
+    wide = dtype if dtype in (torch.int32, torch.int64) else torch.int64
+    made: torch.Tensor = torch.ops.prims.iota.default(*inputs, dtype=wide, **keywords)
+    return made
+
+
 _NAMED: dict[str, Callable[..., Any]] = {"linear": linear, "getitem": operator.getitem, "constant": constant}
 _NAMES = {function: name for name, function in _NAMED.items()}
 _TORCH = (torch.dtype, torch.memory_format, torch.layout)
@@ -85,7 +92,7 @@ def _plain(value: Any, numbers: dict[Node, int]) -> Any:
 def _steps(text: str) -> list[tuple[str, Callable[..., Any], Any, Any]]:
     found = []
     for name, inputs, keywords in json.loads(text):
-        function: Any = _NAMED.get(name)
+        function: Any = iota if name == "prims.iota.default" else _NAMED.get(name)
         if function is None:
             function = operator.attrgetter(name)(torch.ops)
         found.append((name, function, inputs, keywords))
