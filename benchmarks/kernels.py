@@ -327,7 +327,8 @@ def layers(traced: dict[tuple[str, str | None], list[ahead.Traced]], given: argp
             f" latency, {gpu.publish * 1e6:g} µs to wait in a launch"
             for gpu in map(GPUS.__getitem__, ACCOUNT_GPUS)
         )
-        + f"; the vendor library reaches {GPUS['H100'].tensor_share:.0%} of the bandwidth. Attention and norms are not counted.",
+        + f"; the vendor library reaches {GPUS['H100'].tensor_share:.0%} of the bandwidth. Attention and norms are not"
+        " counted.",
     ]
     for name in (name for name in given.model if name in DECODER_LAYERS):
         plain = segments(traced[name, None][0].before)

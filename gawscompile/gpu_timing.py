@@ -7,10 +7,13 @@ here works on the current device.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+DEVICE = "cuda"
+"""Where tensors are made; the rehearsal without a GPU (`tests/gpu/rehearse.py`) has another."""
 
 COPIED = 1 << 30
 """Bytes of the buffer whose copy shows what the memory gives: far more than any second cache."""
@@ -68,7 +71,7 @@ def median(recorded: Recorded, rounds: int, times: int = 1) -> float:
 
 def copy_bandwidth(rounds: int = 5, copied: int = COPIED) -> float:
     """Bytes per second, read and written, of a copy from device memory to device memory."""
-    source = torch.zeros(copied, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(copied, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2e3 * copied / median(Recorded(lambda: target.copy_(source)), rounds, times=4)
 
@@ -77,8 +80,3 @@ def cold_copies(size: int, least: int = 2, most: int = 64) -> int:
     """How many copies of operands of `size` bytes, used in turn, each find the others in the second cache instead."""
     cache = int(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 64 << 20))
     return max(least, min(most, -(-4 * cache // max(1, size))))
-
-
-def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], list[Any]]:
-    """One call after the other, as one piece of work; what they return stays alive until all are done."""
-    return lambda: [call() for call in calls]

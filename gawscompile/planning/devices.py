@@ -51,10 +51,10 @@ class Gpu:
 
     `launch` is what one more kernel costs in a CUDA graph, `publish` what waiting for other programs of the same
     launch costs, `latency` that of a load from memory. `matrix_rate` goes by dtype name (dense, `tl.dot`'s and the
-    vendor library's peak), `vector_rate` is fp32's. `tensor_share` is what matmuls by tiles, the library's and ours, reach
-    of the bandwidth at a few tokens; `tile_share` and `library_share` what ours and the library's reach of the matrix
-    rate where it is the bound. The rates are the makers' published peaks; latencies and launch costs are rounded from
-    published micro-benchmarks. `gawscompile calibrate` fits all but the matrix rates to a card.
+    vendor library's peak), `vector_rate` is fp32's. `tensor_share` is what matmuls by tiles, the library's and ours,
+    reach of the bandwidth at a few tokens; `tile_share` and `library_share` are what ours and the library's reach of
+    the matrix rate where it is the bound. The rates are the makers' published peaks; latencies and launch costs are
+    rounded from published micro-benchmarks. `gawscompile calibrate` fits all but the matrix rates to a card.
     """
 
     name: str

@@ -46,7 +46,7 @@ def _fits(spec: KernelSpec, plan: triton.Plan) -> bool:
 
 def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int) -> Any:
     """Of one call by `plan`: an expression in the symbol `m`, or a number where `m` is one."""
-    weights, factors = _bytes(spec)
+    weights, factors = operand_bytes(spec)
     work = 2 * spec.k * sum(p.n for p in spec.projections)
     launches = triton.launches(spec, plan)
     overhead = len(launches) * gpu.launch
@@ -75,7 +75,7 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
 
 
 @functools.lru_cache(maxsize=4096)
-def _bytes(spec: KernelSpec) -> tuple[int, int]:
+def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
     """Of base weights, and of factors."""
     weights = sum(p.n * spec.k * DTYPES[p.dtype].itemsize for p in spec.projections)
     mine = (o for o in spec.operands() if o.role in FACTORS)

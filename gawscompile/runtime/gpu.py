@@ -27,7 +27,8 @@ _flags: dict[tuple[int, int], list[torch.Tensor]] = {}
 
 
 def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[torch.Tensor]:
-    """The CUDA kernel of the op. Raises `ValueError`, naming the tensor, where one no longer fits the program."""
+    """The CUDA kernel of the op. Raises `ValueError`, naming the tensor, where one no longer fits the program, and
+    `RuntimeError` where a scale is a number on the CPU and a CUDA graph is being captured: replays would not see it."""
     parsed = Program.parse(program)
     spec = parsed.spec
     m = math.prod(x.shape[:-1])
@@ -36,6 +37,12 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list
     plan = parsed.triton_plan(m)
     tensors = [t.contiguous() for t in _flat(m, spec, operands)]
     with torch.cuda.device_of(x):  # Triton launches on the current device and its current stream
+        if any(t.device != x.device for t in tensors) and torch.cuda.is_current_stream_capturing():
+            there = [o.name for o, t in zip(spec.operands(), tensors, strict=True) if t.device != x.device]
+            raise RuntimeError(
+                f"gaws: {', '.join(there)} of {spec} on the CPU, while a CUDA graph is captured on {x.device}: make the"
+                " scaling a tensor there, or compile with dynamic=False, where it is a constant"
+            )
         flags = counters(x.device, m * triton.flags_per_token(spec, plan)) if plan.name == "single_launch" else None
         outs = triton.launch(spec, plan, x.reshape(m, spec.k).contiguous(), tensors, flags, parsed.tuned)
     return _shaped(x, spec, outs)
@@ -60,7 +67,8 @@ def counters(device: torch.device, count: int) -> torch.Tensor:
     """At least `count` zeros that kernels leave as zeros, one buffer for each stream.
 
     A CUDA graph keeps the buffer of the stream that it was captured on: replays of graphs from one stream must not
-    overlap. A buffer that is made during a capture is cleared again by every replay, which costs a launch.
+    overlap. A buffer that is made during a capture belongs to that graph and is cleared again by every replay, which
+    costs a launch for every call of the op: warm up on the stream that is captured (`gawscompile.gpu_timing.Recorded`).
     """
     stream = torch.cuda.current_stream(device).cuda_stream
     kept = _flags.setdefault((device.index or 0, stream), [])

@@ -1,0 +1,71 @@
+"""The suite's own logic without a GPU: the tests of this folder, and the benchmark, on the stand-in for one."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu import stand_in
+
+HERE = Path(__file__).parent
+
+
+def rehearse(*command: str, cache: Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("triton")
+    environment = os.environ | {
+        "GAWS_GPU_STAND_IN": "1",
+        "TRITON_INTERPRET": "1",
+        "GAWS_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = (sys.executable, "-m", *command)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.skipif(stand_in.installed(), reason="this is the rehearsal")
+def test_the_suite(tmp_path: Path):
+    report = tmp_path / "report.xml"
+    ignored = f"--ignore={HERE / 'test_rehearsal.py'}"
+    done = rehearse("pytest", str(HERE), ignored, "-m", "not slow", f"--junit-xml={report}", cache=tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:]
+    ran, left = set(), set()
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        (left if case.find("skipped") is not None else ran).add(str(case.get("name")).partition("[")[0])
+    only_a_device = {
+        "test_real_shapes",
+        "test_torch_approves_of_the_transparent_op",
+        "test_the_device_of_the_tensors_is_the_one_that_runs",
+        "test_export",
+    }
+    assert left == only_a_device
+    assert {"test_every_plan", "test_two_streams_at_once", "test_an_adapted_model_in_a_graph"} <= ran
+
+
+@pytest.mark.parametrize("name", stand_in.REPLACED)
+def test_the_stand_in_takes_no_more_than_torch_does(name: str):
+    """Or a call that works in rehearsal would not on a device. Torch's may take more."""
+    real, ours = getattr(torch.cuda, name), getattr(stand_in, name)
+    if name in ("Stream", "Event"):
+        real = real.__new__
+    ours_takes = set(inspect.signature(ours).parameters)
+    takes = set(inspect.signature(real).parameters)
+    assert ours_takes <= takes, f"{name} takes {sorted(takes)}"
+
+
+@pytest.mark.parametrize("name", ["Stream", "Event", "CUDAGraph"])
+def test_the_stand_in_has_only_methods_that_torch_has(name: str):
+    real, ours = getattr(torch.cuda, name), getattr(stand_in, name)
+    for method, function in inspect.getmembers(ours, inspect.isfunction):
+        if not method.startswith("_"):
+            assert hasattr(real, method), f"torch.cuda.{name} has no {method}"
+            if not hasattr(getattr(real, method), "__text_signature__"):
+                taken = set(inspect.signature(getattr(real, method)).parameters)
+                assert set(inspect.signature(function).parameters) <= taken
