@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -126,13 +127,19 @@ def plans_of(spec: KernelSpec) -> list[triton.Plan]:
 
 def time_plan(spec: str, plan: str, tokens: int, rounds: int) -> float:
     """Seconds of one call by `plan` with operands that come from memory: the median of `rounds` passes over copies."""
-    parsed = KernelSpec.parse(spec)
-    copies = gpu_timing.cold_copies(sum(gpu_cost.operand_bytes(parsed)))
     program = f"triton {plan} | {spec}"
-    calls = [tensors(parsed, tokens) for _ in range(copies)]
+    run = cold(KernelSpec.parse(spec), tokens, lambda x, operands: torch.ops.gaws.project(x, operands, program))
+    return statistics.median(run(rounds)) / 1e3
 
-    recorded = gpu_timing.Recorded(lambda: [torch.ops.gaws.project(*args, program) for args in calls])
-    return gpu_timing.median(recorded, rounds) / 1e3 / copies
+
+def cold(
+    spec: KernelSpec, tokens: int, call: Callable[[torch.Tensor, list[torch.Tensor]], Any]
+) -> Callable[[int], list[float]]:
+    """``call(x, operands)`` captured with copies of the operands of `spec` in turn, which together exceed the second
+    cache. What is returned takes a number of passes over them, and gives each one's milliseconds by call."""
+    copies = [tensors(spec, tokens) for _ in range(gpu_timing.cold_copies(sum(gpu_cost.operand_bytes(spec))))]
+    recorded = gpu_timing.Recorded(lambda: [call(*copy) for copy in copies])
+    return lambda rounds: [taken / len(copies) for taken in gpu_timing.samples(recorded, rounds)]
 
 
 def tensors(spec: KernelSpec, tokens: int, device: str | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -63,17 +63,17 @@ class Recorded:
         return float(began.elapsed_time(ended)) / times
 
 
-def median(recorded: Recorded, rounds: int, times: int = 1) -> float:
-    """Milliseconds of one replay: the median of `rounds` timings, after one that is not counted."""
+def samples(recorded: Recorded, rounds: int, times: int = 1) -> list[float]:
+    """Milliseconds of one replay: `rounds` timings, after one that is not counted."""
     recorded.milliseconds(times)
-    return statistics.median(recorded.milliseconds(times) for _ in range(rounds))
+    return [recorded.milliseconds(times) for _ in range(rounds)]
 
 
 def copy_bandwidth(rounds: int = 5, copied: int = COPIED) -> float:
     """Bytes per second, read and written, of a copy from device memory to device memory."""
     source = torch.zeros(copied, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2e3 * copied / median(Recorded(lambda: target.copy_(source)), rounds, times=4)
+    return 2e3 * copied / statistics.median(samples(Recorded(lambda: target.copy_(source)), rounds, times=4))
 
 
 def cold_copies(size: int, least: int = 2, most: int = 64) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_cells
 from tests.gpu import stand_in
 
 HERE = Path(__file__).parent
 
 
-def rehearse(*command: str, cache: Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+pytestmark = pytest.mark.skipif(stand_in.installed(), reason="this is the rehearsal")
+
+
+def rehearse(*command: str, cache: Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton")
     environment = os.environ | {
         "GAWS_GPU_STAND_IN": "1",
@@ -30,7 +35,6 @@ def rehearse(*command: str, cache: Path, timeout: int = 300) -> subprocess.Compl
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.skipif(stand_in.installed(), reason="this is the rehearsal")
 def test_the_suite(tmp_path: Path):
     report = tmp_path / "report.xml"
     ignored = f"--ignore={HERE / 'test_rehearsal.py'}"
@@ -47,6 +51,39 @@ def test_the_suite(tmp_path: Path):
     }
     assert left == only_a_device
     assert {"test_every_plan", "test_two_streams_at_once", "test_an_adapted_model_in_a_graph"} <= ran
+
+
+def benchmark(folder: Path, *flags: str) -> tuple[str, list[dict]]:
+    """The report, and the rows, of a rehearsed benchmark."""
+    done = rehearse("tests.gpu.rehearse", "--out", str(folder), "--layers", "1", *flags, cache=folder / "cache")
+    assert done.returncode == 0, done.stderr[-6000:]
+    return (folder / "gpu.md").read_text(), json.loads((folder / "gpu.json").read_text())["rows"]
+
+
+def test_the_benchmark(tmp_path: Path):
+    cells = ["card", "llama-3.2-1b, kernels, 1 token", "llama-3.2-1b, decode, batch 1"]
+    report, rows = benchmark(tmp_path, "--variants", "3", "--cells", *cells)
+    assert "A rehearsal on a CPU" in report and "## Failed\n\nNothing." in report and "## Skipped\n\nNothing." in report
+    timed = [row for row in rows if row["kind"] == "model" and row["in_turns"]]
+    assert [(row["backend"], row["adapter"]) for row in timed] == [
+        ("inductor", "base"),
+        ("gaws", "base"),
+        ("gaws", "lora"),
+    ]
+    assert timed[2]["plans"] and not timed[0]["plans"]
+    ways = {(row["group"], row["adapter"], row["what"].partition("[")[0]) for row in rows if row["kind"] == "kernel"}
+    assert {("q, k, v", "LoRA r=2", what) for what in ("single_launch", "two_launch", gpu_cells.SHRINK_EXPAND)} <= ways
+    assert {("gate, up", "none", what) for what in ("stream", gpu_cells.MM)} <= ways
+    assert "llama-3.2-1b, decode, batch 1, LoRA r=16 over gaws' base ≤ 1.03×: not" not in report
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark(tmp_path: Path):
+    report, rows = benchmark(tmp_path, "--minutes", "30")
+    assert "## Failed\n\nNothing." in report
+    from benchmarks.gpu_cells import agenda
+
+    assert {row["cell"] for row in rows if row["kind"] == "end"} == {cell.name for cell in agenda(layers=1)}
 
 
 @pytest.mark.parametrize("name", stand_in.REPLACED)
