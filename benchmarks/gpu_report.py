@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import Any
 
+from benchmarks import gpu_cells
 from gawscompile import measure
 
 Row = dict[str, Any]
@@ -53,11 +54,12 @@ def bars(rows: list[Row]) -> list[str]:
     lines = []
     for model in BAR_MODELS:
         ms = _medians(rows, model, "decode", 1)
-        adapted = ms.get(("gaws", "lora", 16))
+        adapted = ms.get(("gaws", "lora", gpu_cells.RANK))
         for what, over, most in (("gaws", "gaws' base", TAX), ("inductor", "Inductor's base", OVER_INDUCTOR)):
-            base = ms.get((what, "base", 16))
+            base = ms.get((what, "base", gpu_cells.RANK))
             ratio = adapted / base if adapted and base else None
-            lines.append(_bar(f"{model}, decode, batch 1, LoRA r=16 over {over}", ratio, f"≤ {most:.2f}×", most, True))
+            named = f"{model}, decode, batch 1, LoRA r={gpu_cells.RANK} over {over}"
+            lines.append(_bar(named, ratio, f"≤ {most:.2f}×", most, True))
     chosen = [row for row in rows if row["kind"] == "kernel" and row.get("chosen") and row["tokens"] == 1]
     for row in (row for row in chosen if row["bytes"] > LARGE and "us" in row):
         named = f"{row['model']}, {row['group']}, {row['adapter']}, {row['what']}: of a copy's bandwidth"
@@ -103,7 +105,7 @@ def _models(rows: list[Row]) -> str:
         ms = _medians(rows, model, case, batch)
         body = []
         for row in (row for row in mine if (row["model"], row["case"], row["batch"]) == (model, case, batch)):
-            timing, bases = row["ms"], [ms.get((backend, "base", 16)) for backend in ("inductor", "gaws")]
+            timing, bases = row["ms"], [ms.get((backend, "base", gpu_cells.RANK)) for backend in ("inductor", "gaws")]
             rank = f" r={row['rank']}" if row["adapter"] == "lora" else ""
             body.append(
                 [

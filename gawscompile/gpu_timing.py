@@ -69,11 +69,11 @@ def samples(recorded: Recorded, rounds: int, times: int = 1) -> list[float]:
     return [recorded.milliseconds(times) for _ in range(rounds)]
 
 
-def copy_bandwidth(rounds: int = 5, copied: int = COPIED) -> float:
+def copy_bandwidth(rounds: int = 5) -> float:
     """Bytes per second, read and written, of a copy from device memory to device memory."""
-    source = torch.zeros(copied, dtype=torch.uint8, device=DEVICE)
+    source = torch.zeros(COPIED, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2e3 * copied / statistics.median(samples(Recorded(lambda: target.copy_(source)), rounds, times=4))
+    return 2e3 * COPIED / statistics.median(samples(Recorded(lambda: target.copy_(source)), rounds, times=4))
 
 
 def cold_copies(size: int, least: int = 2, most: int = 64) -> int:

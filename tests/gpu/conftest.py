@@ -15,6 +15,7 @@ STAND_IN = os.environ.get("GAWS_GPU_STAND_IN") == "1"
 if STAND_IN:
     from tests.gpu import stand_in
 
+    torch.set_num_threads(1)
     stand_in.install()
 
 
@@ -80,7 +81,7 @@ def llama(device: str) -> Callable[..., Any]:
             initializer_range=0.2,
         )
         base = transformers.LlamaForCausalLM(config).to(device, torch.bfloat16)
-        lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+        lora = peft.LoraConfig(r=2 if STAND_IN else 16, lora_alpha=8, target_modules="all-linear")
         model = peft.get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
         renew(model, seed)
         return model
