@@ -107,7 +107,10 @@ def project_traced(x: torch.Tensor, operands: list[torch.Tensor], program: str) 
 
 
 def inline(graph: Graph) -> None:
-    """Replace every ``gaws::project_traced`` of `graph` by the Triton launches and allocations that it stands for."""
+    """Replace every ``gaws::project_traced`` of `graph` by the Triton launches, allocations and library calls that it
+    stands for, spelt as Inductor wants them: it has decomposed the rest of the graph by now."""
+    from torch._inductor.decomposition import select_decomp_table
+
     for node in graph.find_nodes(op="call_function", target=torch.ops.gaws.project_traced.default):
         x, operands, program = cast(tuple[Node, list[Node], str], node.args)
 
@@ -117,7 +120,7 @@ def inline(graph: Graph) -> None:
         reads = [x, *operands]
         fakes = [read.meta["val"] for read in reads]
         with fakes[0].fake_mode:
-            traced = make_fx(dispatch_functionalize(call))(*fakes).graph
+            traced = make_fx(dispatch_functionalize(call), decomposition_table=select_decomp_table())(*fakes).graph
         with graph.inserting_before(node):
             copied = dict(zip(traced.find_nodes(op="placeholder"), reads, strict=True))
             outputs = cast(list[Node], graph.graph_copy(traced, copied))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -28,7 +29,7 @@ def rehearse(*command: str, cache: Path, timeout: int = 600) -> subprocess.Compl
         "GAWS_GPU_STAND_IN": "1",
         "TRITON_INTERPRET": "1",
         "GAWS_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": path(),
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = (sys.executable, "-m", *command)
@@ -53,11 +54,56 @@ def test_the_suite(tmp_path: Path):
     assert {"test_every_plan", "test_two_streams_at_once", "test_an_adapted_model_in_a_graph", "test_models"} <= ran
 
 
+def path() -> str:
+    return os.pathsep.join([str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def benchmark(folder: Path, *flags: str) -> tuple[str, list[dict]]:
     """The report, and the rows, of a rehearsed benchmark."""
     done = rehearse("tests.gpu.rehearse", "--out", str(folder), "--layers", "1", *flags, cache=folder / "cache")
     assert done.returncode == 0, done.stderr[-6000:]
     return (folder / "gpu.md").read_text(), json.loads((folder / "gpu.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def inductor_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What `inductor_code` prints: case → plans and Inductor's code."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("code")
+    environment = os.environ | {"GAWS_CACHE_DIR": str(folder), "PYTHONPATH": path(), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.gpu.inductor_code"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+def test_inductor_makes_code_of_the_op(inductor_code: dict[str, dict]):
+    found = inductor_code["opaque"]
+    ast.parse(found["code"])
+    assert len(found["plans"]) == found["code"].count("torch.ops.gaws.project.default(") == 2
+    assert "_gemv" not in found["code"]
+    assert "with torch.cuda._DeviceGuard(0):" in found["code"]
+
+
+@pytest.mark.parametrize("case", ["transparent", "many", "tuned"])
+def test_inductor_makes_code_of_the_kernels_themselves(inductor_code: dict[str, dict], case: str):
+    """Before it has decomposed the library's calls among them; with all that they read of their module."""
+    found = inductor_code[case]
+    ast.parse(found["code"])
+    names = {plan.partition("[")[0] for plan in found["plans"]}
+    assert names == ({"redundant_shrink"} if case == "transparent" else {"fused_tile", "gemm_accumulate"})
+    assert "gaws.project" not in found["code"]
+    launched = [line.strip().partition(".run(")[0] for line in found["code"].splitlines() if ".run(" in line]
+    ours = [name for name in launched if not name.startswith("triton_")]
+    if case == "transparent":
+        assert [name.rstrip("_0123456789") for name in ours] == ["project_gemv"] * 2
+    else:
+        assert [name.rstrip("_0123456789") for name in ours] == [
+            *("shrink_tile", "expand_tile", "shrink_tile", "accumulate_tile")
+        ]
+        assert found["code"].count("extern_kernels.mm(") == 1
+        assert ("'restore_value': ('y',)" in found["code"]) == (case == "tuned")
+    assert "tl.constexpr(256)" in found["code"], "K, which the kernels read of their module"
 
 
 @pytest.mark.slow
