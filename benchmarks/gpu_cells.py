@@ -91,13 +91,14 @@ class Card(Cell):
     name = "card"
 
     def run(self, budget: Budget) -> Iterator[Row]:
-        from benchmarks.start_order import lateness
+        from benchmarks.start_order import lateness, seats
 
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         yield _fact("copy bandwidth", gpu_timing.copy_bandwidth(ROUNDS), "bytes per second, read and written")
         yield _fact("multiprocessors", properties.multi_processor_count, "")
         yield _fact("second cache", getattr(properties, "L2_cache_size", 0), "bytes")
-        for tokens, blocks in ((1, 2048), (8, 512)) if gpu_timing.DEVICE == "cuda" else ((1, 3),):
+        yield _fact("seats", seats(), "programs of four warps at once; one later than that would break single_launch")
+        for tokens, blocks in ((1, 16384), (8, 4096)) if gpu_timing.DEVICE == "cuda" else ((1, 3),):
             late = lateness(tokens, blocks)
             yield _fact(f"lateness, {tokens} × {blocks}", late, "places that a program started after its turn, at most")
 
@@ -142,7 +143,7 @@ class Models(Cell):
             began = time.time()
             try:
                 graphs[variant], plans = self._record(base, variant)
-                taken = gpu_timing.samples(graphs[variant], 3, REPLAYS[self.case])
+                taken = gpu_timing.samples(graphs[variant], min(3, ROUNDS), REPLAYS[self.case])
             except Exception as error:
                 yield self._row(variant) | {"kind": "failed", "why": f"{type(error).__name__}: {error}"}
                 continue
@@ -157,6 +158,7 @@ class Models(Cell):
         graphs.clear()
         torch.compiler.reset()
         gc.collect()
+        torch.cuda.empty_cache()  # what the graphs had
 
     def _row(self, variant: Variant) -> Row:
         backend, adapter, rank = variant

@@ -1,8 +1,9 @@
 """In which order the programs of a launch start: what `single_launch` relies on.
 
 Its programs that wait for u must not take every seat of the device before those that compute u have one. If programs
-start in the order of their ids, nobody is started ahead of those, as they come first. `lateness` measures how far from
-that order a device starts them.
+get their seats in the order of their ids, nobody is ahead of those, as they come first. `lateness` measures how far
+from that order they begin to run. Programs that have seats at the same time may begin in any order: what would break
+the plan is one that is late by more places than there are `seats`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,16 @@ from gawscompile import gpu_timing
 
 READ = 4096
 """Elements that a program reads before it ends, so that it keeps its seat for a while."""
+
+
+WARPS = 4
+
+
+def seats() -> int:
+    """Programs of so many warps that the current device can hold at once, by their threads."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    threads = int(getattr(properties, "max_threads_per_multi_processor", 2048))
+    return int(properties.multi_processor_count) * (threads // (32 * WARPS))
 
 
 @triton.jit
@@ -38,7 +49,7 @@ def lateness(tokens: int, blocks: int, rounds: int = 5) -> int:
     for _ in range(rounds):
         counter = torch.zeros(1, dtype=torch.int32, device=gpu_timing.DEVICE)
         tickets = torch.empty(programs, dtype=torch.int32, device=gpu_timing.DEVICE)
-        take_tickets[(tokens, blocks)](counter, tickets, source, sums, BLOCK=READ, num_warps=4)
+        take_tickets[(tokens, blocks)](counter, tickets, source, sums, BLOCK=READ, num_warps=WARPS)
         if sorted(tickets.tolist()) != list(range(programs)):
             raise RuntimeError(f"{programs} programs did not draw each number once: the counter is not atomic")
         worst = max(worst, int((tickets - ids).max()))

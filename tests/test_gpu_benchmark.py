@@ -65,15 +65,15 @@ def test_later_rows_replace_earlier_ones_and_what_failed_is_told():
 
 
 def rows_of(script: str, until: float) -> list[gpu.Row]:
-    script = f"import json, os, time\nfrom benchmarks.gpu import _tell\n{script}"
+    script = f"import json, os, time\ndef tell(row): print({gpu.MARK!r} + json.dumps(row), flush=True)\n{script}"
     return list(gpu.watch([sys.executable, "-c", script], until))
 
 
-BEGIN = "_tell({'kind': 'begin', 'cell': 'a', 'seconds': 0.1})\n"
+BEGIN = "tell({'kind': 'begin', 'cell': 'a', 'seconds': 0.1})\n"
 
 
 def test_a_process_that_dies_or_hangs_costs_one_cell(monkeypatch: pytest.MonkeyPatch):
-    died = rows_of(BEGIN + "print('noise')\n_tell({'kind': 'fact'})\nos._exit(7)", time.time() + 60)
+    died = rows_of(BEGIN + "print('noise')\ntell({'kind': 'fact'})\nos._exit(7)", time.time() + 60)
     assert [row["kind"] for row in died] == ["begin", "fact", "failed"]
     assert died[-1]["cell"] == "a" and "ended with code 7" in died[-1]["why"]
     monkeypatch.setattr(gpu, "GRACE", 0.2)

@@ -161,7 +161,7 @@ def get_device_capability(device: Any = None) -> tuple[int, int]:
 
 
 def get_device_properties(device: Any = None) -> Any:
-    return SimpleNamespace(multi_processor_count=132, L2_cache_size=1 << 8, total_memory=1 << 30)
+    return SimpleNamespace(multi_processor_count=132, L2_cache_size=1 << 8, max_threads_per_multi_processor=2048)
 
 
 REPLACED = (
