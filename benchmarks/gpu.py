@@ -36,7 +36,7 @@ WORKER = ["-m", "benchmarks.gpu"]
 """Python's arguments for the process that runs the cells."""
 MARK = "@gaws-row "
 """Before every line of that process that is for us."""
-GRACE, STARTS = 40.0, 60.0
+GRACE, STARTS = 40.0, 90.0
 """Seconds that a cell may overrun its time, as a compilation cannot be interrupted, and that a process may take to
 start."""
 ENOUGH = 20.0
