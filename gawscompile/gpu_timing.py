@@ -22,8 +22,8 @@ COPIED = 1 << 30
 class Recorded:
     """`run`, warmed up and then captured into a CUDA graph, both on one stream of its own.
 
-    The same stream, because what keeps something for each stream (the counters of `gawscompile.runtime.gpu`) then has
-    it when the capture begins. `result` is what the captured call returned; every replay writes it anew. `prepare`
+    The same stream, because what a library keeps for each stream, its workspace say, is then there when the capture
+    begins. `result` is what the captured call returned; every replay writes it anew. `prepare`
     runs before each warm-up, before the capture and before a timing, outside of the graph.
     """
 

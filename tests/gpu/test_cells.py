@@ -31,7 +31,11 @@ def test_the_card():
 
 @pytest.mark.parametrize(
     ("model", "case", "batch", "count"),
-    [("llama-3.2-1b", "decode", 1, 3), pytest.param("gpt2-large", "prefill", 2, 9, marks=[pytest.mark.slow])],
+    [
+        ("llama-3.2-1b", "decode", 1, 3),
+        pytest.param("llama-3.2-3b", "decode", 2, 2, marks=[pytest.mark.slow]),
+        pytest.param("gpt2-large", "prefill", 2, 9, marks=[pytest.mark.slow]),
+    ],
 )
 def test_models(model: str, case: str, batch: int, count: int):
     variants = gpu_cells.VARIANTS[:count]

@@ -56,6 +56,27 @@ def test_a_capture_on_a_stream_that_is_new_has_counters_of_its_own(device: str):
         close(outputs, x, operands)
 
 
+def test_replays_of_two_graphs_overlap(device: str):
+    """Every call in a graph has counters of its own, so both may be under way, wherever they were captured."""
+    spec, program = KernelSpec.parse(SPEC), f"triton single_launch[4] | {SPEC}"
+    problems = [calibrate_gpu.tensors(spec, 1, device) for _ in range(2)]
+    torch.ops.gaws.project(*problems[0], program)
+    torch.cuda.synchronize()
+    graphs, found = [torch.cuda.CUDAGraph() for _ in problems], []
+    for graph, problem in zip(graphs, problems, strict=True):
+        with torch.cuda.graph(graph):  # on one stream, torch's own for captures
+            found.append([torch.ops.gaws.project(*problem, program) for _ in range(2)])
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(1 if device == "cpu" else 300):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for calls, (x, operands) in zip(found, problems, strict=True):
+        for outputs in calls:
+            close(outputs, x, operands)
+
+
 def test_an_adapted_model_in_a_graph(llama: Callable[..., Any], device: str):
     model, mark = llama(), len(RECORDS)
     compiled = torch.compile(model, backend="gaws", dynamic=False, options=STRICT)
