@@ -90,7 +90,8 @@ def work(options: argparse.Namespace) -> None:
                 _tell({"part_of": name, **row})
         except Exception as error:
             _tell({"kind": "failed", "cell": name, "why": f"{type(error).__name__}: {error}"})
-        _tell({"kind": "end", "cell": name})
+        else:
+            _tell({"kind": "end", "cell": name})
 
 
 def _tell(row: Row) -> None:

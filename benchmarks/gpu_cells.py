@@ -218,7 +218,7 @@ class Kernels(Cell):
 
     def run(self, budget: Budget) -> Iterator[Row]:
         queue = [way for name, spec in groups(self.model) for way in self._ways(name, spec)]
-        queue.sort(key=lambda way: way[0])  # stable: what is chosen for every group comes first
+        queue.sort(key=lambda way: (way[0], -way[1]["bytes"]))  # what is chosen comes first, for the largest groups
         for _, row, call, spec in queue:
             if budget.left() < 5:
                 yield row | {"kind": "skipped", "why": "the time for this cell was over"}

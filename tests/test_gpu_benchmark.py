@@ -136,9 +136,13 @@ def test_an_error_in_a_cell_is_told_and_the_next_one_runs(monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu_cells.Kernels, "run", lambda *_: iter([COPY]))
     gpu.work(options(worker=time.time() + 15, only=["broken", cells[1].name, "late"]))
     rows = [json.loads(line.removeprefix(gpu.MARK)) for line in capsys.readouterr().out.splitlines()]
-    assert [row["kind"] for row in rows] == ["begin", "fact", "failed", "end", "begin", "fact", "end", "skipped"]
+    assert [row["kind"] for row in rows] == ["begin", "fact", "failed", "begin", "fact", "end", "skipped"]
     assert rows[2]["why"] == "RuntimeError: CUDA error: an illegal memory access"
     assert rows[1]["part_of"] == "broken" and rows[-1]["cell"] == "late"
+    text = gpu_report.report(rows, FACTS, 1.0)
+    assert "- broken: RuntimeError: CUDA error" in text and "- late: " in text
+    again = [*rows, {"kind": "begin", "cell": "broken", "seconds": 5.0}, {"kind": "end", "cell": "broken"}]
+    assert "RuntimeError" not in gpu_report.report(again, FACTS, 1.0), "it ran whole, later"
 
 
 def test_the_agenda_has_everything_and_the_bars_first():
