@@ -75,7 +75,8 @@ def names(options: argparse.Namespace) -> list[str]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Runs the cells named in ``--only`` and tells their rows on stdout."""
+    """Runs the cells named in ``--only`` and tells their rows on stdout. Leaves the rest to another process where the
+    device is in error, which no later call of this one would survive."""
     from benchmarks.gpu_cells import VARIANTS, Budget, agenda
 
     cells = {cell.name: cell for cell in agenda(VARIANTS[: options.variants], options.layers)}
@@ -88,8 +89,13 @@ def work(options: argparse.Namespace) -> None:
         try:
             for row in cell.run(Budget(min(options.worker, time.time() + cell.seconds))):
                 _tell({"part_of": name, **row})
+            measure.synchronize()  # an error of the device shows here at the latest, if it did not in a row
         except Exception as error:
             _tell({"kind": "failed", "cell": name, "why": f"{type(error).__name__}: {error}"})
+            try:
+                measure.synchronize()
+            except Exception:
+                return
         else:
             _tell({"kind": "end", "cell": name})
 

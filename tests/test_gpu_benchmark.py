@@ -145,6 +145,19 @@ def test_an_error_in_a_cell_is_told_and_the_next_one_runs(monkeypatch: pytest.Mo
     assert "RuntimeError" not in gpu_report.report(again, FACTS, 1.0), "it ran whole, later"
 
 
+def test_an_error_of_the_device_leaves_the_rest_to_another_process(monkeypatch: pytest.MonkeyPatch, capsys):
+    def poisoned() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    cells = [gpu_cells.Kernels(5, "gpt2-large", 1), gpu_cells.Kernels(5, "gpt2-large", 2)]
+    monkeypatch.setattr(gpu_cells, "agenda", lambda *_, **__: cells)
+    monkeypatch.setattr(gpu_cells.Kernels, "run", lambda *_: iter([COPY]))
+    monkeypatch.setattr(measure, "synchronize", poisoned)
+    gpu.work(options(worker=time.time() + 60, only=[cell.name for cell in cells]))
+    rows = [json.loads(line.removeprefix(gpu.MARK)) for line in capsys.readouterr().out.splitlines()]
+    assert [row["kind"] for row in rows] == ["begin", "fact", "failed"] and "illegal memory" in rows[-1]["why"]
+
+
 def test_the_agenda_has_everything_and_the_bars_first():
     cells = gpu_cells.agenda()
     names = [cell.name for cell in cells]
