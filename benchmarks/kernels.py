@@ -33,7 +33,6 @@ from gawscompile.codegen.spec import DTYPES, KernelSpec
 from gawscompile.codegen.triton_aot import TARGETS, compile_plan
 from gawscompile.planning import cost
 from gawscompile.planning.devices import GPUS, Gpu
-from gawscompile.planning.gpu_cost import TENSOR_SHARE
 from gawscompile.planning.table import Program
 
 DECODER_LAYERS = ("llama-3.2-1b", "llama-3.2-3b", "llama-7b")
@@ -216,7 +215,7 @@ class Account:
     def seconds(self, gpu: Gpu, bare: Account) -> float:
         """Predicted, as segments: a launch each, and its bytes."""
         launches, moved = self.beyond(bare)
-        products = sum(self.products) / (TENSOR_SHARE * gpu.bandwidth)
+        products = sum(self.products) / (gpu.tensor_share * gpu.bandwidth)
         return (len(self.products) + launches) * gpu.launch + products + moved / gpu.bandwidth
 
 
@@ -328,7 +327,8 @@ def layers(traced: dict[tuple[str, str | None], list[ahead.Traced]], given: argp
             f" latency, {gpu.publish * 1e6:g} µs to wait in a launch"
             for gpu in map(GPUS.__getitem__, ACCOUNT_GPUS)
         )
-        + f"; the vendor library reaches {TENSOR_SHARE:.0%} of the bandwidth. Attention and norms are not counted.",
+        + f"; the vendor library reaches {GPUS['H100'].tensor_share:.0%} of the bandwidth. Attention and norms are not"
+        " counted.",
     ]
     for name in (name for name in given.model if name in DECODER_LAYERS):
         plain = segments(traced[name, None][0].before)

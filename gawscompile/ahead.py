@@ -72,6 +72,32 @@ def trace(model: torch.nn.Module, gpu: Gpu, *args: Any, **inputs: Any) -> list[T
     return found
 
 
+def package(model: torch.nn.Module, path: Path, *args: Any, **inputs: Any) -> GraphRecord:
+    """Exports one call ``model(*args, **inputs)``, without gradients, and writes it as an AOTInductor package for the
+    device that the model is on, at `path` (``.pt2``); ``torch._inductor.aoti_load_package`` loads it. Gives our record.
+
+    On a GPU, kernels of plans that keep nothing between calls are part of the package. `single_launch`, and all kernels
+    on a CPU, stay calls of ``gaws::project``: who loads the package must import gawscompile first.
+
+    Raises `ValueError` for a model without parameters, and what export, our passes and Inductor raise.
+    """
+    from gawscompile.backend import GawsPass
+    from gawscompile.options import Options
+
+    device = next((parameter.device.type for parameter in model.parameters()), None)
+    if device is None:
+        raise ValueError("a model without parameters is on no device, and has nothing to fuse")
+    hook = GawsPass(Options(strict=True, transparent=True), "ahead of time", device)
+    with torch.no_grad():
+        exported = torch.export.export(model, args, inputs)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(path), inductor_configs={"joint_custom_pre_pass": hook}
+        )
+    if hook.record is None:
+        raise RuntimeError("Inductor ran no joint-graph pass (torch._inductor.config.use_joint_graph_passes is off?)")
+    return hook.record
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One generated module of a model: who runs in it, by which plan, and its compiled kernels."""

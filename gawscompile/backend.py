@@ -95,6 +95,13 @@ def placeholders_of(graph: torch.fx.Graph, stored: frozenset[int]) -> list[torch
     return found
 
 
+def register() -> None:
+    """Makes the name "gaws" known to torch.compile where no installed package does: a checkout on the path has no entry
+    point. Does nothing where it is known."""
+    if "gaws" not in torch._dynamo.list_backends():
+        torch._dynamo.register_backend(gaws, "gaws")
+
+
 def _reproduce() -> str:
     return f"To reproduce with a traceback: GAWS_STRICT=1 {shlex.join([sys.executable, *sys.argv])}"
 
@@ -117,6 +124,9 @@ class GawsPass(CustomGraphPass):
         versions = (_torch_version(), _triton_version(), compiler)
         stored = str(sorted(self.stored))
         return cache.digest(cache.source_hash(), str(self.options), _device(self.kind), stored, *versions).encode()
+
+    def __deepcopy__(self, memo: Any) -> GawsPass:
+        return self  # ahead-of-time compilation copies its options; the record must reach who asked for it
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.record = self.record or GraphRecord(self.key)  # the branches of a torch.cond come one by one
@@ -147,11 +157,19 @@ class GawsPass(CustomGraphPass):
             return
         work = torch.fx.Graph()
         copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        for node in _inputs(graph):
+            copies[node] = work.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
         work.output(work.graph_copy(graph, copies))
+        for node in work.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+            work.erase_node(node)  # export writes them after every cast, and they would keep values that are fused
         context = self.context = Context(work, self.options, record)
         context.stored = frozenset(copies[node] for node in placeholders_of(graph, self.stored))
         context.holder = graph.owning_module
         context.copied = {copy: node for node, copy in copies.items()}
+
+
+        context.copied = {copy: node for node, copy in copies.items() if not copy._erased}
         context.complain = self._complain
         for stage in PIPELINE:
             context.stage = stage.__name__.rpartition(".")[2]
@@ -223,14 +241,20 @@ def _refusal(graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None) -> t
     return unavailable
 
 
+def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """What a graph computes from: placeholders, and the parameters that an exported graph holds as attributes, which
+    the passes see as placeholders too."""
+    held = (node for node in graph.find_nodes(op="get_attr") if isinstance(node.meta.get("val"), torch.Tensor))
+    return [*graph.find_nodes(op="placeholder"), *held]
+
+
 def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
     """Put `work` in the place of what `graph` holds (Inductor keeps the graph object that it gave us)."""
+    kept = _inputs(graph)
     for node in reversed(list(graph.nodes)):
-        if node.op != "placeholder":
+        if node not in kept:
             graph.erase_node(node)
-    inputs = dict(
-        zip(work.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder"), strict=True)
-    )
+    inputs = dict(zip(work.find_nodes(op="placeholder"), kept, strict=True))
     copies: dict[torch.fx.Node, torch.fx.Node] = dict(inputs)
     result = graph.graph_copy(work, copies)
     graph.output(result)

@@ -29,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     emit.add_argument("--target", default="cuda:90", help="cuda:80, cuda:90, cuda:100, hip:gfx942, … (default cuda:90)")
     emit.add_argument("--out", type=Path, required=True, help="a folder, new or empty")
     emit.set_defaults(run=_emit)
-    calibrate = commands.add_parser("calibrate", help="measure this CPU for the cost model and keep what is found")
+    calibrate = commands.add_parser("calibrate", help="measure this machine for the cost model and keep what is found")
     calibrate.add_argument("--threads", type=int, help="for so many (default: torch's own number)")
+    calibrate.add_argument(
+        "--device", choices=("cpu", "cuda"), help="this alone (default: the CPU, and the current GPU if there is one)"
+    )
     calibrate.set_defaults(run=_calibrate)
     kept = commands.add_parser("cache", help="what is cached, and where").add_subparsers(dest="action", required=True)
     kept.add_parser("info", help="place, limit and sizes").set_defaults(run=_cache_info)
@@ -87,13 +90,18 @@ def _emit(arguments: argparse.Namespace) -> str:
 def _calibrate(arguments: argparse.Namespace) -> str:
     import torch
 
-    from gawscompile import calibrate
+    from gawscompile import calibrate, calibrate_gpu
 
+    gpu = torch.cuda.is_available()
+    if arguments.device == "cuda" and not gpu:
+        raise ValueError("--device cuda: torch sees no GPU here (torch.cuda.is_available() is False)")
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ValueError(f"--threads {arguments.threads}: at least 1")
         torch.set_num_threads(arguments.threads)
-    return calibrate.calibrate().summary()
+    found = [calibrate.calibrate().summary()] if arguments.device != "cuda" else []
+    found += [calibrate_gpu.calibrate().summary()] if gpu and arguments.device != "cpu" else []
+    return "\n\n\n".join(found)
 
 
 def _cache_info(arguments: argparse.Namespace) -> str:

@@ -23,13 +23,13 @@ def cache_keyword(model: Any) -> str:
 
 
 class Decoder:
-    """Batch 1 decoding of `model` through `run`, which is `model` itself or its compiled form.
+    """Decoding of `model` through `run`, which is `model` itself or its compiled form; `batch` equal rows at once.
 
     A ``static`` cache has room for `capacity` tokens, and every step attends over all of it under a mask; a ``dynamic``
     one grows by concatenation. With either, ``seek`` makes every step have the same shapes, so nothing recompiles.
     """
 
-    def __init__(self, model: Any, run: Any, capacity: int, kind: CacheKind = "static") -> None:
+    def __init__(self, model: Any, run: Any, capacity: int, kind: CacheKind = "static", batch: int = 1) -> None:
         from transformers import DynamicCache, StaticCache
 
         self.run = run
@@ -45,7 +45,7 @@ class Decoder:
         self.model = model
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._past = 0
-        self.token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        self.token = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
 
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments of one decode step."""
@@ -58,7 +58,7 @@ class Decoder:
         Also allocates a static cache: done inside a compiled region that would be traced.
         """
         self.cache.reset()
-        self.model(input_ids=torch.tensor([ids], device=self.device), **self._arguments)
+        self.model(input_ids=torch.tensor([ids] * len(self.token), device=self.device), **self._arguments)
         self._past = len(ids)
         if self.kind == "dynamic":
             self._saved = [(layer.keys, layer.values) for layer in self.cache.layers]

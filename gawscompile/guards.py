@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from gawscompile.backend import register
+
 
 def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings: Any) -> Any:
     """``torch.compile(model, backend="gaws", options=…, …)`` with `inference_guards`; `settings` are torch.compile's.
@@ -29,6 +31,7 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
         raise ValueError("gawscompile.compile is a guard_filter_fn; for your own, torch.compile(backend='gaws')")
     if taken := [name for name in ("backend", "mode") if name in settings]:
         raise ValueError(f"gawscompile.compile takes no {' and no '.join(taken)}; pass what the mode means as options")
+    register()
     return torch.compile(
         model, backend="gaws", options={**(options or {}), "guard_filter_fn": inference_guards}, **settings
     )

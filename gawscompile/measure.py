@@ -23,6 +23,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from gawscompile import guards
+from gawscompile.backend import register
 
 PACKAGES = ("torch", "transformers", "peft", "triton")
 
@@ -128,6 +129,8 @@ def compiled(model: Any, backend: str, **settings: Any) -> Any:
         settings.setdefault("isolate_recompiles", True)
     if backend == "gawscompile.compile":
         return guards.compile(model, **settings)
+    if backend == "gaws":
+        register()
     return torch.compile(model, backend=backend, **settings)
 
 

@@ -117,3 +117,75 @@ def test_emit_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "not a target: 'sm_90'; write cuda:90" in capsys.readouterr().err
     with pytest.raises(SpecError, match="nothing to emit"):
         ahead.emit([], "cuda:90", 1, tmp_path)
+
+
+class _Two(torch.nn.Module):
+    """Two linears of one activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = torch.nn.Linear(48, 32, bias=False), torch.nn.Linear(48, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.q(x), self.v(x).sin()
+
+
+def _adapted() -> torch.nn.Module:
+    import peft
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(_Two(), peft.LoraConfig(r=4, target_modules=["q", "v"])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def test_a_graph_that_holds_its_parameters_is_fused():
+    """As an exported one does: they are attributes, and asserts on dtypes stand after every cast."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from gawscompile.backend import GawsPass
+    from gawscompile.options import Options
+
+    model, x = _adapted(), torch.randn(2, 48)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def call(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
+
+    with torch.no_grad():
+        held = make_fx(call, tracing_mode="fake")(x, *parameters)
+    body = next(node for node in held.graph.nodes if node.op != "placeholder")
+    for i, (parameter, node) in enumerate(zip(parameters, held.graph.find_nodes(op="placeholder")[1:], strict=True)):
+        held.register_parameter(f"p{i}", torch.nn.Parameter(parameter))
+        with held.graph.inserting_before(body):
+            attribute = held.graph.get_attr(f"p{i}")
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        held.graph.erase_node(node)
+    product = held.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[0]
+    with held.graph.inserting_after(product):
+        held.graph.call_function(torch.ops.aten._assert_tensor_metadata.default, (product, None, None, torch.float32))
+    hook = GawsPass(Options(strict=True), "held")
+    hook(held.graph)
+    held.recompile()
+    assert [len(group.members) for group in hook.record.groups] == [2] and _calls(held.graph) == 1
+    assert len(held.graph.find_nodes(op="placeholder")) == 1, "attributes they stay"
+    for got, want in zip(held(x), model(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_package_holds_the_fused_model(tmp_path: Path):
+    model, x = _adapted(), torch.randn(2, 48)
+    record = ahead.package(model, tmp_path / "two.pt2", x)
+    assert [len(group.members) for group in record.groups] == [2]
+    run = torch._inductor.aoti_load_package(str(tmp_path / "two.pt2"))
+    for _ in range(2):
+        for got, want in zip(run(x), model(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        x = torch.randn(2, 48)
+    with pytest.raises(ValueError, match="without parameters"):
+        ahead.package(torch.nn.Identity(), tmp_path / "none.pt2", x)

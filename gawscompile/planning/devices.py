@@ -15,11 +15,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gawscompile.codegen import cache
+from gawscompile.codegen.spec import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,10 @@ class Gpu:
 
     `launch` is what one more kernel costs in a CUDA graph, `publish` what waiting for other programs of the same
     launch costs, `latency` that of a load from memory. `matrix_rate` goes by dtype name (dense, `tl.dot`'s and the
-    vendor library's peak), `vector_rate` is fp32's. The rates are the makers' published peaks; latencies and launch
-    costs are rounded from published micro-benchmarks and were not measured by us.
+    vendor library's peak), `vector_rate` is fp32's. `tensor_share` is what matmuls by tiles, the library's and ours,
+    reach of the bandwidth at a few tokens; `tile_share` and `library_share` are what ours and the library's reach of
+    the matrix rate where it is the bound. The rates are the makers' published peaks; latencies and launch costs are
+    rounded from published micro-benchmarks. `gawscompile calibrate` fits all but the matrix rates to a card.
     """
 
     name: str
@@ -64,6 +67,9 @@ class Gpu:
     launch: float = 2e-6
     publish: float = 1e-6
     latency: float = 0.8e-6
+    tensor_share: float = 0.8
+    tile_share: float = 0.5
+    library_share: float = 0.75
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -77,6 +83,7 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("A100", "cuda:80", 108, 2.0e12, 4.0e12, 19.5e12, _rates(312e12, 19.5e12)),
+        Gpu("H200", "cuda:90", 132, 4.8e12, 5.5e12, 67e12, _rates(989e12, 67e12)),
         Gpu("H100", "cuda:90", 132, 3.35e12, 5.5e12, 67e12, _rates(989e12, 67e12)),
         Gpu("B200", "cuda:100", 148, 8.0e12, 12e12, 75e12, _rates(2250e12, 75e12)),
         Gpu("MI300X", "hip:gfx942", 304, 5.3e12, 10e12, 163e12, _rates(1307e12, 163e12), launch=3e-6),
@@ -102,15 +109,26 @@ def of(kind: str) -> Device | Gpu:
 
 @functools.cache
 def _gpu(index: int) -> Gpu:
-    """GPU number `index` of this machine, by its name, or else the one that its compute capability is nearest to."""
-    name = torch.cuda.get_device_name(index)
-    for known in GPUS.values():
-        if known.name in name:
-            return known
-    if torch.version.hip:
-        return GPUS["MI300X"]
-    major, _ = torch.cuda.get_device_capability(index)
-    return GPUS["B200" if major >= 10 else "H100" if major == 9 else "A100"]
+    """GPU number `index` of this machine, as calibrated, or else by its kind."""
+    default = default_gpu(index)
+    try:
+        return _stored(cache.root() / GPU_CALIBRATIONS).get(default.name, default)
+    except cache.CacheError:  # whoever needs the folder says so
+        return default
+
+
+def default_gpu(index: int) -> Gpu:
+    """What is known of GPU number `index`, under its own name and with its own count of multiprocessors (a slice of a
+    card has fewer): the kind that is in its name, or else the one that its compute capability is nearest to."""
+    properties = torch.cuda.get_device_properties(index)
+    name = str(torch.cuda.get_device_name(index))
+    known = next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+    if known is None and torch.version.hip:
+        known = GPUS["MI300X"]
+    if known is None:
+        major, _ = torch.cuda.get_device_capability(index)
+        known = GPUS["B200" if major >= 10 else "H100" if major == 9 else "A100"]
+    return dataclasses.replace(known, name=name, multiprocessors=int(properties.multi_processor_count))
 
 
 def cpu() -> Device:
@@ -128,29 +146,36 @@ def default_cpu() -> Device:
     return _cpu(torch.get_num_threads(), _cpuinfo("vendor_id"), _cpuinfo("cpu family"), capability, _bf16())
 
 
-CALIBRATIONS = "calibrations.json"
-"""In the cache folder: device name → the constants that `gawscompile.calibrate` has fitted."""
+Kind = TypeVar("Kind", Device, Gpu)
+CALIBRATIONS, GPU_CALIBRATIONS = "calibrations.json", "gpu_calibrations.json"
+"""In the cache folder: device name → the constants that `gawscompile calibrate` has fitted."""
 
 
-def store(device: Device) -> Device:
+def store(device: Kind) -> Kind:
     """Keeps `device` for this and later processes, and returns it as they will see it. Raises `CacheError`."""
-    path = cache.root() / CALIBRATIONS
-    with cache.locked(cache.digest(CALIBRATIONS)):
+    path = cache.root() / (GPU_CALIBRATIONS if isinstance(device, Gpu) else CALIBRATIONS)
+    with cache.locked(cache.digest(path.name)):
         kept = _read(path) | {device.name: dataclasses.asdict(device)}
         cache.write_atomic(path, json.dumps(kept, indent=1, sort_keys=True))
     _stored.cache_clear()
-    return _stored(path)[device.name]
+    _gpu.cache_clear()
+    found: Kind = _stored(path)[device.name]
+    return found
 
 
 @functools.cache
-def _stored(path: Path) -> dict[str, Device]:
+def _stored(path: Path) -> dict[str, Any]:
     """The calibrated devices by the names of their kinds; their own tell the constants apart, as keys must."""
     found = {}
     for name, constants in _read(path).items():
-        device = Device(**constants)
+        device = _kind(path)(**constants)
         told = cache.digest(json.dumps(constants, sort_keys=True))[:8]
         found[name] = dataclasses.replace(device, name=f"{name}:calibrated={told}")
     return found
+
+
+def _kind(path: Path) -> Any:
+    return Gpu if path.name == GPU_CALIBRATIONS else Device
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -158,11 +183,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         for constants in kept.values():
-            rates = (*constants["kernel_rate"].values(), *constants["library_rate"].values())
-            numbers = (constants["bandwidth"], *rates, *constants["library_bandwidth"].values())
-            if not all(isinstance(number, float) and 0 < number < float("inf") for number in numbers):
-                raise ValueError("a constant that is no positive number")
-            Device(**constants)
+            device = dataclasses.asdict(_kind(path)(**constants))
+            found = [value for name, value in device.items() if name not in ("name", "target")]
+            rates = [value for value in found if isinstance(value, dict)]
+            numbers = [value for value in found if value not in rates] + [v for rate in rates for v in rate.values()]
+            if not all(0 < number < float("inf") for number in numbers) or any(set(r) != set(DTYPES) for r in rates):
+                raise ValueError("a constant that is no positive number, or a dtype without its rate")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -4,11 +4,14 @@ A decode plan is bound by memory. What it reaches of the bandwidth follows from 
 once: their loads in flight must cover the latency (Little's law), and the last wave of programs should be a full one.
 That is what chooses the rows per program. A plan for many tokens pays its bytes and its operations, whichever is more.
 Nothing here was measured on a device yet: the numbers rank plans, and are called predicted wherever they are shown.
+`gawscompile calibrate` fits the constants of `devices.Gpu` to a card.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import sympy
 
@@ -25,19 +28,13 @@ IN_FLIGHT = 8192
 TILE_STEPS = 128
 """Columns of W that a tile keeps in flight: two steps of 64 while a third is multiplied."""
 
-TENSOR_SHARE = 0.8
-"""What matmuls by tiles, the vendor library's and ours, reach of the bandwidth at a few tokens."""
-
-MATRIX_SHARE = {"fused_tile": 0.5, "gemm_accumulate": 0.75}
-"""What plans reach of the matrix rate where it is the bound."""
-
 
 def costs(spec: KernelSpec, gpu: Gpu, m: sympy.Symbol) -> dict[str, sympy.Expr]:
     """Each plan that can run `spec`, with its time in `m`. Raises `SpecError` where there is none."""
     plans = [plan for plan in triton.plans(spec) if _fits(spec, plan)]
     if not plans:
         raise SpecError(f"no grid can hold the programs of {spec}")
-    return {str(plan): _seconds(spec, plan, gpu, m) for plan in plans}
+    return {str(plan): seconds(spec, plan, gpu, m) for plan in plans}
 
 
 def _fits(spec: KernelSpec, plan: triton.Plan) -> bool:
@@ -47,39 +44,58 @@ def _fits(spec: KernelSpec, plan: triton.Plan) -> bool:
         return False
 
 
-def _seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol) -> sympy.Expr:
-    weights = sum(p.n * spec.k * DTYPES[p.dtype].itemsize for p in spec.projections)
-    factors = sum(math.prod(map(int, o.shape)) * DTYPES[o.dtype].itemsize for o in spec.operands() if o.role in FACTORS)
+def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int) -> Any:
+    """Of one call by `plan`: an expression in the symbol `m`, or a number where `m` is one."""
+    weights, factors = operand_bytes(spec)
     work = 2 * spec.k * sum(p.n for p in spec.projections)
     launches = triton.launches(spec, plan)
     overhead = len(launches) * gpu.launch
     if plan.name == "gemm_accumulate":
         outputs = m * sum(p.n * DTYPES[p.out].itemsize for p in spec.projections)
-        library = sympy.Max(weights / (TENSOR_SHARE * gpu.bandwidth), _matrix(spec, plan, gpu, m, work))
+        library = _most(weights / (gpu.tensor_share * gpu.bandwidth), _matrix(spec, gpu.library_share, gpu, m, work))
         return overhead + len(spec.projections) * gpu.launch + library + (factors + 2 * outputs) / gpu.bandwidth
     programs, tiles, rows = list(launches.values())[-1], plan.rows is None, plan.rows or 1
     seats = gpu.multiprocessors * (RESIDENT_TILES if tiles else RESIDENT)
     flying = TILE_STEPS * weights / (programs * spec.k) if tiles else IN_FLIGHT
     share = min(1.0, min(programs, seats) * flying / (gpu.bandwidth * gpu.latency))
-    waves = math.ceil(programs / seats) if tiles else sympy.ceiling(m * sympy.Rational(programs, seats))
+    waves = math.ceil(programs / seats) if tiles else _ceiling(m, programs, seats)
     overhead += waves * gpu.latency
     streamed = (weights + factors) / (gpu.bandwidth * share)
     if tiles:
-        streamed /= TENSOR_SHARE
-        again = sympy.Max(m / 64 - 1, 0) * weights / gpu.cache_bandwidth  # every tile of tokens reads all of W
-        return overhead + sympy.Max(streamed + again, _matrix(spec, plan, gpu, m, work))
-    seconds = overhead + streamed + (m - 1) * weights / gpu.cache_bandwidth + m * work / gpu.vector_rate
+        streamed /= gpu.tensor_share
+        again = _most(m / 64 - 1, 0) * weights / gpu.cache_bandwidth  # every tile of tokens reads all of W
+        return overhead + _most(streamed + again, _matrix(spec, gpu.tile_share, gpu, m, work))
+    taken = overhead + streamed + (m - 1) * weights / gpu.cache_bandwidth + m * work / gpu.vector_rate
     if plan.name == "single_launch":
-        seconds += gpu.publish
+        taken += gpu.publish
     if plan.name == "redundant_shrink":  # a program reads the A's of its own projection
         a = [(p.n, t.rank * DTYPES[t.dtype].itemsize) for p in spec.projections for t in p.lowrank]
-        seconds += m * sum(-(-n // rows) * spec.k * column for n, column in a) / gpu.cache_bandwidth
-    return seconds
+        taken += m * sum(-(-n // rows) * spec.k * column for n, column in a) / gpu.cache_bandwidth
+    return taken
 
 
-def _matrix(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol, work: int) -> sympy.Expr:
+@functools.lru_cache(maxsize=4096)
+def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
+    """Of base weights, and of factors."""
+    weights = sum(p.n * spec.k * DTYPES[p.dtype].itemsize for p in spec.projections)
+    mine = (o for o in spec.operands() if o.role in FACTORS)
+    return weights, sum(math.prod(map(int, o.shape)) * DTYPES[o.dtype].itemsize for o in mine)
+
+
+def _matrix(spec: KernelSpec, share: float, gpu: Gpu, m: sympy.Symbol | int, work: int) -> Any:
     """Time of the products alone; tiles of tokens have an edge of at least 16."""
-    return sympy.Max(m, 16) * work / (MATRIX_SHARE[plan.name] * gpu.matrix_rate[spec.x])
+    return _most(m, 16) * work / (share * gpu.matrix_rate[spec.x])
+
+
+def _most(left: Any, right: Any) -> Any:
+    """The larger; fitting constants evaluates numbers by the million, for which sympy is slow."""
+    numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+    return max(left, right) if numbers else sympy.Max(left, right)
+
+
+def _ceiling(m: sympy.Symbol | int, programs: int, seats: int) -> Any:
+    """Waves of `m` times as many programs."""
+    return -(-m * programs // seats) if isinstance(m, int) else sympy.ceiling(m * sympy.Rational(programs, seats))
 
 
 FACTORS = ("a", "b", "c", "mode")

@@ -10,7 +10,9 @@ its own code and to export ahead of time: AOTAutograd, which would do so itself,
 from __future__ import annotations
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,12 +24,28 @@ from gawscompile.codegen import triton
 from gawscompile.codegen.spec import DTYPES, KernelSpec
 from gawscompile.planning.table import Program
 
+BLOCK, LINE = 1 << 18, 32
+"""Counters in a block for CUDA graphs, and in a line of the cache: what one call gets is a number of whole lines."""
+
+
+@dataclass
+class _Block:
+    """Zeros for the calls of CUDA graphs, which keep what they have taken."""
+
+    zeros: torch.Tensor
+    taken: int = 0
+
+
 _flags: dict[tuple[int, int], list[torch.Tensor]] = {}
-"""The counters of each device and stream: the last buffer is in use, captured graphs may use those before it."""
+"""The counters of each device and stream: the last buffer is in use, launches under way may use those before it."""
+_blocks: dict[int, list[_Block]] = {}
+"""The blocks of each device; the last is in use."""
+_lock = threading.Lock()
 
 
 def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[torch.Tensor]:
-    """The CUDA kernel of the op. Raises `ValueError`, naming the tensor, where one no longer fits the program."""
+    """The CUDA kernel of the op. Raises `ValueError`, naming the tensor, where one no longer fits the program, and
+    `RuntimeError` where a scale is a number on the CPU and a CUDA graph is being captured: replays would not see it."""
     parsed = Program.parse(program)
     spec = parsed.spec
     m = math.prod(x.shape[:-1])
@@ -36,6 +54,12 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list
     plan = parsed.triton_plan(m)
     tensors = [t.contiguous() for t in _flat(m, spec, operands)]
     with torch.cuda.device_of(x):  # Triton launches on the current device and its current stream
+        if any(t.device != x.device for t in tensors) and torch.cuda.is_current_stream_capturing():
+            there = [o.name for o, t in zip(spec.operands(), tensors, strict=True) if t.device != x.device]
+            raise RuntimeError(
+                f"gaws: {', '.join(there)} of {spec} on the CPU, while a CUDA graph is captured on {x.device}: make the"
+                " scaling a tensor there, or compile with dynamic=False, where it is a constant"
+            )
         flags = counters(x.device, m * triton.flags_per_token(spec, plan)) if plan.name == "single_launch" else None
         outs = triton.launch(spec, plan, x.reshape(m, spec.k).contiguous(), tensors, flags, parsed.tuned)
     return _shaped(x, spec, outs)
@@ -57,31 +81,46 @@ def _shaped(x: torch.Tensor, spec: KernelSpec, outs: list[torch.Tensor]) -> list
 
 
 def counters(device: torch.device, count: int) -> torch.Tensor:
-    """At least `count` zeros that kernels leave as zeros, one buffer for each stream.
+    """At least `count` zeros that kernels leave as zeros, which no launch that may run at the same time uses.
 
-    A CUDA graph keeps the buffer of the stream that it was captured on: replays of graphs from one stream must not
-    overlap. A buffer that is made during a capture is cleared again by every replay, which costs a launch.
+    One buffer serves a stream, whose launches follow each other. What a CUDA graph captures may be replayed on any
+    stream, so every call in it gets counters of its own for good, from a block that was made before the capture.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream
-    kept = _flags.setdefault((device.index or 0, stream), [])
-    if kept and kept[-1].numel() >= count:
+    index = device.index or 0
+    if torch.cuda.is_current_stream_capturing():
+        return _of_a_graph(index, device, count)
+    with _lock:
+        blocks = _blocks.setdefault(index, [])
+        if not blocks or blocks[-1].taken > BLOCK // 2:  # now, since in a capture it would be too late
+            blocks.append(_Block(_outside(device, BLOCK)))
+        kept = _flags.setdefault((index, torch.cuda.current_stream(device).cuda_stream), [])
+        if not kept or kept[-1].numel() < count:
+            kept.append(_outside(device, max(count, 1 << 12)))
         return kept[-1]
 
+
+def _of_a_graph(index: int, device: torch.device, count: int) -> torch.Tensor:
+    """Counters that nobody else gets. Where the block is used up, or no call came before the capture, the graph makes
+    them and clears them again in every replay, which costs a launch."""
+    with _lock:
+        size = -(-count // LINE) * LINE
+        for block in _blocks.get(index, [])[-1:]:
+            if block.taken + size <= BLOCK:
+                block.taken += size
+                return block.zeros[block.taken - size : block.taken]
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _outside(device: torch.device, count: int) -> torch.Tensor:
+    """Zeros made in a thread of its own: while CUDA graphs warm up, this thread allocates in their private pool."""
+
     def make() -> torch.Tensor:
-        return torch.zeros(max(count, 1 << 12), dtype=torch.int32, device=device)
-
-    if torch.cuda.is_current_stream_capturing():
-        return make()
-
-    def outside() -> torch.Tensor:
-        made = make()
+        made = torch.zeros(count, dtype=torch.int32, device=device)
         torch.cuda.current_stream(device).synchronize()
         return made
 
-    # In a thread of its own: while CUDA graphs warm up, what this thread allocates belongs to their private pool.
     with ThreadPoolExecutor(1) as other:
-        kept.append(other.submit(outside).result())
-    return kept[-1]
+        return other.submit(make).result()
 
 
 @torch.library.triton_op("gaws::project_traced", mutates_args={})
@@ -99,7 +138,10 @@ def project_traced(x: torch.Tensor, operands: list[torch.Tensor], program: str) 
 
 
 def inline(graph: Graph) -> None:
-    """Replace every ``gaws::project_traced`` of `graph` by the Triton launches and allocations that it stands for."""
+    """Replace every ``gaws::project_traced`` of `graph` by the Triton launches, allocations and library calls that it
+    stands for, spelt as Inductor wants them: it has decomposed the rest of the graph by now."""
+    from torch._inductor.decomposition import select_decomp_table
+
     for node in graph.find_nodes(op="call_function", target=torch.ops.gaws.project_traced.default):
         x, operands, program = cast(tuple[Node, list[Node], str], node.args)
 
@@ -109,7 +151,7 @@ def inline(graph: Graph) -> None:
         reads = [x, *operands]
         fakes = [read.meta["val"] for read in reads]
         with fakes[0].fake_mode:
-            traced = make_fx(dispatch_functionalize(call))(*fakes).graph
+            traced = make_fx(dispatch_functionalize(call), decomposition_table=select_decomp_table())(*fakes).graph
         with graph.inserting_before(node):
             copied = dict(zip(traced.find_nodes(op="placeholder"), reads, strict=True))
             outputs = cast(list[Node], graph.graph_copy(traced, copied))

@@ -396,7 +396,8 @@ def repair_interpreter() -> None:
     """Teach the interpreter bf16, which its makers do not support (triton-lang/triton 11584).
 
     It keeps bf16 as integers: a dot multiplies the bit patterns, and a cast from fp32 truncates where GPUs round to
-    nearest even. Both come right by way of fp32 and of torch's cast.
+    nearest even. Both come right by way of fp32 and of torch's cast. And a range over numbers, which Triton 3.6 makes
+    of arrays that NumPy 2.4 and later take for no numbers.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -415,6 +416,13 @@ def repair_interpreter() -> None:
         return dot(self, a, b, *rest)
 
     builder.cast_impl, builder.create_dot = rounding_cast, widening_dot
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_index
 
 
 def main() -> None:

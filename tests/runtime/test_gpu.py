@@ -60,6 +60,7 @@ class Streams:
         for name, stand_in in known.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(gpu, "_flags", {})
+        monkeypatch.setattr(gpu, "_blocks", {})
 
 
 def test_counters_are_kept_for_each_stream_and_outlive_a_larger_buffer(monkeypatch: pytest.MonkeyPatch):
@@ -68,7 +69,7 @@ def test_counters_are_kept_for_each_stream_and_outlive_a_larger_buffer(monkeypat
     assert gpu.counters(device, first.numel()) is first and not first.any()
     larger = gpu.counters(device, first.numel() + 1)
     assert larger is not first and gpu.counters(device, 10) is larger
-    assert any(kept is first for kept in gpu._flags[0, 7]), "a captured graph may still count there"
+    assert any(kept is first for kept in gpu._flags[0, 7]), "a launch under way may still count there"
     cuda.stream = 8
     assert gpu.counters(device, 10) is not larger
 
@@ -78,8 +79,27 @@ def test_counters_that_are_kept_never_come_from_a_private_pool_of_a_cuda_graph(m
     kept = gpu.counters(device, 10)
     assert cuda.threads != [threading.get_ident()], "while graphs warm up, this thread allocates in their pool"
     cuda.capturing, cuda.stream = True, 9
+    made = len(cuda.threads)
     captured = gpu.counters(device, 10)
-    assert captured is not kept and gpu.counters(device, 10) is not captured, "what a capture made is the graph's own"
+    assert captured.data_ptr() != kept.data_ptr() and len(cuda.threads) == made, "it was there before the capture"
+
+
+def test_every_call_in_a_cuda_graph_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "BLOCK", 4 * gpu.LINE)
+    cuda, device = Streams(monkeypatch), torch.device("cpu")
+    cuda.capturing = True
+    alone = gpu.counters(device, 10)
+    assert cuda.threads == [threading.get_ident()] and alone.numel() == 10, "no call came before: the graph makes them"
+    cuda.capturing = False
+    gpu.counters(device, 1)
+    cuda.capturing = True
+    first, second, third = (gpu.counters(device, count) for count in (10, gpu.LINE + 1, gpu.LINE))
+    spans = [(t.storage_offset(), t.numel()) for t in (first, second, third)]
+    assert spans == [(0, gpu.LINE), (gpu.LINE, 2 * gpu.LINE), (3 * gpu.LINE, gpu.LINE)]
+    assert gpu.counters(device, 10).untyped_storage().data_ptr() != first.untyped_storage().data_ptr(), "used up"
+    cuda.capturing = False
+    gpu.counters(device, 1)
+    assert [block.taken for block in gpu._blocks[0]] == [gpu.BLOCK, 0] and not first.any()
 
 
 @pytest.fixture
