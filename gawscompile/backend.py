@@ -10,27 +10,34 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gawscompile.codegen import build, cache
+from gawscompile import partial
+from gawscompile.codegen import build, cache, cpp, triton
+from gawscompile.debug.dump import Dump
 from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
-from gawscompile.options import Options
+from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
-from gawscompile.passes.context import Context, VerifierError, verify
+from gawscompile.passes.context import Context, VerifierError, path_of_source, verify
 from gawscompile.planning import devices
+from gawscompile.planning.table import Program
 from gawscompile.proof import verify_rewrites
 from gawscompile.runtime import gpu, ops
 
 log = logging.getLogger("gawscompile")
+
+STAGES = {stage.__name__.rpartition(".")[2]: stage for stage in PIPELINE}
 
 
 def gaws(
@@ -48,14 +55,19 @@ def gaws(
     from torch._inductor.compile_fx import compile_fx
 
     ours, inductor = Options.split(options)
+    ours = _checked(ours)
     if mode and mode != "default":
         inductor = {**list_mode_options(mode), **inductor}
     if inductor.get("max_autotune"):
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
-    hook = GawsPass(ours, _key(gm, example_inputs, ours, inductor, kind), kind)
+    traced = bool(ours.dump)
+    hook = GawsPass(ours, _key(gm, example_inputs, ours.key(traced), inductor, kind), kind, traced)
+    hook.names = _names(gm) if traced else []
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
     record = RECORDS.compiled(hook.key, hook.record)
+    if traced:
+        _write_dumps(hook, record, ours)
     try:
         ops.build_all(group.program for group in record.groups)
     except Exception as error:  # as above, and a disk that is full by now
@@ -74,11 +86,14 @@ def _reproduce() -> str:
 class GawsPass(CustomGraphPass):
     """Our pipeline as one Inductor graph pass. Collects its record."""
 
-    def __init__(self, options: Options, key: str, kind: str = "cpu") -> None:
+    def __init__(self, options: Options, key: str, kind: str = "cpu", traced: bool = False) -> None:
         self.options = options
         self.key = key
         self.kind = kind
+        self.traced = traced
+        self.names: list[str] = []  # of the graph's inputs, for dumps
         self.record: GraphRecord | None = None
+        self.dumps: list[Dump] = []
         # Now, not in a pass: a graph from a warm cache runs no pass and calls the op all the same.
         self.unavailable = _unavailable(kind)
 
@@ -86,7 +101,7 @@ class GawsPass(CustomGraphPass):
         """What decides the outcome beside the graph: our sources and options, the machine and compiler planned for."""
         compiler = self.unavailable[1] if self.unavailable else build.fingerprint() if self.kind == "cpu" else ""
         versions = (_torch_version(), _triton_version(), compiler)
-        return cache.digest(cache.source_hash(), str(self.options), _device(self.kind), *versions).encode()
+        return cache.digest(cache.source_hash(), self.options.key(self.traced), _device(self.kind), *versions).encode()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.record = self.record or GraphRecord(self.key)  # the branches of a torch.cond come one by one
@@ -110,6 +125,9 @@ class GawsPass(CustomGraphPass):
 
     def rewrite(self, graph: torch.fx.Graph, record: GraphRecord) -> None:
         """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place."""
+        given = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "dump"}
+        dump = Dump(self.key, given, self.names) if self.traced else None
+        self.dumps += [dump] if dump else []
         refusal = _refusal(graph, self.unavailable)
         if refusal is not None:
             record.reject_all(*refusal)
@@ -121,13 +139,25 @@ class GawsPass(CustomGraphPass):
         context = self.context = Context(work, self.options, record)
         context.copied = {copy: node for node, copy in copies.items()}
         context.complain = self._complain
-        for stage in PIPELINE:
-            context.stage = stage.__name__.rpartition(".")[2]
-            stage.run(work, context)
+        if dump:
+            dump.capture(work, context.module_path)
+        for name, stage in STAGES.items():
+            context.stage = name
+            if name not in self.options.disable:
+                stage.run(work, context)
+                verify(context)
+            if dump:
+                dump.step(name, work, record, _matches(context), name not in self.options.disable)
+        if self.options.disable or context.ended:
+            partial.finish(context)
             verify(context)
+            if dump:
+                dump.step("spelled_out", work, record)
         if self.options.verify:
             context.stage = "verify"
             verify_rewrites(context)
+            if dump:
+                dump.step("verify", work, record)
         gpu.inline(work)
         work.eliminate_dead_code()
         _take_over(graph, work)
@@ -137,6 +167,71 @@ class GawsPass(CustomGraphPass):
         if self.options.strict:
             raise VerifierError(message)
         log.warning("gaws: %s", message)
+
+
+def _checked(ours: Options) -> Options:
+    """Passes that are to be disabled exist; what is left of the process's fuel. Raises `OptionError`."""
+    if unknown := [name for name in ours.disable if name not in STAGES]:
+        raise OptionError(f"option 'disable': there is no pass {unknown[0]!r}; passes are {', '.join(STAGES)}")
+    fuel = process_fuel()
+    if fuel is not None and ours.fuel is None:
+        ours = dataclasses.replace(ours, fuel=max(0, fuel - RECORDS.matches()))
+    return ours
+
+
+def _matches(context: Context) -> list[tuple[int, str, list[str]]]:
+    """What the pass that has just run matched, for a dump."""
+    found = []
+    start = context.record.matches - len(context.matches)  # the branches of a torch.cond share a record
+    for number, (stage, node) in enumerate(context.matches, start + 1):
+        if stage == context.stage:
+            entries = node.meta.get("gaws_entries")
+            modules = [entry.path for entry in entries] if entries else [context.module_path(node)]
+            found.append((number, node.name, modules))
+    return found
+
+
+def _names(gm: torch.fx.GraphModule) -> list[str]:
+    """What the inputs of a graph are called in the model: ``layers.0.self_attn.q_proj.weight``."""
+    names = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        name = getattr(source, "name", None)
+        text = str(name() if callable(name) else name or node.name)
+        if "_modules" in text or "_parameters" in text or "_buffers" in text:
+            names.append(re.sub(r"(^|\.)_(parameters|buffers)\.", r"\1", path_of_source(text)))
+        else:
+            names.append(re.sub(r"^L\['(\w+)'\]", r"\1", text))
+    return names
+
+
+def _write_dumps(hook: GawsPass, record: GraphRecord, ours: Options) -> None:
+    """The dumps of a graph, from its compilation or from the cache, into files; a disk that is full costs no answer."""
+    number = len(RECORDS) - 1
+    try:
+        dumps = hook.dumps
+        for dump in dumps:
+            dump.record = dataclasses.asdict(record)
+            dump.kernels = {group.kernel: _kernel(group.program) for group in record.groups}
+        dumps = RECORDS.dumped(hook.key, dumps)
+        for i, dump in enumerate(dumps):
+            branch = f"_{i}" * (len(dumps) > 1)
+            dump.write(Path(ours.dump).expanduser() / f"graph_{number:02d}_{hook.key[:8]}{branch}")
+    except Exception as error:
+        if ours.strict:
+            raise
+        log.warning("gaws: the dump of a graph was not written: %s: %s", type(error).__name__, error)
+
+
+def _kernel(text: str) -> dict[str, Any]:
+    """A group's kernel, for a dump: spec, formulas and generated source."""
+    program = Program.parse(text)
+    if program.emitter == "cpp":
+        sources = {"kernel.cpp": cpp.emit(program.spec)}
+    else:
+        plans = [triton.Plan.parse(plan) for plan, _ in program.table.rows]
+        sources = {f"{plan}.py": triton.emit(program.spec, plan, program.tuned) for plan in plans}
+    return {"spec": str(program.spec), "formulas": program.spec.formulas(), "sources": sources}
 
 
 def _torch_version() -> str:
@@ -205,14 +300,14 @@ def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
 
 
 def _key(
-    gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: Options, inductor: dict[str, Any], kind: str
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: str, inductor: dict[str, Any], kind: str
 ) -> str:
     """Names one compiled graph, the same in every process: what Dynamo traced, for which inputs, with which code."""
     shapes = [
         f"{tuple(i.shape)}{i.stride()}{i.dtype}{i.device}{i.requires_grad}" if isinstance(i, torch.Tensor) else str(i)
         for i in inputs
     ]
-    settings = [str(ours), str(sorted(inductor.items(), key=str)), _device(kind), torch.__version__]
+    settings = [ours, str(sorted(inductor.items(), key=str)), _device(kind), torch.__version__]
     modes: list[Any] = [torch.is_grad_enabled()]
     modes += [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
     settings += [str(modes), str(torch.is_inference_mode_enabled())]

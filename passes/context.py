@@ -47,6 +47,8 @@ class Context:
     copied: dict[Node, Node] = field(default_factory=dict)  # node as it was → the same in the untouched graph
     stands_for: dict[Node, Node] = field(default_factory=dict)  # new node → the untouched graph's that it replaces
     complain: Callable[[str], None] = log.warning
+    matches: list[tuple[str, Node]] = field(default_factory=list)  # (stage, the node at which it matched)
+    ended: str = ""  # the stage in which fuel ran out
 
     # ---- records ------------------------------------------------------------------------------------------
 
@@ -69,6 +71,16 @@ class Context:
         stack = node.meta.get("nn_module_stack")
         path = _path(stack) if stack else ""
         return path or (MODEL if stack else f"<{node.name}>")
+
+    def allows(self, node: Node) -> bool:
+        """Whether the match at `node`, found and not yet applied, may go ahead: each takes one unit of fuel."""
+        fuel = self.options.fuel
+        if fuel is not None and self.record.matches >= fuel:
+            self.ended = self.ended or self.stage
+            return False
+        self.record.matches += 1
+        self.matches.append((self.stage, node))
+        return True
 
     # ---- edits --------------------------------------------------------------------------------------------
 
@@ -296,6 +308,11 @@ def _path(stack: dict[str, tuple[str, Any]]) -> str:
         elif rest:
             names.append(rest.removeprefix("."))
     return ".".join(names).removesuffix(".base_layer")
+
+
+def path_of_source(name: str) -> str:
+    """The same of one of Dynamo's sources."""
+    return _path({"": (name, None)})
 
 
 def _brief(node: Node) -> str:

@@ -106,6 +106,9 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     if refusal is not None:
         context.reject(entry, *refusal)
         return form.inner
+    if not context.allows(node):
+        context.reject(entry, Reason.FUEL)
+        return form.inner
     with graph.inserting_before(node):
         terms = _terms(context, form, base, node)
         new = context.insert(

@@ -31,6 +31,8 @@ class Reason(str, Enum):
     FACTOR_SHAPE = "the factors do not form a smaller update (rank zero, too wide, costlier than a dense one)"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
     NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"
+    DISABLED = "a pass that it needs is disabled (options={'disable': […]})"
+    FUEL = "the fuel ran out before it (options={'fuel': n}, GAWS_FUEL)"
     UNPROVEN = "verify found the rewrite to differ from its original, which stays in its place"
     INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
 
@@ -70,6 +72,8 @@ class GroupRecord:
     kernel: str
     costs: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
+    table: str = ""
+    """Plans for every number of tokens, where `plan` has only the row that is needed."""
 
     @property
     def program(self) -> str:
@@ -86,6 +90,8 @@ class GraphRecord:
     groups: list[GroupRecord] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    matches: int = 0
+    """Rewrites that went ahead, of all passes: so much fuel the graph took."""
 
     def linear(self, path: str) -> LinearRecord | None:
         return next((entry for entry in self.linears if entry.path == path), None)
