@@ -183,11 +183,10 @@ def _matches(context: Context) -> list[tuple[int, str, list[str]]]:
     """What the pass that has just run matched, for a dump."""
     found = []
     start = context.record.matches - len(context.matches)  # the branches of a torch.cond share a record
-    for number, (stage, node) in enumerate(context.matches, start + 1):
+    for number, (stage, nodes) in enumerate(context.matches, start + 1):
         if stage == context.stage:
-            entries = node.meta.get("gaws_entries")
-            modules = [entry.path for entry in entries] if entries else [context.module_path(node)]
-            found.append((number, node.name, modules))
+            entries = [entry.path for node in nodes for entry in node.meta.get("gaws_entries", [])]
+            found.append((number, nodes[0].name, entries or [context.module_path(node) for node in nodes]))
     return found
 
 

@@ -1,9 +1,10 @@
-"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``emit``, ``calibrate``, ``cache``."""
+"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``emit``, ``bisect``, ``repro`` …"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate = commands.add_parser("calibrate", help="measure this CPU for the cost model and keep what is found")
     calibrate.add_argument("--threads", type=int, help="for so many (default: torch's own number)")
     calibrate.set_defaults(run=_calibrate)
+    bisect = commands.add_parser("bisect", help="the first rewrite with which a script fails: its pass and its place")
+    bisect.add_argument("--out", type=Path, help="for the dump of the failing run (default: a new temporary folder)")
+    bisect.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT …", help="a Python script that fails")
+    bisect.set_defaults(run=_bisect)
+    repro = commands.add_parser("repro", help="a graph of a dump as a script: random weights, compile, compare")
+    repro.add_argument("folder", type=Path, metavar="DIR", help="a dump (GAWS_DUMP=DIR), or one graph's folder in it")
+    repro.add_argument("--out", type=Path, help="the script (default: repro.py in the graph's folder)")
+    repro.set_defaults(run=_repro)
     kept = commands.add_parser("cache", help="what is cached, and where").add_subparsers(dest="action", required=True)
     kept.add_parser("info", help="place, limit and sizes").set_defaults(run=_cache_info)
     clear = kept.add_parser("clear", help="remove kernels and records")
@@ -94,6 +103,21 @@ def _calibrate(arguments: argparse.Namespace) -> str:
             raise ValueError(f"--threads {arguments.threads}: at least 1")
         torch.set_num_threads(arguments.threads)
     return calibrate.calibrate().summary()
+
+
+def _bisect(arguments: argparse.Namespace) -> str:
+    from gawscompile.debug.bisect import bisect
+
+    if not arguments.script:
+        raise ValueError("bisect: which script? gawscompile bisect [--out DIR] SCRIPT [ARGUMENTS]")
+    return str(bisect(arguments.script, arguments.out, lambda text: print(text, file=sys.stderr, flush=True)))
+
+
+def _repro(arguments: argparse.Namespace) -> str:
+    from gawscompile.debug.repro import repro
+
+    path = repro(arguments.folder, arguments.out)
+    return f"{path}: run it with {shlex.join([sys.executable, str(path)])}; it exits with 1 where the answer is wrong"
 
 
 def _cache_info(arguments: argparse.Namespace) -> str:

@@ -47,7 +47,7 @@ class Context:
     copied: dict[Node, Node] = field(default_factory=dict)  # node as it was → the same in the untouched graph
     stands_for: dict[Node, Node] = field(default_factory=dict)  # new node → the untouched graph's that it replaces
     complain: Callable[[str], None] = log.warning
-    matches: list[tuple[str, Node]] = field(default_factory=list)  # (stage, the node at which it matched)
+    matches: list[tuple[str, tuple[Node, ...]]] = field(default_factory=list)  # (stage, the nodes that matched)
     ended: str = ""  # the stage in which fuel ran out
 
     # ---- records ------------------------------------------------------------------------------------------
@@ -72,14 +72,14 @@ class Context:
         path = _path(stack) if stack else ""
         return path or (MODEL if stack else f"<{node.name}>")
 
-    def allows(self, node: Node) -> bool:
-        """Whether the match at `node`, found and not yet applied, may go ahead: each takes one unit of fuel."""
+    def allows(self, *nodes: Node) -> bool:
+        """Whether the match of `nodes`, found and not yet applied, may go ahead: each takes one unit of fuel."""
         fuel = self.options.fuel
         if fuel is not None and self.record.matches >= fuel:
             self.ended = self.ended or self.stage
             return False
         self.record.matches += 1
-        self.matches.append((self.stage, node))
+        self.matches.append((self.stage, nodes))
         return True
 
     # ---- edits --------------------------------------------------------------------------------------------

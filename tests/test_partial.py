@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from gawscompile.options import OptionError, Options
 from gawscompile.passes.context import Context, verify
 from gawscompile.runtime import ops
 from tests.graphs import Pair, capture
-from tests.planted import Zoo
+from tests.planted import FAULTS, Zoo
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,15 @@ def cut(captured, **options) -> Context:
     work.eliminate_dead_code()
     work.lint()
     return context
+
+
+def right(captured, fuel: int) -> bool:
+    try:
+        found = captured.run(cut(captured, fuel=fuel))
+    except RuntimeError:  # so wrong that it cannot even be traced
+        return False
+    pairs = zip(found, captured.outputs, strict=True)
+    return all(torch.allclose(got, want, rtol=2e-4, atol=2e-4) for got, want in pairs)
 
 
 def check(captured, context: Context) -> None:
@@ -73,6 +85,37 @@ def test_without_a_pass_the_answer_is_right_and_the_reason_typed(zoo, name):
     assert (Reason.DISABLED.name in reasons) == (name not in optional)
     disabled = [entry for entry in context.record.linears if entry.reason == Reason.DISABLED.name]
     assert all(name in (entry.detail or "") and entry.stage == name for entry in disabled)
+
+
+FAULTY = {
+    "scale dropped": "recover_operators",
+    "siblings swapped": "group_siblings",
+    "first adapter's factors for all": "fuse_zflora",
+    "activation as residual": "fuse_epilogues",
+    "gate and up swapped": "fuse_epilogues",
+    "bias lost by a linear left over": "lower",
+}
+QUICK = ("siblings swapped", "activation as residual")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAULTY]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_wrong_prefix_ends_with_the_faulty_rewrite(zoo, name, monkeypatch):
+    """What `gawscompile bisect` rests on: the smallest fuel with a wrong answer names the pass at fault."""
+    fault = FAULTS[name]
+    module = STAGES[FAULTY[name]]
+    edited = types.ModuleType(module.__name__)
+    source = Path(module.__file__).read_text()
+    exec(compile(source.replace(fault.old, fault.new), module.__file__, "exec"), edited.__dict__)
+    monkeypatch.setitem(STAGES, FAULTY[name], edited)
+    whole = cut(zoo)
+    good, bad = 0, whole.record.matches
+    assert right(zoo, fuel=good) and not right(zoo, fuel=bad)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if right(zoo, fuel=middle) else (good, middle)
+    stage, nodes = whole.matches[bad - 1]
+    assert stage == FAULTY[name] and nodes
 
 
 def test_compiled_with_many_tokens_unknown():
