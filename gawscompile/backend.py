@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gawscompile import partial
-from gawscompile.codegen import build, cache, cpp, triton
+from gawscompile import partial, watch
+from gawscompile.codegen import build, cache
 from gawscompile.debug.dump import Dump
 from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
 from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
-from gawscompile.passes.context import Context, VerifierError, path_of_source, verify
+from gawscompile.passes.context import Context, VerifierError, verify
 from gawscompile.planning import devices
-from gawscompile.planning.table import Program
 from gawscompile.proof import verify_rewrites
 from gawscompile.runtime import gpu, ops
 
@@ -61,13 +58,12 @@ def gaws(
     if inductor.get("max_autotune"):
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
-    traced = bool(ours.dump)
+    traced = watch.wanted(ours)
     hook = GawsPass(ours, _key(gm, example_inputs, ours.key(traced), inductor, kind), kind, traced)
-    hook.names = _names(gm) if traced else []
+    hook.names = watch.names(gm) if traced else []
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
     record = RECORDS.compiled(hook.key, hook.record)
-    if traced:
-        _write_dumps(hook, record, ours)
+    watch.show(hook.key, record, hook.dumps, ours, traced)
     try:
         ops.build_all(group.program for group in record.groups)
     except Exception as error:  # as above, and a disk that is full by now
@@ -147,7 +143,7 @@ class GawsPass(CustomGraphPass):
                 stage.run(work, context)
                 verify(context)
             if dump:
-                dump.step(name, work, record, _matches(context), name not in self.options.disable)
+                dump.step(name, work, record, watch.matches(context), name not in self.options.disable)
         if self.options.disable or context.ended:
             partial.finish(context)
             verify(context)
@@ -177,60 +173,6 @@ def _checked(ours: Options) -> Options:
     if fuel is not None and ours.fuel is None:
         ours = dataclasses.replace(ours, fuel=max(0, fuel - RECORDS.matches()))
     return ours
-
-
-def _matches(context: Context) -> list[tuple[int, str, list[str]]]:
-    """What the pass that has just run matched, for a dump."""
-    found = []
-    start = context.record.matches - len(context.matches)  # the branches of a torch.cond share a record
-    for number, (stage, nodes) in enumerate(context.matches, start + 1):
-        if stage == context.stage:
-            entries = [entry.path for node in nodes for entry in node.meta.get("gaws_entries", [])]
-            found.append((number, nodes[0].name, entries or [context.module_path(node) for node in nodes]))
-    return found
-
-
-def _names(gm: torch.fx.GraphModule) -> list[str]:
-    """What the inputs of a graph are called in the model: ``layers.0.self_attn.q_proj.weight``."""
-    names = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        name = getattr(source, "name", None)
-        text = str(name() if callable(name) else name or node.name)
-        if "_modules" in text or "_parameters" in text or "_buffers" in text:
-            names.append(re.sub(r"(^|\.)_(parameters|buffers)\.", r"\1", path_of_source(text)))
-        else:
-            names.append(re.sub(r"^L\['(\w+)'\]", r"\1", text))
-    return names
-
-
-def _write_dumps(hook: GawsPass, record: GraphRecord, ours: Options) -> None:
-    """The dumps of a graph, from its compilation or from the cache, into files; a disk that is full costs no answer."""
-    number = len(RECORDS) - 1
-    try:
-        dumps = hook.dumps
-        for dump in dumps:
-            dump.record = dataclasses.asdict(record)
-            dump.kernels = {group.kernel: _kernel(group.program) for group in record.groups}
-        dumps = RECORDS.dumped(hook.key, dumps)
-        for i, dump in enumerate(dumps):
-            branch = f"_{i}" * (len(dumps) > 1)
-            dump.write(Path(ours.dump).expanduser() / f"graph_{number:02d}_{hook.key[:8]}{branch}")
-    except Exception as error:
-        if ours.strict:
-            raise
-        log.warning("gaws: the dump of a graph was not written: %s: %s", type(error).__name__, error)
-
-
-def _kernel(text: str) -> dict[str, Any]:
-    """A group's kernel, for a dump: spec, formulas and generated source."""
-    program = Program.parse(text)
-    if program.emitter == "cpp":
-        sources = {"kernel.cpp": cpp.emit(program.spec)}
-    else:
-        plans = [triton.Plan.parse(plan) for plan, _ in program.table.rows]
-        sources = {f"{plan}.py": triton.emit(program.spec, plan, program.tuned) for plan in plans}
-    return {"spec": str(program.spec), "formulas": program.spec.formulas(), "sources": sources}
 
 
 def _torch_version() -> str:

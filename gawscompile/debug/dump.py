@@ -127,8 +127,19 @@ class Dump:
             yield step, before, after
             before = after
 
-    def linears(self) -> list[LinearRecord]:
-        return GraphRecord.from_json(json.dumps(self.record)).linears
+    def sources(self) -> Iterator[tuple[str, str]]:
+        """(step, the graph after it)."""
+        for step, _, after in self.listings():
+            yield step.name, "\n".join(_source(step, after))
+
+    def diffs(self) -> Iterator[tuple[str, str]]:
+        """(pass, what it changed)."""
+        for step, before, _ in list(self.listings())[1:]:
+            yield step.name, "\n".join(unified(before, step.hunks))
+
+    def operators(self) -> list[str]:
+        """A line for every linear: its operator sum and what became of it."""
+        return [_fate(entry) for entry in GraphRecord.from_json(json.dumps(self.record)).linears]
 
     # ---- as files ----------------------------------------------------------------------------------------------
 
@@ -137,13 +148,12 @@ class Dump:
         folder.mkdir(parents=True, exist_ok=True)
         for number, (step, before, after) in enumerate(self.listings()):
             stem = folder / f"{number:02d}_{step.name}"
-            state = "" if step.ran else ", which was disabled"
-            _put(stem.with_suffix(".py"), [f"# after {step.name}{state}", *source(after)])
+            _put(stem.with_suffix(".py"), _source(step, after))
             if number:
                 _put(stem.with_suffix(".diff"), unified(before, step.hunks))
                 found = {"matches": step.matches, "rejections": step.rejections, "notes": step.notes}
                 stem.with_suffix(".json").write_text(json.dumps(found, indent=1))
-        _put(folder / "operators.txt", map(_fate, self.linears()))
+        _put(folder / "operators.txt", self.operators())
         (folder / "plans.json").write_text(json.dumps(self.record.get("groups", []), indent=1))
         kept = {"key": self.key, "options": self.options, "inputs": self.inputs, "constants": self.constants}
         first = list(applied([], self.steps[0].hunks)) if self.steps else []
@@ -172,6 +182,11 @@ class Dump:
 
 def _put(path: Path, lines: Any) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _source(step: Step, lines: list[Line]) -> Iterator[str]:
+    yield f"# after {step.name}{'' if step.ran else ', which was disabled'}"
+    yield from source(lines)
 
 
 def _fate(entry: LinearRecord) -> str:
