@@ -14,8 +14,8 @@ from gawscompile.debug.records import GraphRecord, plain
 
 
 def tracing() -> bool:
-    """Whether structured traces go anywhere."""
-    return bool(torch_logs.trace_log.handlers)
+    """Whether structured traces go to a file: torch's handler takes itself away at the first message if not."""
+    return any(isinstance(handler, torch_logs.LazyTraceHandler) for handler in torch_logs.trace_log.handlers)
 
 
 def wanted(artifact: str) -> bool:
