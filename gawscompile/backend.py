@@ -21,6 +21,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gawscompile import partial, watch
+from gawscompile.account import account
 from gawscompile.codegen import build, cache
 from gawscompile.debug.dump import Dump
 from gawscompile.debug.records import GraphRecord, Reason, plain
@@ -154,9 +155,17 @@ class GawsPass(CustomGraphPass):
             verify_rewrites(context)
             if dump:
                 dump.step("verify", work, record)
+        self._account(context)
         gpu.inline(work)
         work.eliminate_dead_code()
         _take_over(graph, work)
+
+    def _account(self, context: Context) -> None:
+        """Numbers for `explain` alone: where they cannot be had, the graph is as good without."""
+        try:
+            account(context)
+        except Exception as error:
+            self._complain(f"what groups spare is not known: {type(error).__name__}: {error}")
 
     def _complain(self, message: str) -> None:
         """Something of ours was wrong, and was put right: an error for those who asked for one, else a warning."""

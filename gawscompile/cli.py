@@ -23,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what becomes of every linear of a model")
     _model_arguments(explain)
-    explain.add_argument("--json", action="store_true", help="plain data instead of a table")
+    explain.add_argument("--json", action="store_true", help="plain data instead of tables")
+    explain.add_argument("--html", type=Path, help="write a page to this file instead")
+    explain.add_argument("--measure", action="store_true", help="time the groups' kernels and the guards, too")
+    explain.add_argument("--dump", type=Path, help="a folder for every step of the compiler, with a page")
     explain.set_defaults(run=_explain)
     emit = commands.add_parser("emit", help="a model's Triton kernels as files, for a GPU that need not be here")
     _model_arguments(emit)
@@ -75,7 +78,12 @@ def _explain(arguments: argparse.Namespace) -> str:
     import gawscompile
 
     model = _load(arguments)
-    report = gawscompile.explain(model, input_ids=torch.zeros((1, arguments.tokens), dtype=torch.int64))
+    ids = torch.zeros((1, arguments.tokens), dtype=torch.int64)
+    options = {"dump": arguments.dump} if arguments.dump else {}
+    report = gawscompile.explain(model, input_ids=ids, options=options, measure=arguments.measure)
+    if arguments.html:
+        arguments.html.write_text(report.to_html(), encoding="utf-8")
+        return str(arguments.html)
     return json.dumps(report.to_dict(), indent=2) if arguments.json else str(report)
 
 

@@ -61,6 +61,14 @@ class LinearRecord:
 
 
 @dataclass
+class Work:
+    """What something costs to run: launches, and bytes to and from memory (an expression, where sizes are symbolic)."""
+
+    launches: int
+    bytes: str
+
+
+@dataclass
 class GroupRecord:
     """Projections of one activation that run as one op."""
 
@@ -74,6 +82,15 @@ class GroupRecord:
     prefix: str = ""
     table: str = ""
     """Plans for every number of tokens, where `plan` has only the row that is needed."""
+
+    before: Work | None = None
+    """Of the traced operations that the group stands for (`gawscompile.account`)."""
+
+    after: Work | None = None
+    """Of its kernels, by the plan of the first row."""
+
+    measured: float | None = None
+    """Seconds a call on this machine, where `explain` was asked to measure."""
 
     @property
     def program(self) -> str:
@@ -116,11 +133,13 @@ class GraphRecord:
             entry.group = entry.plan = entry.kernel = None
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=True, sort_keys=True)
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=True)
 
     @staticmethod
     def from_json(text: str) -> GraphRecord:
         data: dict[str, Any] = json.loads(text)
         linears = [LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in data.pop("linears")]
         groups = [GroupRecord(**entry) for entry in data.pop("groups")]
+        for group in groups:
+            group.before, group.after = (Work(**w) if isinstance(w, dict) else w for w in (group.before, group.after))
         return GraphRecord(linears=linears, groups=groups, **data)
