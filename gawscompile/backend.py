@@ -24,6 +24,7 @@ from gawscompile import partial, watch
 from gawscompile.account import account
 from gawscompile.codegen import build, cache
 from gawscompile.debug.dump import Dump
+from gawscompile.debug.progress import Progress
 from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
 from gawscompile.options import OptionError, Options, process_fuel
@@ -62,18 +63,31 @@ def gaws(
     traced = watch.wanted(ours)
     hook = GawsPass(ours, _key(gm, example_inputs, ours.key(traced), inductor, kind), kind, traced)
     hook.names = watch.names(gm) if traced else []
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
-    record = RECORDS.compiled(hook.key, hook.record)
-    watch.show(hook.key, record, hook.dumps, ours, traced)
-    try:
-        ops.build_all(group.program for group in record.groups)
-    except Exception as error:  # as above, and a disk that is full by now
-        if ours.strict:
-            raise
-        record.reject_all(Reason.INTERNAL_ERROR, f"building kernels: {error}")
-        log.warning("gaws: building kernels: %s. This graph is left to Inductor. %s", error, _reproduce())
-        compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
+    with Progress(f"graph {len(RECORDS)}") as progress:
+        hook.say = progress.say
+        progress.say("torch's passes")
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
+        record = RECORDS.compiled(hook.key, hook.record)
+        watch.show(hook.key, record, hook.dumps, ours, traced)
+        try:
+            _build(record, progress)
+        except Exception as error:  # as above, and a disk that is full by now
+            if ours.strict:
+                raise
+            record.reject_all(Reason.INTERNAL_ERROR, f"building kernels: {error}")
+            log.warning("gaws: building kernels: %s. This graph is left to Inductor. %s", error, _reproduce())
+            compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
     return compiled
+
+
+def _build(record: GraphRecord, progress: Progress) -> None:
+    """Wait for a graph's kernels, which are all on their way."""
+    programs = list(dict.fromkeys(group.program for group in record.groups))
+    for program in programs:
+        ops.prepare(program)
+    for number, program in enumerate(programs, 1):
+        progress.say(f"kernel {number} of {len(programs)}")
+        ops.build_all([program])
 
 
 def _reproduce() -> str:
@@ -89,6 +103,7 @@ class GawsPass(CustomGraphPass):
         self.kind = kind
         self.traced = traced
         self.names: list[str] = []  # of the graph's inputs, for dumps
+        self.say: Callable[[str], None] = log.debug
         self.record: GraphRecord | None = None
         self.dumps: list[Dump] = []
         # Now, not in a pass: a graph from a warm cache runs no pass and calls the op all the same.
@@ -138,8 +153,9 @@ class GawsPass(CustomGraphPass):
         context.complain = self._complain
         if dump:
             dump.capture(work, context.module_path)
-        for name, stage in STAGES.items():
+        for number, (name, stage) in enumerate(STAGES.items(), 1):
             context.stage = name
+            self.say(f"{name}, pass {number} of {len(STAGES)}")
             if name not in self.options.disable:
                 stage.run(work, context)
                 verify(context)
@@ -156,6 +172,7 @@ class GawsPass(CustomGraphPass):
             if dump:
                 dump.step("verify", work, record)
         self._account(context)
+        self.say("Inductor")
         gpu.inline(work)
         work.eliminate_dead_code()
         _take_over(graph, work)
