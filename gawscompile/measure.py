@@ -244,12 +244,7 @@ def _seconds(program: Any, tokens: int, rounds: int) -> float:
     return statistics.median(samples[2:]) / 1e3
 
 
-def guard_seconds(call: Callable[[], object], rounds: int = 30) -> float:
+def guard_seconds(call: Callable[[], object]) -> float:
     """Seconds that a call of a compiled model spends on guards: its median with them less that without, in turns."""
-    call()
-    normal, bare = [], []
-    for _ in range(rounds):
-        normal.append(timed(call))
-        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
-            bare.append(timed(call))
-    return max(0.0, statistics.median(normal) - statistics.median(bare)) / 1e3
+    normal, bare = interleave({"": lambda: timed(call)}, rounds=5, steps=6, without_guards=[""])
+    return max(0.0, statistics.median(normal[""]) - statistics.median(bare[""])) / 1e3
