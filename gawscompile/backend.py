@@ -63,12 +63,18 @@ def gaws(
     traced = watch.wanted(ours)
     hook = GawsPass(ours, _key(gm, example_inputs, ours.key(traced), inductor, kind), kind, traced)
     hook.names = watch.names(gm) if traced else []
-    with Progress(f"graph {len(RECORDS)}") as progress:
+    number = len(RECORDS)
+    with Progress(f"graph {number}") as progress:
         hook.say = progress.say
         progress.say("torch's passes")
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
+        try:
+            compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
+        except Exception:
+            if hook.record and hook.dumps:  # what there is, up to the pass that failed
+                watch.show(number, hook.record, hook.dumps, ours)
+            raise
         record = RECORDS.compiled(hook.key, hook.record)
-        watch.show(hook.key, record, hook.dumps, ours, traced)
+        watch.show(number, record, hook.dumps, ours, traced)
         try:
             _build(record, progress)
         except Exception as error:  # as above, and a disk that is full by now
@@ -139,7 +145,9 @@ class GawsPass(CustomGraphPass):
         """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place."""
         given = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "dump"}
         dump = Dump(self.key, given, self.names) if self.traced else None
-        self.dumps += [dump] if dump else []
+        if dump:
+            dump.capture(graph, Context(graph, self.options, record).module_path)
+            self.dumps.append(dump)
         refusal = _refusal(graph, self.unavailable)
         if refusal is not None:
             record.reject_all(*refusal)
@@ -151,16 +159,16 @@ class GawsPass(CustomGraphPass):
         context = self.context = Context(work, self.options, record)
         context.copied = {copy: node for node, copy in copies.items()}
         context.complain = self._complain
-        if dump:
-            dump.capture(work, context.module_path)
         for number, (name, stage) in enumerate(STAGES.items(), 1):
             context.stage = name
             self.say(f"{name}, pass {number} of {len(STAGES)}")
-            if name not in self.options.disable:
-                stage.run(work, context)
-                verify(context)
-            if dump:
-                dump.step(name, work, record, watch.matches(context), name not in self.options.disable)
+            try:
+                if name not in self.options.disable:
+                    stage.run(work, context)
+                    verify(context)
+            finally:  # also the graph in which a pass failed
+                if dump:
+                    dump.step(name, work, record, watch.matches(context), name not in self.options.disable)
         if self.options.disable or context.ended:
             partial.finish(context)
             verify(context)

@@ -61,34 +61,43 @@ def names(gm: torch.fx.GraphModule) -> list[str]:
     return found
 
 
-def show(key: str, record: GraphRecord, dumps: list[Dump], options: Options, traced: bool) -> None:
-    """One compiled graph, to everybody who looks: log, structured trace, files. `dumps` are empty on a warm start, and
-    come from the cache then. Where they cannot be written that is said, and costs no answer."""
+def show(number: int, record: GraphRecord, dumps: list[Dump], options: Options, keep: bool = False) -> None:
+    """The `number`-th graph of the process, to everybody who looks: log, structured trace, files.
+
+    `keep`: the dumps are kept in the cache, or come from there where there are none (a warm start). Where they cannot
+    be written that is said, and costs no answer.
+    """
     try:
-        if traced:
-            for dump in dumps:
-                dump.record = dataclasses.asdict(record)
-                dump.kernels = {group.kernel: _kernel(group.program) for group in record.groups}
-            dumps = RECORDS.dumped(key, dumps)
+        for dump in dumps:
+            dump.record = dataclasses.asdict(record)
+            dump.kernels = kernels(record)
+        if keep:
+            dumps = RECORDS.dumped(record.key, dumps)
         logs.report(record, dumps)
-        if traced and logs.tracing():
+        if dumps and logs.tracing():
             logs.trace(dumps)
         where = _folder(options)
         for i, dump in enumerate(dumps if where else ()):
             branch = f"_{i}" * (len(dumps) > 1)  # of a torch.cond
-            dump.write(Path(where).expanduser() / f"graph_{len(RECORDS) - 1:02d}_{key[:8]}{branch}")
+            dump.write(Path(where).expanduser() / f"graph_{number:02d}_{record.key[:8]}{branch}")
     except Exception as error:
         if options.strict:
             raise
         log.warning("gaws: the dump of a graph was not written: %s: %s", type(error).__name__, error)
 
 
-def _kernel(text: str) -> dict[str, Any]:
-    """A group's kernel, for a dump: spec, formulas and generated source."""
-    program = Program.parse(text)
+def kernels(record: GraphRecord) -> dict[str, dict[str, Any]]:
+    """The kernels of all groups, for a dump: spec, formulas, and the generated source of every plan that runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, text in dict.fromkeys((group.kernel, group.program) for group in record.groups):
+        program = Program.parse(text)
+        kernel = {"spec": str(program.spec), "formulas": program.spec.formulas(), "sources": {}}
+        found.setdefault(name, kernel)["sources"].update(_sources(program))
+    return found
+
+
+def _sources(program: Program) -> dict[str, str]:
     if program.emitter == "cpp":
-        sources = {"kernel.cpp": cpp.emit(program.spec)}
-    else:
-        plans = [triton.Plan.parse(plan) for plan, _ in program.table.rows]
-        sources = {f"{plan}.py": triton.emit(program.spec, plan, program.tuned) for plan in plans}
-    return {"spec": str(program.spec), "formulas": program.spec.formulas(), "sources": sources}
+        return {"kernel.cpp": cpp.emit(program.spec)}
+    plans = [triton.Plan.parse(plan) for plan, _ in program.table.rows]
+    return {f"{plan}.py": triton.emit(program.spec, plan, program.tuned) for plan in plans}

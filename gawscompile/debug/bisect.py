@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gawscompile.debug.records import plain
+
 
 class BisectError(ValueError):
     """There is nothing to find; the message says why."""
@@ -31,20 +33,17 @@ class Culprit:
     stage: str
     node: str
     modules: tuple[str, ...]
-    graph: str
     dump: Path
     error: str
 
     def __str__(self) -> str:
-        from gawscompile.debug.records import plain
-
         return "\n".join(
             [
                 f"rewrite {self.number} of {self.total} breaks it: pass {self.stage}, at {plain(self.node)}, "
-                f"of {', '.join(map(plain, self.modules))} ({self.graph})",
+                f"of {', '.join(map(plain, self.modules))} ({self.dump.name})",
                 f"  the script then says: {plain(self.error)}",
-                f"  what it changed: {self.dump / self.graph / 'index.html'}",
-                f"  alone, with random weights: gawscompile repro {self.dump / self.graph}",
+                f"  what it changed: {self.dump / 'index.html'}",
+                f"  alone, with random weights: gawscompile repro {self.dump}",
                 f"  until it is put right: options={{'disable': ['{self.stage}']}}, or GAWS_DISABLE={self.stage}",
             ]
         )
@@ -58,9 +57,13 @@ def bisect(command: Sequence[str], out: Path | None = None, say: Callable[[str],
     if not Path(command[0]).is_file():
         raise BisectError(f"{command[0]}: no such script")
     out = (out or Path(tempfile.mkdtemp(prefix="gaws-bisect-"))).resolve()
-    if _run(command, None, out / "all") == "":
+    error = _run(command, None, out / "all")
+    if error == "":
         raise BisectError(f"{command[0]} does not fail (its exit status is 0): there is nothing to find")
-    total = len(_matches(out / "all"))
+    matches = _matches(out / "all")
+    if not matches:
+        raise BisectError(f"{command[0]} fails and compiles no graph with backend 'gaws' before: {error}")
+    total = len(matches)
     say(f"fails with all {total} rewrites")
     if error := _run(command, 0):
         raise BisectError(f"{command[0]} fails with no rewrite too (GAWS_FUEL=0), so none is to blame: {error}")
@@ -71,10 +74,11 @@ def bisect(command: Sequence[str], out: Path | None = None, say: Callable[[str],
         say(f"{'fails' if fails else 'works'} with {middle}")
         good, bad = (good, middle) if fails else (middle, bad)
     error = _run(command, bad, out / "first")
-    if error == "" or not total:
+    if error == "":
         raise BisectError(f"{command[0]} does not fail in every run: {bad} rewrites failed, and then did not")
-    stage, node, modules, graph = _matches(out / "first")[-1]
-    return Culprit(bad, total, stage, node, tuple(modules), graph, out / "first", error)
+    stage, node, modules, number = matches[bad - 1]
+    graphs = [graph for run in ("first", "all") for graph in sorted((out / run).glob(f"graph_{number}_*"))]
+    return Culprit(bad, total, stage, node, tuple(modules), graphs[0], error)
 
 
 def _run(command: Sequence[str], fuel: int | None, dump: Path | None = None) -> str:
@@ -95,10 +99,10 @@ def _run(command: Sequence[str], fuel: int | None, dump: Path | None = None) -> 
 
 
 def _matches(dump: Path) -> list[tuple[str, str, list[str], str]]:
-    """(pass, node, modules, graph) of every rewrite of a run, in order, from its dumps."""
+    """(pass, node, modules, number of the graph) of every rewrite of a run, in order, from its dumps."""
     found = []
     for graph in sorted(dump.glob("graph_*"), key=lambda path: int(path.name.split("_")[1])):
         for step in sorted(graph.glob("[0-9][0-9]_*.json")):
             for _, node, modules in json.loads(step.read_text())["matches"]:
-                found.append((step.stem.partition("_")[2], node, modules, graph.name))
+                found.append((step.stem.partition("_")[2], node, modules, graph.name.split("_")[1]))
     return found

@@ -94,8 +94,11 @@ def test_a_script_that_does_not_fail_or_always_does(tmp_path):
     fails.write_text("raise SystemExit('always')")
     with pytest.raises(BisectError, match="does not fail"):
         bisect([str(works)], tmp_path / "a")
-    with pytest.raises(BisectError, match=r"fails with no rewrite too .*always"):
-        bisect([str(fails)], tmp_path / "b", lambda text: None)
+    with pytest.raises(BisectError, match=r"compiles no graph with backend 'gaws' before: always"):
+        bisect([str(fails)], tmp_path / "b")
+    (tmp_path / "fake.py").write_text(FAKE)
+    with pytest.raises(BisectError, match=r"fails with no rewrite too .*the answer is wrong"):
+        bisect([str(tmp_path / "fake.py"), "0"], tmp_path / "c", lambda text: None)
     with pytest.raises(BisectError, match="no such script"):
         bisect([str(tmp_path / "nowhere.py")])
 

@@ -13,6 +13,11 @@ import torch
 from gawscompile import explain
 from gawscompile.backend import STAGES
 from gawscompile.codegen.spec import KernelSpec
+from gawscompile.debug.records import GraphRecord, GroupRecord
+from gawscompile.operators import operator_group
+from gawscompile.planning.cost import plan
+from gawscompile.planning.devices import GPUS
+from gawscompile.watch import kernels
 from tests.graphs import Pair, small_llama, tokens
 
 
@@ -51,10 +56,10 @@ def test_a_folder_per_graph_has_every_step(dumped):
 def test_groups_plans_and_kernels(dumped):
     folder, report = dumped
     plans = json.loads((folder / "plans.json").read_text())
-    assert [plan["members"] for plan in plans] == [group.members for group in report.groups]
-    for plan in plans:
-        assert all("m" in cost for cost in plan["costs"].values())
-        kernel = folder / "kernels" / plan["kernel"].replace(":", "_")
+    assert [group["members"] for group in plans] == [group.members for group in report.groups]
+    for group in plans:
+        assert all("m" in cost for cost in group["costs"].values())
+        kernel = folder / "kernels" / group["kernel"].replace(":", "_")
         spec = (kernel / "spec.txt").read_text().splitlines()[0]
         assert str(KernelSpec.parse(spec)) == spec and "gemv" in (kernel / "kernel.cpp").read_text()
     operators = (folder / "operators.txt").read_text().splitlines()
@@ -98,6 +103,31 @@ def test_what_is_left_alone_is_dumped_with_its_reason(tmp_path):
     assert "disabled" in (folder / "07_fuse_epilogues.py").read_text().splitlines()[0]
 
 
+def test_a_graph_that_is_refused_is_dumped_as_it_came(tmp_path):
+    model, x = torch.nn.Linear(8, 4), torch.randn(2, 8)
+    torch.compile(model, backend="gaws", options={"dump": tmp_path})(x).sum().backward()
+    (folder,) = tmp_path.iterdir()
+    assert "aten.addmm" in (folder / "00_captured.py").read_text() and not list(folder.glob("01_*"))
+    assert "gradients are needed" in (folder / "index.html").read_text()
+
+
+def test_a_pass_that_fails_leaves_a_dump_up_to_it(tmp_path, monkeypatch):
+    from gawscompile.passes import fuse_zflora
+
+    def fail(graph, context):
+        for node in graph.find_nodes(op="call_function", target=operator_group):
+            context.allows(node)
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(fuse_zflora, "run", fail)
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Exception, match="broken"):
+        explain(Pair().eval(), torch.randn(1, 3, 32), options={"dump": str(tmp_path), "strict": True})
+    (folder,) = tmp_path.iterdir()
+    (match,) = json.loads((folder / "05_fuse_zflora.json").read_text())["matches"]
+    assert match[1:] == ["operator_group", ["q", "k"]] and not list(folder.glob("06_*"))
+
+
 def test_a_dump_that_cannot_be_written_costs_no_answer(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     caplog.set_level(logging.WARNING)
@@ -106,6 +136,17 @@ def test_a_dump_that_cannot_be_written_costs_no_answer(tmp_path, caplog):
         got = torch.compile(model, backend="gaws", options={"dump": tmp_path / "file"})(x)
         torch.testing.assert_close(got, model(x))
     assert any("the dump of a graph was not written" in r.getMessage() for r in caplog.records)
+
+
+def test_kernels_of_a_gpu_have_a_source_per_plan():
+    spec = KernelSpec.parse("k=576 x=bf16; n=576 w=bf16 out=bf16 lora(r=16 f32 s=2.0); n=192 w=bf16 out=bf16")
+    table = plan(spec, GPUS["H100"]).table
+    record = GraphRecord("key")
+    for row, _ in table.rows:  # groups for different numbers of tokens share a kernel, and not its plans
+        record.groups.append(GroupRecord(0, ["q"], "1", row, str(spec), "triton:ab", prefix="triton "))
+    (found,) = kernels(record).values()
+    assert found["spec"] == str(spec) and len(found["sources"]) == len(table.rows) > 1
+    assert all(name.endswith(".py") and ast.parse(text) for name, text in found["sources"].items())
 
 
 def test_off_nothing_is_listed(monkeypatch):
