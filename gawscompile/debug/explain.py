@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import FunctionType
@@ -36,10 +37,10 @@ def explain(
     from gawscompile.debug.store import RECORDS
 
     model = getattr(model, "_orig_mod", model)
-    mark, before, compiled = len(RECORDS), frames.breaks(), frames.compiles()
+    mark, before, began = len(RECORDS), frames.breaks(), time.time()
     call = call_once(model, functools.partial(gaws, options=dict(options or {})), args, inputs, dynamic)
     report = assemble(RECORDS.since(mark), model)
-    report.guards = frames.guards(compiled)
+    report.guards = frames.guards(began)
     report.troubles = [*frames.broken(before), *frames.recompiled()]
     if measure:
         from gawscompile import measure as timing

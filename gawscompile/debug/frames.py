@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch._dynamo.utils import counters, get_compilation_metrics
@@ -56,15 +55,6 @@ def _remedy(reason: str) -> str:
     return next(known, "keep what the guard names as it was, or raise torch._dynamo.config.recompile_limit")
 
 
-def compiles() -> int:
-    """A mark for `guards`."""
-    return len(get_compilation_metrics())
-
-
-def guards(mark: int) -> int:
-    """Guards of the frames compiled since `mark`."""
-    return sum(_counts(metric.guard_count for metric in get_compilation_metrics()[mark:]))
-
-
-def _counts(numbers: Iterable[int | None]) -> Iterable[int]:
-    return (number or 0 for number in numbers)
+def guards(since: float) -> int:
+    """Guards of the frames whose compile began at `since` (``time.time()``) or later; torch keeps the last 64."""
+    return sum(metric.guard_count or 0 for metric in get_compilation_metrics() if (metric.start_time or 0) >= since)
