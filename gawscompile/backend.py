@@ -21,11 +21,14 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gawscompile import polyfills
+from gawscompile import partial, polyfills, watch
+from gawscompile.account import account
 from gawscompile.codegen import build, cache
+from gawscompile.debug.dump import Dump
+from gawscompile.debug.progress import Progress
 from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
-from gawscompile.options import Options
+from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, VerifierError, verify
 from gawscompile.planning import devices
@@ -33,6 +36,8 @@ from gawscompile.proof import verify_rewrites
 from gawscompile.runtime import gpu, ops
 
 log = logging.getLogger("gawscompile")
+
+STAGES = {stage.__name__.rpartition(".")[2]: stage for stage in PIPELINE}
 
 polyfills.install()  # torch.compile has asked for the backend: nothing is traced yet
 
@@ -53,23 +58,47 @@ def gaws(
 
     polyfills.install()
     ours, inductor = Options.split(options)
+    ours = _checked(ours)
     if mode and mode != "default":
         inductor = {**list_mode_options(mode), **inductor}
     if inductor.get("max_autotune"):
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
-    hook = GawsPass(ours, _key(gm, example_inputs, ours, inductor, kind), kind, stored_inputs(gm, example_inputs))
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
-    record = RECORDS.compiled(hook.key, hook.record)
-    try:
-        ops.build_all(group.program for group in record.groups)
-    except Exception as error:  # as above, and a disk that is full by now
-        if ours.strict:
+    traced = watch.wanted(ours)
+    key = _key(gm, example_inputs, ours.key(traced), inductor, kind)
+    hook = GawsPass(ours, key, kind, traced, stored_inputs(gm, example_inputs))
+    hook.names = watch.names(gm) if traced else []
+    number = len(RECORDS)
+    with Progress(f"graph {number}") as progress:
+        hook.say = progress.say
+        progress.say("torch's passes")
+        try:
+            compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
+        except Exception:
+            if hook.record and hook.dumps:  # what there is, up to the pass that failed
+                watch.show(number, hook.record, hook.dumps, ours)
             raise
-        record.reject_all(Reason.INTERNAL_ERROR, f"building kernels: {error}")
-        log.warning("gaws: building kernels: %s. This graph is left to Inductor. %s", error, _reproduce())
-        compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
+        record = RECORDS.compiled(hook.key, hook.record)
+        watch.show(number, record, hook.dumps, ours, traced)
+        try:
+            _build(record, progress)
+        except Exception as error:  # as above, and a disk that is full by now
+            if ours.strict:
+                raise
+            record.reject_all(Reason.INTERNAL_ERROR, f"building kernels: {error}")
+            log.warning("gaws: building kernels: %s. This graph is left to Inductor. %s", error, _reproduce())
+            compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
     return compiled
+
+
+def _build(record: GraphRecord, progress: Progress) -> None:
+    """Wait for a graph's kernels, which are all on their way."""
+    programs = list(dict.fromkeys(group.program for group in record.groups))
+    for program in programs:
+        ops.prepare(program)
+    for number, program in enumerate(programs, 1):
+        progress.say(f"kernel {number} of {len(programs)}")
+        ops.build_all([program])
 
 
 def stored_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> frozenset[int]:
@@ -109,12 +138,18 @@ def _reproduce() -> str:
 class GawsPass(CustomGraphPass):
     """Our pipeline as one Inductor graph pass. Collects its record."""
 
-    def __init__(self, options: Options, key: str, kind: str = "cpu", stored: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, options: Options, key: str, kind: str = "cpu", traced: bool = False, stored: frozenset[int] = frozenset()
+    ) -> None:
         self.options = options
         self.key = key
         self.kind = kind
+        self.traced = traced
         self.stored = stored
+        self.names: list[str] = []  # of the graph's inputs, for dumps
+        self.say: Callable[[str], None] = log.debug
         self.record: GraphRecord | None = None
+        self.dumps: list[Dump] = []
         # Now, not in a pass: a graph from a warm cache runs no pass and calls the op all the same.
         self.unavailable = _unavailable(kind)
 
@@ -122,8 +157,8 @@ class GawsPass(CustomGraphPass):
         """What decides the outcome beside the graph: our sources and options, the machine and compiler planned for."""
         compiler = self.unavailable[1] if self.unavailable else build.fingerprint() if self.kind == "cpu" else ""
         versions = (_torch_version(), _triton_version(), compiler)
-        stored = str(sorted(self.stored))
-        return cache.digest(cache.source_hash(), str(self.options), _device(self.kind), stored, *versions).encode()
+        state = (self.options.key(self.traced), str(sorted(self.stored)))
+        return cache.digest(cache.source_hash(), *state, _device(self.kind), *versions).encode()
 
     def __deepcopy__(self, memo: Any) -> GawsPass:
         return self  # ahead-of-time compilation copies its options; the record must reach who asked for it
@@ -150,6 +185,11 @@ class GawsPass(CustomGraphPass):
 
     def rewrite(self, graph: torch.fx.Graph, record: GraphRecord) -> None:
         """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place."""
+        given = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "dump"}
+        dump = Dump(self.key, given, self.names) if self.traced else None
+        if dump:
+            dump.capture(graph, Context(graph, self.options, record).module_path)
+            self.dumps.append(dump)
         refusal = _refusal(graph, self.unavailable)
         if refusal is not None:
             record.reject_all(*refusal)
@@ -166,27 +206,56 @@ class GawsPass(CustomGraphPass):
         context = self.context = Context(work, self.options, record)
         context.stored = frozenset(copies[node] for node in placeholders_of(graph, self.stored))
         context.holder = graph.owning_module
-        context.copied = {copy: node for node, copy in copies.items()}
-
-
         context.copied = {copy: node for node, copy in copies.items() if not copy._erased}
         context.complain = self._complain
-        for stage in PIPELINE:
-            context.stage = stage.__name__.rpartition(".")[2]
-            stage.run(work, context)
+        for number, (name, stage) in enumerate(STAGES.items(), 1):
+            context.stage = name
+            self.say(f"{name}, pass {number} of {len(STAGES)}")
+            try:
+                if name not in self.options.disable:
+                    stage.run(work, context)
+                    verify(context)
+            finally:  # also the graph in which a pass failed
+                if dump:
+                    dump.step(name, work, record, watch.matches(context), name not in self.options.disable)
+        if self.options.disable or context.ended:
+            partial.finish(context)
             verify(context)
+            if dump:
+                dump.step("spelled_out", work, record)
         if self.options.verify:
             context.stage = "verify"
             verify_rewrites(context)
+            if dump:
+                dump.step("verify", work, record)
+        self._account(context)
+        self.say("Inductor")
         gpu.inline(work)
         work.eliminate_dead_code()
         _take_over(graph, work)
+
+    def _account(self, context: Context) -> None:
+        """Numbers for `explain` alone: where they cannot be had, the graph is as good without."""
+        try:
+            account(context)
+        except Exception as error:
+            self._complain(f"what groups spare is not known: {type(error).__name__}: {error}")
 
     def _complain(self, message: str) -> None:
         """Something of ours was wrong, and was put right: an error for those who asked for one, else a warning."""
         if self.options.strict:
             raise VerifierError(message)
         log.warning("gaws: %s", message)
+
+
+def _checked(ours: Options) -> Options:
+    """Passes that are to be disabled exist; what is left of the process's fuel. Raises `OptionError`."""
+    if unknown := [name for name in ours.disable if name not in STAGES]:
+        raise OptionError(f"option 'disable': there is no pass {unknown[0]!r}; passes are {', '.join(STAGES)}")
+    fuel = process_fuel()
+    if fuel is not None and ours.fuel is None:
+        ours = dataclasses.replace(ours, fuel=max(0, fuel - RECORDS.matches()))
+    return ours
 
 
 def _torch_version() -> str:
@@ -261,14 +330,14 @@ def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
 
 
 def _key(
-    gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: Options, inductor: dict[str, Any], kind: str
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], ours: str, inductor: dict[str, Any], kind: str
 ) -> str:
     """Names one compiled graph, the same in every process: what Dynamo traced, for which inputs, with which code."""
     shapes = [
         f"{tuple(i.shape)}{i.stride()}{i.dtype}{i.device}{i.requires_grad}" if isinstance(i, torch.Tensor) else str(i)
         for i in inputs
     ]
-    settings = [str(ours), str(sorted(inductor.items(), key=str)), _device(kind), torch.__version__]
+    settings = [ours, str(sorted(inductor.items(), key=str)), _device(kind), torch.__version__]
     modes: list[Any] = [torch.is_grad_enabled()]
     modes += [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
     settings += [str(modes), str(torch.is_inference_mode_enabled())]

@@ -1,9 +1,10 @@
-"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``emit``, ``calibrate``, ``cache``."""
+"""The command line: ``gawscompile explain --model DIR [--adapter DIR]``, ``emit``, ``bisect``, ``repro`` …"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what becomes of every linear of a model")
     _model_arguments(explain)
-    explain.add_argument("--json", action="store_true", help="plain data instead of a table")
+    explain.add_argument("--json", action="store_true", help="plain data instead of tables")
+    explain.add_argument("--html", type=Path, help="write a page to this file instead")
+    explain.add_argument("--measure", action="store_true", help="time the groups' kernels and the guards, too")
+    explain.add_argument("--dump", type=Path, help="a folder for every step of the compiler, with a page")
     explain.set_defaults(run=_explain)
     emit = commands.add_parser("emit", help="a model's Triton kernels as files, for a GPU that need not be here")
     _model_arguments(emit)
@@ -35,6 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--device", choices=("cpu", "cuda"), help="this alone (default: the CPU, and the current GPU if there is one)"
     )
     calibrate.set_defaults(run=_calibrate)
+    bisect = commands.add_parser("bisect", help="the first rewrite with which a script fails: its pass and its place")
+    bisect.add_argument("--out", type=Path, help="for the dump of the failing run (default: a new temporary folder)")
+    bisect.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT …", help="a Python script that fails")
+    bisect.set_defaults(run=_bisect)
+    repro = commands.add_parser("repro", help="a graph of a dump as a script: random weights, compile, compare")
+    repro.add_argument("folder", type=Path, metavar="DIR", help="a dump (GAWS_DUMP=DIR), or one graph's folder in it")
+    repro.add_argument("--out", type=Path, help="the script (default: repro.py in the graph's folder)")
+    repro.set_defaults(run=_repro)
     kept = commands.add_parser("cache", help="what is cached, and where").add_subparsers(dest="action", required=True)
     kept.add_parser("info", help="place, limit and sizes").set_defaults(run=_cache_info)
     clear = kept.add_parser("clear", help="remove kernels and records")
@@ -69,7 +81,12 @@ def _explain(arguments: argparse.Namespace) -> str:
     import gawscompile
 
     model = _load(arguments)
-    report = gawscompile.explain(model, input_ids=torch.zeros((1, arguments.tokens), dtype=torch.int64))
+    ids = torch.zeros((1, arguments.tokens), dtype=torch.int64)
+    options = {"dump": arguments.dump} if arguments.dump else {}
+    report = gawscompile.explain(model, input_ids=ids, options=options, measure=arguments.measure)
+    if arguments.html:
+        arguments.html.write_text(report.to_html(), encoding="utf-8")
+        return str(arguments.html)
     return json.dumps(report.to_dict(), indent=2) if arguments.json else str(report)
 
 
@@ -102,6 +119,21 @@ def _calibrate(arguments: argparse.Namespace) -> str:
     found = [calibrate.calibrate().summary()] if arguments.device != "cuda" else []
     found += [calibrate_gpu.calibrate().summary()] if gpu and arguments.device != "cpu" else []
     return "\n\n\n".join(found)
+
+
+def _bisect(arguments: argparse.Namespace) -> str:
+    from gawscompile.debug.bisect import bisect
+
+    if not arguments.script:
+        raise ValueError("bisect: which script? gawscompile bisect [--out DIR] SCRIPT [ARGUMENTS]")
+    return str(bisect(arguments.script, arguments.out, lambda text: print(text, file=sys.stderr, flush=True)))
+
+
+def _repro(arguments: argparse.Namespace) -> str:
+    from gawscompile.debug.repro import repro
+
+    path = repro(arguments.folder, arguments.out)
+    return f"{path}: run it with {shlex.join([sys.executable, str(path)])}; it exits with 1 where the answer is wrong"
 
 
 def _cache_info(arguments: argparse.Namespace) -> str:

@@ -7,8 +7,10 @@ every variant runs a few steps, then the next one, round after round, and median
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
+import itertools
 import os
 import platform
 import statistics
@@ -199,3 +201,53 @@ def interleave(
 def _turn(step: Callable[[], float], steps: int, samples: list[float]) -> None:
     step()
     samples.extend(step() for _ in range(steps))
+
+
+COLD = 96 << 20
+"""Bytes of operands that a group's kernel goes through before it meets the same ones again: more than caches hold."""
+
+
+def measure_groups(groups: Iterable[Any], rounds: int = 15) -> None:
+    """Set `measured` of every group: the median seconds of its kernels alone, on random operands and cold weights.
+
+    A group whose number of tokens is symbolic, or whose device is not here, stays unmeasured. Groups of one program
+    are measured once.
+    """
+    from gawscompile.planning.table import Program
+
+    taken: dict[tuple[str, int], float] = {}
+    for group in groups:
+        program = Program.parse(group.program)
+        if not group.tokens.isdecimal() or (program.emitter == "triton" and not torch.cuda.is_available()):
+            continue
+        key = group.program, int(group.tokens)
+        if key not in taken:
+            taken[key] = _seconds(program, key[1], rounds)
+        group.measured = taken[key]
+
+
+def _seconds(program: Any, tokens: int, rounds: int) -> float:
+    from gawscompile.codegen.spec import DTYPES
+    from gawscompile.runtime import ops
+
+    ops.ensure_loaded()
+    device = "cuda" if program.emitter == "triton" else "cpu"
+
+    def made(sizes: Sequence[int | str], dtype: str) -> torch.Tensor:
+        numbers = torch.randn([tokens if size == "m" else int(size) for size in sizes], device=device)
+        return numbers.to(torch.float64 if dtype == "f64" else DTYPES[dtype])
+
+    spec = program.spec
+    x, operands = made(("m", spec.k), spec.x), [made(o.shape, o.dtype) for o in spec.operands()]
+    size = sum(tensor.nbytes for tensor in operands)
+    sets = [operands, *([tensor.clone() for tensor in operands] for _ in range(min(COLD // max(size, 1), 63)))]
+    text = str(program)
+    turns = itertools.islice(itertools.cycle(sets), rounds + 2)
+    samples = [timed(functools.partial(torch.ops.gaws.project, x, one, text)) for one in turns]
+    return statistics.median(samples[2:]) / 1e3
+
+
+def guard_seconds(call: Callable[[], object]) -> float:
+    """Seconds that a call of a compiled model spends on guards: its median with them less that without, in turns."""
+    normal, bare = interleave({"": lambda: timed(call)}, rounds=5, steps=6, without_guards=[""])
+    return max(0.0, statistics.median(normal[""]) - statistics.median(bare[""])) / 1e3

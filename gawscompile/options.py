@@ -30,6 +30,20 @@ class Options:
     """On a GPU, show Inductor the Triton kernels themselves (`torch.library.triton_op`) instead of an opaque op, where
     the number of tokens is known and the plan keeps nothing between calls; for export ahead of time. Not yet run."""
 
+    dump: str = ""
+    """A folder for what the compiler did (`gawscompile.debug.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
+
+    disable: tuple[str, ...] = ()
+    """Passes that do not run, by name. What they leave unfinished is spelled out for Inductor (`gawscompile.partial`).
+    ``GAWS_DISABLE=name,name``."""
+
+    fuel: int | None = None
+    """So many rewrites go ahead in each graph, then no more. ``GAWS_FUEL=n``: so many in all graphs of a process."""
+
+    def key(self, traced: bool) -> str:
+        """What of them decides the outcome of a compile, for cache keys: whether there is a dump, not where it goes."""
+        return f"{dataclasses.replace(self, dump='')} traced={traced}"
+
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         """Ours, and what is Inductor's. Raises `OptionError`, naming option, type and the good ones."""
@@ -38,15 +52,16 @@ class Options:
         ours: dict[str, Any] = {
             name: os.environ.get(f"GAWS_{name.upper()}", "0") not in ("", "0") for name in ("strict", "verify")
         }
+        ours["dump"] = os.environ.get("GAWS_DUMP", "")
+        ours["disable"] = tuple(filter(None, os.environ.get("GAWS_DISABLE", "").replace(" ", "").split(",")))
         theirs: dict[str, Any] = {}
-        fields = {field.name: field for field in dataclasses.fields(Options)}
         for name, value in (given or {}).items():
-            if name in fields:
-                ours[name] = _checked(name, value, fields[name].default)
+            if name in KINDS:
+                ours[name] = _checked(name, value)
             elif name.replace("-", "_") in list_options():
                 theirs[name.replace("-", "_")] = value
             else:
-                good = ", ".join(f"{f.name}: {type(f.default).__name__}" for f in fields.values())
+                good = ", ".join(f"{name}: {kind}" for name, kind in KINDS.items())
                 raise OptionError(
                     f"unknown option {name!r} for backend 'gaws'. Its options are {good}; "
                     f"Inductor's names (torch._inductor.list_options()) are passed on to Inductor"
@@ -54,7 +69,30 @@ class Options:
         return Options(**ours), theirs
 
 
-def _checked(name: str, value: Any, default: Any) -> Any:
-    if type(value) is not type(default):
-        raise OptionError(f"option {name!r} takes a {type(default).__name__}, not {value!r}")
-    return value
+KINDS = {
+    **dict.fromkeys(("strict", "verify", "autotune", "transparent"), "bool"),
+    "dump": "str (a folder)",
+    "disable": "list of pass names",
+    "fuel": "int (0 or more)",
+}
+
+
+def _checked(name: str, value: Any) -> Any:
+    kind = KINDS[name]
+    if kind == "bool" and type(value) is bool:
+        return value
+    if name == "dump" and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if name == "disable" and isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+        return tuple(value)
+    if name == "fuel" and type(value) is int and value >= 0:
+        return value
+    raise OptionError(f"option {name!r} takes a {kind}, not {value!r}")
+
+
+def process_fuel() -> int | None:
+    """``GAWS_FUEL``, if it is set. Raises `OptionError` where it is no number."""
+    text = os.environ.get("GAWS_FUEL", "")
+    if text and not text.isdecimal():
+        raise OptionError(f"GAWS_FUEL={text!r} is not a whole number of rewrites")
+    return int(text) if text else None

@@ -126,7 +126,7 @@ def _size(size: Any, draw: int) -> int:
 def verify_rewrites(context: Context) -> None:
     """Prove every rewrite of ``context.graph``; undo and report the ones that fail. `context` knows the originals."""
     proven = 0
-    for rewrite in _rewrites(context):
+    for rewrite in rewrites(context):
         with torch.no_grad(), _disable_current_modes():  # compilation runs under fake tensors; these are real
             fault = _fault(context, rewrite)
         if fault is None:
@@ -137,7 +137,7 @@ def verify_rewrites(context: Context) -> None:
     context.record.notes.append(f"verify: {proven} rewrites agree with their originals in {len(SIZES)} random draws")
 
 
-def _rewrites(context: Context) -> list[Rewrite]:
+def rewrites(context: Context) -> list[Rewrite]:
     found: dict[Node, Rewrite] = {}
     for node in context.graph.nodes:
         if node not in context.stands_for or not node.users:
@@ -148,7 +148,7 @@ def _rewrites(context: Context) -> list[Rewrite]:
     return list(found.values())
 
 
-def _cone(outputs: Iterable[Node], stop: Any) -> tuple[list[Node], list[Node]]:
+def cone(outputs: Iterable[Node], stop: Any) -> tuple[list[Node], list[Node]]:
     """(the nodes that `outputs` are computed from, in order, down to where `stop` holds; the nodes where it does)."""
     inside: dict[Node, None] = {}
     edge: dict[Node, None] = {}
@@ -168,7 +168,7 @@ def _cone(outputs: Iterable[Node], stop: Any) -> tuple[list[Node], list[Node]]:
 def _fault(context: Context, rewrite: Rewrite) -> str | None:
     """What is wrong with a rewrite, if anything: the first difference, or what could not be run."""
     own = set(rewrite.nodes)
-    after, edge = _cone(rewrite.nodes, lambda n: n not in own and context.original(n) is not None)
+    after, edge = cone(rewrite.nodes, lambda n: n not in own and context.original(n) is not None)
     for draw in range(len(SIZES)):
         generator = torch.Generator().manual_seed(draw)
         old, new = Values(draw, generator), Values(draw, generator)
@@ -186,7 +186,7 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
             old.known[origin] = new.known[node] = old.known[source]
         old.join()
         wanted = [context.stands_for[node] for node in rewrite.nodes]
-        before, _ = _cone(wanted, old.known.__contains__)
+        before, _ = cone(wanted, old.known.__contains__)
         try:
             old.run(before)
             new.run(after)
@@ -249,7 +249,7 @@ def _undo(context: Context, rewrite: Rewrite, fault: str) -> None:
     entries = anchor.meta.get("gaws_entries", [])
     standing = {context.original(n): n for n in context.graph.nodes if n < anchor and context.original(n) is not None}
     wanted = [context.stands_for[node] for node in rewrite.nodes]
-    before, _ = _cone(wanted, lambda n: n not in wanted and n in standing)
+    before, _ = cone(wanted, lambda n: n not in wanted and n in standing)
     with context.graph.inserting_before(anchor):
         for origin in before:
             standing[origin] = context.graph.node_copy(origin, standing.__getitem__)

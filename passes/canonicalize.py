@@ -65,8 +65,11 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: Casts) -> N
         if columns is None:
             return  # a product of two activations is no linear
         if bias is None and of_parameters(x) and not _looks_like_a_weight(columns):
-            _turn(graph, context, node, x, columns, casts)
+            if context.allows(node):
+                _turn(graph, context, node, x, columns, casts)
             return
+    if not context.allows(node):
+        return
     if bias is not None and not _plain(node, bias):
         node = _take_apart(graph, context, node)
         bias = None
@@ -170,7 +173,7 @@ def _unbatch(graph: Graph, context: Context, node: Node, casts: Casts) -> None:
     """A batched product with one matrix for all of the batch is a linear."""
     x, right = args(node)[-2:]
     weight = _one_matrix(graph, context, node, right)
-    if weight is None:
+    if weight is None or not context.allows(node):
         return
     if node.target is aten.baddbmm.default:
         with graph.inserting_before(node):

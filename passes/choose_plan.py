@@ -35,6 +35,8 @@ from gawscompile.planning.table import PlanTable, Program
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=project):
+        if not context.allows(node):
+            continue
         x, operands, text = args(node)
         spec = KernelSpec.parse(text)
         planned = plan(spec, devices.of(x.meta["val"].device.type))
@@ -62,6 +64,7 @@ def run(graph: Graph, context: Context) -> None:
             costs={name: str(cost) for name, cost in planned.costs.items()},
             prefix=program.prefix,
             suffix=program.suffix,
+            table=str(planned.table),
         )
         context.record.groups.append(group)
         for entry in entries:

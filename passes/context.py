@@ -51,6 +51,8 @@ class Context:
     copied: dict[Node, Node] = field(default_factory=dict)  # node as it was → the same in the untouched graph
     stands_for: dict[Node, Node] = field(default_factory=dict)  # new node → the untouched graph's that it replaces
     complain: Callable[[str], None] = log.warning
+    matches: list[tuple[str, tuple[Node, ...]]] = field(default_factory=list)  # (stage, the nodes that matched)
+    ended: str = ""  # the stage in which fuel ran out
 
     # ---- records ------------------------------------------------------------------------------------------
 
@@ -73,6 +75,16 @@ class Context:
         stack = node.meta.get("nn_module_stack")
         path = _path(stack) if stack else ""
         return path or (MODEL if stack else f"<{node.name}>")
+
+    def allows(self, *nodes: Node) -> bool:
+        """Whether the match of `nodes`, found and not yet applied, may go ahead: each takes one unit of fuel."""
+        fuel = self.options.fuel
+        if fuel is not None and self.record.matches >= fuel:
+            self.ended = self.ended or self.stage
+            return False
+        self.record.matches += 1
+        self.matches.append((self.stage, nodes))
+        return True
 
     # ---- edits --------------------------------------------------------------------------------------------
 
@@ -300,6 +312,11 @@ def _path(stack: dict[str, tuple[str, Any]]) -> str:
         elif rest:
             names.append(rest.removeprefix("."))
     return ".".join(names).removesuffix(".base_layer")
+
+
+def path_of_source(name: str) -> str:
+    """The same of one of Dynamo's sources."""
+    return _path({"": (name, None)})
 
 
 def _brief(node: Node) -> str:

@@ -71,6 +71,8 @@ def _swiglu(context: Context, node: Node) -> None:
             continue
         if not same_value(value(product), value(up)) or not same_value(value(gate), value(up)):
             continue
+        if not context.allows(node):
+            return
         first = args(gate)[1]
         mine = [list(owned) for owned in _by_projection(spec, operands)]
         fused = dataclasses.replace(
@@ -143,7 +145,7 @@ def _residual(graph: Graph, context: Context, node: Node, item: Node) -> None:
     x, operands, text = args(node)
     spec, index = KernelSpec.parse(text), args(item)[1]
     projection = spec.projections[index]
-    if projection.residual:
+    if projection.residual or not context.allows(node):
         return
     changed = dataclasses.replace(projection, residual=DTYPE_NAMES[dtype(residual)])
     projections = (*spec.projections[:index], changed, *spec.projections[index + 1 :])

@@ -29,6 +29,8 @@ from gawscompile.passes.fuse_zflora import fuse, projection, scale_of
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=operator_group):
         _, sums, outs = args(node)
+        if not any(isinstance(term, Kronecker) for terms in sums for term in terms) or not context.allows(node):
+            continue
         operands: list[Node] = []
         projections = [_projection(terms, out, operands) for terms, out in zip(sums, outs, strict=True)]
         fuse(graph, context, node, projections, operands)

@@ -32,6 +32,8 @@ def run(graph: Graph, context: Context) -> None:
         _, sums, outs = args(node)
         if any(isinstance(term, Kronecker) for terms in sums for term in terms):
             continue  # fuse_kronecker's
+        if not context.allows(node):
+            continue
         operands: list[Node] = []
         projections = [projection(terms, out, operands) for terms, out in zip(sums, outs, strict=True)]
         fuse(graph, context, node, projections, operands)

@@ -38,7 +38,8 @@ def run(graph: Graph, context: Context) -> None:
         while members:
             first = members[0]
             together = [m for m in members if all(leaf < first for leaf in leaves(args(m)[1]))]
-            _group(graph, context, together)
+            if context.allows(*together):
+                _group(graph, context, together)
             members = [m for m in members if m not in together]
 
 

@@ -54,7 +54,7 @@ def run(graph: Graph, context: Context) -> None:
         x, terms, out = args(node)
         read = leaves(tuple(term for term in terms if not isinstance(term, Bias)))
         for leaf in read:
-            if leaf in fixed and leaf not in made and worthwhile(leaf):
+            if leaf in fixed and leaf not in made and worthwhile(leaf) and context.allows(leaf):
                 made[leaf] = _hoist(graph, context, leaf)
         if any(leaf in made for leaf in read):
             node.args = map_arg((x, terms, out), lambda n: made.get(n, n))

@@ -31,13 +31,16 @@ def run(graph: Graph, context: Context) -> None:
     programs: dict[str, None] = {}
     for node in graph.find_nodes(op="call_function", target=project):
         program = args(node)[2]
+        if " | " not in program or not context.allows(node):
+            continue  # choose_plan is disabled, or fuel has run out
         transparent = context.options.transparent and is_transparent(Program.parse(program))
         node.target = torch.ops.gaws.project_traced.default if transparent else torch.ops.gaws.project.default
         programs[program] = None
         context.touched.append(node)
         context.matched()
     for node in graph.find_nodes(op="call_function", target=linear):
-        _spell(graph, context, node)
+        if context.allows(node):
+            _spell(graph, context, node)
     for program in programs:
         ops.prepare(program)
 

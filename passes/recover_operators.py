@@ -126,6 +126,9 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     if refusal is not None:
         context.reject(entry, *refusal)
         return form.inner
+    if not context.allows(node):
+        context.reject(entry, Reason.FUEL)
+        return form.inner
     with graph.inserting_before(node):
         terms = _terms(context, form, base, node)
         terms += (RowScale(stored(rowscale)),) if rowscale is not None else ()

@@ -30,7 +30,7 @@ Parts = dict[tuple[Node, tuple[int, ...]], tuple[Node, ...]]
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.alias.default):
-        if not _returned(node):
+        if not _returned(node) and context.allows(node):
             context.replace(node, args(node)[0], named=True)
             context.erase(node)
             context.matched()
@@ -41,6 +41,8 @@ def run(graph: Graph, context: Context) -> None:
         if (axis or [0])[0] % len(shape(source)) != len(shape(source)) - 1 or any(map(_returned, node.users)):
             continue
         if not all(isinstance(size, int) for size in sizes) or not _splits(source, tuple(sizes)):
+            continue
+        if not context.allows(node):
             continue
         parts = _parts(context, source, tuple(sizes), known)
         for item in list(node.users):

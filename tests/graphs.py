@@ -111,6 +111,25 @@ def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> torc
     return model
 
 
+class Pair(torch.nn.Module):
+    """Two projections of one activation and one after them, each with a LoRA: the smallest model that has it all."""
+
+    def __init__(self, width: int = 32, rank: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in "qko":
+            linear = torch.nn.Linear(width, width)
+            linear.a = torch.nn.Parameter(torch.randn(rank, width) / width**0.5)
+            linear.b = torch.nn.Parameter(torch.randn(width, rank) / rank**0.5)
+            self.add_module(name, linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
+            return layer(x) + 2.0 * torch.nn.functional.linear(torch.nn.functional.linear(x, layer.a), layer.b)
+
+        return x + adapted(self.o, adapted(self.q, x).tanh() * adapted(self.k, x))
+
+
 def small_llama(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any = 8, **changes: Any) -> torch.nn.Module:
     """A random Llama with grouped-query attention; `lora`: a rank for all linears, a LoraConfig, or None."""
     from transformers import LlamaConfig, LlamaForCausalLM

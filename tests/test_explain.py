@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import pytest
 import torch
+from torch._dynamo.utils import clear_compilation_metrics
 
 from gawscompile import explain
 from gawscompile.cli import main
+from gawscompile.codegen.spec import KernelSpec
 from gawscompile.debug.records import Reason
-from tests.graphs import small_llama, tokens
+from gawscompile.debug.report import predict
+from gawscompile.planning import cost
+from gawscompile.planning.table import PlanTable
+from tests.graphs import Pair, small_llama, tokens
 
 
 class Odd(torch.nn.Module):
@@ -75,12 +82,87 @@ def test_explaining_a_compiled_model_leaves_it_and_the_inputs_as_they_were():
     assert torch.equal(ids, tokens(1, 3))
 
 
-def test_the_command_prints_it(tiny_llama_dir, capsys):
+class Broken(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x):
+        torch._dynamo.graph_break("on purpose")
+        return self.pair(x)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A report of a model that breaks, with everything measured."""
+    torch._dynamo.reset()
+    clear_compilation_metrics()  # recompiles are those of the process, which ran other tests
+    return explain(Broken().eval(), torch.randn(1, 3, 32), measure=True)
+
+
+def test_groups_say_what_they_spare_and_why_their_plan(measured):
+    both, last = measured.groups
+    assert both.members == ["pair.q", "pair.k"] and last.members == ["pair.o"]
+    # q and k: a product with bias, two of LoRA, scale and sum each; o: the residual's sum besides
+    assert (both.before.launches, last.before.launches) == (10, 6) and both.after.launches == last.after.launches == 1
+    m, k, r = 3, 32, 4
+    operands = 4 * (k * k + k + 2 * r * k)  # weight, bias, A and B
+    assert int(both.after.bytes) == 2 * operands + 4 * m * k + 2 * 4 * m * k
+    assert int(last.after.bytes) == operands + 4 * m * k * 3  # x, residual and result
+    assert int(both.before.bytes) > int(both.after.bytes)
+    assert PlanTable.parse(both.table).pick(m) == both.plan == "gemv_cpp" and len(both.costs) == 2
+    model = cost.plan(KernelSpec.parse(both.spec))
+    assert predict(both) == pytest.approx(model.seconds("gemv_cpp", m))
+    symbolic = predict(dataclasses.replace(both, tokens="s0", plan=both.table))
+    assert symbolic[1] == pytest.approx(model.seconds("gemv_cpp", 1))
+    assert 1e-7 < both.measured < 1
+
+
+def test_breaks_recompiles_and_guards_with_cause_and_remedy(measured):
+    (trouble,) = [one for one in measured.troubles if one.kind == "graph break"]
+    assert trouble.count >= 1 and "graph_break" in trouble.cause and trouble.remedy and measured.guards > 0
+    clear_compilation_metrics()
+    whole = explain(Pair().eval(), torch.randn(1, 3, 32), measure=True)
+    assert 0 <= whole.guard_seconds < 1 and "µs)" in whole.verdict()
+    torch._dynamo.reset()
+    compiled = torch.compile(Pair().eval(), backend="gaws", dynamic=False)
+    with torch.no_grad():
+        for rows in (1, 2):
+            compiled(torch.randn(rows, 1, 32))
+    report = explain(Pair().eval(), torch.randn(1, 3, 32))
+    (trouble,) = [one for one in report.troubles if one.kind == "recompile"]
+    assert "size mismatch" in trouble.cause and "dynamic=True" in trouble.remedy
+
+
+def test_the_verdict_is_one_paragraph_of_the_same_facts(measured):
+    text = measured.verdict()
+    assert "\n" not in text and text in str(measured) and measured.to_dict()["verdict"] == text
+    wanted = ["3 of 3 linears with adapters", "2 launches", "16 operations", "graph break", "Remedy: "]
+    assert all(part in text for part in [*wanted, f"{measured.guards} guards", "with cold weights"])
+    page = measured.to_html()
+    assert text.split(". ")[0] in page and "pair.{q, k}" in page and "http:" not in page and "https:" not in page
+
+
+def test_a_warm_start_explains_the_same():
+    model, x = Pair().eval(), torch.randn(1, 5, 32)
+    said = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        report = explain(model, x)
+        report.troubles = []  # those of the process so far
+        said.append((report.to_dict(), str(report)))
+    assert said[0] == said[1] and said[0][0]["groups"][0]["before"]
+
+
+def test_the_command_prints_it(tiny_llama_dir, capsys, tmp_path):
     assert main(["explain", "--model", str(tiny_llama_dir), "--rank", "4", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert sum(entry["adapters"] for entry in data["linears"]) == 14
     assert main(["explain", "--model", str(tiny_llama_dir)]) == 0
     assert capsys.readouterr().out.startswith("15 linears in 1 graph(s)")
+    page, dump = tmp_path / "page.html", tmp_path / "dump"
+    assert main(["explain", "--model", str(tiny_llama_dir), "--html", str(page), "--dump", str(dump)]) == 0
+    assert "15 linears in 1 graph(s)" in page.read_text() and len(list(dump.glob("graph_00_*/index.html"))) <= 1
 
 
 def test_the_command_says_what_it_cannot_find(tmp_path, capsys):

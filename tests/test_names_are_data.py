@@ -56,11 +56,16 @@ def test_a_hundred_hostile_names(named, tmp_path, monkeypatch):
     assert len(report.fused) == len(plain.fused) == 100
     # the same groups, plans and kernels as under good names: only what is called a path differs
     assert [(g.plan, g.spec, g.kernel) for g in report.groups] == [(g.plan, g.spec, g.kernel) for g in plain.groups]
+    report.troubles = []  # of the process, which ran other tests
     text = str(report)
-    # a line for each entry, three of headers, one of summary (Dynamo's spelling of some names cannot be undone: those
-    # linears are listed a second time, as not traced)
-    assert len(text.splitlines()) == len(text.split("\n")) == len(report.linears) + 4
-    assert all(c.isprintable() for line in text.split("\n") for c in line) and max(map(len, text.split("\n"))) < 1000
+    # a line for each entry and each group, headers, summary and verdict (Dynamo's spelling of some names cannot be
+    # undone: those linears are listed a second time, as not traced)
+    kinds = len({(group.program, group.tokens) for group in report.groups})
+    assert len(text.splitlines()) == len(text.split("\n")) == len(report.linears) + kinds + 10
+    assert all(c.isprintable() for line in text.split("\n") for c in line)
+    assert all(len(line) < 1000 for line in text.split("\n") if not line.startswith(report.verdict()))
+    page = report.to_html()
+    assert "<b>" not in page and "<script" not in page and page.count("<tr>") == len(report.linears) + kinds + 2
     data = json.loads(json.dumps(report.to_dict()))
     assert len(data["linears"]) == len(report.linears)
     for path in (tmp_path / "cache").rglob("*"):

@@ -4,68 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
 
-from gawscompile.debug.records import GraphRecord, GroupRecord, LinearRecord, Reason, plain
+from gawscompile.debug import frames
+from gawscompile.debug.records import GraphRecord, GroupRecord, LinearRecord, Reason
+from gawscompile.debug.report import Report
 
-
-@dataclass
-class Report:
-    """An entry for every linear of the model, the groups they run in, and what else there is to know.
-
-    ``str(report)`` is a table for people, `to_dict` the same as plain data.
-    """
-
-    linears: list[LinearRecord]
-    groups: list[GroupRecord]
-    graphs: int
-    passes: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def fused(self) -> list[LinearRecord]:
-        """The linears that run in generated kernels."""
-        return [entry for entry in self.linears if entry.status == "fused"]
-
-    def summary(self) -> str:
-        """The outcome in one line."""
-        adapted = [entry for entry in self.linears if entry.adapters]
-        fused = sum(entry.status == "fused" for entry in adapted)
-        reasons = Counter(entry.reason for entry in self.linears if entry.status != "fused")
-        rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=str)) or "none"
-        return (
-            f"{len(self.linears)} linears in {self.graphs} graph(s): {len(self.fused)} fused into {len(self.groups)} "
-            f"groups; with adapters {fused} of {len(adapted)} fused; left as they were: {rejected}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: ``linears``, ``groups``, ``graphs``, ``passes``, ``notes``, ``summary``."""
-        return {
-            "summary": self.summary(),
-            "graphs": self.graphs,
-            "linears": [asdict(entry) for entry in self.linears],
-            "groups": [asdict(group) for group in self.groups],
-            "passes": dict(self.passes),
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        rows = [("linear", "shape", "dtype", "group", "plan, or why not", "operators")]
-        for entry in self.linears:
-            why = entry.plan or f"{entry.reason}: {entry.detail}"
-            group = "-" if entry.group is None else str(entry.group)
-            rows.append((entry.path, "{}x{}".format(*entry.shape), entry.dtype, group, why, entry.operators))
-        widths = [max(len(plain(row[i])) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(plain(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        notes = [f"note: {plain(note)}" for note in self.notes]
-        return "\n".join([self.summary(), *notes, "", *map(str.rstrip, lines)])
+__all__ = ["Report", "assemble", "call_once", "explain"]
 
 
 def explain(
@@ -73,29 +24,48 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
+    measure: bool = False,
     **inputs: Any,
 ) -> Report:
     """Compile `model` with the backend for one call ``model(*args, **inputs)`` and report what became of it.
 
     `model` may be compiled already. The call runs without gradients, on copies of the inputs. Linears that no graph
-    contains are reported too. Raises what the model raises, and `OptionError` for bad options.
+    contains are reported too. `measure`: time every group's kernels and the guards on this machine, some seconds.
+    Raises what the model raises, and `OptionError` for bad options.
     """
     from gawscompile.backend import gaws
     from gawscompile.debug.store import RECORDS
 
     model = getattr(model, "_orig_mod", model)
-    mark = len(RECORDS)
-    call_once(model, functools.partial(gaws, options=dict(options or {})), args, inputs, dynamic)
-    return assemble(RECORDS.since(mark), model)
+    mark, before, began = len(RECORDS), frames.breaks(), time.time()
+    call = call_once(model, functools.partial(gaws, options=dict(options or {})), args, inputs, dynamic)
+    report = assemble(RECORDS.since(mark), model)
+    report.guards = frames.guards(began)
+    report.troubles = [*frames.broken(before), *frames.recompiled()]
+    if measure:
+        from gawscompile import measure as timing
+
+        timing.measure_groups(report.groups)
+        try:
+            report.guard_seconds = timing.guard_seconds(call)
+        except RuntimeError as error:  # without guards torch cannot tell the graphs of a broken frame apart
+            report.notes.append(f"guards were not measured: {error}")
+    return report
 
 
 def call_once(
     model: torch.nn.Module, backend: Any, args: tuple[Any, ...], inputs: dict[str, Any], dynamic: bool | None = None
-) -> None:
-    """Compile `model` with `backend` for one call, without gradients and on copies of the inputs, and run it."""
-    call = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic)
-    with torch.no_grad():
-        call(model, copy.deepcopy(args), copy.deepcopy(inputs))
+) -> Callable[[], Any]:
+    """Compile `model` with `backend` for one call, without gradients and on copies of the inputs, and run it. Returns
+    what runs it again."""
+    compiled = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return compiled(model, copy.deepcopy(args), copy.deepcopy(inputs))
+
+    call()
+    return call
 
 
 def _call(self: torch.nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:

@@ -31,6 +31,8 @@ class Reason(str, Enum):
     FACTOR_SHAPE = "the factors do not form a smaller update (rank zero, too wide, costlier than a dense one)"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
     NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"
+    DISABLED = "a pass that it needs is disabled (options={'disable': […]})"
+    FUEL = "the fuel ran out before it (options={'fuel': n}, GAWS_FUEL)"
     UNPROVEN = "verify found the rewrite to differ from its original, which stays in its place"
     INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
 
@@ -60,6 +62,14 @@ class LinearRecord:
 
 
 @dataclass
+class Work:
+    """What something costs to run: launches, and bytes to and from memory (an expression, where sizes are symbolic)."""
+
+    launches: int
+    bytes: str
+
+
+@dataclass
 class GroupRecord:
     """Projections of one activation that run as one op."""
 
@@ -72,6 +82,17 @@ class GroupRecord:
     costs: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
     suffix: str = ""
+    table: str = ""
+    """Plans for every number of tokens, where `plan` has only the row that is needed."""
+
+    before: Work | None = None
+    """Of the traced operations that the group stands for (`gawscompile.account`)."""
+
+    after: Work | None = None
+    """Of its kernels, by the plan of the first row."""
+
+    measured: float | None = None
+    """Seconds a call on this machine, where `explain` was asked to measure."""
 
     @property
     def program(self) -> str:
@@ -88,6 +109,8 @@ class GraphRecord:
     groups: list[GroupRecord] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    matches: int = 0
+    """Rewrites that went ahead, of all passes: so much fuel the graph took."""
 
     def linear(self, path: str) -> LinearRecord | None:
         return next((entry for entry in self.linears if entry.path == path), None)
@@ -112,11 +135,13 @@ class GraphRecord:
             entry.group = entry.plan = entry.kernel = None
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=True, sort_keys=True)
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=True)
 
     @staticmethod
     def from_json(text: str) -> GraphRecord:
         data: dict[str, Any] = json.loads(text)
         linears = [LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in data.pop("linears")]
         groups = [GroupRecord(**entry) for entry in data.pop("groups")]
+        for group in groups:
+            group.before, group.after = (Work(**w) if isinstance(w, dict) else w for w in (group.before, group.after))
         return GraphRecord(linears=linears, groups=groups, **data)

@@ -6,9 +6,12 @@ import logging
 import threading
 
 from gawscompile.codegen import cache
+from gawscompile.debug.dump import Dump
 from gawscompile.debug.records import GraphRecord
 
 log = logging.getLogger("gawscompile")
+
+AGAIN = "To see its passes again, compile once with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
 
 
 class Store:
@@ -27,6 +30,25 @@ class Store:
         with self._lock:
             self._records.append(record)
         return record
+
+    def matches(self) -> int:
+        """Rewrites that went ahead in all graphs."""
+        return sum(record.matches for record in self._records)
+
+    def dumped(self, key: str, dumps: list[Dump]) -> list[Dump]:
+        """A graph's dumps: kept, if our passes ran, or those that the process kept in which they did."""
+        file = cache.folder("records") / f"{key}.dump"
+        if dumps:
+            raw = [dump.pack() for dump in dumps]
+            cache.put(file, b"".join(len(one).to_bytes(8, "little") + one for one in raw))
+            return dumps
+        kept = cache.get(file)
+        while kept:
+            size = int.from_bytes(kept[:8], "little")
+            dumps, kept = [*dumps, Dump.unpack(kept[8 : 8 + size])], kept[8 + size :]
+        if not dumps:
+            log.warning("gaws: no dump: the graph came from a warm cache and its dump is gone. %s", AGAIN)
+        return dumps
 
     def since(self, mark: int) -> list[GraphRecord]:
         """Records added since `mark` (a former `len`)."""
@@ -49,7 +71,7 @@ class Store:
                 return GraphRecord.from_json(raw.decode())
         except (OSError, cache.CacheError) as error:
             log.warning("gaws: the record of a graph cannot be read (%s)", error)
-        note = "compiled from a warm cache whose record is gone: clear Inductor's cache to see its passes again"
+        note = f"compiled from a warm cache whose record is gone. {AGAIN}"
         return GraphRecord(key, notes=[note])
 
 

@@ -21,7 +21,9 @@ from gawscompile.operators.algebra import linear
 
 def constant(numbers: Any, dtype: torch.dtype) -> torch.Tensor:
     """A tensor that stood in the model's code."""
-    return torch.tensor(numbers, dtype=dtype)
+    if isinstance(numbers, list):
+        return torch.stack([constant(number, dtype) for number in numbers])
+    return torch.full((), numbers, dtype=dtype)
 
 
 def iota(*inputs: Any, dtype: torch.dtype, **keywords: Any) -> torch.Tensor:

@@ -1,0 +1,90 @@
+"""What a fused group spares: launches and bytes of its kernels, and of the operations that it stands for.
+
+The operations are those of the graph as it was traced, one launch each, each reading its inputs from memory and
+writing its result there; views cost nothing. That is what eager runs; Inductor would fuse the elementwise ones.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from gawscompile.codegen import triton
+from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.debug.records import Work
+from gawscompile.passes.context import VIEWS, Context, args, is_call
+from gawscompile.planning.table import Program
+from gawscompile.proof import cone, rewrites
+
+
+def account(context: Context) -> None:
+    """Give every group of ``context.record`` its `Work` before and after."""
+    originals = {node: context.original(node) for node in context.graph.nodes}
+    readers: dict[Node, int] = {}
+    for origin in originals.values():
+        if origin is not None:
+            readers[origin] = readers.get(origin, 0) + 1
+    for rewrite in rewrites(context):
+        entries = rewrite.call.meta.get("gaws_entries", []) if rewrite.call else []
+        if not rewrite.call or not entries or entries[0].group is None:
+            continue
+        wanted = [context.stands_for[node] for node in rewrite.nodes]
+        inside, _ = cone(wanted, lambda node, own=wanted: node not in own and node in readers)
+        x = args(rewrite.call)[0].meta["val"]
+        tokens = _product(x.shape[:-1])
+        program = Program.parse(args(rewrite.call)[2])
+        group = context.record.groups[entries[0].group]
+        group.before = _traced(inside)
+        group.after = Work(_launches(program), str(_traffic(program.spec, tokens)))
+
+
+def _traced(nodes: list[Node]) -> Work:
+    launches, total = 0, sympy.Integer(0)
+    for node in nodes:
+        if node.op != "call_function" or _is_view(node):
+            continue
+        launches += 1
+        total += sum(_bytes(value.meta.get("val")) for value in (node, *node.all_input_nodes))
+    return Work(launches, str(total))
+
+
+def _is_view(node: Node) -> bool:
+    """Whether it launches nothing."""
+    if node.target is operator.getitem or is_call(node, *VIEWS) or not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    aliases = [result.alias_info for result in node.target._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    return _product(value.shape) * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
+
+
+def _product(sizes: Any) -> Any:
+    return math.prod((s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in sizes), start=1)
+
+
+def _traffic(spec: KernelSpec, m: Any) -> Any:
+    """Bytes of x, of all operands and of the outputs, once each."""
+    total = m * spec.k * DTYPES[spec.x].itemsize
+    for one in spec.operands():
+        size = 8 if one.dtype == "f64" else DTYPES[one.dtype].itemsize  # a scale may be of fp64
+        total += size * math.prod(m if n == "m" else int(n) for n in one.shape)
+    return total + sum(m * n * DTYPES[dtype].itemsize for n, dtype in spec.outputs)
+
+
+def _launches(program: Program) -> int:
+    """Of the plan in the table's first row."""
+    plan, _ = program.table.rows[0]
+    library = len(program.spec.projections) if plan == "gemm_accumulate" else 0
+    if program.emitter == "triton":
+        return len(triton.launches(program.spec, triton.Plan.parse(plan))) + library
+    added = any(p.adapted or p.bias or p.residual for p in program.spec.projections) or program.spec.swiglu
+    return library + added if library else 1

@@ -1,0 +1,118 @@
+"""A part of the pipeline: passes that are disabled, and fuel that ends between two rewrites.
+
+Between any two rewrites the graph is a program: `linear`, `operator_sum`, `operator_group` and `project` are functions
+with a meaning. What a cut pipeline leaves of them is spelled out in aten by tracing that meaning, and Inductor compiles
+it. So the first prefix of the pipeline that gives a wrong answer ends with the rewrite that is wrong (`gawscompile
+bisect`), whichever pass it is of.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from gawscompile.debug.records import LinearRecord, Reason
+from gawscompile.operators import linear, operator_group, operator_sum
+from gawscompile.operators.project import project
+from gawscompile.operators.recipe import hoisted
+from gawscompile.passes.context import Context, args, aten, of_parameters, plain_sizes, shape, through_casts
+from gawscompile.planning.table import Program
+
+NEXT: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
+        ("canonicalize", "recover_operators"),  # without the second, `lower` spells what the first made
+    ),
+    linear: ("recover_operators", "lower"),
+    operator_sum: ("group_siblings",),
+    operator_group: ("fuse_zflora", "fuse_kronecker"),
+    project: ("choose_plan", "lower"),
+}
+"""The passes that would have gone on with a node."""
+
+
+def finish(context: Context) -> None:
+    """Spell out what disabled passes and spent fuel left of our operators in ``context.graph``, and record why."""
+    for node in list(context.graph.nodes):
+        if node.op == "call_function" and node.target in (linear, operator_sum, operator_group, project):
+            for entry in _entries(context, node):
+                _leave(context, node, entry)
+            _spell_out(context, node)
+        elif node.op == "call_function" and node.target is hoisted:
+            _spell_out(context, node)
+        elif _unseen(context, node):
+            _leave(context, node, _found(context, node))
+
+
+def _unseen(context: Context, node: Node) -> bool:
+    """Whether it is a linear, as torch spells it, that no pass has seen."""
+    product = node.op == "call_function" and node.target in NEXT and of_parameters(args(node)[-1])
+    return product and context.record.linear(context.module_path(node)) is None
+
+
+def _entries(context: Context, node: Node) -> list[LinearRecord]:
+    known = node.meta.get("gaws_entries")
+    if known is not None or node.target is not linear:
+        return known or []
+    entry = context.record.linear(context.module_path(node))
+    if entry is None:
+        entry = context.found(node, through_casts(args(node)[1]))
+    return [entry] if entry.reason in (None, Reason.FUEL.name) else []  # else a pass said why already
+
+
+def _found(context: Context, node: Node) -> LinearRecord:
+    """An entry for a product that nobody made a linear of."""
+    n, k = plain_sizes((shape(node)[-1], shape(args(node)[-2])[-1]))
+    entry = LinearRecord(context.module_path(node), (n, k), str(node.meta["val"].dtype).removeprefix("torch."))
+    context.record.linears.append(entry)
+    return entry
+
+
+def _leave(context: Context, node: Node, entry: LinearRecord) -> None:
+    stages = [stage for stage in NEXT[node.target] if stage in context.options.disable]
+    context.stage = (stages or [context.ended])[0]
+    if entry.group is not None:
+        context.record.drop_group(entry.group)
+    if stages:
+        context.reject(entry, Reason.DISABLED, f"options={{'disable': {stages}}}")
+    else:
+        context.reject(entry, Reason.FUEL, f"{context.options.fuel} rewrites went ahead, the last in {_last(context)}")
+
+
+def _last(context: Context) -> str:
+    return context.matches[-1][0] if context.matches else "no pass"
+
+
+def _spell_out(context: Context, node: Node) -> None:
+    """Replace `node` by the aten operations that its meaning consists of."""
+    reads = node.all_input_nodes
+
+    def meaning(*tensors: Any) -> Any:
+        inputs: Any = map_arg(node.args, dict(zip(reads, tensors, strict=True)).__getitem__)
+        if node.target is project and " | " in inputs[2]:  # without its plans
+            program = Program.parse(inputs[2])
+            inputs = (inputs[0], program.operands(inputs[1], hoisted), str(program.spec))
+        return cast(Any, node.target)(*inputs)
+
+    fakes = [read.meta["val"] for read in reads]
+    with fakes[0].fake_mode, torch.no_grad():
+        traced = make_fx(meaning, decomposition_table=select_decomp_table())(*fakes).graph
+    with context.graph.inserting_before(node):
+        copied = dict(zip(traced.find_nodes(op="placeholder"), reads, strict=True))
+        results = cast(Any, context.graph.graph_copy(traced, copied))
+    for new in set(copied.values()) - set(reads):
+        new.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+    if node.target in (operator_group, project):
+        for item in list(node.users):
+            assert item.target is operator.getitem
+            context.replace(item, results[args(item)[1]])
+            context.erase(item)
+    else:
+        context.replace(node, results)
+    context.erase(node)
