@@ -134,10 +134,10 @@ class Models(Cell):
         base = self._base()
         graphs: dict[Variant, gpu_timing.Recorded] = {}
         rows: dict[Variant, Row] = {}
-        longest = 0.0
+        last = 0.0  # seconds that a variant took
         for variant in self.variants:
-            if budget.left() < 1.3 * longest:
-                why = f"{budget.left():.0f} s were left, and a variant takes {longest:.0f}"
+            if budget.left() < 1.3 * last:
+                why = f"{budget.left():.0f} s were left, and the last variant took {last:.0f}"
                 yield self._row(variant) | {"kind": "skipped", "why": why}
                 continue
             began = time.time()
@@ -147,8 +147,8 @@ class Models(Cell):
             except Exception as error:
                 yield self._row(variant) | {"kind": "failed", "why": f"{type(error).__name__}: {error}"}
                 continue
-            longest = max(longest, time.time() - began)
-            rows[variant] = self._row(variant) | {"plans": plans, "ready_s": time.time() - began}
+            last = time.time() - began
+            rows[variant] = self._row(variant) | {"plans": plans, "ready_s": last}
             yield rows[variant] | {"ms": asdict(measure.Timing.of(taken)), "in_turns": False}
         if graphs:
             steps = {str(v): lambda g=graph: g.milliseconds(REPLAYS[self.case]) for v, graph in graphs.items()}
