@@ -312,9 +312,10 @@ def _refusal(graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None) -> t
 
 def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     """What a graph computes from: placeholders, and the parameters that an exported graph holds as attributes, which
-    the passes see as placeholders too."""
+    the passes see as placeholders too. Numbers that stood in the model's code stay what they are."""
     held = (node for node in graph.find_nodes(op="get_attr") if isinstance(node.meta.get("val"), torch.Tensor))
-    return [*graph.find_nodes(op="placeholder"), *held]
+    parameters = (node for node in held if "_tensor_constant" not in str(node.target))
+    return [*graph.find_nodes(op="placeholder"), *parameters]
 
 
 def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:

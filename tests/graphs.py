@@ -13,6 +13,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from gawscompile.backend import placeholders_of, stored_inputs
 from gawscompile.debug.records import GraphRecord
+from gawscompile.operators.recipe import iota
 from gawscompile.options import Options
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, verify
@@ -88,6 +89,8 @@ def rewriting(records: list[GraphRecord]) -> Callable[..., Any]:
         def compiler(joint: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
             context = Captured(joint.graph, joint, [], [], stored).until()
             records.append(context.record)
+            for node in context.graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default):
+                node.target = iota  # eager has no kernel for an eye of more than 255
             return torch.fx.GraphModule(joint, context.graph).forward
 
         decompositions = select_decomp_table()
