@@ -111,11 +111,19 @@ def hoistable(leaf: Node, context: Context) -> bool:
     if leaf not in context.fixed:
         return False
     nodes = cone(leaf)
+    if any(_quantised(source, leaf) for source in _sources(nodes)):
+        return False
     try:
         write(nodes, _sources(nodes), context.holder)
     except RecipeError:
         return False
     return len(nodes) <= STEPS
+
+
+def _quantised(source: Node, leaf: Node) -> bool:
+    """Whether `leaf` is what a source of integers is unpacked to: kept, it would undo what quantising saves."""
+    found = value(source)
+    return found is not None and not found.is_floating_point() and 8 * found.numel() >= leaf.meta["val"].numel()
 
 
 def worthwhile(leaf: Node) -> bool:
