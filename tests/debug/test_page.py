@@ -61,7 +61,7 @@ said.modules = texts("#modules .what"); said.shared = $("shared").textContent;
 for (let i = 0; i < 3; i++) press(document.body, "keydown", { key: "ArrowRight" });
 said.stepped = $("about").textContent;
 said.added = texts(".add").length; said.removed = texts(".del").length;
-document.querySelectorAll("#steps .row")[4].click();
+document.querySelectorAll("#steps .row")[5].click();
 said.clicked = $("about").textContent;
 $("only").click(); said.whole = document.querySelectorAll("#code > [data-node]").length; $("only").click();
 type("layers.1.mlp.down_proj");
