@@ -43,7 +43,7 @@ _library.define("derive(Tensor[] sources, str recipe) -> Tensor")
 
 def _derive(sources: list[torch.Tensor], recipe: str) -> torch.Tensor:
     """Called by the dispatcher for an operand that is hoisted, whose sources have changed: new memory."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         found = hoisted(recipe, [source.detach() for source in sources])
         kept = {source.untyped_storage().data_ptr() for source in sources}
         return found.clone() if found.untyped_storage().data_ptr() in kept else found
