@@ -1,9 +1,9 @@
 """What Dynamo cannot trace of PEFT, said in a way that it can. Installed when the backend loads.
 
-PEFT's DoRA asks for the class of its base weight in every forward (`peft.utils.integrations.dequantize_module_weight`)
-in words that Dynamo breaks the graph at, and makes a new Parameter of a transposed weight (`peft.utils.other.transpose`
-for GPT-2's Conv1D): several graphs a layer, whatever the compiler. For a plain `Parameter` the first answer is the weight
-itself, and the second its transpose, cut off from its gradient; everything else is traced as it is.
+PEFT's DoRA asks for the class of its base weight in every forward (`peft.utils.integrations.dequantize_module_weight`),
+and makes a new Parameter of a Conv1D's transposed weight (`peft.utils.other.transpose`), in words that Dynamo breaks
+the graph at: several graphs a layer, under any compiler. For a plain `Parameter` the first answer is the weight itself,
+and the second its transpose, cut off from its gradient; everything else is traced as it is.
 """
 
 from __future__ import annotations
