@@ -198,7 +198,7 @@ class GawsPass(CustomGraphPass):
         work = torch.fx.Graph()
         copies: dict[torch.fx.Node, torch.fx.Node] = {}
         for node in _inputs(graph):
-            copies[node] = work.placeholder(node.name)
+            copies[node] = work.node_copy(node) if node.op == "placeholder" else work.placeholder(node.name)
             copies[node].meta = dict(node.meta)
         work.output(work.graph_copy(graph, copies))
         for node in work.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
@@ -320,7 +320,7 @@ def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:
 
 def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
     """Put `work` in the place of what `graph` holds (Inductor keeps the graph object that it gave us)."""
-    kept = _inputs(graph)
+    kept = dict.fromkeys(_inputs(graph))
     for node in reversed(list(graph.nodes)):
         if node not in kept:
             graph.erase_node(node)
