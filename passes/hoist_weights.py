@@ -35,6 +35,7 @@ from gawscompile.passes.context import (
     VIEWS,
     Context,
     args,
+    aten,
     is_call,
     is_parameter,
     leaves,
@@ -111,7 +112,7 @@ def hoistable(leaf: Node, context: Context) -> bool:
     if leaf not in context.fixed:
         return False
     nodes = cone(leaf)
-    if any(_quantised(source, leaf) for source in _sources(nodes)):
+    if any(_unpacks(node, leaf) for node in nodes):
         return False
     try:
         write(nodes, _sources(nodes), context.holder)
@@ -120,10 +121,20 @@ def hoistable(leaf: Node, context: Context) -> bool:
     return len(nodes) <= STEPS
 
 
-def _quantised(source: Node, leaf: Node) -> bool:
-    """Whether `leaf` is what a source of integers is unpacked to: kept, it would undo what quantising saves."""
-    found = value(source)
-    return found is not None and not found.is_floating_point() and 8 * found.numel() >= leaf.meta["val"].numel()
+INDEXING = (aten.index.Tensor, aten.gather.default, aten.index_select.default, aten.embedding.default)
+
+
+def _unpacks(node: Node, leaf: Node) -> bool:
+    """Whether it makes numbers of about as many integers as `leaf` has: kept, they would undo what quantising saves."""
+    made = value(node)
+    if made is None or not made.is_floating_point() or is_call(node, *INDEXING):
+        return False
+    read = [value(source) for source in node.all_input_nodes]
+    return any(t is not None and _integers(t) and 8 * t.numel() >= leaf.meta["val"].numel() for t in read)
+
+
+def _integers(t: torch.Tensor) -> bool:
+    return not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool
 
 
 def worthwhile(leaf: Node) -> bool:
