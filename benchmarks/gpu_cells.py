@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -58,17 +59,19 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(ABC):
     """A piece of the benchmark: at most so many seconds, by its own accord."""
 
     seconds: float
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        raise NotImplementedError
+        """What the tables call it."""
 
+    @abstractmethod
     def run(self, budget: Budget) -> Iterator[Row]:
-        raise NotImplementedError
+        """Rows, as they are measured, until `budget` is spent."""
 
 
 def agenda(variants: tuple[Variant, ...] = VARIANTS, layers: int = 2) -> list[Cell]:

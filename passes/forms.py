@@ -6,9 +6,9 @@ form of every node and replaces those that are whole projections.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -32,19 +32,9 @@ from gawscompile.passes.context import (
 )
 from gawscompile.passes.layouts import Layout, Unknown, moved, split
 from gawscompile.passes.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
+from gawscompile.passes.vectors import Vector, merged, merged_vectors, shifted, vector_of
 
 PLAIN = torch.contiguous_format
-
-
-class Vector(NamedTuple):
-    """``scale * v``, the same for every token; times other vectors, `rows`, where its sum's rows were scaled."""
-
-    node: Node
-    scale: Scale = Scale()
-    rows: tuple[Node, ...] = ()
-
-    def scaled(self, by: Any) -> Vector:
-        return self._replace(scale=self.scale.times(by))
 
 
 @dataclass(frozen=True)
@@ -173,8 +163,8 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
         form = _summed(x, forms)
         if form is None or form is v or not form.plain or form.regrouped or not same_sizes(shape(x), shape(node)):
             continue
-        v, less = _shifted(v)
-        v = _vector(v, shape(node)[-1])
+        v, less = shifted(v)
+        v = vector_of(v, shape(node)[-1])
         if v is None or not (is_parameter(through_casts(v)) or v in fixed):
             continue
         v = through_casts(v)
@@ -185,42 +175,8 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
             products += [p.scaled(less) for p in form.products]
             vectors += [vector.scaled(less) for vector in form.vectors]
         inner = (*form.inner, node)
-        return replace(form, products=_merged(products), vectors=_merged_vectors(vectors), inner=inner)
+        return replace(form, products=merged(products), vectors=merged_vectors(vectors), inner=inner)
     return None
-
-
-def _shifted(v: Any) -> tuple[Any, float]:
-    """(u, s) where v is u + s."""
-    if is_call(v, aten.add.Tensor, aten.sub.Tensor) and not v.kwargs and isinstance(args(v)[1], (int, float)):
-        return args(v)[0], float(args(v)[1]) * (1 if is_call(v, aten.add.Tensor) else -1)
-    return v, 0.0
-
-
-def _vector(v: Any, size: Any) -> Node | None:
-    """The vector of `size` numbers that v is, under sizes of one or not."""
-    while value(v) is not None and len(shape(v)) > 1:
-        v = reinterpreted(v)
-    return v if value(v) is not None and same_sizes(shape(v), (size,)) else None
-
-
-def _merged(products: Iterable[Product]) -> tuple[Product, ...]:
-    """Products of the same matrices as one: DoRA takes its base away and adds it again."""
-    found: dict[Any, Product] = {}
-    for p in products:
-        key = (p.matrices, p.given, p.scale.nodes)
-        before = found.get(key)
-        number = p.scale.number + (before.scale.number if before else 0.0)
-        found[key] = (before or p)._replace(scale=p.scale._replace(number=number))
-    return tuple(p for p in found.values() if p.scale.number)
-
-
-def _merged_vectors(vectors: Iterable[Vector]) -> tuple[Vector, ...]:
-    found: dict[Any, Vector] = {}
-    for v in vectors:
-        key = (v.node, v.rows, v.scale.nodes)
-        number = v.scale.number + (found[key].scale.number if key in found else 0.0)
-        found[key] = v._replace(scale=v.scale._replace(number=number))
-    return tuple(v for v in found.values() if v.scale.number)
 
 
 def _summed(node: Any, forms: dict[Node, Form]) -> Form | None:
@@ -354,7 +310,7 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
         # where an adapter narrows the activation for itself, the base's is the one to read
         activation = a.activation if a.bases else b.activation
         inner = (*a.inner, *b.inner, node)
-        products, vectors = _merged(a.products + b.products), _merged_vectors(a.vectors + b.vectors)
+        products, vectors = merged(a.products + b.products), merged_vectors(a.vectors + b.vectors)
         return Form(activation, products, vectors, inner, a.turned, a.layout) if products else None
     if a is not None and b is not None and weight == 1.0 and same_sizes(shape(left), shape(right)):
         for wide, narrow in ((a, b), (b, a)):
@@ -362,11 +318,11 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
                 products, inner = (*wide.products, given), (*narrow.inner, *wide.inner, node)
                 return replace(wide, products=products, inner=inner)
     if a is not None and a.plain and _is_vector(right, left, node):
-        vectors = _merged_vectors((*a.vectors, Vector(through_casts(right), Scale(weight))))
+        vectors = merged_vectors((*a.vectors, Vector(through_casts(right), Scale(weight))))
         return replace(a, vectors=vectors, inner=(*a.inner, node))
     if b is not None and b.plain and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
-        vectors = _merged_vectors((*b.vectors, Vector(through_casts(left))))
+        vectors = merged_vectors((*b.vectors, Vector(through_casts(left))))
         return replace(b, vectors=vectors, inner=(*b.inner, node))
     return None
 
@@ -401,7 +357,7 @@ def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> F
     """``B A (s x)`` as ``s B A x``, and ``B A (v ⊙ x)`` as ``B A diag(v) x``, where the other summand reads x."""
     x = through_casts(form.activation)
     for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not form.bases else ()):
-        v = _vector(v, shape(x)[-1])
+        v = vector_of(v, shape(x)[-1])
         stands = v is not None and (is_parameter(through_casts(v)) or v in fixed)
         if stands and isinstance(of, Node) and _source(of) is _source(other.activation) and form.plain:
             columns = Factor(through_casts(v))

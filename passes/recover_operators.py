@@ -61,9 +61,10 @@ from gawscompile.passes.context import (
     through_casts,
     transposed,
 )
-from gawscompile.passes.forms import NARROW, Form, Vector, escapes, form_of, on_its_slices, widens
+from gawscompile.passes.forms import NARROW, Form, escapes, form_of, on_its_slices, widens
 from gawscompile.passes.hoist_weights import cone, fixed_nodes, hoistable
 from gawscompile.passes.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
+from gawscompile.passes.vectors import Vector
 
 
 def run(graph: Graph, context: Context) -> None:

@@ -8,6 +8,20 @@ import torch
 import gawscompile
 from gawscompile.debug.explain import explain
 from gawscompile.measure import graphs_compiled
+from gawscompile.operators.recipe import hoisted
+from gawscompile.runtime import ops
+from tests.changes import (
+    assigned_data,
+    assigned_data_of_all,
+    factors,
+    foreach_sgd,
+    from_inference_mode,
+    fused_adamw,
+    in_place,
+    loaded,
+    moved,
+    through_data,
+)
 from tests.graphs import small_llama, tokens
 from tests.peft_kinds import adapted
 
@@ -38,10 +52,6 @@ def forgetful_dynamo():
     """Not here: what is compiled once must serve every test."""
 
 
-def factors(model):
-    return [p for name, p in model.named_parameters() if "lora_" in name or "hada_" in name]
-
-
 def bases(model):
     return [p for name, p in model.named_parameters() if "base_layer" in name]
 
@@ -56,12 +66,6 @@ def no_grad(change):
 
 
 @no_grad
-def in_place(model):
-    for p in factors(model):
-        p.mul_(1.1)
-
-
-@no_grad
 def one_number(model):
     for p in factors(model):
         p.view(-1)[p.numel() // 3] += 2.0
@@ -70,11 +74,6 @@ def one_number(model):
 def one_number_through_data(model):
     for p in factors(model):
         p.data.view(-1)[-1] += 2.0
-
-
-def through_data(model):
-    for p in factors(model):
-        p.data.mul_(-0.9)
 
 
 def through_numpy(model):
@@ -86,51 +85,6 @@ def magnitude_or_first(model):
     chosen = [p for name, p in model.named_parameters() if "magnitude" in name or "w1_a" in name]
     for p in chosen:
         p.data.add_(0.1)
-
-
-def assigned_data(model):
-    for p in factors(model):
-        p.data = p.data.clone() * 1.05
-
-
-def assigned_data_of_all(model):
-    for p in model.parameters():
-        p.data = p.data.clone() * 1.02
-
-
-def fused_adamw(model):
-    _step(model, torch.optim.AdamW(factors(model), lr=0.02, fused=True))
-
-
-def foreach_sgd(model):
-    _step(model, torch.optim.SGD(factors(model), lr=0.02, foreach=True))
-
-
-def _step(model, optimizer):
-    for p in factors(model):
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    for p in factors(model):
-        p.grad = None
-
-
-def loaded(model):
-    model.load_state_dict({name: value * 0.97 for name, value in model.state_dict().items()})
-
-
-def moved(model):
-    model.to(torch.bfloat16)
-    model.to(torch.float32)
-    with torch.no_grad():
-        for p in factors(model):
-            p.add_(0.02)
-
-
-def from_inference_mode(model):
-    with torch.inference_mode():
-        fresh = [p.detach().clone() * 0.9 for p in factors(model)]
-    for p, new in zip(factors(model), fresh, strict=True):
-        p.data.copy_(new)
 
 
 @no_grad
@@ -211,6 +165,19 @@ def test_the_next_call_shows_it(pair, change):
     assert (want - before).abs().max() > 1e-4, "the change shows nowhere: this test proves nothing"
     torch.testing.assert_close(logits(compiled), want, rtol=1e-4, atol=1e-4)
     assert graphs_compiled() == graphs
+
+
+def test_it_is_computed_once_for_each_state(pair, monkeypatch):
+    model, compiled = pair
+    logits(compiled)
+    derived = []
+    monkeypatch.setattr(ops, "hoisted", lambda *given: derived.append(given) or hoisted(*given))
+    logits(compiled)
+    assert not derived
+    in_place(model)
+    logits(compiled)
+    logits(compiled)
+    assert len(derived) == len(TARGETS)
 
 
 def test_a_few_numbers_of_a_base_through_data_want_invalidate(pair):

@@ -6,6 +6,15 @@ import pytest
 import torch
 
 from gawscompile.measure import graphs_compiled
+from tests.changes import (
+    assigned_data_of_all,
+    from_inference_mode,
+    fused_adamw,
+    in_place,
+    loaded,
+    moved,
+    through_data,
+)
 from tests.graphs import randomise, small_llama, tokens
 
 IDS = tokens(1, 3)
@@ -30,39 +39,6 @@ def forgetful_dynamo():
     """Not here: what is compiled once must serve every test."""
 
 
-def factors(model):
-    return [p for name, p in model.named_parameters() if "lora_" in name]
-
-
-def in_place(model):
-    with torch.no_grad():
-        for p in factors(model):
-            p.mul_(1.3)
-
-
-def through_data(model):
-    for p in factors(model):
-        p.data.mul_(-0.8)
-
-
-def assigned_data(model):
-    for p in model.parameters():
-        p.data = p.data.clone() * 1.05
-
-
-def fused_adamw(model):
-    optimizer = torch.optim.AdamW(factors(model), lr=0.05, fused=True)
-    for p in factors(model):
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    for p in factors(model):
-        p.grad = None
-
-
-def loaded(model):
-    model.load_state_dict({name: value * 0.95 for name, value in model.state_dict().items()})
-
-
 def loaded_by_assignment(model):
     model.load_state_dict({name: value * 1.05 for name, value in model.state_dict().items()}, assign=True)
 
@@ -74,22 +50,9 @@ def hotswapped(model):
     hotswap_adapter_from_state_dict(model, state, "default", model.peft_config["default"])
 
 
-def moved(model):
-    model.to(torch.bfloat16)
-    model.to(torch.float32)  # other storage, rounded numbers
-    with torch.no_grad():
-        for p in factors(model):
-            p.add_(0.02)
-
-
-def from_inference_mode(model):
-    with torch.inference_mode():
-        fresh = [p.detach().clone() * 0.9 for p in factors(model)]
-    for p, new in zip(factors(model), fresh, strict=True):
-        p.data.copy_(new)
-
-
-CHANGES = [in_place, through_data, assigned_data, fused_adamw, loaded, hotswapped, moved, from_inference_mode]
+CHANGES = [
+    *(in_place, through_data, assigned_data_of_all, fused_adamw, loaded, hotswapped, moved, from_inference_mode),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

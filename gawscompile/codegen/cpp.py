@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gawscompile.codegen.cpp_add import ADDED, add
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
 from gawscompile.codegen.cpp_text import (
     CPP_TYPES,
@@ -43,9 +44,6 @@ PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile aft
 READ = ("bias", "residual", "rowscale", "a", "b", "scale", "c", "z", "mode", "kron_scale")
 """Roles of all operands but weights."""
 
-ADDED = ("bias", "residual", "rowscale", "b", "c", "z")
-"""Roles of the operands of `_add`."""
-
 PRELUDE = (Path(__file__).parent / "prelude.cpp").read_text()
 
 
@@ -63,7 +61,7 @@ def emit(spec: KernelSpec) -> str:
         if projection.kronecker:
             parts += _expand(spec, i, projection, ranks, base=False)
         elif has_epilogue(projection):
-            parts += _add(spec, i, projection, ranks)
+            parts += add(spec, i, projection, ranks)
     parts += _multiply(spec) if spec.swiglu else []
     parts += ["}  // namespace", "", *_gemv(spec, ranks)]
     if spec.swiglu or any(has_epilogue(p) for p in spec.projections):
@@ -141,79 +139,6 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
         *([f"      v += float(res{i}[at]);"] if p.residual else []),
         f"      {y}[at] = {out}(v);",
         "    }",
-        "  }",
-        "}",
-        "",
-    ]
-    return lines
-
-
-def _add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str]:
-    """2V columns of one projection, all tokens: y += bias + residual + B u, rows scaled before the bias. B's block is
-    transposed once."""
-    operands = arguments(spec, i, ADDED)
-    out = CPP_TYPES[p.out]
-    # rank, factor, and the activation that it multiplies, for each term
-    terms = [(t.rank, f"b{i}_{j}", f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + k]") for j, t in enumerate(p.lowrank)]
-    terms += [(g.rank, f"c{i}_{j}", f"float(z{i}_{j}[(t0 + t) * {g.rank} + k])") for j, g in enumerate(p.given)]
-    u = "const float* u, " if p.lowrank else ""
-    lines = [
-        f"inline void add{i}(int64_t n, int64_t m, {parameters(operands)}{u}{out}* y{i}) {{",
-        "  constexpr int W = 2 * V;",
-        f"  const int count = int(std::min<int64_t>(W, N{i} - n));",
-    ]
-    if terms:
-        lines.append(f"  float bt[{sum(rank for rank, _, _ in terms)}][W] = {{}};")
-        row = 0
-        for rank, factor, _ in terms:
-            at = f"{factor}[(n + c) * {rank} + k]"
-            lines.append("  for (int c = 0; c < count; ++c)")
-            lines.append(f"    for (int k = 0; k < {rank}; ++k) bt[{row} + k][c] = float({at});")
-            row += rank
-    if p.bias:
-        lines.append(f"  const Pair bias = load_pair(bias{i} + n, count);")
-    if p.rowscale:
-        lines.append(f"  const Pair rowscale = load_pair(rowscale{i} + n, count);")
-    added = ["acc[t] = {acc[t].lo + bias.lo, acc[t].hi + bias.hi};"] if p.bias else []
-    if p.residual:
-        at = f"res{i} + (t0 + t) * N{i} + n"
-        added.append(f"const Pair r = whole ? load_pair({at}) : load_pair({at}, count);")
-        added.append("acc[t] = {acc[t].lo + r.lo, acc[t].hi + r.hi};")
-    early, late = ([], added) if p.rowscale else (added, [])
-    late = ["acc[t] = {acc[t].lo * rowscale.lo, acc[t].hi * rowscale.hi};", *late] if p.rowscale else []
-    lines += [
-        "  const auto columns = [&](auto width, int64_t t0, auto whole) {",
-        "    constexpr int T = decltype(width)::value;",
-        "    Pair acc[T];",
-        "    for (int t = 0; t < T; ++t) {",
-        f"      {out}* y = y{i} + (t0 + t) * N{i} + n;",
-        "      acc[t] = whole ? load_pair(y) : load_pair(y, count);",
-        *[f"      {line}" for line in early],
-        "    }",
-    ]
-    row = 0
-    for rank, _, activation in terms:
-        lines += [
-            f"    for (int k = 0; k < {rank}; ++k) {{",
-            f"      const Pair b = load_pair(bt[{row} + k]);",
-            "      for (int t = 0; t < T; ++t) {",
-            f"        const F ut({activation});",
-            "        acc[t] = {at::vec::fmadd(b.lo, ut, acc[t].lo), at::vec::fmadd(b.hi, ut, acc[t].hi)};",
-            "      }",
-            "    }",
-        ]
-        row += rank
-    lines += [
-        "    for (int t = 0; t < T; ++t) {",
-        *[f"      {line}" for line in late],
-        f"      {out}* y = y{i} + (t0 + t) * N{i} + n;",
-        "      if (whole) store_pair(y, acc[t]); else store_pair(y, acc[t], count);",
-        "    }",
-        "  };",
-        "  if (count == W) {",
-        "    for_tokens(0, m, [&](auto width, int64_t t0) { columns(width, t0, std::true_type{}); });",
-        "  } else {",
-        "    for_tokens(0, m, [&](auto width, int64_t t0) { columns(width, t0, std::false_type{}); });",
         "  }",
         "}",
         "",
