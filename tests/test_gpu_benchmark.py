@@ -131,6 +131,9 @@ def test_an_error_in_a_cell_is_told_and_the_next_one_runs(monkeypatch: pytest.Mo
     class Late(gpu_cells.Cell):
         name = "late"
 
+        def run(self, budget):
+            raise AssertionError("there was no time for it")
+
     cells = [Broken(5), gpu_cells.Kernels(5, "gpt2-large", 1), Late(900)]
     monkeypatch.setattr(gpu_cells, "agenda", lambda *_, **__: cells)
     monkeypatch.setattr(gpu_cells.Kernels, "run", lambda *_: iter([COPY]))
