@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint bench clean
 
-demo: $(STAMP)            ## real weights, a LoRA trained on the spot, three compilers side by side (under 5 minutes)
+demo: $(STAMP)            ## real weights, a LoRA trained on the spot, three compilers side by side (about 5 minutes)
 	$(BIN)/python -m gawscompile.demo
 
 # Two processes, as most tests keep one core busy: those of single parts with some of the whole, and the rest of these,
