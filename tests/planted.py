@@ -107,7 +107,7 @@ FAULTS = {
         "tests/codegen/test_cpp.py",
     ),
     "half of B u missing where the library multiplies": Fault(
-        "codegen/cpp.py",
+        "codegen/cpp_add.py",
         "at::vec::fmadd(b.hi, ut, acc[t].hi)",
         "acc[t].hi",
         "tests/codegen/test_cpp.py",
