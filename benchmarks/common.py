@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import gawscompile
 from benchmarks.shapes import SHAPES
 from gawscompile import measure, models
 from gawscompile.decoding import CacheKind, Decoder
@@ -77,8 +78,8 @@ def folder_of(model: str) -> Path:
     return Path(model)
 
 
-def load_base(setup: Setup) -> Any:
-    """The bare model in `setup`'s dtype, in eval mode."""
+def load_base(setup: Setup, own: bool = True) -> Any:
+    """The bare model in `setup`'s dtype, in eval mode. With `own` no weight stays mapped from the checkpoint."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -89,6 +90,8 @@ def load_base(setup: Setup) -> Any:
     folder = folder_of(setup.model)
     factory = AutoModelForCausalLM if is_causal(AutoConfig.from_pretrained(folder).architectures) else AutoModel
     model: Any = factory.from_pretrained(folder, dtype=getattr(torch, setup.dtype))
+    if own:  # as after training, or from a checkpoint of another dtype
+        gawscompile.own_memory(model)
     return model.to(setup.device).eval()
 
 

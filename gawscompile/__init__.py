@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from gawscompile.debug.explain import Report, explain
     from gawscompile.guards import compile
     from gawscompile.runtime.ops import invalidate
+    from gawscompile.runtime.pages import own_memory
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "compile", "explain", "invalidate"]
+__all__ = ["Report", "__version__", "compile", "explain", "invalidate", "own_memory"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from gawscompile.runtime import ops
 
         return ops.invalidate
+    if name == "own_memory":
+        from gawscompile.runtime import pages
+
+        return pages.own_memory
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,7 +33,7 @@ from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, VerifierError, verify
 from gawscompile.planning import devices
 from gawscompile.proof import verify_rewrites
-from gawscompile.runtime import gpu, ops
+from gawscompile.runtime import gpu, ops, pages
 
 log = logging.getLogger("gawscompile")
 
@@ -66,10 +66,12 @@ def gaws(
     kind = _kind(example_inputs)
     traced = watch.wanted(ours)
     key = _key(gm, example_inputs, ours.key(traced), inductor, kind)
-    hook = GawsPass(ours, key, kind, traced, stored_inputs(gm, example_inputs))
+    stored = stored_inputs(gm, example_inputs)
+    hook = GawsPass(ours, key, kind, traced, stored)
+    weights = [example_inputs[i] for i in stored] if ours.huge_pages and kind == "cpu" else []
     hook.names = watch.names(gm) if traced else []
     number = len(RECORDS)
-    with Progress(f"graph {number}") as progress:
+    with Progress(f"graph {number}") as progress, pages.beside(weights):
         hook.say = progress.say
         progress.say("torch's passes")
         try:

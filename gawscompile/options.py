@@ -30,6 +30,10 @@ class Options:
     """On a GPU, show Inductor the Triton kernels themselves (`torch.library.triton_op`) instead of an opaque op, where
     the number of tokens is known and the plan keeps nothing between calls; for export ahead of time. Not yet run."""
 
+    huge_pages: bool = True
+    """On Linux, put weights on pages of 2 MiB where that costs no memory (`gawscompile.runtime.pages`).
+    ``GAWS_HUGE_PAGES=0`` sets the default."""
+
     dump: str = ""
     """A folder for what the compiler did (`gawscompile.debug.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
 
@@ -42,7 +46,7 @@ class Options:
 
     def key(self, traced: bool) -> str:
         """What of them decides the outcome of a compile, for cache keys: whether there is a dump, not where it goes."""
-        return f"{dataclasses.replace(self, dump='')} traced={traced}"
+        return f"{dataclasses.replace(self, dump='', huge_pages=True)} traced={traced}"
 
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -50,7 +54,8 @@ class Options:
         from torch._inductor import list_options
 
         ours: dict[str, Any] = {
-            name: os.environ.get(f"GAWS_{name.upper()}", "0") not in ("", "0") for name in ("strict", "verify")
+            name: os.environ.get(f"GAWS_{name.upper()}", default) not in ("", "0")
+            for name, default in (("strict", "0"), ("verify", "0"), ("huge_pages", "1"))
         }
         ours["dump"] = os.environ.get("GAWS_DUMP", "")
         ours["disable"] = tuple(filter(None, os.environ.get("GAWS_DISABLE", "").replace(" ", "").split(",")))
@@ -70,7 +75,7 @@ class Options:
 
 
 KINDS = {
-    **dict.fromkeys(("strict", "verify", "autotune", "transparent"), "bool"),
+    **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages"), "bool"),
     "dump": "str (a folder)",
     "disable": "list of pass names",
     "fuel": "int (0 or more)",

@@ -35,11 +35,13 @@ def explain(
     """
     from gawscompile.backend import gaws
     from gawscompile.debug.store import RECORDS
+    from gawscompile.runtime import pages
 
     model = getattr(model, "_orig_mod", model)
-    mark, before, began = len(RECORDS), frames.breaks(), time.time()
+    mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
     call = call_once(model, functools.partial(gaws, options=dict(options or {})), args, inputs, dynamic)
     report = assemble(RECORDS.since(mark), model)
+    report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])
     report.guards = frames.guards(began)
     report.troubles = [*frames.broken(before), *frames.recompiled()]
     if measure:
