@@ -118,50 +118,73 @@ c10::TensorImpl* impl_of(const Tensor& t) {
 
 // Every number counts and its place does: each of the lanes is a polynomial in an odd number.
 uint64_t hash(const char* data, size_t bytes, uint64_t seed) {
-  constexpr size_t LANES = 64;
-  uint32_t lanes[LANES];
-  for (size_t i = 0; i < LANES; ++i) lanes[i] = uint32_t(seed) + uint32_t(i);
+  typedef uint32_t Lanes __attribute__((vector_size(64)));
+  constexpr size_t VECTORS = 4;
+  Lanes lanes[VECTORS];
+  for (size_t v = 0; v < VECTORS; ++v)
+    for (size_t i = 0; i < 16; ++i) lanes[v][i] = uint32_t(seed) + uint32_t(16 * v + i);
   const size_t whole = bytes / sizeof lanes;
-  for (size_t block = 0; block < whole; ++block) {
-    uint32_t words[LANES];
-    std::memcpy(words, data + block * sizeof words, sizeof words);
-    for (size_t i = 0; i < LANES; ++i) lanes[i] = lanes[i] * 0x9E3779B1u + words[i];
-  }
+  for (size_t block = 0; block < whole; ++block)
+    for (size_t v = 0; v < VECTORS; ++v) {
+      Lanes words;
+      std::memcpy(&words, data + block * sizeof lanes + v * sizeof words, sizeof words);
+      lanes[v] = lanes[v] * 0x9E3779B1u + words;
+    }
   uint64_t sum = seed ^ bytes;
   for (size_t i = whole * sizeof lanes; i < bytes; ++i) sum = sum * 0x100000001B3ull + uint8_t(data[i]);
-  for (uint32_t lane : lanes) sum = (sum ^ lane) * 0x9E3779B97F4A7C15ull;
+  for (size_t v = 0; v < VECTORS; ++v)
+    for (size_t i = 0; i < 16; ++i) sum = (sum ^ lanes[v][i]) * 0x9E3779B97F4A7C15ull;
   return sum ^ sum >> 32;
 }
 
 constexpr size_t SAMPLES = 32, LINE = 64;  // of a large tensor: so many pieces of so many bytes
+constexpr size_t PIECE = 1 << 14;          // bytes that one thread hashes at a time
 
-State state_of(const Tensor& t, bool large) {
-  c10::TensorImpl* impl = impl_of(t);
-  const Tensor plain = t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const char* data = static_cast<const char*>(plain.data_ptr());
-  const size_t bytes = size_t(plain.numel()) * impl->dtype().itemsize();
-  uint64_t numbers = uint64_t(dtype_of(t));
-  for (int64_t d = 0; d < t.dim(); ++d) numbers = (numbers * 31 + uint64_t(t.size(d))) * 31 + uint64_t(t.stride(d));
-  if (!large || bytes <= SAMPLES * LINE) {
-    numbers = hash(data, bytes, numbers);
-  } else {
-    std::array<char, SAMPLES * LINE> sample;
-    for (size_t i = 0; i < SAMPLES; ++i)
-      std::memcpy(sample.data() + i * LINE, data + (bytes - LINE) / (SAMPLES - 1) * i, LINE);
-    numbers = hash(sample.data(), sample.size(), numbers);
+// The states of all sources, in the order in which `derived` names them. All threads hash: what they read, the kernel
+// reads next, so that it comes from memory once.
+std::vector<State> states_of(const std::vector<Derived>& derived, const std::vector<Tensor>& arguments) {
+  struct Piece {
+    const char* data;
+    size_t bytes, of;
+    uint64_t hash;  // before: what it starts from
+  };
+  std::vector<State> states;
+  std::vector<Piece> pieces;
+  std::vector<Tensor> plain;  // keeps copies of what is not contiguous
+  for (const Derived& d : derived)
+    for (size_t i = 0; i < d.sources.size(); ++i) {
+      const Tensor& t = arguments[d.sources[i]];
+      c10::TensorImpl* impl = impl_of(t);
+      const bool contiguous = t.is_contiguous();
+      if (!contiguous) plain.push_back(torch::stable::contiguous(t));
+      const char* data = static_cast<const char*>((contiguous ? t : plain.back()).data_ptr());
+      const size_t bytes = size_t(t.numel()) * impl->dtype().itemsize(), at = states.size();
+      uint64_t seed = uint64_t(dtype_of(t));
+      for (int64_t n = 0; n < t.dim(); ++n) seed = (seed * 31 + uint64_t(t.size(n))) * 31 + uint64_t(t.stride(n));
+      if (d.large[i] && bytes > SAMPLES * LINE) {
+        std::array<char, SAMPLES * LINE> sample;
+        for (size_t n = 0; n < SAMPLES; ++n)
+          std::memcpy(sample.data() + n * LINE, data + (bytes - LINE) / (SAMPLES - 1) * n, LINE);
+        seed = hash(sample.data(), sample.size(), seed);
+      } else {
+        for (size_t from = 0; from < bytes; from += PIECE)
+          pieces.push_back({data + from, std::min(PIECE, bytes - from), at, seed + from});
+      }
+      states.push_back({t.data_ptr(), impl->is_inference() ? 0 : impl->version_counter().current_version(), seed});
+    }
+#pragma omp parallel for if (pieces.size() > 2)
+  for (size_t i = 0; i < pieces.size(); ++i) pieces[i].hash = hash(pieces[i].data, pieces[i].bytes, pieces[i].hash);
+  for (const Piece& piece : pieces) {
+    uint64_t& numbers = states[piece.of].numbers;
+    numbers = (numbers ^ piece.hash) * 0x9E3779B97F4A7C15ull;
   }
-  return {t.data_ptr(), impl->is_inference() ? 0 : impl->version_counter().current_version(), numbers};
+  return states;
 }
 
 // The operand that is derived from `arguments`, computed anew where any of its sources is no longer what it was.
-Tensor derive(const Derived& d, const std::vector<Tensor>& arguments) {
+Tensor derive(const Derived& d, const std::vector<Tensor>& arguments, std::vector<State> states) {
   std::vector<const void*> key;
-  std::vector<State> states;
-  for (size_t i = 0; i < d.sources.size(); ++i) {
-    const Tensor& source = arguments[d.sources[i]];
-    key.push_back(impl_of(source));
-    states.push_back(state_of(source, d.large[i]));
-  }
+  for (int64_t source : d.sources) key.push_back(impl_of(arguments[source]));
   {
     std::shared_lock lock(mutex);
     const auto it = d.values.find(key);
@@ -189,11 +212,14 @@ Tensor derive(const Derived& d, const std::vector<Tensor>& arguments) {
 // What the kernels take: `arguments`, with what is derived from them where it belongs.
 std::vector<Tensor> with_derived(const Program& program, std::vector<Tensor> arguments) {
   if (program.derived.empty()) return arguments;
+  const std::vector<State> states = states_of(program.derived, arguments);
   std::vector<Tensor> operands;
   size_t given = 0, at = 0;
+  auto mine = states.begin();
   for (const Derived& d : program.derived) {
     while (int64_t(at) < d.operand) operands.push_back(arguments[given++]), ++at;
-    operands.push_back(derive(d, arguments)), ++at;
+    operands.push_back(derive(d, arguments, {mine, mine + d.sources.size()})), ++at;
+    mine += d.sources.size();
   }
   while (at++ < program.operands.size()) operands.push_back(arguments[given++]);
   return operands;
