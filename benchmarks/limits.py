@@ -29,6 +29,7 @@ from benchmarks import common, runtime
 from benchmarks.common import MERGED, PAST, PREFILL, Setup
 from gawscompile import measure
 from gawscompile.codegen import build
+from gawscompile.runtime import pages
 
 BUFFER = 1 << 29
 """Bytes that are summed: about a small model's, so that a huge last cache counts for both or for neither."""
@@ -77,6 +78,7 @@ class Machine:
 def machine(rounds: int = 5) -> Machine:
     """The best of `rounds` each, for torch's present number of threads."""
     data = torch.ones(BUFFER // 4)
+    pages.enlarge([data])  # as weights are
     library = build.load(STREAM)
     arguments = ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(len(data)), ctypes.c_int(torch.get_num_threads())
     reads = [functools.partial(getattr(library, name), *arguments) for name in ("read_1", "read_4", "read_8")]

@@ -123,9 +123,12 @@ def calibrate(
 
 def _time(dtype: str, plan: str, features: tuple[int, int], tokens: int, rounds: int, cold: int) -> Sample:
     """The median of `rounds` passes over copies of a weight, by call."""
+    from gawscompile.runtime import pages
+
     n, k = features
     blank = Sample(dtype, plan, features, tokens, 0.0)
     weights = [torch.randn(n, k).to(DTYPES[dtype]) for _ in range(max(2, cold // blank.bytes))]
+    pages.enlarge(weights)  # as compiled models' are
     x, program = torch.randn(tokens, k).to(DTYPES[dtype]), f"{plan} | {blank.spec}"
 
     def run() -> None:
