@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gawscompile import partial, polyfills, watch
@@ -39,7 +40,9 @@ log = logging.getLogger("gawscompile")
 
 STAGES = {stage.__name__.rpartition(".")[2]: stage for stage in PIPELINE}
 
-polyfills.install()  # torch.compile has asked for the backend: nothing is traced yet
+# torch.compile has asked for the backend: nothing is traced yet.
+polyfills.install()
+ops.start_loading()
 
 
 def gaws(
@@ -96,11 +99,12 @@ def gaws(
 def _build(record: GraphRecord, progress: Progress) -> None:
     """Wait for a graph's kernels, which are all on their way."""
     programs = list(dict.fromkeys(group.program for group in record.groups))
-    for program in programs:
-        ops.prepare(program)
-    for number, program in enumerate(programs, 1):
-        progress.say(f"kernel {number} of {len(programs)}")
-        ops.build_all([program])
+    with dynamo_timed("gaws.kernels"):
+        for program in programs:
+            ops.prepare(program)
+        for number, program in enumerate(programs, 1):
+            progress.say(f"kernel {number} of {len(programs)}")
+            ops.build_all([program])
 
 
 def stored_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> frozenset[int]:
@@ -215,8 +219,10 @@ class GawsPass(CustomGraphPass):
             self.say(f"{name}, pass {number} of {len(STAGES)}")
             try:
                 if name not in self.options.disable:
-                    stage.run(work, context)
-                    verify(context)
+                    counters["gaws"]["passes"] += 1
+                    with dynamo_timed(f"gaws.{name}"):
+                        stage.run(work, context)
+                        verify(context)
             finally:  # also the graph in which a pass failed
                 if dump:
                     dump.step(name, work, record, watch.matches(context), name not in self.options.disable)

@@ -24,9 +24,6 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from gawscompile import guards
-from gawscompile.backend import register
-
 PACKAGES = ("torch", "transformers", "peft", "triton")
 
 
@@ -130,8 +127,12 @@ def compiled(model: Any, backend: str, **settings: Any) -> Any:
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         settings.setdefault("isolate_recompiles", True)
     if backend == "gawscompile.compile":
+        from gawscompile import guards
+
         return guards.compile(model, **settings)
     if backend == "gaws":
+        from gawscompile.backend import register  # not before: Inductor alone is measured without it
+
         register()
     return torch.compile(model, backend=backend, **settings)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gawscompile.codegen import cpp, triton
+from gawscompile.codegen import triton
 from gawscompile.debug import logs
 from gawscompile.debug.dump import Dump
 from gawscompile.debug.records import GraphRecord
@@ -98,6 +98,6 @@ def kernels(record: GraphRecord) -> dict[str, dict[str, Any]]:
 
 def _sources(program: Program) -> dict[str, str]:
     if program.emitter == "cpp":
-        return {"kernel.cpp": cpp.emit(program.spec)}
+        return {"kernel.cpp": program.cpp_source()}
     plans = [triton.Plan.parse(plan) for plan, _ in program.table.rows]
     return {f"{plan}.py": triton.emit(program.spec, plan, program.tuned) for plan in plans}

@@ -108,7 +108,7 @@ FAULTS = {
     ),
     "half of B u missing where the library multiplies": Fault(
         "codegen/cpp_add.py",
-        "at::vec::fmadd(b.hi, ut, acc[t].hi)",
+        "fmadd(b.hi, ut, acc[t].hi)",
         "acc[t].hi",
         "tests/codegen/test_cpp.py",
         library=True,

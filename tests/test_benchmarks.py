@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import peft
@@ -10,9 +11,10 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import common, gaws_gap, growth, kernels, limits, memory, runtime, zflora
+from benchmarks import common, compile_time, gaws_gap, growth, kernels, limits, memory, runtime, zflora
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
+from gawscompile import measure
 
 
 def test_tables_and_files(tiny_llama_dir, tmp_path, capsys):
@@ -235,6 +237,31 @@ def test_a_token_taken_apart(tiny_llama_dir, monkeypatch, capsys):
     assert int(lora.split()[-1]) in (4 * layers, 4 * layers + 1), "qkv, o, gate and up, down, and perhaps the head"
     assert 0 < int(bare.split()[-1]) <= 4 * layers + 1
     assert breakdown.parts({"a": 10.0, "b": 8.0, "c": 7.0, "d": 4.0}) == [2.0, 1.0, 3.0, 4.0]
+
+
+def test_compile_time_reports_what_a_file_holds(monkeypatch, tmp_path, capsys):
+    """Tables and plot of made-up cells, none of which is measured again."""
+    pytest.importorskip("matplotlib")
+
+    def row(layers, backend, adapted, warm):
+        spent = {"_compile.compile_inner": 8.0, "OutputGraph.call_user_compiler": 6.0, "compile_fx_inner": 3.0}
+        spent |= {"pass.joint_graph_passes.joint_custom_pre_pass": 0.5, "_recursive_joint_graph_passes": 1.0}
+        stages = compile_time.stages(spent | {"async_compile.wait": 1.0}, 9.0)
+        assert sum(stages.values()) == pytest.approx(9.0) and min(stages.values()) >= 0
+        told = {"seconds": 9.0, "cpu": 9.0, "stages": stages, "passes": {"lower": 0.1 * layers}, "peak": 2**20}
+        key = {"layers": layers, "backend": backend, "adapted": adapted, "warm": warm, "repeat": 0}
+        return key | told | {"counts": {"passes": 0 if warm else 10}}
+
+    keys = itertools.product((4, 8), ("gaws", "inductor"), (True, False), (False, True))
+    file = tmp_path / "kept.json"
+    file.write_text(json.dumps({"machine": measure.machine(), "rows": [row(*key) for key in keys]}))
+    monkeypatch.setattr(compile_time, "run", None)
+    flags = ["--quick", "--json", str(file), "--markdown", str(tmp_path / "c.md"), "--plot", str(tmp_path / "c.png")]
+    compile_time.main(flags)
+    out = capsys.readouterr().out
+    assert "8 layers, adapted, gaws" in out and "to the power of 0.00" in out
+    assert "| lower " in (tmp_path / "c.md").read_text() and " 1.00 |" in (tmp_path / "c.md").read_text()
+    assert (tmp_path / "c.png").stat().st_size
 
 
 @pytest.mark.slow

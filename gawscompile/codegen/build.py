@@ -2,14 +2,10 @@
 
 Flags come from Inductor's own builder, so our kernels are built for the same instruction set as the code around
 them. Builds run on a small thread pool while Inductor goes on compiling; whoever needs a library waits for it.
-
-Most of a kernel's build is reading the same headers: after a few builds they are compiled once, ahead, and kept too
-(GCC's precompiled headers; it reads the sources' own includes where it cannot use them).
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -18,10 +14,10 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -60,12 +56,11 @@ def _flags() -> tuple[str, str]:
     return command.get_command_line(), version
 
 
-def _command(source: Path, target: Path, headers: Path | None = None) -> list[str]:
-    """The compile command; `headers` is the source of precompiled ones."""
+def _command(source: Path, target: Path) -> list[str]:
     words = shlex.split(_flags()[0])
     words[words.index("gaws_source.cpp")] = str(source)
     words[words.index("-o") + 1] = str(target)
-    return [*words, "-w", *(["-include", str(headers)] if headers else [])]
+    return [*words, "-w"]
 
 
 def fingerprint() -> str:
@@ -74,49 +69,12 @@ def fingerprint() -> str:
     return "\n".join(_flags())
 
 
-ENOUGH = 4
-"""Builds with the same includes after which a process has the headers compiled ahead."""
-
-_built: Counter[str] = Counter()
-"""Includes of a source → how often they were built."""
-
-
-def _includes(source: str) -> str:
-    return "\n".join(line for line in source.splitlines() if line.startswith("#include"))
-
-
-def _headers(includes: str) -> Path | None:
-    """A header of `includes` beside which its precompiled form lies, if there is one or it is time to make it."""
-    if not includes or "clang" in _flags()[1]:
-        return None
-    key = cache.digest(includes, fingerprint())
-    path = cache.folder("kernels") / f"{key}.h"
-    made = path.with_suffix(".h.gch")
-    count = _built[includes] = _built[includes] + 1
-    if not made.exists() and count == ENOUGH + 1:  # once: a compiler that cannot will not be asked again
-        with cache.locked(key), contextlib.suppress(BuildError):
-            if not made.exists():
-                cache.write_atomic(path, includes + "\n")
-                _compile(path, made, ahead=True)
-    return path if made.exists() and _whole(made) else None
-
-
-@functools.cache
-def _whole(path: Path) -> bool:
-    """Whether an entry is as it was put: looked at once, as hashing it takes as long as a build spares."""
-    return cache.get(path) is not None
-
-
-def _compile(source: Path, target: Path, headers: Path | None = None, ahead: bool = False) -> None:
-    """Compiles `source`, with `headers` or into such if `ahead`, and makes an entry of it. Raises `BuildError`."""
+def _compile(source: Path, target: Path) -> None:
+    """Compiles `source` and makes an entry of it. Raises `BuildError`."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
     os.close(handle)
     try:
-        command = _command(source, Path(temporary), headers)
-        if ahead:
-            words = [word for word in command if word != "-shared" and not word.startswith("-l")]
-            command = [words[0], "-x", "c++-header", *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(_command(source, Path(temporary)), capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"{compiler()} failed on {source}:\n{done.stderr[-4000:]}")
         cache.put(target, Path(temporary).read_bytes())
@@ -165,17 +123,13 @@ def load(source: str) -> ctypes.CDLL:
 def _build(source: str, path: Path) -> Path:
     if cache.get(path) is not None:
         return path
-    headers = _headers(_includes(source))  # before the lock: theirs may be the same
     with cache.locked(path.stem):
         if cache.get(path) is not None:  # by the process that held the lock before
             return path
+        with _lock:
+            counters["gaws"]["built"] += 1
         text = path.with_suffix(".cpp")
         cache.write_atomic(text, source)
-        try:
-            _compile(text, path, headers)
-        except BuildError:
-            if headers is None:
-                raise
-            _compile(text, path)  # whatever has become of the headers
+        _compile(text, path)
     cache.trim(spare=path)
     return path

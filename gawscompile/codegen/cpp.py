@@ -16,11 +16,12 @@ each load of its rows; only where there are two or three does G join the row acc
 A weight kept as ``[k, n]`` (Conv1D) is streamed by columns instead: a few of its rows at a time, whole lines of each,
 added up in a block of accumulators that stays in the first cache.
 
-Vectors are ``at::vec``: AVX2, AVX-512 and NEON from one source, with ``vdpbf16ps`` where the compiler has it.
+Vectors are `vectors.cpp`'s: AVX-512, AVX2, and on other machines ATen's, with ``vdpbf16ps`` where the compiler has it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from gawscompile.codegen.cpp_add import ADDED, add
@@ -44,33 +45,40 @@ PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile aft
 READ = ("bias", "residual", "rowscale", "a", "b", "scale", "c", "z", "mode", "kron_scale")
 """Roles of all operands but weights."""
 
-PRELUDE = (Path(__file__).parent / "prelude.cpp").read_text()
+PRELUDE = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude"))
 
 
-def emit(spec: KernelSpec) -> str:
-    """The C++ source of a group's kernels. Equal specs give equal text.
+PLANS = {"gemv_cpp": "plan gemv_cpp (any m)", "gemm_accumulate": "the epilogue of plan gemm_accumulate"}
+"""What a group's kernels can be asked for, `gemv` and `accumulate`, in words."""
+
+
+def emit(spec: KernelSpec, plans: Collection[str] = PLANS) -> str:
+    """The C++ source of a group's kernels, as far as `plans` need them. Equal specs give equal text.
 
     Raises `SpecError` for SwiGLU over weights kept as ``[k, n]``.
     """
     if spec.swiglu and any(p.transposed for p in spec.projections):
         raise SpecError(f"no C++ for swiglu over transposed weights: {spec}")
     ranks = Scratch(spec)
-    parts = [_header(spec), PRELUDE.strip(), "", *_constants(spec, ranks), ""]
+    whole, added = (plan in plans for plan in PLANS)
+    parts = [_header(spec, plans), PRELUDE, "", *_constants(spec, ranks), ""]
     for i, projection in enumerate(spec.projections):
-        parts += _expand(spec, i, projection, ranks)
-        if projection.kronecker:
+        parts += _expand(spec, i, projection, ranks) if whole else []
+        if added and projection.kronecker:
             parts += _expand(spec, i, projection, ranks, base=False)
-        elif has_epilogue(projection):
+        elif added and has_epilogue(projection):
             parts += add(spec, i, projection, ranks)
     parts += _multiply(spec) if spec.swiglu else []
-    parts += ["}  // namespace", "", *_gemv(spec, ranks)]
-    if spec.swiglu or any(has_epilogue(p) for p in spec.projections):
+    parts += ["}  // namespace"]
+    parts += ["", *_gemv(spec, ranks)] if whole else []
+    if added and (spec.swiglu or any(has_epilogue(p) for p in spec.projections)):
         parts += ["", *_accumulate(spec, ranks)]
     return "\n".join(parts) + "\n"
 
 
-def _header(spec: KernelSpec) -> str:
-    lines = ["// gawscompile: plan gemv_cpp (any m) and the epilogue of plan gemm_accumulate", f"// spec: {spec}"]
+def _header(spec: KernelSpec, plans: Collection[str]) -> str:
+    words = " and ".join(text for plan, text in PLANS.items() if plan in plans)
+    lines = [f"// gawscompile: {words}", f"// spec: {spec}"]
     return "\n".join(lines + [f"// {formula}" for formula in spec.formulas()]) + "\n"
 
 

@@ -60,7 +60,7 @@ def add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str
             f"      const Pair b = load_pair(bt[{row} + k]);",
             "      for (int t = 0; t < T; ++t) {",
             f"        const F ut({activation});",
-            "        acc[t] = {at::vec::fmadd(b.lo, ut, acc[t].lo), at::vec::fmadd(b.hi, ut, acc[t].hi)};",
+            "        acc[t] = {fmadd(b.lo, ut, acc[t].lo), fmadd(b.hi, ut, acc[t].hi)};",
             "      }",
             "    }",
         ]

@@ -1,20 +1,5 @@
-// What every generated kernel builds on; `cpp.py` puts it in front of them.
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
+// What every generated kernel builds on; `cpp.py` puts it in front of them, behind `vectors.cpp`.
 namespace {
-
-using F = at::vec::Vectorized<float>;
-using bf16 = at::BFloat16;
-using f16 = at::Half;
 
 constexpr int V = F::size();
 constexpr int ROWS = 4;                  // rows of a weight that one tile keeps in flight
@@ -25,17 +10,7 @@ using Int = std::integral_constant<int, N>;
 
 // ---- loads: two vectors of fp32 from any dtype, the first `count` of 2V elements, the rest zero -------------
 
-struct Pair {
-  F lo, hi;
-};
-
 inline Pair load_pair(const float* p) { return {F::loadu(p), F::loadu(p + V)}; }
-
-template <class T>
-inline Pair load_pair(const T* p) {
-  auto [lo, hi] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p));
-  return {lo, hi};
-}
 
 template <class T>
 inline Pair load_pair(const T* p, int count) {
@@ -47,11 +22,6 @@ inline Pair load_pair(const T* p, int count) {
 inline void store_pair(float* p, const Pair& v) {
   v.lo.store(p);
   v.hi.store(p + V);
-}
-
-template <class T>
-inline void store_pair(T* p, const Pair& v) {
-  at::vec::convert_from_float<T>(v.lo, v.hi).store(p);
 }
 
 template <class T>
@@ -72,8 +42,8 @@ struct Step {
   template <class T>
   static Chunk get(const T* p, int count) { return load_pair(p, count); }
   static void dot(F& acc, const Chunk& w, const Chunk& x) {
-    acc = at::vec::fmadd(w.lo, x.lo, acc);
-    acc = at::vec::fmadd(w.hi, x.hi, acc);
+    acc = fmadd(w.lo, x.lo, acc);
+    acc = fmadd(w.hi, x.hi, acc);
   }
 };
 
@@ -83,7 +53,7 @@ struct Step<float, float> {
   using Chunk = F;
   static Chunk get(const float* p) { return F::loadu(p); }
   static Chunk get(const float* p, int count) { return F::loadu(p, count); }
-  static void dot(F& acc, const Chunk& w, const Chunk& x) { acc = at::vec::fmadd(w, x, acc); }
+  static void dot(F& acc, const Chunk& w, const Chunk& x) { acc = fmadd(w, x, acc); }
 };
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
@@ -150,7 +120,7 @@ struct Outer {
       for (int t = 0; t < T; ++t) {
         Pair acc = load_pair(z + t * ldz + c);
         for (int d = 0; d < D; ++d)
-          acc = {at::vec::fmadd(ws[d].lo, xs[t][d], acc.lo), at::vec::fmadd(ws[d].hi, xs[t][d], acc.hi)};
+          acc = {fmadd(ws[d].lo, xs[t][d], acc.lo), fmadd(ws[d].hi, xs[t][d], acc.hi)};
         store_pair(z + t * ldz + c, acc);
       }
     };
@@ -212,10 +182,6 @@ struct Outer<bf16, bf16> {
 // ---- four row sums at once: shuffles of four accumulators cost a third of four separate reductions ---------
 
 typedef float Quad __attribute__((vector_size(16)));
-
-inline float sum(const F& v) {
-  return at::vec::vec_reduce_all<float>([](F& a, F& b) { return a + b; }, v);
-}
 
 inline Quad sum4(const F& a, const F& b, const F& c, const F& d) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -330,7 +296,7 @@ inline void mode(
               const Pair v = load(x + t * ldx + (b * I + i) * A + a);
               for (int r = 0; r < R; ++r) {
                 const F w(scale * float(g[(row + r) * I + i]));
-                acc[r] = {at::vec::fmadd(w, v.lo, acc[r].lo), at::vec::fmadd(w, v.hi, acc[r].hi)};
+                acc[r] = {fmadd(w, v.lo, acc[r].lo), fmadd(w, v.hi, acc[r].hi)};
               }
             }
             for (int r = 0; r < R; ++r) store(z + t * ldz + (b * O + row + r) * A + a, acc[r]);

@@ -15,12 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gawscompile.codegen import triton
+from gawscompile.codegen import cpp, triton
 from gawscompile.codegen.spec import KernelSpec, SpecError
 
 T = TypeVar("T")
-
-CPP_PLANS = ("gemv_cpp", "gemm_accumulate")
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Program:
         for plan, _ in self.table.rows:
             if self.emitter == "triton":
                 triton.Plan.parse(plan)
-            elif plan not in CPP_PLANS or self.emitter != "cpp" or self.tuned:
+            elif plan not in cpp.PLANS or self.emitter != "cpp" or self.tuned:
                 raise SpecError(f"not a plan of the emitter {self.emitter}: {plan}")
 
     def __str__(self) -> str:
@@ -116,6 +114,10 @@ class Program:
     def prefix(self) -> str:
         """What comes before the table."""
         return "triton " * (self.emitter == "triton") + "autotuned " * self.tuned
+
+    def cpp_source(self) -> str:
+        """The C++ of its kernels: of those that a row of its table runs, as half of a build is for the other."""
+        return cpp.emit(self.spec, [plan for plan, _ in self.table.rows])
 
     def triton_plan(self, m: int) -> triton.Plan:
         """The plan that runs `m` tokens on a GPU."""

@@ -11,6 +11,7 @@ program met for the first time in a process (a warm start runs no pass) is parse
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from gawscompile.codegen import build, cpp, triton
+from gawscompile.codegen import build, triton
 from gawscompile.codegen.spec import DTYPES, SpecError
 from gawscompile.operators.recipe import hoisted
 from gawscompile.planning.table import Program
@@ -62,6 +63,21 @@ _lock = threading.RLock()
 _kept: list[object] = []  # what C++ points to: the callback, error messages
 
 
+def start_loading() -> None:
+    """Have the op's CPU kernel built in the background where that was not yet done on this machine, so that it is ready
+    once Dynamo has traced its first graph. What goes wrong, `ensure_loaded` meets and says."""
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            build.start(_op_source())
+
+    threading.Thread(target=work, name="gaws-op", daemon=True).start()
+
+
+def _op_source() -> str:
+    return (Path(__file__).parent / "dispatch.cpp").read_text()
+
+
 @functools.cache
 def ensure_loaded() -> ctypes.CDLL:
     """Build (first time on this machine) and load the op's CPU kernel.
@@ -69,8 +85,7 @@ def ensure_loaded() -> ctypes.CDLL:
     Raises `build.CompilerMissing`, `build.BuildError` or `cache.CacheError`.
     """
     with _lock:
-        source = (Path(__file__).parent / "dispatch.cpp").read_text()
-        library = build.load(source)
+        library = build.load(_op_source())
         resolver = _Resolver(_resolve)
         _kept.append(resolver)
         library.gaws_set_resolver(resolver)
@@ -81,7 +96,7 @@ def prepare(program: str) -> None:
     """Start building the kernels of `program` in the background, so that they are ready when first called."""
     parsed = Program.parse(program)
     if parsed.emitter == "cpp":
-        build.start(cpp.emit(parsed.spec))
+        build.start(parsed.cpp_source())
 
 
 def build_all(programs: Iterable[str]) -> None:
@@ -91,7 +106,7 @@ def build_all(programs: Iterable[str]) -> None:
     disk, say), `ImportError` (no Triton).
     """
     parsed = [Program.parse(program) for program in dict.fromkeys(programs)]
-    pending = [build.start(cpp.emit(program.spec)) for program in parsed if program.emitter == "cpp"]
+    pending = [build.start(program.cpp_source()) for program in parsed if program.emitter == "cpp"]
     for program in parsed:
         for plan, _ in program.table.rows if program.emitter == "triton" else ():
             triton.load(program.spec, triton.Plan.parse(plan), program.tuned)
@@ -127,7 +142,7 @@ def register(program: str) -> None:
     if planned.emitter != "cpp":
         raise SpecError(f"tensors on the CPU meet a program for a GPU: {program}")
     spec = planned.spec
-    kernels = build.load(cpp.emit(spec))
+    kernels = build.load(planned.cpp_source())
     operands = list(spec.operands())
     shapes = [[-1 if size == "m" else int(size) for size in o.shape] for o in operands]
     flat = [size for shape in shapes for size in shape]
@@ -135,13 +150,16 @@ def register(program: str) -> None:
     if len(rest) > 1 or (rest and first[0] != "gemv_cpp"):
         raise SpecError(f"the op runs gemv_cpp up to some m and gemm_accumulate beyond, not {planned.table}")
     gemv_max = 0 if first[0] != "gemv_cpp" else (2**62 if first[1] is None else first[1])
-    accumulate = ctypes.cast(kernels.accumulate, ctypes.c_void_p) if hasattr(kernels, "accumulate") else None
+    gemv, accumulate = (
+        ctypes.cast(getattr(kernels, name), ctypes.c_void_p) if hasattr(kernels, name) else None
+        for name in ("gemv", "accumulate")
+    )
     derived = planned.derived
     marks = [large for d in derived for large in d.large]
     sources = [source for d in derived for source in d.sources]
     ensure_loaded().gaws_register(
         program.encode(),
-        ctypes.cast(kernels.gemv, ctypes.c_void_p),
+        gemv,
         accumulate,
         ctypes.c_int64(gemv_max),
         ctypes.c_int64(spec.k),

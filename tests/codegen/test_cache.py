@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
-from collections import Counter
 
 import pytest
 
@@ -85,44 +83,3 @@ def test_a_source_that_does_not_compile_says_where_it_lies(folder):
     with pytest.raises(build.BuildError, match=r"failed on .*\.cpp:\n.*no_such_type"):
         build.start("no_such_type x;").result()
     assert [p.suffix for p in (folder / "kernels").iterdir()] == [".cpp"]
-
-
-def kernels(count: int) -> list[str]:
-    """Sources that no run before this one has built."""
-    headers = "#include <vector>\n#include <cmath>\n"
-    return [f'{headers}extern "C" int k{i}() {{ return {i} + {os.getpid()}; }}' for i in range(count)]
-
-
-def test_headers_are_compiled_ahead_after_a_few_builds(folder, monkeypatch):
-    commands = []
-    run = subprocess.run
-
-    def spy(command, **settings):
-        commands.append(command)
-        return run(command, **settings)
-
-    monkeypatch.setattr(build, "_built", Counter())
-    monkeypatch.setattr(build.subprocess, "run", spy)
-    for i, source in enumerate(kernels(build.ENOUGH + 2)):
-        assert getattr(build.load(source), f"k{i}")() == i + os.getpid()
-    ahead = [command for command in commands if "c++-header" in command]
-    using = [command for command in commands if "-include" in command]
-    assert len(ahead) == 1 and len(using) == 2
-    (made,) = (folder / "kernels").glob("*.h.gch")
-    made.write_bytes(made.read_bytes()[:1000])  # damaged: the kernel is built without
-    source = kernels(build.ENOUGH + 3)[-1]
-    assert getattr(build.load(source), f"k{build.ENOUGH + 2}")() == build.ENOUGH + 2 + os.getpid()
-
-
-def test_headers_that_cannot_be_compiled_ahead_cost_nothing(folder, monkeypatch):
-    compile_ = build._compile
-
-    def refuse(*arguments, ahead=False):
-        if ahead:
-            raise build.BuildError("no")
-        compile_(*arguments)
-
-    monkeypatch.setattr(build, "_built", Counter())
-    monkeypatch.setattr(build, "_compile", refuse)
-    for i, source in enumerate(kernels(build.ENOUGH + 1)):
-        assert getattr(build.load(source), f"k{i}")() == i + os.getpid()
