@@ -40,6 +40,11 @@ class Setup:
     kv: CacheKind = "static"
     device: str = "cpu"
     layers: int | None = None
+    quantize: str | None = None
+
+
+QUANTIZED = ("int8",)
+"""How bases can be quantised: torchao's weight-only int8."""
 
 
 @dataclass
@@ -56,9 +61,10 @@ class Case:
 def title(setup: Any) -> str:
     """How tables name the model of a `Setup`'s fields: with its layers, where some were cut."""
     model, layers = setup["model"], setup.get("layers")
+    quantized = f", {setup['quantize']} base" if setup.get("quantize") else ""
     if model in SHAPES and layers and layers < SHAPES[model].full:
-        return f"{model} ({layers} of {SHAPES[model].full} layers)"
-    return Path(model).name
+        return f"{model} ({layers} of {SHAPES[model].full} layers){quantized}"
+    return Path(model).name + quantized
 
 
 def is_causal(architectures: list[str] | None) -> bool:
@@ -78,7 +84,19 @@ def folder_of(model: str) -> Path:
 
 
 def load_base(setup: Setup) -> Any:
-    """The bare model in `setup`'s dtype, in eval mode."""
+    """The bare model in `setup`'s dtype, in eval mode, its linears but the head quantised where the setup says so."""
+    model = _load(setup)
+    if setup.quantize:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError:
+            raise SystemExit("--quantize: pip install 'gawscompile[quant]'") from None
+        wanted = set(linear_sizes(model))
+        quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name in wanted)
+    return model
+
+
+def _load(setup: Setup) -> Any:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 

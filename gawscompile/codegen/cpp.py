@@ -231,7 +231,7 @@ def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: 
 
 def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     costs = [
-        spec.k * _SIZE[p.dtype]
+        _base(spec, p)
         + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank)
         + sum(t.rank * _SIZE[t.dtype] for t in p.given)
         for p in spec.projections
@@ -247,7 +247,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
         names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(p)))
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>"
-        panel = max(1, PANEL_BYTES // (4 * (spec.k * _SIZE[p.dtype] or cost)))
+        panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
         u = "u, " if extras(i, p, ranks) else ""
         rows = p.dtype and not p.transposed
         reads = names + u + ("x, " if rows or from_x(i, ranks) else "")
@@ -302,7 +302,7 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int) -> list[str]:
 
 def _panel(spec: KernelSpec) -> int:
     """Rows of gate, and of up, that are multiplied before their product is taken: whole vectors on every machine."""
-    row = 2 * spec.k * max(_SIZE[p.dtype] for p in spec.projections)
+    row = 2 * max(_base(spec, p) for p in spec.projections)
     return max(16, PANEL_BYTES // row // 16 * 16)
 
 
@@ -368,4 +368,9 @@ def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
     ]
 
 
-_SIZE = {"f32": 4, "bf16": 2, "f16": 2, None: 0}
+def _base(spec: KernelSpec, p: ProjectionSpec) -> int:
+    """Bytes of a row of W, or of what stands for its product."""
+    return spec.k * _SIZE[p.dtype] if p.dtype else _SIZE[p.residual or p.out]
+
+
+_SIZE = {"f32": 4, "bf16": 2, "f16": 2}
