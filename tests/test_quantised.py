@@ -47,6 +47,8 @@ def bitsandbytes_nf4(model):
 
 
 KINDS = {"torchao int8": torchao_int8, "bitsandbytes int8": bitsandbytes_int8, "bitsandbytes nf4": bitsandbytes_nf4}
+TOLERANCE = {"bitsandbytes nf4": 2e-3}
+"""Its operator rounds an fp32 activation to bf16: the last bit of one turns into a bit of the other. Others: 1e-4."""
 
 
 def quantised(kind, dtype=torch.float32):
@@ -82,19 +84,22 @@ def test_adapters_are_fused_and_live(kind):
     assert len(groups) == 4 * LAYERS  # q/k/v, o, gate/up, down
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="gaws", options={"strict": True})
-    before = logits(compiled)
-    torch.testing.assert_close(before, logits(model), rtol=1e-4, atol=1e-4)
-    graphs = graphs_compiled()
+
+    def check():
+        close = TOLERANCE.get(kind, 1e-4)
+        got = logits(compiled)
+        torch.testing.assert_close(got, logits(model), rtol=close, atol=close)
+        return got
+
+    before, graphs = check(), graphs_compiled()
     swapped(model, -1.7)
-    after = logits(compiled)
-    torch.testing.assert_close(after, logits(model), rtol=1e-4, atol=1e-4)
-    assert (after - before).abs().max() > 1e-3
+    assert (check() - before).abs().max() > 1e-2
     assert graphs_compiled() == graphs
     with model.disable_adapter():
-        torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+        check()
     model.add_adapter("other", LORA)
-    randomise(model).set_adapter("other")
-    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
+    randomise(model, seed=1).set_adapter("other")
+    check()
 
 
 def test_in_bf16_no_further_from_fp64_than_eager():
