@@ -41,6 +41,11 @@ class Setup:
     kv: CacheKind = "static"
     device: str = "cpu"
     layers: int | None = None
+    quantize: str | None = None
+
+
+QUANTIZED = ("int8",)
+"""How bases can be quantised: torchao's weight-only int8."""
 
 
 @dataclass
@@ -57,9 +62,10 @@ class Case:
 def title(setup: Any) -> str:
     """How tables name the model of a `Setup`'s fields: with its layers, where some were cut."""
     model, layers = setup["model"], setup.get("layers")
+    quantized = f", {setup['quantize']} base" if setup.get("quantize") else ""
     if model in SHAPES and layers and layers < SHAPES[model].full:
-        return f"{model} ({layers} of {SHAPES[model].full} layers)"
-    return Path(model).name
+        return f"{model} ({layers} of {SHAPES[model].full} layers){quantized}"
+    return Path(model).name + quantized
 
 
 def is_causal(architectures: list[str] | None) -> bool:
@@ -79,7 +85,20 @@ def folder_of(model: str) -> Path:
 
 
 def load_base(setup: Setup, own: bool = True) -> Any:
-    """The bare model in `setup`'s dtype, in eval mode. With `own` no weight stays mapped from the checkpoint."""
+    """The bare model in `setup`'s dtype, in eval mode, its linears but the head quantised where the setup says so. With
+    `own` no weight stays mapped from the checkpoint."""
+    model = _load(setup, own)
+    if setup.quantize:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError:
+            raise SystemExit("--quantize: pip install 'gawscompile[quant]'") from None
+        wanted = set(linear_sizes(model))
+        quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name in wanted)
+    return model
+
+
+def _load(setup: Setup, own: bool) -> Any:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.runtime --dtype float32 bfloat16 --model smollm2 minilm --processes 3
     python -m benchmarks.runtime --dtype float32 bfloat16 --model gpt2-large roberta-large t5-3b llama-3.2-1b --layers 4
+    python -m benchmarks.runtime --dtype float32 bfloat16 --model smollm2 --quantize int8 --processes 3
 
 Six variants take turns: the base and the same with an unmerged LoRA on every linear (or other adapters of its size),
 each in eager mode, under Inductor and under gaws. Columns: medians and quartiles in ms; the same with Dynamo's guards
@@ -58,6 +59,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = (*common.ADAPTERS, common.DORA, common.MERGED)
     parser.add_argument("--adapters", nargs="+", default=["lora"], choices=kinds)
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA, whose size the others take (default 16)")
+    parser.add_argument("--quantize", choices=common.QUANTIZED, help="the base's weights (torchao, weight-only)")
     parser.add_argument("--cast-adapters", action="store_true", help="factors in the base's dtype (PEFT: fp32)")
     parser.add_argument("--kv", choices=("static", "dynamic"), default="static", help="the decoder's cache")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
@@ -122,7 +124,16 @@ def measure_setup(
 def setups(options: argparse.Namespace) -> list[Setup]:
     """Every model in every dtype asked for."""
     return [
-        Setup(model, dtype, options.rank, options.cast_adapters, options.kv, options.device, options.layers)
+        Setup(
+            model,
+            dtype,
+            options.rank,
+            options.cast_adapters,
+            options.kv,
+            options.device,
+            options.layers,
+            options.quantize,
+        )
         for model in options.model
         for dtype in options.dtype
     ]

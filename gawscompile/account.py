@@ -83,7 +83,7 @@ def _traffic(spec: KernelSpec, m: Any) -> Any:
 def _launches(program: Program) -> int:
     """Of the plan in the table's first row."""
     plan, _ = program.table.rows[0]
-    library = len(program.spec.projections) if plan == "gemm_accumulate" else 0
+    library = sum(p.dtype is not None for p in program.spec.projections) if plan == "gemm_accumulate" else 0
     if program.emitter == "triton":
         return len(triton.launches(program.spec, triton.Plan.parse(plan))) + library
     added = any(p.adapted or p.bias or p.residual for p in program.spec.projections) or program.spec.swiglu

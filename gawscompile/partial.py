@@ -21,7 +21,7 @@ from gawscompile.debug.records import LinearRecord, Reason
 from gawscompile.operators import linear, operator_group, operator_sum
 from gawscompile.operators.project import project
 from gawscompile.operators.recipe import hoisted
-from gawscompile.passes.context import Context, args, aten, of_parameters, plain_sizes, shape, through_casts
+from gawscompile.passes.context import Context, args, aten, dtype, of_parameters, shape, through_casts
 from gawscompile.planning.table import Program
 
 NEXT: dict[Any, tuple[str, ...]] = {
@@ -47,7 +47,8 @@ def finish(context: Context) -> None:
         elif node.op == "call_function" and node.target is hoisted:
             _spell_out(context, node)
         elif _unseen(context, node):
-            _leave(context, node, _found(context, node))
+            sizes = (shape(node)[-1], shape(args(node)[-2])[-1])
+            _leave(context, node, context.found(node, sizes, dtype(node)))
 
 
 def _unseen(context: Context, node: Node) -> bool:
@@ -62,16 +63,9 @@ def _entries(context: Context, node: Node) -> list[LinearRecord]:
         return known or []
     entry = context.record.linear(context.module_path(node))
     if entry is None:
-        entry = context.found(node, through_casts(args(node)[1]))
+        weight = through_casts(args(node)[1])
+        entry = context.found(node, shape(weight), dtype(weight))
     return [entry] if entry.reason in (None, Reason.FUEL.name) else []  # else a pass said why already
-
-
-def _found(context: Context, node: Node) -> LinearRecord:
-    """An entry for a product that nobody made a linear of."""
-    n, k = plain_sizes((shape(node)[-1], shape(args(node)[-2])[-1]))
-    entry = LinearRecord(context.module_path(node), (n, k), str(node.meta["val"].dtype).removeprefix("torch."))
-    context.record.linears.append(entry)
-    return entry
 
 
 def _leave(context: Context, node: Node, entry: LinearRecord) -> None:

@@ -56,10 +56,11 @@ class Context:
 
     # ---- records ------------------------------------------------------------------------------------------
 
-    def found(self, node: Node, weight: Node) -> LinearRecord:
-        """Every linear of the graph gets an entry when it is first seen; passes then say what became of it."""
-        n, k = plain_sizes(shape(weight))
-        entry = LinearRecord(self.module_path(node), (n, k), str(dtype(weight)).removeprefix("torch."))
+    def found(self, node: Node, sizes: tuple[Any, ...], stored: torch.dtype) -> LinearRecord:
+        """Every linear of the graph gets an entry when it is first seen; passes then say what became of it. `sizes`
+        and `stored`: its weight's shape and dtype."""
+        n, k = plain_sizes(sizes)
+        entry = LinearRecord(self.module_path(node), (n, k), str(stored).removeprefix("torch."))
         self.record.linears.append(entry)
         return entry
 
@@ -219,6 +220,12 @@ def through_casts(node: Any) -> Any:
 def is_parameter(node: Any) -> bool:
     """A graph input (every parameter and buffer is one), or what `hoist_weights` has made of them."""
     return isinstance(node, Node) and (node.op == "placeholder" or is_call(node, hoisted))
+
+
+def stored(node: Node) -> Node:
+    """The parameter of which `node` is a cast, or itself: kernels read parameters in their own dtype."""
+    source: Node = through_casts(node)
+    return source if is_parameter(source) else node
 
 
 def of_parameters(node: Any) -> bool:

@@ -17,6 +17,7 @@ from gawscompile.operators import linear
 from gawscompile.passes.context import (
     CASTS,
     VIEWS,
+    Context,
     args,
     aten,
     dtype,
@@ -26,10 +27,12 @@ from gawscompile.passes.context import (
     reinterpreted,
     same_sizes,
     shape,
+    stored,
     through_casts,
     transposed,
     value,
 )
+from gawscompile.passes.hoist_weights import hoistable
 from gawscompile.passes.layouts import Layout, Unknown, moved, split
 from gawscompile.passes.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
 from gawscompile.passes.vectors import Vector, merged, merged_vectors, shifted, vector_of
@@ -42,7 +45,7 @@ class Form:
     """A node's value as products and vectors on one activation. `inner`: the nodes it folds, itself included.
 
     Where it is `turned`, the node is the transpose of that, ``[N, m]``; where it has a `layout`, its features are
-    several axes.
+    several axes. Where a value is `kept`, that is added to it: what an opaque base makes of the activation.
     """
 
     activation: Node
@@ -51,6 +54,7 @@ class Form:
     inner: tuple[Node, ...]
     turned: bool = False
     layout: Layout | None = None
+    kept: Node | None = None
 
     @property
     def bases(self) -> list[Product]:
@@ -64,6 +68,12 @@ class Form:
     @property
     def plain(self) -> bool:
         return not self.turned and self.layout is None
+
+    @property
+    def added(self) -> bool:
+        """Whether it is what adapters add to a base, and no more."""
+        products = [p.matrices if p.given is None else () for p in self.products]
+        return self.plain and self.kept is None and all(len(matrices) > 1 for matrices in products)
 
     def without_row_scale(self) -> tuple[Form, Node | None]:
         """``c ⊙ S`` as (S, c), where a sum without a base is a base's whose rows are scaled (DoRA, (IA)³)."""
@@ -81,8 +91,7 @@ class Form:
         return replace(self, products=products, vectors=vectors, inner=(*self.inner, node))
 
 
-def form_of(node: Node, forms: dict[Node, Form], fixed: Container[Node] = ()) -> Form | None:
-    """`fixed`: nodes that are computed from parameters alone, which may stand for one."""
+def form_of(node: Node, forms: dict[Node, Form], context: Context) -> Form | None:
     if is_call(node, linear):
         return _of_linear(node, forms)
     if is_cast(node):
@@ -95,11 +104,11 @@ def form_of(node: Node, forms: dict[Node, Form], fixed: Container[Node] = ()) ->
     if scaling is not None:
         inner, by = scaling
         form = _summed(inner, forms) if same_sizes(shape(node), shape(inner)) else None
-        return form and form.scaled(by, node)
+        return form.scaled(by, node) if form is not None and form.kept is None else None
     if is_call(node, aten.mul.Tensor):
-        return _of_diagonal(node, forms) or _of_rows(node, forms, fixed)
+        return _of_diagonal(node, forms) or _of_rows(node, forms, context.fixed)
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        return _of_sum(node, forms, fixed)
+        return _on_a_kept_base(node, forms, context) or _of_sum(node, forms, context.fixed)
     return None
 
 
@@ -114,6 +123,8 @@ def _of_view(node: Node, forms: dict[Node, Form]) -> Form | None:
         while widens(source) or is_call(source, aten.clone.default):
             source = args(source)[0]
         return Form(source, (Product((), node),), (), (node,), layout=layout)
+    if form.kept is not None:
+        return None
     form = replace(form, inner=(*form.inner, node))
     if form.layout is None and transposed(node) is not None:
         return replace(form, turned=not form.turned)
@@ -161,7 +172,9 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
     """A sum whose rows are scaled by a vector, ``v ⊙ S``; by v = u - 1 (DoRA) it is ``u ⊙ S - S``."""
     for x, v in (args(node), args(node)[::-1]):
         form = _summed(x, forms)
-        if form is None or form is v or not form.plain or form.regrouped or not same_sizes(shape(x), shape(node)):
+        if form is None or not form.plain or form.kept is not None or form.regrouped:
+            continue
+        if not same_sizes(shape(x), shape(node)):
             continue
         v, less = shifted(v)
         v = vector_of(v, shape(node)[-1])
@@ -188,7 +201,8 @@ def _summed(node: Any, forms: dict[Node, Form]) -> Form | None:
     if form is not None or not isinstance(node, Node) or len(node.users) > READERS:
         return form
     form = forms.get(node)
-    together = form is not None and form.plain and all(is_call(user, *SUMMED) for user in node.users)
+    together = form is not None and form.plain and not form.kept
+    together = together and all(is_call(user, *SUMMED) for user in node.users)
     return form if together else None
 
 
@@ -204,7 +218,7 @@ def escapes(form: Form, forms: dict[Node, Form]) -> bool:
         if part is None or _source(part.activation) is not _source(form.activation):
             continue  # a product of parameters on its way into a weight
         outside = any(user not in inside for user in node.users)
-        if outside and (part.vectors or not all(map(_small, part.products))):
+        if outside and (part.vectors or part.kept or not all(map(_small, part.products))):
             return True
     return False
 
@@ -218,7 +232,7 @@ def _folded(node: Any, forms: dict[Node, Form]) -> Form | None:
     form = forms.get(node) if isinstance(node, Node) else None
     if form is None or len(node.users) == 1 or form.regrouped:
         return form
-    return form if not form.vectors and all(_small(p) for p in form.products) else None
+    return form if not form.vectors and not form.kept and all(_small(p) for p in form.products) else None
 
 
 def _small(product: Product) -> bool:
@@ -238,8 +252,8 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
         if found is not None:
             return found
         inner = None  # a projection of the regrouped features, then
-    chained = inner is not None and inner.plain and not inner.vectors and len(inner.products) == len(products) == 1
-    if inner is not None and chained and _matrices(inner.products[0]):
+    alone = inner is not None and inner.plain and not inner.vectors and not inner.kept
+    if inner is not None and alone and len(inner.products) == len(products) == 1 and _matrices(inner.products[0]):
         (first,), (second,) = inner.products, products
         chain = Product((*first.matrices, *second.matrices), node, first.scale.times(second.scale))
         return Form(inner.activation, (chain,), vectors, (*inner.inner, *inner_nodes, node))
@@ -290,6 +304,46 @@ def _extend(node: Node, forms: dict[Node, Form], source: Node | None = None) -> 
     return inner and replace(inner, inner=(*inner.inner, node))
 
 
+def _on_a_kept_base(node: Node, forms: dict[Node, Form], context: Context) -> Form | None:
+    """``y + s B (A x)``, where y is made of x too, but by no matrix that a kernel may read: by one that is dequantised,
+    or by an operator of its own. y stays what it is, and is added to."""
+    if not isinstance(node.kwargs.get("alpha", 1), (int, float)):
+        return None
+    left, right = args(node)
+    weight = weight_of(node)
+    for kept, other in ((left, right), (right, left)) if weight == 1.0 else ((left, right),):
+        form = _summed(other, forms)
+        if form is None or not form.added:
+            continue
+        if value(kept) is None or not same_sizes(shape(kept), shape(node)) or not same_sizes(shape(other), shape(node)):
+            continue
+        way = way_to(kept, form.activation)
+        if way and all(one not in forms or opaque(forms[one], context) for one in way):
+            form = form if weight == 1.0 else form.scaled(weight, node)
+            return replace(form, inner=(*form.inner, node), kept=kept)
+    return None
+
+
+def opaque(form: Form, context: Context) -> bool:
+    """Whether no kernel may read what it is made of: a matrix is computed in the graph, or no linear is known."""
+    matrices = [stored(factor.node) for p in form.products for factor in p.matrices]
+    readable = all(is_parameter(m) or hoistable(m, context) for m in matrices)
+    return form.kept is None and (form.regrouped or not readable)
+
+
+DEPTH = 32
+"""Nodes at most that are looked at between an opaque base's result and its activation."""
+
+
+def way_to(node: Node, x: Node) -> list[Node]:
+    """`node` and the nodes that it is computed from, nearest first, down to x; none if x is not among the first few."""
+    found, x = [node], _source(x)
+    for one in found:  # grows
+        if one is not x and len(found) < DEPTH:
+            found += [source for source in one.all_input_nodes if source not in found]
+    return [one for one in found if one is not x] if x in found[1:] else []
+
+
 def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
     left, right = args(node)
     if value(left) is None or value(right) is None or not isinstance(node.kwargs.get("alpha", 1), (int, float)):
@@ -307,11 +361,13 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
             a, b = on_its_slices(a) or a, on_its_slices(b) or b
     if a is not None and b is not None and same_sizes(shape(left), shape(right)) and _same_activation(a, b):
         b = b if weight == 1.0 else b.scaled(weight, node)
+        if (a.kept or b.kept) and (a.bases or b.bases or (a.kept and b.kept) or (b.kept and weight != 1.0)):
+            return None
         # where an adapter narrows the activation for itself, the base's is the one to read
         activation = a.activation if a.bases else b.activation
         inner = (*a.inner, *b.inner, node)
         products, vectors = merged(a.products + b.products), merged_vectors(a.vectors + b.vectors)
-        return Form(activation, products, vectors, inner, a.turned, a.layout) if products else None
+        return Form(activation, products, vectors, inner, a.turned, a.layout, a.kept or b.kept) if products else None
     if a is not None and b is not None and weight == 1.0 and same_sizes(shape(left), shape(right)):
         for wide, narrow in ((a, b), (b, a)):
             if (given := _given(narrow, wide)) is not None:
@@ -320,7 +376,7 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
     if a is not None and a.plain and _is_vector(right, left, node):
         vectors = merged_vectors((*a.vectors, Vector(through_casts(right), Scale(weight))))
         return replace(a, vectors=vectors, inner=(*a.inner, node))
-    if b is not None and b.plain and _is_vector(left, right, node):
+    if b is not None and b.plain and (weight == 1.0 or not b.kept) and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
         vectors = merged_vectors((*b.vectors, Vector(through_casts(left))))
         return replace(b, vectors=vectors, inner=(*b.inner, node))
@@ -356,7 +412,7 @@ def _is_vector(other: Node, summand: Node, node: Node) -> bool:
 def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> Form:
     """``B A (s x)`` as ``s B A x``, and ``B A (v ⊙ x)`` as ``B A diag(v) x``, where the other summand reads x."""
     x = through_casts(form.activation)
-    for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not form.bases else ()):
+    for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not (form.bases or form.kept) else ()):
         v = vector_of(v, shape(x)[-1])
         stands = v is not None and (is_parameter(through_casts(v)) or v in fixed)
         if stands and isinstance(of, Node) and _source(of) is _source(other.activation) and form.plain:
@@ -364,7 +420,7 @@ def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> F
             products = tuple(p._replace(matrices=(columns, *p.matrices)) for p in form.products)
             return replace(form, activation=other.activation, products=products)
     scaling = scaling_of(x)
-    if form.bases or scaling is None or _source(scaling[0]) is not _source(other.activation):
+    if form.bases or form.kept or scaling is None or _source(scaling[0]) is not _source(other.activation):
         return form
     return replace(form, activation=other.activation, products=tuple(p.scaled(scaling[1]) for p in form.products))
 

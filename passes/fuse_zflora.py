@@ -10,8 +10,8 @@ after::
 
 The A's of the group ride in the base projection and the B's are its epilogue (zFLoRA: Gowda et al. 2025, used here as
 an exact rewrite of plain LoRA). What another, narrow activation brings (z of a stream that zFLoRA widens) joins the
-epilogue likewise: ``[W | B]`` on (x, z) without a copy of W. From here on a group is a `KernelSpec` and the tensors
-that it takes.
+epilogue likewise: ``[W | B]`` on (x, z) without a copy of W. Where a base keeps its own matmul, what that makes of x
+is the residual of a projection without W. From here on a group is a `KernelSpec` and the tensors that it takes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
-from gawscompile.operators import Bias, Dense, Given, Kronecker, LowRank, RowScale, operator_group
+from gawscompile.operators import Bias, Dense, Given, Kept, Kronecker, LowRank, RowScale, operator_group
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, dtype, shape
 
@@ -62,11 +62,13 @@ def scale_of(scale: Any) -> tuple[float | None, str]:
 
 def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> ProjectionSpec:
     """The spec of one sum; its tensors are appended to `operands` in the order of ``KernelSpec.operands``."""
-    (base,) = [term for term in terms if isinstance(term, Dense)]
+    dense = next((term for term in terms if isinstance(term, Dense)), None)
+    kept: Any = next((term.product for term in terms if isinstance(term, Kept)), None)
     biases = [term.vector for term in terms if isinstance(term, Bias)]
     lowrank = [term for term in terms if isinstance(term, LowRank)]
-    operands.append(base.weight)
+    operands += [dense.weight] if dense else []
     operands += biases
+    operands += [kept] if kept is not None else []
     rowscales = [term.vector for term in terms if isinstance(term, RowScale)]
     operands += rowscales
     specs = []
@@ -79,12 +81,13 @@ def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Projec
         operands += [beside.b, beside.z]
     bias = DTYPE_NAMES[dtype(biases[0])] if biases else None
     return ProjectionSpec(
-        n=int(base.sizes[0]),
-        dtype=DTYPE_NAMES[dtype(base.weight)],
+        n=int(dense.sizes[0] if dense else shape(kept)[-1]),
+        dtype=DTYPE_NAMES[dtype(dense.weight)] if dense else None,
         out=DTYPE_NAMES[out],
         bias=bias,
         lowrank=tuple(specs),
-        transposed=base.transposed,
+        residual=DTYPE_NAMES[dtype(kept)] if kept is not None else None,
+        transposed=bool(dense and dense.transposed),
         rowscale=DTYPE_NAMES[dtype(rowscales[0])] if rowscales else None,
         given=tuple(GivenSpec(int(shape(g.b)[1]), DTYPE_NAMES[dtype(g.b)], DTYPE_NAMES[dtype(g.z)]) for g in given),
     )

@@ -10,9 +10,9 @@ after::
     group = operators.operator_group(x, ((Dense(Wq), LowRank(…)), (Dense(Wk), LowRank(…))), (bfloat16, bfloat16))
     q, k  = group[0], group[1]
 
-The group stands where its first member stood; a member that reads something defined later stays alone. So does one
-whose weight has another dtype than its activation, unless tokens are few: the library, which many tokens want, takes
-one dtype.
+The group stands where its first member stood; a member that reads something defined later stays alone. What a base that
+keeps its own matmul makes of x is brought before the group. A member whose weight has another dtype than its activation
+stays alone too, unless tokens are few: the library, which many tokens want, takes one dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections import defaultdict
 
 from torch.fx import Graph, Node
 
-from gawscompile.operators import Dense, operator_group, operator_sum
+from gawscompile.operators import Dense, Kept, operator_group, operator_sum
 from gawscompile.passes.context import Context, args, dtype, leaves, shape
 
 
@@ -31,16 +31,40 @@ def run(graph: Graph, context: Context) -> None:
     siblings: dict[tuple[Node, bool], list[Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=operator_sum):
         x, terms, _ = args(node)
-        (base,) = [term for term in terms if isinstance(term, Dense)]
-        mixed = dtype(base.weight) != dtype(x) and not few(shape(x)[:-1])
+        mixed = any(isinstance(t, Dense) and dtype(t.weight) != dtype(x) for t in terms) and not few(shape(x)[:-1])
         siblings[x, mixed].append(node)
     for members in siblings.values():
         while members:
             first = members[0]
-            together = [m for m in members if all(leaf < first for leaf in leaves(args(m)[1]))]
+            ahead = {m: _ahead(m, first) for m in members}
+            together = [m for m in members if ahead[m] is not None]
             if context.allows(*together):
+                for node in sorted({node for m in together for node in ahead[m] or ()}):
+                    first.prepend(node)
                 _group(graph, context, together)
             members = [m for m in members if m not in together]
+
+
+STEPS = 32
+"""Nodes of a kept base at most that are brought before its group."""
+
+
+def _ahead(member: Node, first: Node) -> list[Node] | None:
+    """The nodes to be brought before `first` so that `member` can be computed there, if it can."""
+    products = [term.product for term in args(member)[1] if isinstance(term, Kept)]
+    later = [leaf for leaf in leaves(args(member)[1]) if not leaf < first]
+    if any(leaf not in products for leaf in later):
+        return None
+    found: dict[Node, None] = {}
+    while later:
+        node = later.pop()
+        if node in found:
+            continue
+        if node.op != "call_function" or node.target is operator_sum or node.is_impure() or len(found) == STEPS:
+            return None  # a sum may be of this group, and comes after what is brought before it
+        found[node] = None
+        later += [source for source in node.all_input_nodes if not source < first]
+    return list(found)
 
 
 FEW = 16

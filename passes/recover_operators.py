@@ -23,17 +23,20 @@ further is a root, and is replaced whole, if it has exactly one base projection 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES
-from gawscompile.debug.records import Reason
+from gawscompile.debug.records import LinearRecord, Reason
 from gawscompile.operators import (
     Bias,
     Dense,
     Given,
+    Kept,
     Kronecker,
     LowRank,
     Mode,
@@ -52,16 +55,16 @@ from gawscompile.passes.context import (
     is_call,
     is_parameter,
     leaves,
-    plain_sizes,
     prims,
     reinterpreted,
     same_size,
     same_sizes,
     shape,
+    stored,
     through_casts,
     transposed,
 )
-from gawscompile.passes.forms import NARROW, Form, escapes, form_of, on_its_slices, widens
+from gawscompile.passes.forms import NARROW, Form, escapes, form_of, on_its_slices, opaque, way_to, widens
 from gawscompile.passes.hoist_weights import cone, fixed_nodes, hoistable
 from gawscompile.passes.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
 from gawscompile.passes.vectors import Vector
@@ -69,9 +72,9 @@ from gawscompile.passes.vectors import Vector
 
 def run(graph: Graph, context: Context) -> None:
     forms: dict[Node, Form] = {}
-    context.fixed = fixed = fixed_nodes(graph, context.stored)
+    context.fixed = fixed_nodes(graph, context.stored)
     for node in graph.nodes:
-        form = form_of(node, forms, fixed)
+        form = form_of(node, forms, context)
         if form is not None:
             forms[node] = form
     settled: set[Node] = set()
@@ -98,6 +101,8 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     form = on_its_slices(form) or form
     if escapes(form, forms):
         return (node,)  # some of it would run twice: it is a sum of its own
+    if form.kept is not None:
+        return _on_a_kept_base(context, node, form, form.kept, forms)
     form, rowscale = form.without_row_scale()
     if len(form.bases) != 1:
         # no base, or several: what it is made of may still be sums of their own
@@ -114,15 +119,16 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     refusal = _refusal(context, form, base, node)
     of_sum = None
     if refusal is None:
-        of_sum = _adapters_refusal(context, form, base) or _shape_refusal(form, node, sizes, wanted)
+        adapters = [p for p in form.products if p is not base]
+        of_sum = _adapters_refusal(context, adapters, base.matrices[0].sizes)
+        of_sum = of_sum or _shape_refusal(form, node, sizes, wanted)
     if of_sum is not None and len(form.inner) > 1:
         # the parts may still be projections, the base among them
         path, (reason, detail) = context.module_path(base.origin), of_sum
         context.record.notes.append(f"{path}: not fused with what is added to it: {reason.name}: {detail}")
         return _alone(graph, context, node, forms)
     refusal = refusal or of_sum
-    entry = context.found(base.origin, base.matrices[0].node)
-    entry.shape = plain_sizes(base.matrices[0].sizes)
+    entry = context.found(base.origin, base.matrices[0].sizes, dtype(base.matrices[0].node))
     entry.adapters = len(form.products) - 1
     if refusal is not None:
         context.reject(entry, *refusal)
@@ -133,13 +139,24 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     with graph.inserting_before(node):
         terms = _terms(context, form, base, node)
         terms += (RowScale(stored(rowscale)),) if rowscale is not None else ()
-        settled = tuple(n for leaf in leaves(terms) if leaf in context.fixed for n in cone(leaf))
-        new = context.insert(
-            operator_sum,
-            (form.activation, terms, dtype(node)),
-            base.origin,
-            empty_like(form.activation, sizes, dtype(node)),
-        )
+    return _replaced(context, node, form, terms, sizes, entry, base.origin)
+
+
+def _replaced(
+    context: Context,
+    node: Node,
+    form: Form,
+    terms: tuple[Operator, ...],
+    sizes: tuple[Any, ...],
+    entry: LinearRecord,
+    like: Node,
+) -> tuple[Node, ...]:
+    """Put the sum of `terms` in the place of `node`. Returns the nodes that are settled by this."""
+    wanted = shape(node)[::-1] if form.turned else shape(node)
+    settled = tuple(n for leaf in leaves(terms) if leaf in context.fixed for n in cone(leaf))
+    with context.graph.inserting_before(node):
+        value = empty_like(form.activation, sizes, dtype(node))
+        new = context.insert(operator_sum, (form.activation, terms, dtype(node)), like, value)
         new.meta["gaws_entries"] = [entry]
         if not same_sizes(sizes, wanted):
             value = empty_like(form.activation, wanted, dtype(node))
@@ -150,6 +167,49 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     context.erase(node)
     context.matched()
     return (*settled, *(n for n in form.inner if n._erased))  # what others read too is a root of its own
+
+
+def _on_a_kept_base(
+    context: Context, node: Node, form: Form, kept: Node, forms: dict[Node, Form]
+) -> tuple[Node, ...]:
+    """Replace `node`, what an opaque base makes of x and what adapters add to that, by their sum, or say why not."""
+    x, n = form.activation, shape(kept)[-1]
+    sizes = (*shape(x)[:-1], n)
+    base = [one for one in way_to(kept, x) if one in forms and opaque(forms[one], context)]
+    refusal = _kept_refusal(x, kept, node) or _adapters_refusal(context, form.products, (n, shape(x)[-1]))
+    refusal = refusal or _shape_refusal(form, node, sizes, shape(node))
+    first = next((one for one in base if is_call(one, linear)), None)
+    origin, matrix = (node, kept) if first is None else (first, args(first)[1])
+    if refusal is not None:
+        # base and factors may still be projections each
+        path, (reason, detail) = context.module_path(origin), refusal
+        context.record.notes.append(f"{path}: not fused with what is added to it: {reason.name}: {detail}")
+        return (node,)
+    entry = context.found(origin, (n, shape(x)[-1]), dtype(matrix))
+    entry.adapters = len(form.products)
+    if not context.allows(node):
+        context.reject(entry, Reason.FUEL)
+        return (*form.inner, *base)
+    for one in base:
+        one.meta["gaws_entries"] = []  # it has its entry
+    with context.graph.inserting_before(node):
+        if not same_sizes(shape(kept), sizes):
+            kept = context.insert(aten.view.default, (kept, list(sizes)), node, empty_like(kept, sizes, dtype(kept)))
+        terms = _terms(context, replace(form, kept=kept), None, node)
+    return (*base, *_replaced(context, node, form, terms, sizes, entry, node))
+
+
+def _kept_refusal(x: Node, kept: Node, node: Node) -> tuple[Reason, str] | None:
+    """Why nothing can be added to an opaque base's result in a kernel, if it cannot."""
+    odd = [str(d) for d in (dtype(x), dtype(kept), dtype(node)) if d not in DTYPE_NAMES]
+    if odd:
+        return Reason.DTYPE, ", ".join(odd)
+    if x.meta["val"].device.type != "cpu":
+        return Reason.DEVICE, "on a GPU nothing is added to what a base's own matmul makes"
+    plain = empty_like(kept, shape(kept), dtype(kept))
+    if not _same_strides(shape(kept), plain.stride(), kept.meta["val"].stride()):
+        return Reason.RESHAPED, "the base's result is not laid out plainly"
+    return None
 
 
 def _laid_out(context: Context, new: Node, node: Node) -> Node:
@@ -208,12 +268,6 @@ def _refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[R
     return None
 
 
-def stored(node: Node) -> Node:
-    """The parameter of which `node` is a cast, or itself: kernels read parameters in their own dtype."""
-    source: Node = through_casts(node)
-    return source if is_parameter(source) else node
-
-
 def _wider_and_small(x: Node, weight: Node) -> bool:
     """Whether the generated C++ multiplies them as they are: an fp32 factor that stands alone on a bf16 activation."""
     small = min(shape(weight)) <= NARROW and 4 * min(shape(weight)) <= max(shape(weight))
@@ -234,15 +288,14 @@ def _shape_refusal(
     return Reason.RESHAPED, "the sum's strides are not a plain tensor's"
 
 
-def _adapters_refusal(context: Context, form: Form, base: Product) -> tuple[Reason, str] | None:
-    """Why what is added to the base cannot be in its kernel, if it cannot."""
-    weight = base.matrices[0].node
-    for p in form.products:
-        if p is base:
-            continue
-        features = base.matrices[0].sizes[1] if p.given is None else shape(p.given)[-1]
+def _adapters_refusal(
+    context: Context, adapters: Iterable[Product], base: tuple[Any, Any]
+) -> tuple[Reason, str] | None:
+    """Why what is added to a base of these sizes, ``(N, K)``, cannot be in its kernel, if it cannot."""
+    for p in adapters:
+        features = base[1] if p.given is None else shape(p.given)[-1]
         ends = (features, *(f.sizes[0] for f in p.matrices))
-        starts = (*(f.sizes[1] for f in p.matrices), base.matrices[0].sizes[0])
+        starts = (*(f.sizes[1] for f in p.matrices), base[0])
         if not all(isinstance(n, int) for n in (*ends, *starts)) or ends != starts:
             return Reason.FACTOR_SHAPE, f"features go through {ends} and {starts}, of symbolic sizes or not the same"
         if not math.isfinite(p.scale.number):
@@ -259,10 +312,10 @@ def _adapters_refusal(context: Context, form: Form, base: Product) -> tuple[Reas
             continue
         if _low_rank(p):
             rank = p.matrices[0].sizes[0]
-            if not 0 < rank <= min(shape(weight)):
-                return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {shape(weight)}"
+            if not 0 < rank <= min(base):
+                return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {base}"
         else:
-            needed, dense = sum(f.multiplications for f in p.matrices), math.prod(shape(weight))
+            needed, dense = sum(f.multiplications for f in p.matrices), math.prod(base)
             if not 0 < needed < dense:
                 detail = f"{len(p.matrices)} factors that take {needed} multiplications a token, and a dense ΔW {dense}"
                 return Reason.FACTOR_SHAPE, detail
@@ -273,10 +326,12 @@ def _low_rank(p: Product) -> bool:
     return len(p.matrices) == 2 and all(factor.dense for factor in p.matrices)
 
 
-def _terms(context: Context, form: Form, base: Product, node: Node) -> tuple[Operator, ...]:
+def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tuple[Operator, ...]:
     """The operator sum of a form, its nodes inserted where the caller stands."""
-    (weight,) = base.matrices
-    terms: list[Operator] = [Dense(stored(weight.node), weight.turned)]
+    terms: list[Operator] = [Kept(form.kept)]
+    if base is not None:
+        (weight,) = base.matrices
+        terms = [Dense(stored(weight.node), weight.turned)]
     bias = _bias(context, form.vectors, node)
     terms += [Bias(bias)] if bias is not None else []
     adapters = [p for p in form.products if p is not base]

@@ -143,8 +143,9 @@ def test_gradients_are_left_to_inductor(caplog):
 class Quantised(torch.nn.Module):
     """An int8 linear as many write it: the weight is computed in the forward."""
 
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, n: int, k: int, adapted: bool = True) -> None:
         super().__init__()
+        self.adapted = adapted
         self.register_buffer("q", torch.randint(-127, 127, (n, k), dtype=torch.int8))
         self.register_buffer("s", torch.rand(n, 1) / 64)
         self.a = torch.nn.Parameter(torch.randn(4, k))
@@ -152,14 +153,16 @@ class Quantised(torch.nn.Module):
 
     def forward(self, x):
         weight = self.q.to(x.dtype) * self.s
-        return torch.nn.functional.linear(x, weight) + 0.5 * (x @ self.a.T @ self.b.T)
+        base = torch.nn.functional.linear(x, weight)
+        return base + 0.5 * (x @ self.a.T @ self.b.T) if self.adapted else base
 
 
-def test_a_quantised_base_is_left_alone_and_says_why():
+def test_a_quantised_base_is_left_alone_and_says_why_or_is_added_to():
     model, x = Quantised(24, 32), torch.randn(3, 32)
-    report = explain(model, x)
-    base = next(entry for entry in report.linears if entry.shape == (24, 32))
-    assert (base.status, base.reason) == ("rejected", "WEIGHT_COMPUTED")
+    (entry,) = explain(model, x).linears
+    assert (entry.status, entry.operators) == ("fused", "Kept[24] + 0.5·LowRank(r=4)")
+    (bare,) = explain(Quantised(24, 32, adapted=False), x).linears
+    assert (bare.status, bare.reason) == ("rejected", "WEIGHT_COMPUTED")
     compiled = torch.compile(model, backend="gaws", options=STRICT)
     torch.testing.assert_close(run(lambda: compiled(x)), run(lambda: model(x)), rtol=1e-4, atol=1e-4)
 

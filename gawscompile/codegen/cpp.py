@@ -5,6 +5,8 @@
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
 ``accumulate``  the same on top of what y holds, for the plan whose base product comes from the vendor library.
 
+Where a projection has no W, both add to its residual alone.
+
 Measured by ``python -m benchmarks.projections`` (``benchmarks/results/projections.md``). Four rows by six tokens fill
 24 of AVX-512's 32 registers with accumulators. Panels of weights stay in the second cache while tile after tile of
 tokens meets them.
@@ -99,7 +101,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     halved = spec.swiglu and base
     out, y = ("float", "half") if halved else (CPP_TYPES[p.out], f"y{i}")
     u = "const float* u, " if extras(i, p, ranks) else ""
-    rows = base and not p.transposed
+    rows = base and p.dtype and not p.transposed
     x = "const X* x, " if rows or from_x(i, ranks) else ""
     z = "const float* z, int64_t ldz, " if base and p.transposed else ""
     joined = [ending for ending in ranks.endings[i] if ending.mode]
@@ -128,7 +130,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
         lines.append(f"  slice_dot<R, T, {shape}>(acc, {ending.factor}, row, {pointer} + t0 * {stride}, {stride});")
     before = [f"{e.source.pointer} + (t0 + t) * LDU + row" for e in added]
     before += ["z + (t0 + t) * ldz"] if z else []
-    before += [f"y{i} + at"] if not base else []
+    before += [f"y{i} + at"] if not base and p.dtype else []
     lines += [
         "  for (int t = 0; t < T; ++t) {",
         "    const int64_t at = t * PANEL + row;" if halved else f"    const int64_t at = (t0 + t) * N{i} + row;",
@@ -237,7 +239,7 @@ def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: 
 
 def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     costs = [
-        spec.k * _SIZE[p.dtype]
+        _base(spec, p)
         + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank)
         + sum(t.rank * _SIZE[t.dtype] for t in p.given)
         for p in spec.projections
@@ -253,10 +255,12 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
         names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(p)))
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>"
-        panel = max(1, PANEL_BYTES // (4 * spec.k * _SIZE[p.dtype]))
+        panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
         u = "u, " if extras(i, p, ranks) else ""
+        rows = p.dtype and not p.transposed
+        reads = names + u + ("x, " if rows or from_x(i, ranks) else "")
         if p.transposed:
-            body += _columns(i, cost, call, names + u + ("x, " if from_x(i, ranks) else ""))
+            body += _columns(i, cost, call, reads)
             continue
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
@@ -264,7 +268,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
             f"        const int64_t end = std::min<int64_t>(last, panel + {panel});",
             "        for_tokens(0, m, [&](auto t, int64_t t0) {",
             "          for (int64_t block = panel; block < end; ++block)",
-            f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{ {call}(row, t0, {names}{u}x, y{i}); }});",
+            f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{ {call}(row, t0, {reads}y{i}); }});",
             "        });",
             "      }",
             "    });",
@@ -306,7 +310,7 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int) -> list[str]:
 
 def _panel(spec: KernelSpec) -> int:
     """Rows of gate, and of up, that are multiplied before their product is taken: whole vectors on every machine."""
-    row = 2 * spec.k * max(_SIZE[p.dtype] for p in spec.projections)
+    row = 2 * max(_base(spec, p) for p in spec.projections)
     return max(16, PANEL_BYTES // row // 16 * 16)
 
 
@@ -370,6 +374,11 @@ def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
         "          });",
         "      });",
     ]
+
+
+def _base(spec: KernelSpec, p: ProjectionSpec) -> int:
+    """Bytes of a row of W, or of what stands for its product."""
+    return spec.k * _SIZE[p.dtype] if p.dtype else _SIZE[p.residual or p.out]
 
 
 _SIZE = {"f32": 4, "bf16": 2, "f16": 2}

@@ -37,7 +37,7 @@ def add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str
     if p.rowscale:
         lines.append(f"  const Pair rowscale = load_pair(rowscale{i} + n, count);")
     added = ["acc[t] = {acc[t].lo + bias.lo, acc[t].hi + bias.hi};"] if p.bias else []
-    if p.residual:
+    if p.residual and p.dtype:
         at = f"res{i} + (t0 + t) * N{i} + n"
         added.append(f"const Pair r = whole ? load_pair({at}) : load_pair({at}, count);")
         added.append("acc[t] = {acc[t].lo + r.lo, acc[t].hi + r.hi};")
@@ -48,7 +48,7 @@ def add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str
         "    constexpr int T = decltype(width)::value;",
         "    Pair acc[T];",
         "    for (int t = 0; t < T; ++t) {",
-        f"      {out}* y = y{i} + (t0 + t) * N{i} + n;",
+        f"      const auto* y = {'y' if p.dtype else 'res'}{i} + (t0 + t) * N{i} + n;",
         "      acc[t] = whole ? load_pair(y) : load_pair(y, count);",
         *[f"      {line}" for line in early],
         "    }",

@@ -60,4 +60,4 @@ def region(body: list[str]) -> list[str]:
 
 def expanded(p: ProjectionSpec) -> tuple[str, ...]:
     """The operands of `_expand`."""
-    return EPILOGUE if p.transposed else ("weight", *EPILOGUE)
+    return EPILOGUE if p.transposed or not p.dtype else ("weight", *EPILOGUE)

@@ -7,7 +7,8 @@ A spec describes one *group*: projections of the same activation ``x`` that run 
 
 where c is a vector that scales rows (DoRA), if there is one, each z is another activation, few features wide (zFLoRA's
 widened stream), and each M is a mode product ``I ⊗ G ⊗ I``: one is a GAWS adapter, two or more are LoKr's w1 ⊗ w2. A
-gate and its partner may leave the group as one output, ``y = silu(y_0) * y_1`` (SwiGLU: Shazeer 2020).
+gate and its partner may leave the group as one output, ``y = silu(y_0) * y_1`` (SwiGLU: Shazeer 2020). Where a base
+keeps its own matmul (its weight is quantised) there is no W, and the residual is what that has made of x.
 
 It is frozen, hashable, and prints to one line that parses back to an equal spec. That line is what travels in
 the graph (as an argument of the op), in caches and in reports, so a process that never ran a pass can still
@@ -110,14 +111,14 @@ class KroneckerSpec:
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """One projection of the group; `n` output features, base weight of `dtype`.
+    """One projection of the group; `n` output features, base weight of `dtype`, or None where there is none.
 
     The weight is ``[n, k]``, or ``[k, n]`` where it is `transposed` (GPT-2's Conv1D). `bias` (``[n]``)
     `residual` (shaped like the output) and `rowscale` (``[n]``) name their dtypes, or are None where absent.
     """
 
     n: int
-    dtype: str
+    dtype: str | None
     out: str
     bias: str | None = None
     residual: str | None = None
@@ -127,12 +128,24 @@ class ProjectionSpec:
     given: tuple[GivenSpec, ...] = ()
     rowscale: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype is None and (not self.residual or not self.adapted or self.transposed or self.rowscale):
+            raise SpecError(f"without a weight there is a residual, a term to add to it, and no scale of both: {self}")
+
     def __str__(self) -> str:
-        words = [f"n={self.n}", f"{'wt' if self.transposed else 'w'}={self.dtype}", f"out={self.out}"]
+        weight = [f"{'wt' if self.transposed else 'w'}={self.dtype}"] if self.dtype else []
+        words = [f"n={self.n}", *weight, f"out={self.out}"]
         words += [f"bias={self.bias}"] if self.bias else []
         words += [f"residual={self.residual}"] if self.residual else []
         words += [f"rowscale={self.rowscale}"] if self.rowscale else []
         return " ".join([*words, *map(str, self.lowrank), *map(str, self.given), *map(str, self.kronecker)])
+
+    @property
+    def weight(self) -> str:
+        """The base weight's dtype. Raises `SpecError` where there is none."""
+        if self.dtype is None:
+            raise SpecError(f"no kernel on a GPU for a projection without a weight: {self}")
+        return self.dtype
 
     @property
     def adapted(self) -> bool:
@@ -210,7 +223,8 @@ class KernelSpec:
     def operands(self) -> Iterator[Operand]:
         """The tensor arguments after ``x``, in the order in which every op and kernel takes them."""
         for i, p in enumerate(self.projections):
-            yield Operand("weight", i, None, (self.k, p.n) if p.transposed else (p.n, self.k), p.dtype)
+            if p.dtype:
+                yield Operand("weight", i, None, (self.k, p.n) if p.transposed else (p.n, self.k), p.dtype)
             if p.bias:
                 yield Operand("bias", i, None, (p.n,), p.bias)
             if p.residual:
@@ -235,7 +249,7 @@ class KernelSpec:
         """The operator sum of each projection, as text for headers and reports."""
         lines = []
         for i, p in enumerate(self.projections):
-            terms = [f"W{i}' x" if p.transposed else f"W{i} x"]
+            terms = [f"W{i}' x" if p.transposed else f"W{i} x"] if p.dtype else []
             added = [f"bias{i}"] * bool(p.bias) + [f"res{i}"] * bool(p.residual)
             terms += [] if p.rowscale else added
             for j, term in enumerate(p.lowrank):
@@ -295,11 +309,11 @@ def _parse_projection(text: str) -> ProjectionSpec:
         position = match.end()
     weight = "wt" if "wt" in fields else "w"
     optional = ("bias", "residual", "rowscale")
-    if not {"n", weight, "out"} <= fields.keys() <= {"n", weight, "out", *optional}:
+    if not {"n", "out"} <= fields.keys() <= {"n", weight, "out", *optional}:
         raise SpecError(f"not a projection spec: {text!r}")
     return ProjectionSpec(
         n=int(fields["n"]),
-        dtype=_dtype(fields[weight]),
+        dtype=_dtype(fields[weight]) if weight in fields else None,
         out=_dtype(fields["out"]),
         lowrank=tuple(lowrank),
         transposed=weight == "wt",

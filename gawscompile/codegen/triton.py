@@ -90,7 +90,7 @@ def plans(spec: KernelSpec) -> list[Plan]:
     names = ["single_launch", "two_launch", *["redundant_shrink"] * (not gemv.written)]
     if not gemv.width:
         names = ["kron_epilogue" if any(p.kronecker for p in spec.projections) else "stream"]
-    many = ["fused_tile", *["gemm_accumulate"] * all(spec.x == p.dtype == p.out for p in spec.projections)]
+    many = ["fused_tile", *["gemm_accumulate"] * all(spec.x == p.weight == p.out for p in spec.projections)]
     few = GEMV_ROWS[1:] if gemv.written else GEMV_ROWS  # 32 rows and a chain of modes after them spill on sm_80
     return [Plan(name, rows) for name in names for rows in few] + [Plan(name) for name in many]
 

@@ -148,7 +148,7 @@ class Gemv(Style):
         step = [
             *k_columns(cols),
             *xs,
-            *load("ws =", w, ok, p.dtype),
+            *load("ws =", w, ok, p.weight),
             f"acc {'+=' if cols.steps > 1 else '='} ws * xs",
         ]
         return [

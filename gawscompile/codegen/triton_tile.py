@@ -76,7 +76,7 @@ class Tile(Style):
 
     def tokens(self) -> tuple[int, int]:
         """BLOCK_M for few tokens and for many."""
-        dots = [self._common(p.dtype) for p in self.spec.projections]
+        dots = [self._common(p.weight) for p in self.spec.projections]
         for _, _, term, _ in self.terms():
             dots += [self._common(term.dtype), _common_with_u(term)]
         dots += [_common_with_z(given) for p in self.spec.projections for given in p.given]
@@ -125,9 +125,9 @@ class Tile(Style):
     def multiply(self, i: int, rows: Cut) -> list[str]:
         p = self.spec.projections[i]
         return [
-            constant("BLOCK_K", self._cut_columns("w", p.dtype, rows).block),
+            constant("BLOCK_K", self._cut_columns("w", p.weight, rows).block),
             f"w += {'first' if p.transposed else 'first * K'}",
-            *self._product("w", p.dtype, rows, "BLOCK_N", p if p.transposed else None),
+            *self._product("w", p.weight, rows, "BLOCK_N", p if p.transposed else None),
         ]
 
     def store(self, value: str, dtype: str, rows: Cut) -> list[str]:

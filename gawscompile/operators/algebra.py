@@ -46,6 +46,15 @@ class LowRank(NamedTuple):
         return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b) * self.scale
 
 
+class Kept(NamedTuple):
+    """``y``, ``[..., N]``: what a base that stays as it is, since its weight is quantised, has made of x already."""
+
+    product: Leaf
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product
+
+
 class Given(NamedTuple):
     """``B z``: z ``[..., r]`` is an activation that is there already, few features wide, B ``[N, r]`` (zFLoRA's widened
     stream: Gowda et al. 2025)."""
@@ -105,9 +114,9 @@ class Kronecker(NamedTuple):
         return x * self.scale
 
 
-Summand = Dense | LowRank | Given | Bias | Kronecker
+Summand = Dense | Kept | LowRank | Given | Bias | Kronecker
 Operator = Summand | RowScale
-OPERATORS: tuple[type, ...] = (Dense, LowRank, Given, Bias, Kronecker, RowScale)
+OPERATORS: tuple[type, ...] = (Dense, Kept, LowRank, Given, Bias, Kronecker, RowScale)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -130,7 +139,7 @@ def operator_sum(x: torch.Tensor, terms: tuple[Operator, ...], out: torch.dtype)
 
 def split_sum(
     terms: tuple[Operator, ...],
-) -> tuple[list[RowScale], list[Bias], list[Dense | LowRank | Given | Kronecker]]:
+) -> tuple[list[RowScale], list[Bias], list[Dense | Kept | LowRank | Given | Kronecker]]:
     """What scales the rows of a sum, what is added after that, and the sum itself."""
     scales = [term for term in terms if isinstance(term, RowScale)]
     biases = [term for term in terms if isinstance(term, Bias)]
@@ -163,6 +172,8 @@ def _describe(term: Summand) -> str:
     if isinstance(term, Kronecker):
         scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
         return f"{scale}·Kronecker({' '.join(map(_describe_mode, reversed(term.modes)))})"
+    if isinstance(term, Kept):
+        return f"Kept[{_shape(term.product)[-1]}]"
     if isinstance(term, Given):
         return f"Given(r={_shape(term.b)[1]})"
     return f"Bias[{_shape(term.vector)[0]}]"

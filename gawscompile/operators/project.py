@@ -18,9 +18,12 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
     named = {operand.name: tensor for operand, tensor in zip(parsed.operands(), operands, strict=True)}
     outputs = []
     for i, p in enumerate(parsed.projections):
-        weight = named[f"w{i}"].T if p.transposed else named[f"w{i}"]
         late = bool(p.rowscale)  # the bias comes after the scale
-        y = F.linear(x, weight, named[f"bias{i}"] if p.bias and not late else None)
+        if p.dtype:
+            weight = named[f"w{i}"].T if p.transposed else named[f"w{i}"]
+            y = F.linear(x, weight, named[f"bias{i}"] if p.bias and not late else None)
+        else:
+            y = named[f"res{i}"] + named[f"bias{i}"] if p.bias else named[f"res{i}"]
         for j, term in enumerate(p.lowrank):
             a, b = named[f"a{i}_{j}"], named[f"b{i}_{j}"]
             scale = named[f"scale{i}_{j}"] if term.scale is None else term.scale
@@ -36,5 +39,5 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
             y = y * named[f"rowscale{i}"]
             y = y + named[f"bias{i}"] if p.bias else y
         y = y.to(DTYPES[p.out]) if x.dtype != torch.float64 else y
-        outputs.append(y + named[f"res{i}"] if p.residual else y)
+        outputs.append(y + named[f"res{i}"] if p.residual and p.dtype else y)
     return [F.silu(outputs[0]) * outputs[1]] if parsed.swiglu else outputs

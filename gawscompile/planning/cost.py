@@ -57,7 +57,7 @@ def _plan(spec: KernelSpec, device: Device | Gpu) -> Planned:
         costs = gpu_cost.costs(spec, device, m)
         return Planned(_table(costs), "triton", cache.digest(str(spec))[:12], costs)
     costs = {"gemv_cpp": _gemv(spec, device)}
-    if all(spec.x == p.dtype == p.out for p in spec.projections):  # the library writes in its inputs' dtype
+    if all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections):  # the library knows one dtype
         costs["gemm_accumulate"] = _gemm(spec, device)
     return Planned(_table(costs), "cpp", cache.digest(str(spec))[:12], costs)
 
@@ -68,7 +68,7 @@ def _size(dtype: str) -> int:
 
 def weight_bytes(spec: KernelSpec) -> int:
     """Bytes of the group's base weights."""
-    return sum(p.n * spec.k * _size(p.dtype) for p in spec.projections)
+    return sum(p.n * spec.k * _size(p.dtype) for p in spec.projections if p.dtype)
 
 
 def adapter_bytes(spec: KernelSpec) -> int:
@@ -91,6 +91,8 @@ def _gemv(spec: KernelSpec, device: Device) -> sympy.Expr:
     later tiles find the weights in a cache."""
     token = 2 * _adapter_products(spec) / device.kernel_rate["f32"]
     for p in spec.projections:
+        if p.dtype is None:
+            continue
         # bf16's dot products eat twice what fp32's do: only there do tiles from the second cache slow them down
         fits = p.dtype == "f32" or TILE_TOKENS * spec.k * _size(spec.x) <= FIRST_CACHE
         # sums of columns go through the first cache, and are read and written there once in a few rows
@@ -105,6 +107,8 @@ def _gemm(spec: KernelSpec, device: Device) -> sympy.Expr:
     """The library's matmul per projection, then one region that adds what the product lacks, in place."""
     seconds = sympy.Float(0)
     for p in spec.projections:
+        if p.dtype is None:
+            continue
         bytes_ = p.n * spec.k * _size(p.dtype)
         seconds += device.library_launch + bytes_ / device.library_bandwidth[p.dtype]
         seconds += 2 * m * p.n * spec.k / device.library_rate[p.dtype]

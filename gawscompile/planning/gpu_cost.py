@@ -77,7 +77,7 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
 @functools.lru_cache(maxsize=4096)
 def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
     """Of base weights, and of factors."""
-    weights = sum(p.n * spec.k * DTYPES[p.dtype].itemsize for p in spec.projections)
+    weights = sum(p.n * spec.k * DTYPES[p.weight].itemsize for p in spec.projections)
     mine = (o for o in spec.operands() if o.role in FACTORS)
     return weights, sum(math.prod(map(int, o.shape)) * DTYPES[o.dtype].itemsize for o in mine)
 

@@ -41,7 +41,7 @@ struct Operand {
 struct Projection {
   int64_t n;
   int32_t dtype;
-  int64_t weight;  // index of its weight among the operands
+  int64_t weight;  // index of its weight among the operands, or -1: its base's product is its residual
   bool transposed;  // the weight is [k, n]
 };
 
@@ -293,6 +293,7 @@ std::vector<Tensor> project(Tensor x, std::vector<Tensor> arguments, std::string
   Tensor rows = view(x.data_ptr(), m, program.k, program.k, 1, program.x_dtype);
   for (size_t i = 0; i < program.projections.size(); ++i) {
     const Projection& p = program.projections[i];
+    if (p.weight < 0) continue;
     Tensor y = view(out[i], m, p.n, p.n, 1, p.dtype);
     const int64_t row = p.transposed ? p.n : 1, column = p.transposed ? 1 : program.k;
     Tensor w = view(const_cast<void*>(in[p.weight]), program.k, p.n, row, column, p.dtype);

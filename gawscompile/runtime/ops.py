@@ -144,6 +144,7 @@ def register(program: str) -> None:
     spec = planned.spec
     kernels = build.load(planned.cpp_source())
     operands = list(spec.operands())
+    weights = {o.projection: i for i, o in enumerate(operands) if o.role == "weight"}
     shapes = [[-1 if size == "m" else int(size) for size in o.shape] for o in operands]
     flat = [size for shape in shapes for size in shape]
     first, rest = planned.table.rows[0], planned.table.rows[1:]
@@ -172,7 +173,7 @@ def register(program: str) -> None:
         ctypes.c_int64(len(spec.projections)),
         (ctypes.c_int64 * len(spec.projections))(*[p.n for p in spec.projections]),
         (ctypes.c_int32 * len(spec.projections))(*[_DTYPE_CODES[p.out] for p in spec.projections]),
-        (ctypes.c_int64 * len(spec.projections))(*[i for i, o in enumerate(operands) if o.role == "weight"]),
+        (ctypes.c_int64 * len(spec.projections))(*[weights.get(i, -1) for i in range(len(spec.projections))]),
         (ctypes.c_bool * len(spec.projections))(*[p.transposed for p in spec.projections]),
         ctypes.c_bool(spec.swiglu),
         ctypes.c_int64(len(derived)),

@@ -57,7 +57,9 @@ class Problem:
 
 
 def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
-    """A projection's base weight as ``[n, k]``, in fp64."""
+    """A projection's base weight as ``[n, k]``, in fp64; zeros where it has none."""
+    if spec.projections[i].dtype is None:
+        return torch.zeros(spec.projections[i].n, spec.k, dtype=torch.float64)
     w = operands[f"w{i}"].double()
     return w.T if spec.projections[i].transposed else w
 

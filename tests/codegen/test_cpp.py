@@ -50,6 +50,10 @@ SPECS = {
     "n=9 w=f32 out=f32 rowscale=f32",
     "rowscale_kron": "k=64 x=bf16; n=48 wt=bf16 out=bf16 bias=bf16 rowscale=f32 kron(4*12x16*1 f32 s=1.0) "
     "lora(r=3 f32 s=1.0)",
+    "kept": "k=70 x=bf16; n=21 out=bf16 bias=f32 residual=bf16 lora(r=5 f32 s=2.0) given(r=3 f32 z=bf16); "
+    "n=64 out=f32 residual=bf16 lora(r=16 f32 s=tensor.f32); n=9 w=bf16 out=bf16 lora(r=4 f32 s=1.0)",
+    "kept_kron": "k=64 x=f32; n=48 out=f32 residual=f32 kron(4*12x16*1 f32 s=1.5); "
+    "n=32 out=f16 residual=f32 kron(1*2x4*16 2*16x16*1 f32 s=1.0) lora(r=3 f32 s=1.0)",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
@@ -102,7 +106,10 @@ def test_accumulate(libraries, name, threads):
         for m in TOKENS:
             problem = Problem.of(SPECS[name], m, seed=m)
             x = problem.x.double()
-            products = [x @ weight(problem.spec, i, problem.operands).T for i in range(len(problem.want))]
+            products = [
+                x @ weight(problem.spec, i, problem.operands).T if p.dtype else torch.full((m, p.n), float("nan"))
+                for i, p in enumerate(problem.spec.projections)
+            ]
             problem.check(run(libraries[name], "accumulate", problem, products))
     finally:
         torch.set_num_threads(before)

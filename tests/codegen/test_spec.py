@@ -21,7 +21,8 @@ def random_spec(random: random.Random) -> KernelSpec:
         terms = tuple(lowrank() for _ in range(random.randint(0, 3)))
         given = tuple(GivenSpec(random.randint(1, 300), "f32", "bf16") for _ in range(random.randint(0, 2)))
         bias, residual = (random.choice([None, "f32", "bf16"]) for _ in range(2))
-        return ProjectionSpec(random.randint(1, 9999), "bf16", "f32", bias, residual, terms, given=given)
+        weight = None if residual and (terms or given) and random.random() < 0.3 else "bf16"
+        return ProjectionSpec(random.randint(1, 9999), weight, "f32", bias, residual, terms, given=given)
 
     return KernelSpec(random.randint(1, 9999), "bf16", tuple(projection() for _ in range(random.randint(1, 4))))
 
@@ -75,6 +76,9 @@ def test_operands_come_in_one_order_with_names_of_their_own():
         ("k=4 x=f32 swiglu; n=1 w=f32 out=f32; n=1 w=f32 out=f32 residual=f32", "without residuals"),
         ("k=4 x=f99; n=1 w=f32 out=f32", "unknown dtype 'f99'; known: f32, bf16, f16"),
         ("k=4 x=f32; n=1 w=f32", "not a projection spec"),
+        ("k=4 x=f32; n=1 out=f32 lora(r=2 f32 s=1.0)", "without a weight there is a residual"),
+        ("k=4 x=f32; n=1 out=f32 residual=f32", "a term to add to it"),
+        ("k=4 x=f32; n=1 out=f32 residual=f32 rowscale=f32 lora(r=2 f32 s=1.0)", "no scale of both"),
         ("k=4 x=f32; n=1 w=f32 out=f32 twist=f32", "not a projection spec"),
         ("k=4 x=f32; n=1 w=f32 out=f32 lora(r=2 f32 s=tensor.i8)", "a scale is a number"),
         ("k=4 x=f32; n=1 w=f32 out=f32 */ system()", "not a projection spec"),
