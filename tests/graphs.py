@@ -140,7 +140,8 @@ def small_llama(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any =
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**{**sizes, "head_dim": 16, "vocab_size": 128, "num_hidden_layers": layers, **changes})
-    return _adapted(LlamaForCausalLM(config).to(dtype).eval(), lora, "all-linear")
+    model: Any = LlamaForCausalLM(config)
+    return _adapted(model.to(dtype).eval(), lora, "all-linear")
 
 
 def small_bert(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any = 8) -> torch.nn.Module:
@@ -151,7 +152,8 @@ def small_bert(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any = 
     config = BertConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, vocab_size=128
     )
-    return _adapted(BertModel(config).to(dtype).eval(), lora, ["query", "key", "value", "dense"])
+    model: Any = BertModel(config)
+    return _adapted(model.to(dtype).eval(), lora, ["query", "key", "value", "dense"])
 
 
 def _adapted(model: torch.nn.Module, lora: Any, targets: Any) -> torch.nn.Module:

@@ -65,13 +65,12 @@ _kept: list[object] = []  # what C++ points to: the callback, error messages
 
 def start_loading() -> None:
     """Have the op's CPU kernel built in the background where that was not yet done on this machine, so that it is ready
-    once Dynamo has traced its first graph. What goes wrong, `ensure_loaded` meets and says."""
+    once Dynamo has traced its first graph. What goes wrong, `ensure_loaded` meets and says.
 
-    def work() -> None:
-        with contextlib.suppress(Exception):
-            build.start(_op_source())
-
-    threading.Thread(target=work, name="gaws-op", daemon=True).start()
+    Flags are asked for in this thread: two at once made Inductor's tests of the machine's vectors come out otherwise.
+    """
+    with contextlib.suppress(Exception):
+        build.start(_op_source())
 
 
 def _op_source() -> str:
