@@ -54,8 +54,8 @@ FAULTS = {
     ),
     "last adapter lost": Fault(
         "passes/recover_operators.py",
-        "    adapters = [p for p in form.products if p is not base]\n",
-        "    adapters = [p for p in form.products[:-1] if p is not base]\n",
+        "in sorted(adapters, key=_low_rank",
+        "in sorted(adapters[:-1], key=_low_rank",
         PASSES,
     ),
     "alpha of an add overlooked": Fault(
