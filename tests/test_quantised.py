@@ -102,6 +102,7 @@ def test_adapters_are_fused_and_live(kind):
     check()
 
 
+@pytest.mark.slow
 def test_in_bf16_no_further_from_fp64_than_eager():
     """The reference computes with the numbers that are stored: dequantised bases and factors, in fp64."""
     model = quantised("torchao int8", torch.bfloat16)
@@ -126,6 +127,7 @@ def test_in_bf16_no_further_from_fp64_than_eager():
     assert sum(logs) / len(logs) < math.log(1.05)
 
 
+@pytest.mark.slow
 def test_of_any_length():
     model = quantised("torchao int8")
     compiled = torch.compile(model, backend="gaws", dynamic=True, options={"strict": True})

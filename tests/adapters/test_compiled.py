@@ -16,7 +16,11 @@ from tests.numerics import error_ratio
 OPTIONS = {"strict": True, "verify": True}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# GAWS-D's passes and kernels have tests of their own: its whole models are for the slow ones
+COMPILED = [kind if kind == "gaws" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.parametrize("diag", [False, True])
 def test_compiled_equals_eager_and_a_base_with_the_dense_product(kind, diag):
     model = adapted(kind, diag=diag)
@@ -30,7 +34,7 @@ def test_compiled_equals_eager_and_a_base_with_the_dense_product(kind, diag):
     assert sum(spec.count("kron(") for spec in specs) == ARCHITECTURES["Llama"].adapted
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMPILED)
 def test_new_numbers_and_other_adapters_show_in_the_next_call(kind):
     model = adapted(kind)
     model.add_adapter("other", config(kind, diag=True))

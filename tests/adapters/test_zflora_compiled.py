@@ -78,6 +78,7 @@ def test_switching_disabling_fusing_and_new_numbers_show_in_the_next_call():
     torch.testing.assert_close(run(compiled), seen[3], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows():
     model = adapted()
     compiled = torch.compile(model, backend="gaws", options={"strict": True}, dynamic=True)

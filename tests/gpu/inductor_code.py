@@ -23,6 +23,7 @@ from torch._inductor import compile_fx, graph
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -114,6 +115,7 @@ def install() -> None:
     for name in ("getDevice", "exchangeDevice", "maybeExchangeDevice", "getCurrentRawStream"):
         setattr(torch._C, f"_cuda_{name}", lambda *_: 0)
     torch._C._cuda_getDeviceCount = lambda: 1
+    has_triton.cache_clear()  # torchao, which PEFT imports where it is installed, asked before there was an H100
 
     def stop(self: Any) -> None:
         code, _ = self.codegen()
