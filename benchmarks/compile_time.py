@@ -287,10 +287,13 @@ def plot(rows: list[Row], file: Path) -> None:
             for adapted, style in ((True, "o-"), (False, "o--")):
                 points = {c.layers: s for c, s in wall.items() if c == Cell(c.layers, backend, adapted, warm)}
                 points.pop(SMOLLM2, None)
+                points = dict(sorted(points.items()))  # whatever order they were measured in
                 label = f"{backend}, {'adapted' if adapted else 'base'}"
                 panel.plot(list(points), list(points.values()), style, color=colour, label=label, markersize=4)
         panel.set(xscale="log", yscale="log", xlabel="layers", ylabel="s", title=_heat(warm))
         panel.grid(alpha=0.3, which="both")
+        panel.set_xticks(LAYERS, list(map(str, LAYERS)))
+        panel.minorticks_off()
     axes[0].legend(fontsize=7)
     layers = SMOLLM2 if any(row["layers"] == SMOLLM2 for row in rows) else max(row["layers"] for row in rows)
     cells = [Cell(layers, backend, True, warm) for warm in (False, True) for backend in ("gaws", "inductor")]
