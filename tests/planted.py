@@ -55,7 +55,7 @@ FAULTS = {
     "last adapter lost": Fault(
         "passes/recover_operators.py",
         "in sorted(adapters, key=_low_rank",
-        "in sorted(adapters[:-1], key=_low_rank",
+        "in sorted(adapters[:-1] or adapters, key=_low_rank",
         PASSES,
     ),
     "alpha of an add overlooked": Fault(
