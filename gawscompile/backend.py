@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gawscompile import partial, polyfills, watch
+from gawscompile import checks, partial, polyfills, watch
 from gawscompile.account import account
 from gawscompile.codegen import build, cache
 from gawscompile.debug.dump import Dump
@@ -74,7 +74,7 @@ def gaws(
     weights = [example_inputs[i] for i in stored] if ours.huge_pages and kind == "cpu" else []
     hook.names = watch.names(gm) if traced else []
     number = len(RECORDS)
-    with Progress(f"graph {number}") as progress, pages.beside(weights):
+    with Progress(f"graph {number}") as progress, pages.beside(weights), checks.without_ours(hook.operands):
         hook.say = progress.say
         progress.say("torch's passes")
         try:
@@ -153,6 +153,7 @@ class GawsPass(CustomGraphPass):
         self.traced = traced
         self.stored = stored
         self.names: list[str] = []  # of the graph's inputs, for dumps
+        self.operands: set[str] = set()  # names of inputs that only our op reads
         self.say: Callable[[str], None] = log.debug
         self.record: GraphRecord | None = None
         self.dumps: list[Dump] = []
@@ -241,6 +242,7 @@ class GawsPass(CustomGraphPass):
         gpu.inline(work)
         work.eliminate_dead_code()
         _take_over(graph, work)
+        self.operands |= checks.only_operands(graph)
 
     def _account(self, context: Context) -> None:
         """Numbers for `explain` alone: where they cannot be had, the graph is as good without."""

@@ -192,6 +192,11 @@ def same_sizes(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
+def same_strides(sizes: tuple[Any, ...], a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether they say the same of a tensor of `sizes`; never adds a guard."""
+    return all(same_size(n, 1) or same_size(x, y) for n, x, y in zip(sizes, a, b, strict=True))
+
+
 def same_value(a: Any, b: Any) -> bool:
     """Shape, dtype and device of two fake values agree."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):

@@ -17,7 +17,6 @@ from gawscompile.operators import linear
 from gawscompile.passes.context import (
     CASTS,
     VIEWS,
-    Context,
     args,
     aten,
     dtype,
@@ -27,12 +26,10 @@ from gawscompile.passes.context import (
     reinterpreted,
     same_sizes,
     shape,
-    stored,
     through_casts,
     transposed,
     value,
 )
-from gawscompile.passes.hoist_weights import hoistable
 from gawscompile.passes.layouts import Layout, Unknown, moved, split
 from gawscompile.passes.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
 from gawscompile.passes.vectors import Vector, merged, merged_vectors, shifted, vector_of
@@ -91,7 +88,7 @@ class Form:
         return replace(self, products=products, vectors=vectors, inner=(*self.inner, node))
 
 
-def form_of(node: Node, forms: dict[Node, Form], context: Context) -> Form | None:
+def form_of(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
     if is_call(node, linear):
         return _of_linear(node, forms)
     if is_cast(node):
@@ -103,12 +100,12 @@ def form_of(node: Node, forms: dict[Node, Form], context: Context) -> Form | Non
     scaling = scaling_of(node)
     if scaling is not None:
         inner, by = scaling
-        form = _summed(inner, forms) if same_sizes(shape(node), shape(inner)) else None
+        form = summed(inner, forms) if same_sizes(shape(node), shape(inner)) else None
         return form.scaled(by, node) if form is not None and form.kept is None else None
     if is_call(node, aten.mul.Tensor):
-        return _of_diagonal(node, forms) or _of_rows(node, forms, context.fixed)
+        return _of_diagonal(node, forms) or _of_rows(node, forms, fixed)
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        return _on_a_kept_base(node, forms, context) or _of_sum(node, forms, context.fixed)
+        return _of_sum(node, forms, fixed)
     return None
 
 
@@ -171,7 +168,7 @@ def _of_diagonal(node: Node, forms: dict[Node, Form]) -> Form | None:
 def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
     """A sum whose rows are scaled by a vector, ``v ⊙ S``; by v = u - 1 (DoRA) it is ``u ⊙ S - S``."""
     for x, v in (args(node), args(node)[::-1]):
-        form = _summed(x, forms)
+        form = summed(x, forms)
         if form is None or not form.plain or form.kept is not None or form.regrouped:
             continue
         if not same_sizes(shape(x), shape(node)):
@@ -192,7 +189,7 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
     return None
 
 
-def _summed(node: Any, forms: dict[Node, Form]) -> Form | None:
+def summed(node: Any, forms: dict[Node, Form]) -> Form | None:
     """The form of `node`, for a reader that may be one of several that end up in one sum (DoRA reads its base twice).
 
     Whether they do, `escapes` tells once the sum is whole.
@@ -215,7 +212,7 @@ def escapes(form: Form, forms: dict[Node, Form]) -> bool:
     inside = set(form.inner)
     for node in inside - {form.inner[-1]}:
         part = forms.get(node)
-        if part is None or _source(part.activation) is not _source(form.activation):
+        if part is None or source_of(part.activation) is not source_of(form.activation):
             continue  # a product of parameters on its way into a weight
         outside = any(user not in inside for user in node.users)
         if outside and (part.vectors or part.kept or not all(map(_small, part.products))):
@@ -300,48 +297,8 @@ def _activation(x: Node, weight: Node) -> Node:
 
 
 def _extend(node: Node, forms: dict[Node, Form], source: Node | None = None) -> Form | None:
-    inner = _summed(source or args(node)[0], forms)
+    inner = summed(source or args(node)[0], forms)
     return inner and replace(inner, inner=(*inner.inner, node))
-
-
-def _on_a_kept_base(node: Node, forms: dict[Node, Form], context: Context) -> Form | None:
-    """``y + s B (A x)``, where y is made of x too, but by no matrix that a kernel may read: by one that is dequantised,
-    or by an operator of its own. y stays what it is, and is added to."""
-    if not isinstance(node.kwargs.get("alpha", 1), (int, float)):
-        return None
-    left, right = args(node)
-    weight = weight_of(node)
-    for kept, other in ((left, right), (right, left)) if weight == 1.0 else ((left, right),):
-        form = _summed(other, forms)
-        if form is None or not form.added:
-            continue
-        if value(kept) is None or not same_sizes(shape(kept), shape(node)) or not same_sizes(shape(other), shape(node)):
-            continue
-        way = way_to(kept, form.activation)
-        if way and all(one not in forms or opaque(forms[one], context) for one in way):
-            form = form if weight == 1.0 else form.scaled(weight, node)
-            return replace(form, inner=(*form.inner, node), kept=kept)
-    return None
-
-
-def opaque(form: Form, context: Context) -> bool:
-    """Whether no kernel may read what it is made of: a matrix is computed in the graph, or no linear is known."""
-    matrices = [stored(factor.node) for p in form.products for factor in p.matrices]
-    readable = all(is_parameter(m) or hoistable(m, context) for m in matrices)
-    return form.kept is None and (form.regrouped or not readable)
-
-
-DEPTH = 32
-"""Nodes at most that are looked at between an opaque base's result and its activation."""
-
-
-def way_to(node: Node, x: Node) -> list[Node]:
-    """`node` and the nodes that it is computed from, nearest first, down to x; none if x is not among the first few."""
-    found, x = [node], _source(x)
-    for one in found:  # grows
-        if one is not x and len(found) < DEPTH:
-            found += [source for source in one.all_input_nodes if source not in found]
-    return [one for one in found if one is not x] if x in found[1:] else []
 
 
 def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
@@ -354,7 +311,7 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
             # a single matrix stays alone: it may be the z of a widened stream, which others read
             return form if form is not None and not form.bases else None
     weight = weight_of(node)
-    a, b = _summed(left, forms), _summed(right, forms)
+    a, b = summed(left, forms), summed(right, forms)
     if a is not None and b is not None:
         a, b = _on_activation_of(a, b, fixed), _on_activation_of(b, a, fixed)
         if a.layout != b.layout:  # a projection of slices, by its bias, beside an adapter of theirs
@@ -415,12 +372,12 @@ def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> F
     for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not (form.bases or form.kept) else ()):
         v = vector_of(v, shape(x)[-1])
         stands = v is not None and (is_parameter(through_casts(v)) or v in fixed)
-        if stands and isinstance(of, Node) and _source(of) is _source(other.activation) and form.plain:
+        if stands and isinstance(of, Node) and source_of(of) is source_of(other.activation) and form.plain:
             columns = Factor(through_casts(v))
             products = tuple(p._replace(matrices=(columns, *p.matrices)) for p in form.products)
             return replace(form, activation=other.activation, products=products)
     scaling = scaling_of(x)
-    if form.bases or form.kept or scaling is None or _source(scaling[0]) is not _source(other.activation):
+    if form.bases or form.kept or scaling is None or source_of(scaling[0]) is not source_of(other.activation):
         return form
     return replace(form, activation=other.activation, products=tuple(p.scaled(scaling[1]) for p in form.products))
 
@@ -428,10 +385,10 @@ def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> F
 def _same_activation(a: Form, b: Form) -> bool:
     if a.regrouped or b.regrouped:
         return False
-    return _source(a.activation) is _source(b.activation) and (a.turned, a.layout) == (b.turned, b.layout)
+    return source_of(a.activation) is source_of(b.activation) and (a.turned, a.layout) == (b.turned, b.layout)
 
 
-def _source(x: Node) -> Node:
+def source_of(x: Node) -> Node:
     while is_cast(x) or is_call(x, aten.clone.default):
         x = args(x)[0]
     return x

@@ -59,13 +59,15 @@ from gawscompile.passes.context import (
     reinterpreted,
     same_size,
     same_sizes,
+    same_strides,
     shape,
     stored,
     through_casts,
     transposed,
 )
-from gawscompile.passes.forms import NARROW, Form, escapes, form_of, on_its_slices, opaque, way_to, widens
+from gawscompile.passes.forms import NARROW, Form, escapes, form_of, on_its_slices, widens
 from gawscompile.passes.hoist_weights import cone, fixed_nodes, hoistable
+from gawscompile.passes.kept import kept_refusal, on_a_kept_base, opaque, way_to
 from gawscompile.passes.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
 from gawscompile.passes.vectors import Vector
 
@@ -74,7 +76,7 @@ def run(graph: Graph, context: Context) -> None:
     forms: dict[Node, Form] = {}
     context.fixed = fixed_nodes(graph, context.stored)
     for node in graph.nodes:
-        form = form_of(node, forms, context)
+        form = on_a_kept_base(node, forms, context) or form_of(node, forms, context.fixed)
         if form is not None:
             forms[node] = form
     settled: set[Node] = set()
@@ -176,7 +178,7 @@ def _on_a_kept_base(
     x, n = form.activation, shape(kept)[-1]
     sizes = (*shape(x)[:-1], n)
     base = [one for one in way_to(kept, x) if one in forms and opaque(forms[one], context)]
-    refusal = _kept_refusal(x, kept, node) or _adapters_refusal(context, form.products, (n, shape(x)[-1]))
+    refusal = kept_refusal(x, kept, node) or _adapters_refusal(context, form.products, (n, shape(x)[-1]))
     refusal = refusal or _shape_refusal(form, node, sizes, shape(node))
     first = next((one for one in base if is_call(one, linear)), None)
     origin, matrix = (node, kept) if first is None else (first, args(first)[1])
@@ -199,32 +201,14 @@ def _on_a_kept_base(
     return (*base, *_replaced(context, node, form, terms, sizes, entry, node))
 
 
-def _kept_refusal(x: Node, kept: Node, node: Node) -> tuple[Reason, str] | None:
-    """Why nothing can be added to an opaque base's result in a kernel, if it cannot."""
-    odd = [str(d) for d in (dtype(x), dtype(kept), dtype(node)) if d not in DTYPE_NAMES]
-    if odd:
-        return Reason.DTYPE, ", ".join(odd)
-    if x.meta["val"].device.type != "cpu":
-        return Reason.DEVICE, "on a GPU nothing is added to what a base's own matmul makes"
-    plain = empty_like(kept, shape(kept), dtype(kept))
-    if not _same_strides(shape(kept), plain.stride(), kept.meta["val"].stride()):
-        return Reason.RESHAPED, "the base's result is not laid out plainly"
-    return None
-
-
 def _laid_out(context: Context, new: Node, node: Node) -> Node:
     """`new` with the strides of `node`: its readers' views, and the caller of the graph, rely on them."""
-    if _same_strides(shape(node), new.meta["val"].stride(), node.meta["val"].stride()):
+    if same_strides(shape(node), new.meta["val"].stride(), node.meta["val"].stride()):
         return new
     turned = _by_columns(node)
     new = context.transpose(new, node) if turned else new
     new = context.contiguous(new, node)
     return context.transpose(new, node) if turned else new
-
-
-def _same_strides(sizes: tuple[Any, ...], a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether they say the same of a tensor of `sizes`; never adds a guard."""
-    return all(same_size(n, 1) or same_size(x, y) for n, x, y in zip(sizes, a, b, strict=True))
 
 
 def _by_columns(node: Node) -> bool:
@@ -283,7 +267,7 @@ def _shape_refusal(
     if not same_sizes(sizes, wanted) and not all(isinstance(s, int) for s in wanted):
         return Reason.RESHAPED, f"{sizes} as {wanted}"
     plain = empty_like(form.activation, shape(node), dtype(node))
-    if _same_strides(shape(node), plain.stride(), node.meta["val"].stride()) or _by_columns(node):
+    if same_strides(shape(node), plain.stride(), node.meta["val"].stride()) or _by_columns(node):
         return None
     return Reason.RESHAPED, "the sum's strides are not a plain tensor's"
 

@@ -66,12 +66,13 @@ FAULTS = {
     ),
     "activations taken to be one": Fault(
         "passes/forms.py",
-        "    return _source(a.activation) is _source(b.activation) and (a.turned, a.layout) == (b.turned, b.layout)\n",
+        "    return source_of(a.activation) is source_of(b.activation) and "
+        "(a.turned, a.layout) == (b.turned, b.layout)\n",
         "    return True\n",
         PASSES,
     ),
     "added to a kept base where it is taken away": Fault(
-        "passes/forms.py",
+        "passes/kept.py",
         "            form = form if weight == 1.0 else form.scaled(weight, node)\n",
         "",
         "tests/passes/test_kept_bases.py",

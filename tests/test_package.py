@@ -45,7 +45,7 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     sh(python, "-m", "pip", "install", "--quiet", str(wheel))
     names = set(sh(python, "-c", PROGRAM).split())
     stages = {stage.__name__.rpartition(".")[2] for stage in PIPELINE}
-    assert names == stages | {"context", "forms", "layouts", "matrices", "vectors"}
+    assert names == stages | {"context", "forms", "kept", "layouts", "matrices", "vectors"}
 
 
 def test_the_folder_by_its_bare_name_is_refused():
