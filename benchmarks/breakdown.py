@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.breakdown", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    parser.add_argument("--adapters", nargs="+", default=["lora"], choices=common.ADAPTERS)
+    parser.add_argument("--adapters", nargs="+", default=["lora"], choices=(*common.ADAPTERS, common.DORA))
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA, whose size the others take (default 16)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=5)

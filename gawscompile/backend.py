@@ -71,6 +71,7 @@ def gaws(
     key = _key(gm, example_inputs, ours.key(traced), inductor, kind)
     stored = stored_inputs(gm, example_inputs)
     hook = GawsPass(ours, key, kind, traced, stored)
+    hook.unavailable = hook.unavailable or _cpp_wrapper(inductor)
     weights = [example_inputs[i] for i in stored] if ours.huge_pages and kind == "cpu" else []
     hook.names = watch.names(gm) if traced else []
     number = len(RECORDS)
@@ -307,6 +308,13 @@ def _unavailable(kind: str) -> tuple[Reason, str] | None:
         build.fingerprint()
     except Exception as error:  # a compiler that is missing or broken, a cache that cannot be written or run from
         return Reason.NO_COMPILER, f"{type(error).__name__}: {error}"
+    return None
+
+
+def _cpp_wrapper(inductor: dict[str, Any]) -> tuple[Reason, str] | None:
+    """Compiled just in time, Inductor's C++ wrapper takes the list that our op returns for one tensor, and crashes."""
+    if inductor.get("cpp_wrapper", torch._inductor.config.cpp_wrapper):
+        return Reason.CPP_WRAPPER, "Inductor's cpp_wrapper is on, and cannot call an op that returns a list"
     return None
 
 

@@ -18,6 +18,7 @@ from gawscompile.passes import (
     group_siblings,
     hoist_weights,
     lower,
+    merge_blocks,
     recover_operators,
     split_streams,
 )
@@ -25,6 +26,7 @@ from gawscompile.passes import (
 PIPELINE = (
     split_streams,
     canonicalize,
+    merge_blocks,
     recover_operators,
     hoist_weights,
     group_siblings,

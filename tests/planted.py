@@ -77,6 +77,12 @@ FAULTS = {
         "",
         "tests/passes/test_kept_bases.py",
     ),
+    "ranks of blocks not dealt out": Fault(
+        "passes/merge_blocks.py",
+        "    if order == sorted(order):\n        return matrix\n",
+        "    return matrix\n",
+        "tests/passes/test_merge_blocks.py",
+    ),
     "bias lost by a linear left over": Fault(
         "passes/lower.py",
         "    x, weight, *bias = args(node)\n",
@@ -160,6 +166,7 @@ class Zoo(nn.Module):
         self.w1, self.w2 = nn.Parameter(torch.randn(4, 8) / 3), nn.Parameter(torch.randn(12, 8) / 3)
         self.grouped = nn.Parameter(torch.randn(48, 64) / 8)
         self.magnitude, self.widened = nn.Parameter(torch.rand(32) + 0.5), nn.Parameter(torch.randn(24, 32) / 6)
+        self.blocks = nn.ParameterList([torch.randn(2, 32, 4) / 5, torch.randn(2, 4, 32) / 2])
         self.register_buffer("quantised", torch.randint(-9, 9, (24, 64), dtype=torch.int8))
 
     def delta(self, name: str, x: Tensor) -> Tensor:
@@ -188,5 +195,9 @@ class Zoo(nn.Module):
         streamed = F.linear(h, self.w["twice"]) + F.linear(z, self.widened)
         flat = o.atan()
         kept = F.linear(flat, self.quantised.to(x.dtype) / 64) - self.delta("twice", flat)
-        answers = (q, k, v, o, odd, twice, alpha, other, grouped, turned, product, scaled, streamed, kept)
+        steep = o.sinh()
+        inner = torch.einsum("...ni,nir->...nr", steep.unflatten(-1, (2, 32)), self.blocks[0]).unflatten(-1, (2, 2))
+        dealt = torch.einsum("...jr,jro->...jo", inner.transpose(-3, -2).flatten(-2), self.blocks[1]).flatten(-2)
+        blocks = F.linear(steep, self.w["q"]) + 2.0 * dealt
+        answers = (q, k, v, o, odd, twice, alpha, other, grouped, turned, product, scaled, streamed, kept, blocks)
         return *answers, self.wide(o.double())

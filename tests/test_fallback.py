@@ -152,6 +152,14 @@ def test_a_vanished_folder_comes_back(model, caplog):
     assert not warnings(caplog)
 
 
+def test_inductors_cpp_wrapper_is_left_alone(model, caplog):
+    right_answer(model, cpp_wrapper=True)
+    assert any("cpp_wrapper" in message and "left to Inductor" in message for message in warnings(caplog))
+    torch._dynamo.reset()
+    report = explain(model, torch.randn(2, 32), options={"cpp_wrapper": True})
+    assert not report.fused and "cpp_wrapper is on" in str(report)
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, empty, forget_sum, remove])
 def test_a_damaged_record_is_said_and_not_believed(damage):
     from gawscompile.debug.records import GraphRecord

@@ -14,9 +14,13 @@ inline Pair load_pair(const float* p) { return {F::loadu(p), F::loadu(p + V)}; }
 
 template <class T>
 inline Pair load_pair(const T* p, int count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return {widened(p, std::min(count, V)), count > V ? widened(p + V, count - V) : F(0)};
+#else
   T padded[2 * V] = {};
   std::memcpy(padded, p, count * sizeof(T));
   return load_pair(padded);
+#endif
 }
 
 inline void store_pair(float* p, const Pair& v) {

@@ -87,6 +87,14 @@ inline F widened(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const Halves*)p)), 16));
 }
 inline F widened(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const Halves*)p)); }
+inline F widened(const float* p, int count) { return F::loadu(p, count); }
+inline F widened(const bf16* p, int count) {
+  const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+inline F widened(const f16* p, int count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
+}
 
 // Rounded to the nearest, ties to even; every NaN becomes one NaN.
 inline void narrowed(bf16* p, const F& v) {

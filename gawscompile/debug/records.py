@@ -20,6 +20,7 @@ class Reason(str, Enum):
     DEVICE = "no generated kernels for this device: the graph is left to Inductor"
     NO_TRITON = "generated kernels for a GPU need Triton and it cannot be imported: the graph is left to Inductor"
     NO_COMPILER = "generated C++ needs a compiler and none was found: the graph is left to Inductor"
+    CPP_WRAPPER = "Inductor's cpp_wrapper cannot call an op that returns a list: the graph is left to Inductor"
     DTYPE = "no generated kernels for this dtype"
     MIXED_DTYPES = "activation and base weight differ in dtype"
     WEIGHT_COMPUTED = "the weight is computed in the graph (quantised, merged or reparametrised), not a parameter"

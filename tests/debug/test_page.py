@@ -81,7 +81,7 @@ said.hash = location.hash;
 def test_steps_jumps_and_search(tmp_path):
     index = dumped(tmp_path / "dump", small_llama(layers=2), tokens(1, 3), use_cache=False)
     said = browse(index, WALK, tmp_path)
-    assert said["steps"][0] == "0 captured" and said["steps"][3] == "3 recover_operators" and len(said["steps"]) == 11
+    assert said["steps"][0] == "0 captured" and said["steps"][4] == "4 recover_operators" and len(said["steps"]) == 12
     assert len(said["modules"]) == 15
     assert said["stepped"].startswith("recover_operators: ") and said["added"] >= 15 and said["removed"] >= 75
     assert said["clicked"].startswith("group_siblings: ")

@@ -1,0 +1,289 @@
+"""Two batched products over blocks of a token's features become two linears.
+
+before (GraLoRA: Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation", with k = 2 blocks)::
+
+    view     = aten.view(x, [1, 5, 2, 32])
+    bmm      = aten.bmm(…view…, A)                                           # A [k, K/k, r]
+    permute  = aten.permute(aten.view(…bmm…, [1, 5, 2, 2, 4]), [0, 1, 3, 2, 4])
+    bmm_1    = aten.bmm(…permute…, B)                                        # B [k, r, N/k]
+    view_1   = aten.view(…bmm_1…, [1, 5, 64])
+
+after::
+
+    linear   = operators.linear(x, A')                                       # A' [k r, K], of A alone
+    linear_1 = operators.linear(linear, B')                                  # B' [N, k r], of B alone
+
+A' and B' are block-diagonal, the rows of A' in the order in which the permutation deals every block's ranks out to all.
+`recover_operators` makes a low-rank term of them and `hoist_weights` has them computed once. They hold k times the
+numbers of A and B, so wide ones are left alone; so are all on a GPU, where nothing is hoisted.
+
+Which features end up where is followed through views and permutations axis by axis, not matched by spelling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from gawscompile.debug.records import Reason
+from gawscompile.operators import linear
+from gawscompile.passes.context import (
+    ONES,
+    VIEWS,
+    Context,
+    args,
+    aten,
+    base_activation,
+    dtype,
+    empty_like,
+    is_call,
+    same_size,
+    same_sizes,
+    shape,
+)
+from gawscompile.passes.hoist_weights import fixed_nodes
+
+WIDEST = 2
+"""The ranks of all blocks together take at most this fraction of the narrower side of ΔW: 1/2."""
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """A factor of some dimension's size. `place`: of a feature, where it stands among those that it was split from;
+    nothing for tokens."""
+
+    size: Any
+    place: tuple[int, ...] = ()
+
+
+Axes = tuple[tuple[Axis, ...], ...]
+"""For each dimension of a node, the axes that it is made of, slowest first; none for a size of one."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A batched product over blocks of features, ``[blocks, tokens, columns] → [blocks, tokens, rows]``."""
+
+    node: Node
+    blocks: tuple[Axis, ...]
+    columns: tuple[Axis, ...]
+
+    @property
+    def read(self) -> tuple[Axis, ...]:
+        """The features that it reads, in the order of a block-diagonal matrix's columns."""
+        return self.blocks + self.columns
+
+    @property
+    def matrices(self) -> Node:
+        """``[blocks, columns, rows]``."""
+        found: Node = args(self.node)[1]
+        return found
+
+
+def run(graph: Graph, context: Context) -> None:
+    products = graph.find_nodes(op="call_function", target=aten.bmm.default)
+    fixed = fixed_nodes(graph, context.stored) if products else ()
+    for node in products:
+        if not node._erased:
+            _merge(context, node, fixed)
+
+
+def _merge(context: Context, node: Node, fixed: Container[Node]) -> None:
+    x = _activation(node)
+    if x is None or not _of_parameters(node, context, fixed):
+        return
+    leading: Axes = tuple(() if same_size(size, 1) else (Axis(size),) for size in shape(x)[:-1])
+    tokens = tuple(axis for dim in leading for axis in dim)
+    first = _blocks(node, _along(x, node, (*leading, (Axis(shape(x)[-1], (0,)),))), tokens)
+    if first is None or not _in_order(first.read):
+        return
+    blocks = tuple(Axis(axis.size, (i,)) for i, axis in enumerate(first.blocks))
+    ranks = (*blocks, Axis(shape(node)[2], (len(blocks),)))
+    next_node, axes = _next_product(node, (blocks, tokens, ranks[-1:]))
+    if next_node is None or not _of_parameters(next_node, context, fixed):
+        return
+    second = _blocks(next_node, axes, tokens)
+    if second is None or not _all_of(ranks, second.read):
+        return
+    features = (*second.blocks, Axis(shape(next_node)[2], (len(ranks),)))
+    end = _end(next_node, (second.blocks, tokens, features[-1:]), features, shape(x)[:-1])
+    if end is None:
+        return
+    _replace(context, x, first, second, end)
+
+
+def _replace(context: Context, x: Node, first: Blocks, second: Blocks, end: Node) -> None:
+    rank, narrower = _size(second.read), min(shape(x)[-1], shape(end)[-1])
+    path = context.module_path(first.node)
+    if x.meta["val"].device.type != "cpu":
+        context.record.notes.append(f"{path}: blocks left alone: {Reason.DEVICE.name}: nothing is hoisted on a GPU")
+        return
+    if WIDEST * rank > narrower:
+        detail = f"{Reason.FACTOR_SHAPE.name}: {rank} ranks in all blocks, beside {narrower} features"
+        context.record.notes.append(f"{path}: blocks left alone: {detail}")
+        return
+    if not context.allows(first.node, second.node, end):
+        return
+    with context.graph.inserting_before(end):
+        order = sorted(second.read, key=lambda axis: axis.place)
+        a = _block_diagonal(context, first)
+        a = _dealt(context, a, [axis.size for axis in order], [order.index(axis) for axis in second.read])
+        b = _block_diagonal(context, second)
+        activation = base_activation(x)
+        sizes = shape(activation)[:-1]
+        inner = context.insert(
+            linear, (activation, a), first.node, empty_like(x, (*sizes, rank), dtype(first.node))
+        )
+        outer = context.insert(
+            linear, (inner, b), second.node, empty_like(x, (*sizes, shape(end)[-1]), dtype(second.node))
+        )
+        if not same_sizes(shape(outer), shape(end)):
+            value = empty_like(x, shape(end), dtype(end))
+            outer = context.insert(aten.view.default, (outer, list(args(end)[1])), end, value)
+    context.replace(end, outer)
+    context.erase(end)
+    context.matched()
+
+
+# ---- matrices ---------------------------------------------------------------------------------------------
+
+
+def _block_diagonal(context: Context, product: Blocks) -> Node:
+    """``[blocks rows, blocks columns]``."""
+    blocks, columns, rows = shape(product.matrices)
+
+    def step(target: Any, source: Node, *more: Any) -> Node:
+        return context.insert(target, (source, *more), product.node, target(source.meta["val"], *more))
+
+    wide = step(aten.diag_embed.default, step(aten.permute.default, product.matrices, [2, 1, 0]))
+    plain = step(aten.permute.default, wide, [2, 0, 3, 1])  # [rows, columns, blocks, blocks] before
+    return step(aten.view.default, context.contiguous(plain, product.node), [blocks * rows, blocks * columns])
+
+
+def _dealt(context: Context, matrix: Node, sizes: list[int], order: list[int]) -> Node:
+    """`matrix` with its rows, which are several axes of these sizes, in another order of axes."""
+    if order == sorted(order):
+        return matrix
+    rows, columns = shape(matrix)
+
+    def step(target: Any, source: Node, more: list[int]) -> Node:
+        return context.insert(target, (source, more), matrix, target(source.meta["val"], more))
+
+    split = step(aten.view.default, matrix, [*sizes, columns])
+    moved = context.contiguous(step(aten.permute.default, split, [*order, len(order)]), matrix)
+    return step(aten.view.default, moved, [rows, columns])
+
+
+def _of_parameters(node: Node, context: Context, fixed: Container[Node]) -> bool:
+    right: Any = args(node)[1]
+    return (right in context.stored or right in fixed) and all(isinstance(size, int) for size in shape(right))
+
+
+# ---- axes -------------------------------------------------------------------------------------------------
+
+
+def _activation(node: Node) -> Node | None:
+    """The nearest node above a batched product's left side that has all of its features in one dimension."""
+    blocks, _, columns = shape(args(node)[0])
+    source: Any = args(node)[0]
+    while not same_size(shape(source)[-1], blocks * columns):
+        if not _only_moves(source):
+            return None
+        source = args(source)[0]
+    return source if isinstance(blocks, int) and blocks > 1 and isinstance(columns, int) else None
+
+
+def _only_moves(node: Any) -> bool:
+    return is_call(node, *VIEWS, *ONES, aten.permute.default, aten.clone.default)
+
+
+def _along(x: Node, node: Node, axes: Axes) -> Axes | None:
+    """The axes of `node`'s left side, those of x being known."""
+    way = [args(node)[0]]
+    while way[-1] is not x:
+        way.append(args(way[-1])[0])
+    found: Axes | None = axes
+    for one in reversed(way[:-1]):
+        found = _moved(found, one) if found is not None else None
+    return found
+
+
+def _readers(node: Node, axes: Axes | None) -> Iterator[tuple[Node, Axes]]:
+    """`node` and what is only a view or permutation of it, as long as each has one reader; and their axes."""
+    while axes is not None:
+        yield node, axes
+        if len(node.users) != 1:
+            return
+        (reader,) = node.users
+        if not _only_moves(reader):
+            return
+        node, axes = reader, _moved(axes, reader)
+
+
+def _next_product(node: Node, axes: Axes) -> tuple[Node | None, Axes | None]:
+    """The batched product that `node` goes into, and the axes of its left side."""
+    for last, found in _readers(node, axes):
+        for reader in last.users if len(last.users) == 1 else ():
+            if is_call(reader, aten.bmm.default) and args(reader)[1] is not last:
+                return reader, found
+    return None, None
+
+
+def _end(node: Node, axes: Axes, features: tuple[Axis, ...], leading: tuple[Any, ...]) -> Node | None:
+    """Where what a product returns is ``[…tokens, features]``."""
+    for last, found in _readers(node, axes):
+        if found[-1] == features and same_sizes(shape(last)[:-1], leading) and is_call(last, *VIEWS):
+            return last
+    return None
+
+
+def _moved(axes: Axes, node: Node) -> Axes | None:
+    """The axes of a view, permutation or copy of a node with `axes`; None where a view cuts across them."""
+    if is_call(node, aten.permute.default):
+        return tuple(axes[place % len(axes)] for place in args(node)[1])
+    if is_call(node, aten.clone.default):
+        return axes
+    rest = [axis for dim in axes for axis in dim]
+    found = []
+    for size in shape(node):
+        taken: list[Axis] = []
+        have: Any = 1
+        while not same_size(have, size):
+            if not rest:
+                return None
+            axis = rest.pop(0)
+            if isinstance(size, int) and isinstance(have * axis.size, int) and size < have * axis.size:
+                outer, remainder = divmod(size, have)
+                if remainder or not axis.place or axis.size % outer:
+                    return None
+                axis, inner = Axis(outer, (*axis.place, 0)), Axis(axis.size // outer, (*axis.place, 1))
+                rest.insert(0, inner)
+            taken.append(axis)
+            have = have * axis.size
+        found.append(tuple(taken))
+    return tuple(found) if not rest else None
+
+
+def _blocks(node: Node, axes: Axes | None, tokens: tuple[Axis, ...]) -> Blocks | None:
+    """A batched product of features by features, for every token alone."""
+    if axes is None or axes[1] != tokens or not all(axis.place for axis in (*axes[0], *axes[2])):
+        return None
+    return Blocks(node, axes[0], axes[2])
+
+
+def _in_order(axes: tuple[Axis, ...]) -> bool:
+    places = [axis.place for axis in axes]
+    return places == sorted(places)
+
+
+def _all_of(whole: tuple[Axis, ...], parts: tuple[Axis, ...]) -> bool:
+    """Whether `parts` are all features of `whole`, some of them split, in whatever order."""
+    return _size(whole) == _size(parts) and {axis.place[0] for axis in parts} == {axis.place[0] for axis in whole}
+
+
+def _size(axes: tuple[Axis, ...]) -> int:
+    return math.prod(int(axis.size) for axis in axes)

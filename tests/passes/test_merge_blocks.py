@@ -1,0 +1,158 @@
+"""GraLoRA's two batched products become one low-rank term, and whatever only looks like them stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gawscompile.operators import LowRank, linear, operator_sum
+from gawscompile.passes.context import aten
+from tests.graphs import capture, count
+
+
+def gralora(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """As PEFT computes it: a ``[k, K/k, r]``, b ``[k, r, N/k]``."""
+    k, _, r = a.shape
+    *leading, features = x.shape
+    inner = torch.einsum("...ni,nir->...nr", x.reshape(*leading, k, features // k), a)
+    dealt = inner.reshape(*leading, k, k, r // k).transpose(-3, -2).reshape(*leading, k, r)
+    return torch.einsum("...jr,jro->...jo", dealt, b).reshape(*leading, -1)
+
+
+def layer(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, w) + 1.5 * gralora(x, a, b)
+
+
+def tensors(k=2, r=4, features=(64, 48), tokens=(2, 5), dtype=torch.float32):
+    torch.manual_seed(k * r)
+    into, out = features
+    x, w = torch.randn(*tokens, into, dtype=dtype), torch.randn(out, into, dtype=dtype)
+    return x, w, torch.randn(k, into // k, r, dtype=dtype), torch.randn(k, r, out // k, dtype=dtype)
+
+
+class Module(torch.nn.Module):
+    """`function` with its tensors but the first as parameters: only what is stored can be hoisted."""
+
+    def __init__(self, function, *tensors: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.tensors = torch.nn.ParameterList(torch.nn.Parameter(t) for t in tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.tensors)
+
+
+def captured(function, x, *rest, dynamic=False):
+    return capture(Module(function, *rest).eval(), x, dynamic=dynamic)
+
+
+def right(found, tolerance=1e-5):
+    """The answers of the whole pipeline, its kernels among it."""
+    context = found.until()
+    for got, want in zip(found.run(context), found.outputs, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+    return context
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dynamic"), [((2, 5), False), ((2, 5), None), ((1, 1), False), ((1, 7), False), ((3, 1), False)]
+)
+@pytest.mark.parametrize(("k", "r"), [(2, 4), (4, 4), (2, 2), (4, 8)])
+def test_blocks_become_one_low_rank_term(k, r, tokens, dynamic):
+    x, *rest = tensors(k, r, (64, 128), tokens)
+    if dynamic is None:
+        torch._dynamo.mark_dynamic(x, 1)
+    found = captured(layer, x, *rest, dynamic=dynamic)
+    context = found.until("hoist_weights")
+    (total,) = context.graph.find_nodes(op="call_function", target=operator_sum)
+    (_, term) = total.args[1]
+    assert isinstance(term, LowRank) and term.scale == 1.5
+    assert tuple(term.a.meta["val"].shape) == (k * r, 64) and tuple(term.b.meta["val"].shape) == (128, k * r)
+    assert not context.graph.find_nodes(op="call_function", target=aten.bmm.default)
+    right(found)
+
+
+def test_it_follows_its_parameters():
+    x, *rest = tensors()
+    found = captured(layer, x, *rest)
+    context = right(found)
+    module = torch.fx.GraphModule(found.module, context.graph)
+    changed = [t.clone() if isinstance(t, Tensor) else t for t in found.inputs]
+    for t in changed:
+        if t.dim() == 3 and t.shape[0] == 2 and t.shape[-1] != 64:
+            t.mul_(-0.5)
+    (want,) = torch.fx.GraphModule(found.module, found.graph)(*changed)
+    torch.testing.assert_close(module(*changed)[0], want, rtol=1e-5, atol=1e-4)
+
+
+def test_bf16_over_fp32_factors():
+    x, w, a, b = tensors()
+
+    def function(x, w, a, b):
+        return F.linear(x, w) + gralora(x.to(a.dtype), a, b).to(x.dtype)
+
+    found = captured(function, x.bfloat16(), w.bfloat16(), a, b)
+    assert count(found.until("merge_blocks"), aten.bmm.default) == 0
+    right(found, 2e-2)
+
+
+def shared(x, w, a, b):
+    """Somebody else reads what lies between the two."""
+    k, _, r = a.shape
+    inner = torch.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, -1), a)
+    dealt = inner.reshape(*x.shape[:-1], k, k, r // k).transpose(-3, -2).reshape(*x.shape[:-1], k, r)
+    return F.linear(x, w) + torch.einsum("...jr,jro->...jo", dealt, b).flatten(-2) + inner.sum()
+
+
+def activated(x, w, a, b):
+    """Between them is more than a permutation."""
+    k = a.shape[0]
+    inner = torch.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, -1), a)
+    return F.linear(x, w) + torch.einsum("...jr,jro->...jo", torch.relu(inner), b).flatten(-2)
+
+
+def per_token(x, w, a, b):
+    """Blocks of tokens, not of features."""
+    halves = x[:, :4].reshape(2, -1, x.shape[-1])
+    return F.linear(x, w).sum(1), torch.bmm(torch.bmm(halves[..., : a.shape[1]], a), b)
+
+
+def computed(x, w, a, b):
+    """A is made of the activation."""
+    return F.linear(x, w) + gralora(x, a * x.mean(), b)
+
+
+def interleaved(x, w, a, b):
+    """Blocks take every other feature."""
+    k = a.shape[0]
+    slices = x.reshape(*x.shape[:-1], -1, k).transpose(-1, -2)
+    inner = torch.einsum("...ni,nir->...nr", slices, a)
+    return F.linear(x, w) + torch.einsum("...jr,jro->...jo", inner, b).flatten(-2)
+
+
+@pytest.mark.parametrize("function", [shared, activated, per_token, computed, interleaved])
+def test_what_only_looks_alike_stays(function):
+    found = captured(function, *tensors(tokens=(2, 5)))
+    assert count(found.until("merge_blocks"), aten.bmm.default) == 2
+    right(found)
+
+
+def test_blocks_may_stay_in_their_order():
+    def block_diagonal(x, w, a, b):
+        k = a.shape[0]
+        inner = torch.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, -1), a)
+        return F.linear(x, w) + torch.einsum("...jr,jro->...jo", inner, b).flatten(-2)
+
+    found = captured(block_diagonal, *tensors())
+    assert count(found.until("merge_blocks"), linear) == 3
+    right(found)
+
+
+def test_wide_blocks_are_left_alone_and_said_so():
+    found = captured(layer, *tensors(r=16))
+    context = found.until("merge_blocks")
+    assert count(context, aten.bmm.default) == 2
+    assert any("FACTOR_SHAPE" in note and "32 ranks" in note for note in context.record.notes)
+    right(found)
