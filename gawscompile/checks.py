@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Collection, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
@@ -25,22 +25,41 @@ RETURNED = tuple(f"torch.ops.{op}" for op in ops.OPS)
 HOOK = "write_assert_size_stride"
 
 
+class _Compiling(threading.local):
+    """The inputs of the graph that this thread compiles which only our op reads; None where it compiles none of ours."""
+
+    operands: Collection[str] | None = None
+
+
+_compiling = _Compiling()
+
+
 @contextlib.contextmanager
 def without_ours(operands: Collection[str]) -> Iterator[None]:
-    """While Inductor compiles: what only our op reads, inputs of these names (the set may fill meanwhile), and what it
-    returns are not checked. Does nothing where Inductor's wrapper has another shape than the one that we know."""
+    """While Inductor compiles in this thread: what only our op reads, inputs of these names (the set may fill
+    meanwhile), and what it returns are not checked."""
+    _install()
+    before, _compiling.operands = _compiling.operands, operands
+    try:
+        yield
+    finally:
+        _compiling.operands = before
+
+
+@functools.cache
+def _install() -> None:
+    """Once in a process. Does nothing where Inductor's wrapper has another shape than the one that we know."""
     write = getattr(PythonWrapperCodegen, HOOK, None)
     if write is None:
-        yield
         return
 
     @functools.wraps(write)
     def ours_left_out(wrapper: Any, name: str, size: str, stride: str, op_name: str) -> Any:
-        if not (name in operands if op_name == INPUT else op_name in RETURNED):
+        operands = _compiling.operands
+        if operands is None or not (name in operands if op_name == INPUT else op_name in RETURNED):
             write(wrapper, name, size, stride, op_name)
 
-    with mock.patch.object(PythonWrapperCodegen, HOOK, ours_left_out):
-        yield
+    setattr(PythonWrapperCodegen, HOOK, ours_left_out)
 
 
 def only_operands(graph: torch.fx.Graph) -> set[str]:
