@@ -26,7 +26,7 @@ HOOK = "write_assert_size_stride"
 
 
 class _Compiling(threading.local):
-    """The inputs of the graph that this thread compiles which only our op reads; None where it compiles none of ours."""
+    """Inputs that only our op reads, of the graph that this thread compiles; None where it compiles none of ours."""
 
     operands: Collection[str] | None = None
 
