@@ -53,7 +53,12 @@ def last_record():
     return RECORDS.since(len(RECORDS) - 1)[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+REPEATS = ("llama bf16", "bert fp32")  # what the others would show too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in REPEATS else name for name in MODELS]
+)
 def test_no_further_from_fp64_than_eager(name):
     """The fused sums keep u = A x and every sum in fp32; eager rounds after each segment."""
     model = MODELS[name]()

@@ -15,14 +15,14 @@ OPTIONS = {"strict": True, "verify": True}
 QUESTION = "Tell me about the sea."
 
 
-@pytest.fixture(scope="module")
-def adapted(smollm2_dir):
-    """The model with a random LoRA (r = 16, all linears), large enough to change what it says."""
+@pytest.fixture(scope="module", params=[10, pytest.param(30, marks=pytest.mark.slow)])
+def adapted(smollm2_dir, request):
+    """The model, or its first layers, with a random LoRA (r = 16, all linears) that changes what it says."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32, num_hidden_layers=request.param).eval()
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
     change_adapters(model, 0)
     return model
@@ -65,9 +65,9 @@ def test_static_cache_every_linear_fused_and_live(adapted, prompt):
     config = adapted.config
     layers = config.num_hidden_layers
     fused = [entry for entry in report.fused if entry.adapters]
-    assert len(fused) == 7 * layers == 210
+    assert layers in (10, 30) and len(fused) == 7 * layers
     groups = [group for group in report.groups if not group.members[0].endswith("lm_head")]
-    assert len(groups) == 4 * layers == 120
+    assert len(groups) == 4 * layers
     head = config.hidden_size // config.num_attention_heads
     widths = [config.num_attention_heads * head] + [config.num_key_value_heads * head] * 2
     qkv = [group for group in groups if len(group.members) == 3]
