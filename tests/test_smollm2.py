@@ -22,7 +22,8 @@ def adapted(smollm2_dir, request):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32, num_hidden_layers=request.param).eval()
+    settings = {"dtype": torch.float32, "num_hidden_layers": request.param}
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, **settings).eval()
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
     change_adapters(model, 0)
     return model

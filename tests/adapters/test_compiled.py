@@ -21,7 +21,7 @@ COMPILED = [kind if kind == "gaws" else pytest.param(kind, marks=pytest.mark.slo
 
 
 @pytest.mark.parametrize("kind", COMPILED)
-@pytest.mark.parametrize("diag", [False, True])
+@pytest.mark.parametrize("diag", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_equals_eager_and_a_base_with_the_dense_product(kind, diag):
     model = adapted(kind, diag=diag)
     dense = copy.deepcopy(model).merge_and_unload()

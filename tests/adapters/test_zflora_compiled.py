@@ -31,7 +31,10 @@ def rewritten(model, name):
     return [group for record in records for group in record.groups], out
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = [pytest.param(name, marks=pytest.mark.slow) if name == "T5" else name for name in NAMES]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_as_many_launches_as_the_base(name):
     bare, _ = rewritten(base(name), name)
     model = adapted(name)
