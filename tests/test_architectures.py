@@ -32,7 +32,12 @@ def test_every_adapter_is_fused_or_rejected_for_a_true_reason(name):
 CACHED = [name for name, architecture in ARCHITECTURES.items() if architecture.calls]
 
 
-@pytest.mark.parametrize("name", CACHED)
+GROWING = ("Llama", "Gemma 3", "GPT-2", "Bloom", "T5")  # the others are for the slow ones
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in GROWING else pytest.param(name, marks=pytest.mark.slow) for name in CACHED]
+)
 def test_decode_over_a_growing_cache(name):
     """One more token after a prefill: the graph of a decode step has every adapter that the model has there."""
     from transformers import DynamicCache, EncoderDecoderCache
@@ -57,7 +62,7 @@ def test_decode_over_a_growing_cache(name):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-NeoX"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", pytest.param("GPT-NeoX", marks=pytest.mark.slow)])
 def test_decode_with_a_static_cache(name):
     from transformers import StaticCache
 

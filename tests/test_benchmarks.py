@@ -83,6 +83,7 @@ def test_gap_of_gaws(monkeypatch, tmp_path, capsys):
     assert gaws_gap.share({**times, "lora": 10.1}, "gaws") is None
 
 
+@pytest.mark.slow
 def test_cost_of_a_widened_stream(tiny_llama_dir, tmp_path):
     flags = ["--model", str(tiny_llama_dir), "--dtype", "float32", "--backends", "eager", "--rounds", "1"]
     zflora.main([*flags, "--steps", "1", "--rank", "4", "--markdown", str(tmp_path / "zflora.md")])

@@ -223,6 +223,7 @@ def test_the_autotuner_is_asked_only_when_wanted():
         assert restored == (['"y0", "y1", "y2"'] if plan.name == "gemm_accumulate" else [])
 
 
+@pytest.mark.slow
 def test_autotuned_modules_of_unlike_siblings_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Triton checks the names in `restore_value` when it decorates."""
     pytest.importorskip("triton")
