@@ -172,6 +172,7 @@ def test_a_quantised_base_is_left_alone_and_says_why_or_is_added_to():
     torch.testing.assert_close(run(lambda: compiled(x)), run(lambda: model(x)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fp64_is_left_alone_and_says_why():
     model = small_llama(layers=1).double()
     report = explain(model, IDS, use_cache=False)
