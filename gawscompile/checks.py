@@ -4,7 +4,7 @@ Before it first uses an input, and after every call of an op, Inductor's wrapper
 with those that were traced. With LoRA on every linear most of these are of weights and factors that only
 `gaws::project` reads, and of what it returns. The op compares each operand's dtype, shape and device with its kernel's
 in every call, copies what is laid out otherwise, and lays out its outputs itself (`runtime/dispatch.cpp`), so those are
-left out. All others stay. What all of them cost: ``TORCHINDUCTOR_SIZE_ASSERTS=0 python -m benchmarks.breakdown``.
+left out. All others stay.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ Which features end up where is followed through views and permutations axis by a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ from gawscompile.passes.context import (
 )
 from gawscompile.passes.hoist_weights import fixed_nodes
 
-WIDEST = 2
-"""The ranks of all blocks together take at most this fraction of the narrower side of ΔW: 1/2."""
+NARROWER = 2
+"""The ranks of all blocks together are at most one in so many of the features of ΔW's narrower side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +86,16 @@ class Blocks:
 
 
 def run(graph: Graph, context: Context) -> None:
+    """Merge every such pair, or note why a product over blocks of features stays."""
     products = graph.find_nodes(op="call_function", target=aten.bmm.default)
     fixed = fixed_nodes(graph, context.stored) if products else ()
     for node in products:
         if not node._erased:
             _merge(context, node, fixed)
+
+
+def _left(context: Context, node: Node, reason: Reason, detail: str) -> None:
+    context.record.notes.append(f"{context.module_path(node)}: blocks left alone: {reason.name}: {detail}")
 
 
 def _merge(context: Context, node: Node, fixed: Container[Node]) -> None:
@@ -99,32 +105,35 @@ def _merge(context: Context, node: Node, fixed: Container[Node]) -> None:
     leading: Axes = tuple(() if same_size(size, 1) else (Axis(size),) for size in shape(x)[:-1])
     tokens = tuple(axis for dim in leading for axis in dim)
     first = _blocks(node, _along(x, node, (*leading, (Axis(shape(x)[-1], (0,)),))), tokens)
-    if first is None or not _in_order(first.read):
+    if first is None:
+        return  # blocks of tokens, say
+    if not _in_order(first.read):
+        _left(context, node, Reason.RESHAPED, "its blocks are no slices of the features")
         return
     blocks = tuple(Axis(axis.size, (i,)) for i, axis in enumerate(first.blocks))
     ranks = (*blocks, Axis(shape(node)[2], (len(blocks),)))
     next_node, axes = _next_product(node, (blocks, tokens, ranks[-1:]))
-    if next_node is None or not _of_parameters(next_node, context, fixed):
-        return
-    second = _blocks(next_node, axes, tokens)
+    second = None
+    if next_node is not None and _of_parameters(next_node, context, fixed):
+        second = _blocks(next_node, axes, tokens)
     if second is None or not _all_of(ranks, second.read):
+        _left(context, node, Reason.FACTOR_SHAPE, "no second product over blocks follows it")
         return
-    features = (*second.blocks, Axis(shape(next_node)[2], (len(ranks),)))
-    end = _end(next_node, (second.blocks, tokens, features[-1:]), features, shape(x)[:-1])
+    features = (*second.blocks, Axis(shape(second.node)[2], (len(ranks),)))
+    end = _end(second.node, (second.blocks, tokens, features[-1:]), features, shape(x)[:-1])
     if end is None:
+        _left(context, node, Reason.RESHAPED, "what the two return is not put back into one row of features")
         return
     _replace(context, x, first, second, end)
 
 
 def _replace(context: Context, x: Node, first: Blocks, second: Blocks, end: Node) -> None:
     rank, narrower = _size(second.read), min(shape(x)[-1], shape(end)[-1])
-    path = context.module_path(first.node)
     if x.meta["val"].device.type != "cpu":
-        context.record.notes.append(f"{path}: blocks left alone: {Reason.DEVICE.name}: nothing is hoisted on a GPU")
+        _left(context, first.node, Reason.DEVICE, "nothing is hoisted on a GPU")
         return
-    if WIDEST * rank > narrower:
-        detail = f"{Reason.FACTOR_SHAPE.name}: {rank} ranks in all blocks, beside {narrower} features"
-        context.record.notes.append(f"{path}: blocks left alone: {detail}")
+    if NARROWER * rank > narrower:
+        _left(context, first.node, Reason.FACTOR_SHAPE, f"{rank} ranks in all blocks, beside {narrower} features")
         return
     if not context.allows(first.node, second.node, end):
         return
@@ -152,13 +161,14 @@ def _replace(context: Context, x: Node, first: Blocks, second: Blocks, end: Node
 # ---- matrices ---------------------------------------------------------------------------------------------
 
 
+def _step(context: Context, like: Node, target: Any, source: Node, *more: Any) -> Node:
+    return context.insert(target, (source, *more), like, target(source.meta["val"], *more))
+
+
 def _block_diagonal(context: Context, product: Blocks) -> Node:
     """``[blocks rows, blocks columns]``."""
     blocks, columns, rows = shape(product.matrices)
-
-    def step(target: Any, source: Node, *more: Any) -> Node:
-        return context.insert(target, (source, *more), product.node, target(source.meta["val"], *more))
-
+    step = functools.partial(_step, context, product.node)
     wide = step(aten.diag_embed.default, step(aten.permute.default, product.matrices, [2, 1, 0]))
     plain = step(aten.permute.default, wide, [2, 0, 3, 1])  # [rows, columns, blocks, blocks] before
     return step(aten.view.default, context.contiguous(plain, product.node), [blocks * rows, blocks * columns])
@@ -169,10 +179,7 @@ def _dealt(context: Context, matrix: Node, sizes: list[int], order: list[int]) -
     if order == sorted(order):
         return matrix
     rows, columns = shape(matrix)
-
-    def step(target: Any, source: Node, more: list[int]) -> Node:
-        return context.insert(target, (source, more), matrix, target(source.meta["val"], more))
-
+    step = functools.partial(_step, context, matrix)
     split = step(aten.view.default, matrix, [*sizes, columns])
     moved = context.contiguous(step(aten.permute.default, split, [*order, len(order)]), matrix)
     return step(aten.view.default, moved, [rows, columns])

@@ -6,7 +6,10 @@ import re
 
 import pytest
 import torch
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.utils import run_and_get_code
+
+from gawscompile.checks import HOOK
 
 
 class Block(torch.nn.Module):
@@ -49,9 +52,12 @@ def compiled(block: Block, backend: str) -> tuple[torch.Tensor, list[tuple[str, 
 
 def test_what_only_our_op_reads_is_left_to_it(block: Block) -> None:
     _, ours = compiled(block, "gaws")
+    if not hasattr(PythonWrapperCodegen, HOOK):  # another Inductor: nothing is left out, and nothing may be lost
+        assert len(ours) >= len(compiled(block, "inductor")[1])
+        return
     assert sorted(ours) == [("3, 48", "input"), ("40, 40", "input"), ("48", "input")]
     _, theirs = compiled(block, "inductor")
-    assert len(theirs) > len(ours), "another Inductor: does it still check its inputs one by one?"
+    assert len(theirs) > len(ours)
     assert compiled(block, "inductor")[1] == theirs, "nothing is left out for others"
 
 
