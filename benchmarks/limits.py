@@ -18,7 +18,7 @@ import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,7 @@ def machine(rounds: int = 5) -> Machine:
     """The best of `rounds` each, for torch's present number of threads."""
     data = torch.ones(BUFFER // 4)
     pages.enlarge([data])  # as weights are
-    library = build.load(STREAM)
-    arguments = ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(len(data)), ctypes.c_int(torch.get_num_threads())
-    reads = [functools.partial(getattr(library, name), *arguments) for name in ("read_1", "read_4", "read_8")]
+    reads = [reading([data], streams) for streams in (1, 4, 8)]
     taken = min(measure.timed(read) for _ in range(rounds) for read in reads) / 1e3
     rates = {}
     for dtype in ("float32", "bfloat16"):
@@ -89,6 +87,18 @@ def machine(rounds: int = 5) -> Machine:
         multiply = functools.partial(torch.mm, a, a)
         rates[dtype] = 2 * SQUARE**3 / (min(measure.timed(multiply) for _ in range(rounds)) / 1e3)
     return Machine(BUFFER / taken, rates)
+
+
+def reading(tensors: Sequence[torch.Tensor], streams: int = 1) -> Callable[[], None]:
+    """Sums every byte of `tensors` (contiguous), one after the other, each by all of torch's threads."""
+    read, threads = getattr(build.load(STREAM), f"read_{streams}"), ctypes.c_int(torch.get_num_threads())
+    pieces = [(ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(t.nbytes // 4), threads) for t in tensors]
+
+    def run() -> None:
+        for piece in pieces:
+            read(*piece)
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Every projection of SmolLM2 by both CPU plans, with weights that come from memory: what the cost model is fitted to.
 
-    python -m benchmarks.projections --dtype float32 bfloat16 --tokens 1 16 128 512
+    python -m benchmarks.projections --dtype float32 bfloat16 --tokens 1 2 4 16 128 512
 
-Each of 30 layers has weights of its own, so no call finds them in a cache, as in a model. Columns: ms for all
-projections of a forward pass, without and with a LoRA of rank 16 in fp32; medians over `--rounds` in turns.
+Each of 30 layers has weights of its own, on huge pages, so no call finds them in a cache, as in a model. Columns: ms
+for all projections of a forward pass, without and with a LoRA of rank 16 in fp32, and for reading the weights of the
+bare ones and no more; medians over `--rounds` in turns.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, limits
 from gawscompile import measure
 from gawscompile.codegen.spec import DTYPES, KernelSpec
-from gawscompile.runtime import ops
+from gawscompile.runtime import ops, pages
 
 LAYERS = 30
 GROUPS: dict[int, list[tuple[int, ...]]] = {576: [(576, 192, 192), (576,), (1536, 1536)], 1536: [(576,)]}
@@ -39,9 +41,9 @@ def forward(calls: list[tuple[torch.Tensor, list[torch.Tensor], str]]) -> None:
 
 
 def run(dtype: str, m: int, rounds: int) -> list[str]:
-    """A row of the table: dtype, tokens, then for each plan base and LoRA in ms."""
+    """A row of the table: dtype, tokens, for each plan base and LoRA in ms, and reading alone."""
     name = NAMES[dtype]
-    variants = {}
+    variants: dict[tuple[str, str], Callable[[], None]] = {}
     for plan in PLANS:
         for lora in ("", " lora(r=16 f32 s=2.0)"):
             calls = []
@@ -51,11 +53,16 @@ def run(dtype: str, m: int, rounds: int) -> list[str]:
                     spec = KernelSpec.parse("; ".join([f"k={k} x={name}", *parts]))
                     x = torch.randn(m, k).to(DTYPES[name])
                     calls += [(x, operands(spec, m), f"{plan} | {spec}") for _ in range(LAYERS)]
-            variants[plan, lora] = calls
+            tensors = [tensor for _, given, _ in calls for tensor in given]
+            pages.enlarge(tensors)
+            variants[plan, lora] = functools.partial(forward, calls)
+            if (plan, lora) == (PLANS[0], ""):
+                reads = limits.reading(tensors)
+    variants["reading", "alone"] = reads
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
     for turn in range(rounds + 1):  # the first builds and warms up
-        for key, calls in variants.items():
-            taken = measure.timed(functools.partial(forward, calls))
+        for key, call in variants.items():
+            taken = measure.timed(call)
             if turn:
                 samples[key].append(taken)
     return [dtype, str(m), *(f"{statistics.median(values):.2f}" for values in samples.values())]
@@ -65,12 +72,12 @@ def main() -> None:
     """The table, on stdout and into ``--markdown``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=list(NAMES), choices=list(NAMES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 16, 128, 512])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     ops.ensure_loaded()
-    headers = ["dtype", "tokens", *(f"{plan}, {kind}" for plan in PLANS for kind in ("base", "LoRA"))]
+    headers = ["dtype", "tokens", *(f"{plan}, {kind}" for plan in PLANS for kind in ("base", "LoRA")), "reading alone"]
     rows = [run(dtype, m, options.rounds) for dtype in options.dtype for m in options.tokens]
     print(measure.describe(measure.machine()) + "\n\n" + measure.table(headers, rows))
     text = f"# Projections\n\n`python -m benchmarks.projections`\n\n{measure.describe(measure.machine())}\n\n"

@@ -54,6 +54,10 @@ SPECS = {
     "n=64 out=f32 residual=bf16 lora(r=16 f32 s=tensor.f32); n=9 w=bf16 out=bf16 lora(r=4 f32 s=1.0)",
     "kept_kron": "k=64 x=f32; n=48 out=f32 residual=f32 kron(4*12x16*1 f32 s=1.5); "
     "n=32 out=f16 residual=f32 kron(1*2x4*16 2*16x16*1 f32 s=1.0) lora(r=3 f32 s=1.0)",
+    "long_rows": "k=307 x=f32; n=21 w=f32 out=f32 bias=f32 lora(r=5 f32 s=2.0);"
+    " n=8 w=bf16 out=f32 lora(r=3 bf16 s=1.0)",
+    "long_rows_16": "k=365 x=bf16; n=22 w=bf16 out=bf16 residual=bf16 lora(r=5 f32 s=2.0); n=7 w=f16 out=bf16",
+    "long_rows_even": "k=1024 x=f16; n=10 w=f16 out=f32 lora(r=4 f32 s=1.0); n=6 w=f32 out=f32",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
