@@ -92,11 +92,11 @@ def machine(rounds: int = 5) -> Machine:
 def reading(tensors: Sequence[torch.Tensor], streams: int = 1) -> Callable[[], None]:
     """Sums every byte of `tensors` (contiguous), one after the other, each by all of torch's threads."""
     read, threads = getattr(build.load(STREAM), f"read_{streams}"), ctypes.c_int(torch.get_num_threads())
-    pieces = [(ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(t.nbytes // 4), threads) for t in tensors]
+    pieces = [(t, ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(t.nbytes // 4)) for t in tensors]
 
     def run() -> None:
-        for piece in pieces:
-            read(*piece)
+        for _, data, count in pieces:
+            read(data, count, threads)
 
     return run
 

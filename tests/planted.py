@@ -140,10 +140,10 @@ FAULTS = {
     ),
     "operands kept from the first call": Fault(
         "runtime/dispatch.cpp",
-        "    in[i] = operands[i].data_ptr();\n",
+        "    in[i] = operands[i].const_data_ptr();\n",
         "    static std::unordered_map<std::string, const void*> kept;\n"
         "    const void*& first = kept[text + program.operands[i].name];\n"
-        "    in[i] = first = first ? first : operands[i].data_ptr();\n",
+        "    in[i] = first = first ? first : operands[i].const_data_ptr();\n",
         "tests/runtime/test_ops.py",
     ),
 }

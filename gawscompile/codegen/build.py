@@ -17,6 +17,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -64,9 +65,10 @@ def _command(source: Path, target: Path) -> list[str]:
 
 
 def fingerprint() -> str:
-    """What besides the source decides a library: the command line (CPU features included) and the compiler."""
+    """What besides the source decides a library: the command line (CPU features included), the compiler, and torch,
+    whose headers say where a tensor's fields lie."""
     compiler()
-    return "\n".join(_flags())
+    return "\n".join([torch.__version__, *_flags()])
 
 
 def _compile(source: Path, target: Path) -> None:

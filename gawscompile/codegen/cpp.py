@@ -116,7 +116,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     if dots:
         lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
     if rows:
-        lines.append(f"  dot<R, T, K>(acc, w{i} + row * K, x + t0 * K, K);")
+        lines.append(f"  stream<R, T, K>(acc, w{i} + row * K, x + t0 * K, K, t0 == 0);")
     for j, term in enumerate(p.lowrank):
         where = f"u + t0 * LDU + {ranks.offsets[i, j]}"
         lines.append(f"  dot<R, T, {term.rank}>(acc, b{i}_{j} + row * {term.rank}, {where}, LDU);")
@@ -226,7 +226,7 @@ def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: 
             "          F acc[R][T];",
             "          for (auto& row_acc : acc)",
             "            for (auto& a : row_acc) a = F(0);",
-            f"          dot<R, T, K>(acc, a{i}_{j} + row * K, x + t0 * K, K);",
+            f"          stream<R, T, K>(acc, a{i}_{j} + row * K, x + t0 * K, K, t0 == 0);",
             "          for (int t = 0; t < T; ++t)",
             f"            for (int r = 0; r < R; ++r) {at} = "
             + (f"{scale} * sum(acc[r][t]);" if scale else "sum(acc[r][t]);"),

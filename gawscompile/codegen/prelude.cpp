@@ -73,50 +73,15 @@ struct Step<bf16, bf16> {
 };
 #endif
 
-// A call of so few tokens waits for memory alone, and hardware follows one stream best: its rows are read one after the
-// other, as they lie. Of more tokens, rows that are multiplied together share the loads of x.
-template <int T, int BYTES>
-constexpr bool in_turn = T <= 2 && BYTES >= 512;
-
-// Bytes ahead of the reader that are asked for, into the second cache. Rows in turn need little; four rows in flight are
-// four streams, which hardware follows badly where they are short, so this asks for a few rows, in memory's own order.
-constexpr int NEAR = 4 << 10, AHEAD = 24 << 10, LINE = 64;
-
-// acc[t] += sum over k < N of w[k] * x[t, k]
-template <int T, int N, class TW, class TX>
-inline __attribute__((always_inline)) void row_dot(F (&acc)[T], const TW* w, const TX* x, int64_t ldx) {
-  using S = Step<TW, TX>;
-  constexpr int SUMS = T == 1 ? 2 : 1;  // in flight: one multiply-add alone waits for the one before
-  constexpr int WHOLE = N - N % S::N, BYTES = S::N * sizeof(TW);
-  F sums[SUMS][T];
-  for (auto& of_tokens : sums)
-    for (auto& sum : of_tokens) sum = F(0);
-  const auto step = [&](int k, int s, auto... count) {
-    const auto ws = S::get(w + k, count...);
-    for (int t = 0; t < T; ++t) S::dot(sums[s][t], ws, S::get(x + t * ldx + k, count...));
-  };
-  int k = 0;
-  for (; k + SUMS * S::N <= N; k += SUMS * S::N)
-    for (int s = 0; s < SUMS; ++s) {
-      for (int at = 0; at < BYTES; at += LINE)
-        __builtin_prefetch((const char*)(w + k + s * S::N) + at + NEAR, 0, 2);
-      step(k + s * S::N, s);
-    }
-  if (k < WHOLE) step(k, 0);
-  if constexpr (WHOLE < N) step(WHOLE, 0, N - WHOLE);
-  for (int s = 0; s < SUMS; ++s)
-    for (int t = 0; t < T; ++t) acc[t] = acc[t] + sums[s][t];
-}
+// Bytes ahead of the reader that are asked for, into the second cache: a few rows of most weights. Four rows in flight are
+// four streams, which hardware follows badly where rows are short; this asks for memory in its own order.
+constexpr int AHEAD = 24 << 10, LINE = 64;
 
 // acc[r][t] += sum over k < N of w[r, k] * x[t, k], the rows of w lying one after the other
 template <int R, int T, int N, class TW, class TX>
 inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx) {
   using S = Step<TW, TX>;
   constexpr int WHOLE = N - N % S::N, BYTES = S::N * sizeof(TW);
-  if constexpr (in_turn<T, N * int(sizeof(TW))>) {
-    for (int r = 0; r < R; ++r) row_dot<T, N>(acc[r], w + r * N, x, ldx);
-    return;
-  }
   for (int k = 0; k < WHOLE; k += S::N) {
     typename S::Chunk xs[T];
     for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + k);
@@ -136,6 +101,34 @@ inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, cons
       for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, xs[t]);
     }
   }
+}
+
+// The same for a weight that comes from memory where `first` says so: for the first tokens of a call. One or two of them
+// wait for memory alone, and hardware follows one stream best: rows are read one after the other, as they lie, and asked
+// for a little ahead. Every sum has the terms and the order that `dot` gives it. For steps of 512 bits and one
+// multiply-add, where this was measured.
+template <int R, int T, int N, class TW, class TX>
+inline __attribute__((always_inline)) void stream(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx, bool first) {
+  using S = Step<TW, TX>;
+  constexpr int BYTES = S::N * sizeof(TW), NEAR = 4 << 10;
+  if constexpr (T <= 2 && V == 16 && BYTES == LINE && N >= 8 * S::N && !std::is_same_v<typename S::Chunk, Pair>) {
+    if (first) {
+      for (int r = 0; r < R; ++r) {
+        const TW* row = w + r * N;
+        const auto step = [&](int k, auto... count) {
+          const auto ws = S::get(row + k, count...);
+          for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, S::get(x + t * ldx + k, count...));
+        };
+        for (int k = 0; k + S::N <= N; k += S::N) {
+          __builtin_prefetch((const char*)(row + k) + NEAR, 0, 2);
+          step(k);
+        }
+        if constexpr (N % S::N != 0) step(N - N % S::N, N % S::N);
+      }
+      return;
+    }
+  }
+  dot<R, T, N>(acc, w, x, ldx);
 }
 
 // ---- a weight kept as [k, n]: its columns are added up in memory that stays in the first cache ---------------

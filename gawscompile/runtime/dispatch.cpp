@@ -3,19 +3,18 @@
 // It finds the kernels of `program` (asking Python to build them the first time), checks every operand against the
 // spec (a parameter may have been replaced since compilation), allocates the outputs and runs the plan that the
 // program names for this number of tokens. Operands that are hoisted are compared with their sources in every call.
-// Only torch's stable ABI is used, and c10 for what that cannot say: which tensor it is, and its version.
+// The op is boxed: it reads its operands and its text where the dispatcher has put them.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <ATen/core/TensorBase.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -24,23 +23,22 @@
 #include <unordered_map>
 #include <vector>
 
-using torch::stable::Tensor;
-
-#define CHECK_OK(call) STD_TORCH_CHECK((call) == 0, "gaws::project: failed: " #call)
+using at::ScalarType;
+using at::Tensor;
 
 namespace {
 
 using Kernel = void (*)(int64_t m, const void* x, const void* const* in, void* const* out);
 
 struct Operand {
-  int32_t dtype;
+  ScalarType dtype;
   std::vector<int64_t> shape;  // -1: the number of tokens, over any leading dimensions
   std::string name;
 };
 
 struct Projection {
   int64_t n;
-  int32_t dtype;
+  ScalarType dtype;
   int64_t weight;  // index of its weight among the operands, or -1: its base's product is its residual
   bool transposed;  // the weight is [k, n]
 };
@@ -71,7 +69,7 @@ struct Program {
   Kernel gemv, accumulate;  // accumulate: null where nothing is to be added to W x
   int64_t gemv_max;         // the most tokens that gemv runs; beyond, the library multiplies
   int64_t k;
-  int32_t x_dtype;
+  ScalarType x_dtype;
   std::vector<Operand> operands;
   std::vector<Projection> projections;
   bool swiglu;  // two projections, one output: silu(first) * second
@@ -90,20 +88,14 @@ const Program& find(const std::string& text) {
       const auto it = programs.find(text);
       if (it != programs.end()) return *it->second;
     }
-    STD_TORCH_CHECK(resolver && attempt == 0, "gaws::project: no kernel was registered for: ", text);
+    TORCH_CHECK(resolver && attempt == 0, "gaws::project: no kernel was registered for: ", text);
     const char* error = resolver(text.c_str());
-    STD_TORCH_CHECK(error == nullptr, "gaws::project: ", error ? error : "");
+    TORCH_CHECK(error == nullptr, "gaws::project: ", error ? error : "");
   }
 }
 
-int32_t dtype_of(const Tensor& t) {
-  int32_t dtype;
-  CHECK_OK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
 bool fits(const Tensor& t, const Operand& o, int64_t m) {
-  if (dtype_of(t) != o.dtype || !t.is_cpu()) return false;
+  if (t.scalar_type() != o.dtype || !t.is_cpu()) return false;
   if (!o.shape.empty() && o.shape[0] == -1) return t.dim() > 0 && t.size(-1) == o.shape[1] && t.numel() == m * o.shape[1];
   if (t.dim() != int64_t(o.shape.size())) return false;
   for (size_t d = 0; d < o.shape.size(); ++d)
@@ -111,10 +103,16 @@ bool fits(const Tensor& t, const Operand& o, int64_t m) {
   return true;
 }
 
-c10::TensorImpl* impl_of(const Tensor& t) {
-  // A handle of the stable ABI is a pointer to an at::Tensor, which is a TensorBase and no more.
-  return reinterpret_cast<const at::TensorBase*>(t.get())->unsafeGetTensorImpl();
-}
+// Tensors by address: the dispatcher's own, or those of `kept`, which stay where they are as it grows.
+struct Tensors {
+  std::vector<const Tensor*> all;
+  std::list<Tensor> kept;
+
+  Tensors() = default;
+  Tensors(Tensors&&) = default;  // a copy would point into this one
+  const Tensor& operator[](size_t i) const { return *all[i]; }
+  const Tensor* keep(Tensor t) { return &kept.emplace_back(std::move(t)); }
+};
 
 constexpr size_t AHEAD = 4096;  // bytes that are asked for into the second cache: one core alone waits for memory
 
@@ -145,7 +143,7 @@ constexpr size_t PIECE = 1 << 14;          // bytes that one thread hashes at a 
 
 // The states of all sources, in the order in which `derived` names them. All threads hash: what they read, the kernel
 // reads next, so that it comes from memory once.
-std::vector<State> states_of(const std::vector<Derived>& derived, const std::vector<Tensor>& arguments) {
+std::vector<State> states_of(const std::vector<Derived>& derived, const Tensors& arguments) {
   struct Piece {
     const char* data;
     size_t bytes, of;
@@ -157,12 +155,11 @@ std::vector<State> states_of(const std::vector<Derived>& derived, const std::vec
   for (const Derived& d : derived)
     for (size_t i = 0; i < d.sources.size(); ++i) {
       const Tensor& t = arguments[d.sources[i]];
-      c10::TensorImpl* impl = impl_of(t);
       const bool contiguous = t.is_contiguous();
-      if (!contiguous) plain.push_back(torch::stable::contiguous(t));
-      const char* data = static_cast<const char*>((contiguous ? t : plain.back()).data_ptr());
-      const size_t bytes = size_t(t.numel()) * impl->dtype().itemsize(), at = states.size();
-      uint64_t seed = uint64_t(dtype_of(t));
+      if (!contiguous) plain.push_back(t.contiguous());
+      const char* data = static_cast<const char*>((contiguous ? t : plain.back()).const_data_ptr());
+      const size_t bytes = t.nbytes(), at = states.size();
+      uint64_t seed = uint64_t(t.scalar_type());
       for (int64_t n = 0; n < t.dim(); ++n) seed = (seed * 31 + uint64_t(t.size(n))) * 31 + uint64_t(t.stride(n));
       if (d.large[i] && bytes > SAMPLES * LINE) {
         std::array<char, SAMPLES * LINE> sample;
@@ -173,7 +170,7 @@ std::vector<State> states_of(const std::vector<Derived>& derived, const std::vec
         for (size_t from = 0; from < bytes; from += PIECE)
           pieces.push_back({data + from, std::min(PIECE, bytes - from), at, seed + from});
       }
-      states.push_back({t.data_ptr(), impl->is_inference() ? 0 : impl->version_counter().current_version(), seed});
+      states.push_back({t.const_data_ptr(), t.is_inference() ? 0 : uint64_t(t._version()), seed});
     }
 #pragma omp parallel for if (pieces.size() > 2)
   for (size_t i = 0; i < pieces.size(); ++i) pieces[i].hash = hash(pieces[i].data, pieces[i].bytes, pieces[i].hash);
@@ -185,23 +182,24 @@ std::vector<State> states_of(const std::vector<Derived>& derived, const std::vec
 }
 
 // The operand that is derived from `arguments`, computed anew where any of its sources is no longer what it was.
-Tensor derive(const Derived& d, const std::vector<Tensor>& arguments, std::vector<State> states) {
+Tensor derive(const Derived& d, const Tensors& arguments, std::vector<State> states) {
   std::vector<const void*> key;
-  for (int64_t source : d.sources) key.push_back(impl_of(arguments[source]));
+  for (int64_t source : d.sources) key.push_back(arguments[source].unsafeGetTensorImpl());
   {
     std::shared_lock lock(mutex);
     const auto it = d.values.find(key);
     if (it != d.values.end() && it->second.states == states) return it->second.tensor;
   }
-  std::vector<Tensor> sources;
+  c10::List<Tensor> sources;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> alive;
   for (int64_t source : d.sources) {
     sources.push_back(arguments[source]);
-    alive.emplace_back(reinterpret_cast<const at::TensorBase*>(arguments[source].get())->getIntrusivePtr());
+    alive.emplace_back(arguments[source].getIntrusivePtr());
   }
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(sources), torch::stable::detail::from(d.recipe)};
-  CHECK_OK(aoti_torch_call_dispatcher("gaws::derive", "", stack.data()));
-  Tensor tensor = torch::stable::detail::to<Tensor>(stack[0]);
+  const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow("gaws::derive", "");
+  torch::jit::Stack stack{sources, d.recipe};
+  op.callBoxed(stack);
+  const Tensor tensor = stack.back().toTensor();
   std::unique_lock lock(mutex);
   for (auto it = d.values.begin(); it != d.values.end();) {
     const auto& all = it->second.alive;
@@ -213,97 +211,88 @@ Tensor derive(const Derived& d, const std::vector<Tensor>& arguments, std::vecto
 }
 
 // What the kernels take: `arguments`, with what is derived from them where it belongs.
-std::vector<Tensor> with_derived(const Program& program, std::vector<Tensor> arguments) {
+Tensors with_derived(const Program& program, Tensors arguments) {
   if (program.derived.empty()) return arguments;
   const std::vector<State> states = states_of(program.derived, arguments);
-  std::vector<Tensor> operands;
-  size_t given = 0, at = 0;
+  Tensors operands;
+  size_t given = 0;
   auto mine = states.begin();
   for (const Derived& d : program.derived) {
-    while (int64_t(at) < d.operand) operands.push_back(arguments[given++]), ++at;
-    operands.push_back(derive(d, arguments, {mine, mine + d.sources.size()})), ++at;
+    while (int64_t(operands.all.size()) < d.operand) operands.all.push_back(arguments.all[given++]);
+    operands.all.push_back(operands.keep(derive(d, arguments, {mine, mine + d.sources.size()})));
     mine += d.sources.size();
   }
-  while (at++ < program.operands.size()) operands.push_back(arguments[given++]);
+  while (operands.all.size() < program.operands.size()) operands.all.push_back(arguments.all[given++]);
   return operands;
 }
 
 // A view of dense memory, for the library's matmul; the caller keeps the memory alive.
-Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int32_t dtype) {
-  const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
-  AtenTensorHandle handle;
-  CHECK_OK(aoti_torch_create_tensor_from_blob(
-      data, 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, ScalarType dtype) {
+  return at::from_blob(data, {rows, cols}, {row_stride, col_stride}, at::TensorOptions(dtype));
 }
 
-// New memory, laid out plainly.
-Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
-    strides[d] = step;
-    step *= sizes[d];
-  }
-  AtenTensorHandle handle;
-  CHECK_OK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-std::vector<Tensor> project(Tensor x, std::vector<Tensor> arguments, std::string text) {
+c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) {
   const Program& program = find(text);
-  STD_TORCH_CHECK(
-      x.dim() > 0 && x.size(-1) == program.k && dtype_of(x) == program.x_dtype,
+  TORCH_CHECK(
+      x.dim() > 0 && x.size(-1) == program.k && x.scalar_type() == program.x_dtype,
       "gaws::project: x does not fit the compiled kernel (wanted ", program.k, " features): ", text);
-  STD_TORCH_CHECK(
-      arguments.size() == program.arguments,
-      "gaws::project: ", arguments.size(), " operands, the kernel takes ", program.arguments, ": ", text);
-  std::vector<Tensor> operands = with_derived(program, std::move(arguments));
+  TORCH_CHECK(
+      arguments.all.size() == program.arguments,
+      "gaws::project: ", arguments.all.size(), " operands, the kernel takes ", program.arguments, ": ", text);
+  Tensors operands = with_derived(program, std::move(arguments));
   const int64_t m = program.k ? x.numel() / program.k : 0;
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  std::vector<const void*> in(operands.size());
-  for (size_t i = 0; i < operands.size(); ++i) {
-    STD_TORCH_CHECK(
+  if (!x.is_contiguous()) x = x.contiguous();
+  std::vector<const void*> in(program.operands.size());
+  for (size_t i = 0; i < in.size(); ++i) {
+    TORCH_CHECK(
         fits(operands[i], program.operands[i], m), "gaws::project: operand ", program.operands[i].name,
         " no longer has the dtype, shape or device it was compiled for; call torch.compile again after such a change: ",
         text);
-    if (!operands[i].is_contiguous()) operands[i] = torch::stable::contiguous(operands[i]);
-    in[i] = operands[i].data_ptr();
+    if (!operands[i].is_contiguous()) operands.all[i] = operands.keep(operands[i].contiguous());
+    in[i] = operands[i].const_data_ptr();
   }
-  std::vector<Tensor> outputs;
-  outputs.reserve(program.projections.size());
+  c10::List<Tensor> outputs;
   std::vector<void*> out;
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> sizes = x.sizes().vec();
   for (const Projection& p : program.projections) {
     if (program.swiglu && !outputs.empty()) break;
     sizes.back() = p.n;
-    outputs.push_back(empty(sizes, p.dtype));
-    out.push_back(outputs.back().data_ptr());
+    Tensor y = at::detail::empty_cpu(sizes, p.dtype);
+    out.push_back(y.mutable_data_ptr());
+    outputs.push_back(std::move(y));
   }
   if (m == 0) return outputs;
+  const void* rows = x.const_data_ptr();
   if (m <= program.gemv_max) {
-    program.gemv(m, x.data_ptr(), in.data(), out.data());
+    program.gemv(m, rows, in.data(), out.data());
     return outputs;
   }
   std::vector<Tensor> products;  // gate and up, before accumulate makes one output of them
   if (program.swiglu) {
     for (const Projection& p : program.projections) {
-      products.push_back(empty({m, p.n}, p.dtype));
-      out.insert(out.end() - 1, products.back().data_ptr());
+      products.push_back(at::detail::empty_cpu({m, p.n}, p.dtype));
+      out.insert(out.end() - 1, products.back().mutable_data_ptr());
     }
   }
-  Tensor rows = view(x.data_ptr(), m, program.k, program.k, 1, program.x_dtype);
+  const Tensor matrix = view(const_cast<void*>(rows), m, program.k, program.k, 1, program.x_dtype);
   for (size_t i = 0; i < program.projections.size(); ++i) {
     const Projection& p = program.projections[i];
     if (p.weight < 0) continue;
     Tensor y = view(out[i], m, p.n, p.n, 1, p.dtype);
     const int64_t row = p.transposed ? p.n : 1, column = p.transposed ? 1 : program.k;
-    Tensor w = view(const_cast<void*>(in[p.weight]), program.k, p.n, row, column, p.dtype);
-    CHECK_OK(aoti_torch_cpu_mm_out(y.get(), rows.get(), w.get()));
+    at::cpu::mm_out(y, matrix, view(const_cast<void*>(in[p.weight]), program.k, p.n, row, column, p.dtype));
   }
-  if (program.accumulate) program.accumulate(m, x.data_ptr(), in.data(), out.data());
+  if (program.accumulate) program.accumulate(m, rows, in.data(), out.data());
   return outputs;
+}
+
+void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const auto arguments = stack->end() - 3;
+  Tensors tensors;
+  for (const c10::IValue& one : arguments[1].toListRef()) tensors.all.push_back(&one.toTensor());
+  c10::List<Tensor> outputs = project(arguments[0].toTensor(), std::move(tensors), arguments[2].toStringRef());
+  stack->erase(arguments, stack->end());
+  stack->emplace_back(std::move(outputs));
 }
 
 }  // namespace
@@ -321,12 +310,12 @@ extern "C" void gaws_register(
   program->accumulate = Kernel(accumulate);
   program->gemv_max = gemv_max;
   program->k = k;
-  program->x_dtype = x_dtype;
+  program->x_dtype = ScalarType(x_dtype);
   program->swiglu = swiglu;
   for (int64_t i = 0, at = 0; i < n_operands; at += ranks[i++])
-    program->operands.push_back({dtypes[i], {shapes + at, shapes + at + ranks[i]}, names[i]});
+    program->operands.push_back({ScalarType(dtypes[i]), {shapes + at, shapes + at + ranks[i]}, names[i]});
   for (int64_t i = 0; i < n_projections; ++i)
-    program->projections.push_back({widths[i], out_dtypes[i], weights[i], transposed[i]});
+    program->projections.push_back({widths[i], ScalarType(out_dtypes[i]), weights[i], transposed[i]});
   program->arguments = size_t(n_operands - n_derived);
   for (int64_t i = 0; i < n_derived; sources += counts[i], large += counts[i], ++i) {
     program->derived.push_back({places[i], recipes[i], {sources, sources + counts[i]}, {large, large + counts[i]}, {}});
@@ -350,4 +339,6 @@ extern "C" void gaws_forget(const void* const* data, int64_t count) {
       }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gaws, CPU, m) { m.impl("project", TORCH_BOX(&project)); }
+static const auto registration = c10::Dispatcher::singleton().registerImpl(
+    {"gaws::project", ""}, c10::DispatchKey::CPU, c10::KernelFunction::makeFromBoxedFunction<&boxed>(), std::nullopt,
+    nullptr, "gawscompile/runtime/dispatch.cpp");

@@ -55,7 +55,7 @@ _library.impl("project", gpu.project, "CUDA")
 
 OPS = (torch.ops.gaws.project.default, torch.ops.gaws.project_traced.default)
 
-# The numbers of torch's ScalarType, which the stable ABI uses.
+# The numbers of torch's ScalarType.
 _DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
 
 _Resolver = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
