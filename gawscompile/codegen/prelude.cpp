@@ -103,27 +103,30 @@ inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, cons
   }
 }
 
-// The same for a weight that comes from memory where `first` says so: for the first tokens of a call. One or two of them
-// wait for memory alone, and hardware follows one stream best: rows are read one after the other, as they lie, and asked
-// for a little ahead. Every sum has the terms and the order that `dot` gives it. For steps of 512 bits and one
-// multiply-add, where this was measured.
+// The same for a weight that comes from memory, where these are the first tokens of a call. One alone waits for nothing
+// else, and hardware follows one stream best: rows are read one after the other, as they lie, and asked for a little
+// ahead. Two sums in flight: one multiply-add waits for the one before. For steps of 512 bits and one multiply-add,
+// where this was measured.
 template <int R, int T, int N, class TW, class TX>
 inline __attribute__((always_inline)) void stream(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx, bool first) {
   using S = Step<TW, TX>;
   constexpr int BYTES = S::N * sizeof(TW), NEAR = 4 << 10;
-  if constexpr (T <= 2 && V == 16 && BYTES == LINE && N >= 8 * S::N && !std::is_same_v<typename S::Chunk, Pair>) {
+  if constexpr (T == 1 && V == 16 && BYTES == LINE && N >= 8 * S::N && !std::is_same_v<typename S::Chunk, Pair>) {
     if (first) {
-      for (int r = 0; r < R; ++r) {
-        const TW* row = w + r * N;
-        const auto step = [&](int k, auto... count) {
-          const auto ws = S::get(row + k, count...);
-          for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, S::get(x + t * ldx + k, count...));
+      for (int r = 0; r < R; ++r, w += N) {
+        F sums[2] = {acc[r][0], F(0)};
+        const auto step = [&](F& sum, int k, auto... count) {
+          S::dot(sum, S::get(w + k, count...), S::get(x + k, count...));
         };
-        for (int k = 0; k + S::N <= N; k += S::N) {
-          __builtin_prefetch((const char*)(row + k) + NEAR, 0, 2);
-          step(k);
-        }
-        if constexpr (N % S::N != 0) step(N - N % S::N, N % S::N);
+        int k = 0;
+        for (; k + 2 * S::N <= N; k += 2 * S::N)
+          for (int s = 0; s < 2; ++s) {
+            __builtin_prefetch((const char*)(w + k + s * S::N) + NEAR, 0, 2);
+            step(sums[s], k + s * S::N);
+          }
+        if (k + S::N <= N) step(sums[0], k);
+        if constexpr (N % S::N != 0) step(sums[1], N - N % S::N, N % S::N);
+        acc[r][0] = sums[0] + sums[1];
       }
       return;
     }
