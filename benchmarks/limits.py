@@ -90,7 +90,7 @@ def machine(rounds: int = 5) -> Machine:
 
 
 def reading(tensors: Sequence[torch.Tensor], streams: int = 1) -> Callable[[], None]:
-    """A call that sums `tensors` (contiguous, any dtype, read as fp32, but for a last few bytes), each by all threads."""
+    """A call that sums `tensors` (contiguous, read as fp32 but for a few last bytes), each by all threads."""
     read, threads = getattr(build.load(STREAM), f"read_{streams}"), ctypes.c_int(torch.get_num_threads())
     pieces = [(t, ctypes.c_void_p(t.data_ptr()), ctypes.c_int64(t.nbytes // 4)) for t in tensors]
 

@@ -105,7 +105,7 @@ FAULTS = {
         "tests/codegen/test_cpp.py",
     ),
     "G's rows in another order": Fault(
-        "codegen/prelude.cpp",
+        "codegen/modes.cpp",
         "dot<R, T, I>(acc, g + row * I, from + s0 * I, I);",
         "dot<R, T, I>(acc, g + (O - R - row) * I, from + s0 * I, I);",
         "tests/codegen/test_cpp.py",

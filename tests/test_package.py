@@ -36,7 +36,8 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     sh(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT))
     (wheel,) = tmp_path.glob("*.whl")
     inside = zipfile.ZipFile(wheel).namelist()
-    sources = ("runtime/dispatch.cpp", "codegen/prelude.cpp", "codegen/vectors.cpp", "passes/lower.py")
+    kernels = [f"codegen/{name}.cpp" for name in ("vectors", "prelude", "modes")]
+    sources = ("runtime/dispatch.cpp", "passes/lower.py", *kernels)
     for needed in (*sources, "data/lighthouse.txt", "data/dump.html"):
         assert f"gawscompile/{needed}" in inside
     assert not [name for name in inside if name.startswith(("tests/", "passes/", "benchmarks/"))]

@@ -47,7 +47,8 @@ PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile aft
 READ = ("bias", "residual", "rowscale", "a", "b", "scale", "c", "z", "mode", "kron_scale")
 """Roles of all operands but weights."""
 
-PRELUDE = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude"))
+_PARTS = ("vectors", "prelude", "modes")  # one after the other
+PRELUDE = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in _PARTS)
 
 
 PLANS = {"gemv_cpp": "plan gemv_cpp (any m)", "gemm_accumulate": "the epilogue of plan gemm_accumulate"}

@@ -1,0 +1,89 @@
+// Mode products: (I_B ⊗ G ⊗ I_A) x, x[t, (b, i, a)] → z[t, (b, o, a)], G [O, I]; `cpp.py` puts them behind `prelude.cpp`.
+
+constexpr int64_t NARROW = 2 * V;  // an A below this is no vector: its slices are turned, x[t, (b, a, i)], and dotted
+
+template <int64_t A>
+constexpr bool turns = A > 1 && A < NARROW;
+
+// x[t, (b, i, a)] as [t, (b, a, i)] for tokens [lo, hi), as this thread alone will read it.
+template <int64_t B, int64_t I, int64_t A, class TX>
+inline void turn(std::vector<float>& turned, const TX* x, int64_t ldx, int64_t lo, int64_t hi) {
+  if (turned.size() < size_t((hi - lo) * B * I * A)) turned.resize((hi - lo) * B * I * A);
+  float* to = turned.data();
+  for (int64_t t = lo; t < hi; ++t)
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t a = 0; a < A; ++a)
+        for (int64_t i = 0; i < I; ++i) *to++ = float(x[t * ldx + (b * I + i) * A + a]);
+}
+
+// Rows of one block of G, for all slices of tokens [lo, hi). The slices of a token are to G what tokens are to a weight:
+// tiles of them share each load of its rows. Where A turns, x is what `turn` made of these tokens.
+template <int64_t B, int64_t O, int64_t I, int64_t A, class TG, class TX>
+inline void mode(
+    float* z, const TG* g, const TX* x, int64_t ldz, int64_t ldx, int64_t block, int64_t lo, int64_t hi, float scale) {
+  for_rows<O>(block, [&](auto rows, int64_t row) {
+    constexpr int R = decltype(rows)::value;
+    for (int64_t t = lo; t < hi; ++t) {
+      if constexpr (A == 1 || turns<A>) {
+        const TX* from = turns<A> ? x + (t - lo) * B * I * A : x + t * ldx;
+        for_tokens(0, B * A, [&](auto width, int64_t s0) {
+          constexpr int T = decltype(width)::value;
+          F acc[R][T];
+          for (auto& row_acc : acc)
+            for (auto& a : row_acc) a = F(0);
+          dot<R, T, I>(acc, g + row * I, from + s0 * I, I);
+          for (int s = 0; s < T; ++s)
+            for (int r = 0; r < R; ++r)
+              z[t * ldz + ((s0 + s) / A * O + row + r) * A + (s0 + s) % A] = scale * sum(acc[r][s]);
+        });
+      } else {
+        for (int64_t b = 0; b < B; ++b) {
+          const auto along = [&](int64_t a, auto load, auto store) {
+            Pair acc[R];
+            for (auto& v : acc) v = {F(0), F(0)};
+            for (int i = 0; i < I; ++i) {
+              const Pair v = load(x + t * ldx + (b * I + i) * A + a);
+              for (int r = 0; r < R; ++r) {
+                const F w(scale * float(g[(row + r) * I + i]));
+                acc[r] = {fmadd(w, v.lo, acc[r].lo), fmadd(w, v.hi, acc[r].hi)};
+              }
+            }
+            for (int r = 0; r < R; ++r) store(z + t * ldz + (b * O + row + r) * A + a, acc[r]);
+          };
+          for (int64_t a = 0; a + NARROW <= A; a += NARROW)
+            along(a, [](const TX* p) { return load_pair(p); }, [](float* p, const Pair& v) { store_pair(p, v); });
+          if constexpr (A % NARROW != 0) {
+            constexpr int rest = A % NARROW;
+            along(
+                A - rest, [](const TX* p) { return load_pair(p, rest); },
+                [](float* p, const Pair& v) { store_pair(p, v, rest); });
+          }
+        }
+      }
+    }
+  });
+}
+
+// z = scale * diag(v) x for features [k0, k1), v along the middle axis; or z = scale * x where v is null.
+template <int64_t I, int64_t A, class TG, class TX>
+inline void diagonal(
+    float* z, const TG* v, const TX* x, int64_t ldz, int64_t ldx, int64_t k0, int64_t k1, int64_t lo, int64_t hi,
+    float scale) {
+  for (int64_t t = lo; t < hi; ++t)
+    for (int64_t k = k0; k < k1; ++k) z[t * ldz + k] = scale * float(x[t * ldx + k]) * (v ? float(v[k / A % I]) : 1.0f);
+}
+
+// acc[r][t] += row (row + r) of I ⊗ G times x[t], which lies in slices of I; the rows may cross into the next slice
+template <int R, int T, int64_t O, int64_t I, class TG, class TX>
+inline void slice_dot(F (&acc)[R][T], const TG* g, int64_t row, const TX* x, int64_t ldx) {
+  if (R == 1 || O % R == 0 || row % O + R <= O) {
+    dot<R, T, I>(acc, g + row % O * I, x + row / O * I, ldx);
+  } else {
+    for (int r = 0; r < R; ++r) {
+      F one[1][T];
+      for (int t = 0; t < T; ++t) one[0][t] = acc[r][t];
+      dot<1, T, I>(one, g + (row + r) % O * I, x + (row + r) / O * I, ldx);
+      for (int t = 0; t < T; ++t) acc[r][t] = one[0][t];
+    }
+  }
+}
