@@ -1,28 +1,32 @@
-"""``gawscompile.compile``: torch.compile for serving, without the guards that cost most and protect least.
+"""``gawscompile.compile``: torch.compile for serving, whose guards cost least while nothing changes.
 
-Before every call Dynamo checks what it assumed of the model. PEFT's LoRA has eight modules per projection, and most of
-these checks are of torch's own: that an ``nn.Linear`` inside an adapter is still one and holds a parameter of the same
-shape. `torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe` leaves those out. All that PEFT keeps in modules of its
-own stays guarded: the active adapters, scaling, disabling, merging, and which adapters there are.
+Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to check.
+Most of these checks are of torch's own modules: that an ``nn.Linear`` inside an adapter is still one and holds a
+parameter of the same shape. `inference_guards` has them checked only once something changed, and finds out whether
+anything did in one call (`runtime/unchanged.py`). All that PEFT keeps in modules of its own stays guarded as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.backend import register
+from gawscompile.runtime import unchanged
+
+log = logging.getLogger("gawscompile")
 
 
 def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings: Any) -> Any:
     """``torch.compile(model, backend="gaws", options=…, …)`` with `inference_guards`; `settings` are torch.compile's.
 
-    Stay right: whatever is written to a parameter, ``set_adapter``, ``disable_adapter``, scaling, ``merge_adapter``,
-    adding and deleting adapters. Not noticed any more: hooks and other attributes that are put on an ``nn.Linear``,
-    ``nn.Embedding``, ``nn.Dropout`` … itself after it was compiled. A parameter of another shape or dtype is an error
-    of the op or of Inductor's wrapper, which check it; a submodule that is replaced is noticed.
+    Nothing is noticed less than there: parameters that are written to, replaced, or of another dtype or shape by now,
+    ``set_adapter``, ``disable_adapter``, scaling, ``merge_adapter``, adapters added and deleted, hooks, attributes.
 
     Raises `ValueError` for `backend` and `mode` (give the options that a mode stands for: `torch._inductor.
     list_mode_options`) and for options that hold a ``guard_filter_fn``: this is one.
@@ -38,10 +42,53 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
 
 
 def inference_guards(entries: Sequence[Any]) -> list[bool]:
-    """A ``guard_filter_fn``: drops the guards on torch's own modules, unless gradients are on.
+    """A ``guard_filter_fn``: guards on torch's own modules and their parameters are checked only once something changed.
 
-    With gradients a parameter's ``requires_grad`` decides what the graph computes, so there all guards stay.
+    One guard in their place, `gawscompile.runtime.unchanged.Unchanged`, sees whether anything did. With gradients all
+    guards stay: a parameter's ``requires_grad`` decides what the graph computes then. So do they where changes cannot
+    be seen (`unchanged.available`), and where guards are kept in files (``caching_precompile``).
     """
-    if torch.is_grad_enabled():
-        return [True] * len(entries)
-    return list(torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(entries))
+    for entry in entries:
+        if isinstance(entry.value, torch.Tensor) and (bytes_ := unchanged.missing(entry.value)):
+            raise RuntimeError(f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory")
+    everything = [True] * len(entries)
+    if torch.is_grad_enabled() or torch._dynamo.config.caching_precompile or not unchanged.available():
+        return everything
+    builtin = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(entries)
+    guards = [entry.orig_guard for entry in entries]
+    keep = [kept or not unchanged.followable(g.originating_source) for kept, g in zip(builtin, guards, strict=True)]
+    carrier = next((guard for guard, kept in zip(guards, keep, strict=True) if kept), None)
+    replaced = [guard for guard, kept in zip(guards, keep, strict=True) if not kept]
+    if carrier is None or not replaced:
+        return everything
+    carrier.create_fn = _also(carrier.create_fn, replaced)
+    return keep
+
+
+def _also(create: Callable[[Any, Any], Any], replaced: list[Any]) -> Callable[[Any, Any], Any]:
+    """`create`, which makes a guard that stays; and the one guard in the place of `replaced`.
+
+    Dynamo makes guards twice where it is given a filter: all of them for the filter to see, then those that it keeps.
+    """
+
+    @functools.wraps(create.func if isinstance(create, functools.partial) else create)
+    def both(builder: Any, guard: Any) -> Any:
+        made = create(builder, guard)
+        try:
+            _install(builder, replaced)
+        except Exception as error:  # another Dynamo than we know
+            log.warning("gaws: all guards stay, and are checked in every call: %s: %s", type(error).__name__, error)
+            for one in replaced:
+                one.create(builder)
+        return made
+
+    return both
+
+
+def _install(builder: Any, replaced: list[Any]) -> None:
+    manager = builder.check_fn_manager
+    _, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
+    sources = [guard.originating_source for guard in replaced]
+    guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"])
+    said = [f"{len(replaced)} guards on torch's own modules and their parameters (gawscompile.compile)"]
+    builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)

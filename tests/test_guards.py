@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+
 import peft
 import pytest
 import torch
+from peft.utils.hotswap import hotswap_adapter
 
 import gawscompile
 from gawscompile.debug.store import RECORDS
 from gawscompile.guards import inference_guards
 from gawscompile.measure import graphs_compiled
-from tests.graphs import randomise, small_llama, tokens
+from gawscompile.runtime import unchanged
+from gawscompile.runtime.unchanged import Unchanged
+from tests.graphs import Pair, randomise, small_llama, tokens
 
 IDS = tokens(1, 5)
 OPTIONS = {"strict": True}
@@ -140,10 +147,10 @@ def test_gradients_get_all_their_guards(pair):
     assert active and all(p.grad is not None for p in active)
 
 
-def test_most_guards_on_parameters_are_gone():
+def test_most_guards_on_parameters_are_checked_only_after_a_change():
     torch._dynamo.reset()
     model = small_llama(layers=1)
-    counts = []
+    counts, made = [], []
 
     def counting(entries):
         keep = inference_guards(entries)
@@ -151,10 +158,144 @@ def test_most_guards_on_parameters_are_gone():
         counts.append((len(matched), sum(matched)))
         return keep
 
-    logits(torch.compile(model, backend="eager", options={"guard_filter_fn": counting}))
+    with patched(Unchanged, "__init__", lambda self, *given: made.append(self)):
+        compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": counting})
+        logits(compiled)
     parameters = sum(1 for _ in model.parameters())
     (before, after), *_ = counts
     assert before >= parameters * 0.9 and after < before / 4
+    (guard,) = made
+    checks = []
+    guard.guards = Counting(guard.guards, checks)
+    logits(compiled)
+    logits(compiled)
+    assert not checks, "nothing has changed since Dynamo tried its guards"
+    model.base_model.model.lm_head.some_attribute = 1
+    logits(compiled)
+    logits(compiled)
+    assert len(checks) == 1
+
+
+class Counting:
+    """Guards that note that they are checked."""
+
+    def __init__(self, guards, checks):
+        self.guards, self.checks = guards, checks
+
+    def check(self, scope):
+        self.checks.append(scope)
+        return self.guards.check(scope)
+
+
+@contextlib.contextmanager
+def patched(owner, name, also):
+    """`owner.name` with `also` called after it."""
+    before = getattr(owner, name)
+
+    def both(self, *given):
+        before(self, *given)
+        also(self, *given)
+
+    setattr(owner, name, both)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def test_a_module_of_another_dtype_recompiles():
+    """GPT-2's position embedding keeps the sum in fp32, so eager takes a bf16 embedding, whose memory is half as large."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch._dynamo.reset()
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    model = randomise(peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"])).eval())
+    compiled = gawscompile.compile(model, options=OPTIONS)
+    same(compiled, model)
+    graphs = graphs_compiled()
+    base.transformer.wte.to(torch.bfloat16)
+    same(compiled, model)
+    assert graphs_compiled() == graphs + 1
+
+
+def test_resized_embeddings_recompile(pair):
+    model, compiled = pair
+    same(compiled, model)
+    graphs = graphs_compiled()
+    model.resize_token_embeddings(136, mean_resizing=False)
+    same(compiled, model)
+    assert logits(compiled).shape[-1] == 136 and graphs_compiled() == graphs + 1
+
+
+def test_an_adapter_of_another_rank_recompiles(pair, tmp_path):
+    model, compiled = pair
+    same(compiled, model)
+    other = small_llama(layers=1, lora=peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    randomise(other, seed=7).save_pretrained(tmp_path)
+    before, graphs = logits(compiled), graphs_compiled()
+    hotswap_adapter(model, str(tmp_path), "default")
+    same(compiled, model)
+    assert not torch.allclose(logits(compiled), before, atol=1e-3) and graphs_compiled() == graphs + 1
+
+
+def test_storage_that_is_too_small_is_an_error_and_no_crash():
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 8)).eval()
+    compiled, x = gawscompile.compile(model), tokens(1, 3, vocabulary=64)
+    with torch.no_grad():
+        compiled(x)
+        model[0].weight.untyped_storage().resize_(0)
+        with pytest.raises(Exception, match="storage lacks 8192 bytes"):
+            compiled(x)
+
+
+def test_one_graph_serves_many_modules_and_keeps_none_alive():
+    torch._dynamo.reset()
+    layers = [Pair() for _ in range(3)]
+    for i, layer in enumerate(layers):
+        torch.nn.init.normal_(layer.q.b, std=0.1 * (i + 1))
+    x = torch.randn(2, 32)
+    compiled = [gawscompile.compile(layer, dynamic=False) for layer in layers]
+    with torch.no_grad():
+        for _ in range(3):
+            for layer, call in zip(layers, compiled, strict=True):
+                torch.testing.assert_close(call(x), layer(x), rtol=1e-4, atol=1e-4)
+        layers[1].k.weight.data = layers[1].k.weight.data.to(torch.float64)
+        with pytest.raises(RuntimeError, match="dtype"):
+            compiled[1](x)
+        torch.testing.assert_close(compiled[2](x), layers[2](x), rtol=1e-4, atol=1e-4)
+    alive = weakref.ref(layers[0])
+    del layers, layer, call, compiled
+    gc.collect()
+    assert alive() is None
+
+
+def test_all_guards_stay_where_changes_cannot_be_seen(monkeypatch, caplog):
+    torch._dynamo.reset()
+    model = small_llama(layers=1)
+    kept = []
+
+    def counting(entries):
+        kept.append(all(inference_guards(entries)))
+        return inference_guards(entries)
+
+    monkeypatch.setattr(unchanged, "available", lambda: False)
+    logits(torch.compile(model, backend="eager", options={"guard_filter_fn": counting}))
+    assert kept == [True]
+    # … and where Dynamo is another than the one that is known
+    torch._dynamo.reset()
+    monkeypatch.setattr(unchanged, "available", lambda: True)
+    monkeypatch.setattr(Unchanged, "__init__", lambda self, *given: 1 / 0)
+    compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+    before, graphs = logits(compiled), graphs_compiled()
+    assert "all guards stay" in caplog.text
+    model.base_model.model.lm_head.to(torch.bfloat16).to(torch.float32)
+    logits(compiled)
+    assert graphs_compiled() == graphs
+    model.base_model.model.lm_head.register_forward_hook(lambda module, given, made: made * 2)
+    torch.testing.assert_close(logits(compiled), before * 2, rtol=1e-2, atol=1e-2)
+    assert graphs_compiled() == graphs + 1
 
 
 def test_what_it_cannot_take_is_said():

@@ -74,7 +74,8 @@ def start_loading() -> None:
 
 
 def _op_source() -> str:
-    return (Path(__file__).parent / "dispatch.cpp").read_text()
+    folder = Path(__file__).parent
+    return "".join((folder / name).read_text() for name in ("dispatch.cpp", "unchanged.cpp"))
 
 
 @functools.cache

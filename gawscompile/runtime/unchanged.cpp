@@ -1,0 +1,85 @@
+
+// ---- whether anything changed in a model since its guards last held (`unchanged.py`) ---------------------------------
+//
+// A watch holds addresses, and no references. Its dictionaries come in the order in which one reaches them from the
+// root: while all before it are unchanged, a dictionary is alive, and so is each tensor once all dictionaries are.
+
+#include <c10/core/TensorImpl.h>
+
+namespace {
+
+// A tensor's sizes, strides, offset, dtype, device, flags and dispatch keys lie next to each other, last in its
+// implementation, and are compared as bytes. Not the address of its numbers: calls read it anew.
+struct Metadata {
+  const c10::TensorImpl* const* slot;  // where the Python tensor keeps its implementation
+  const c10::TensorImpl* tensor;
+  size_t bytes;  // that its storage must hold
+  std::array<char, sizeof(c10::TensorImpl)> fields;
+};
+
+struct Watch {
+  std::vector<std::pair<const uint64_t*, uint64_t>> versions;  // of dictionaries, and where each is kept
+  std::vector<Metadata> tensors;
+  size_t from;  // where the fields begin
+};
+
+size_t fields_of(const c10::TensorImpl& t) {
+  return size_t(reinterpret_cast<const char*>(t.sizes().data()) - reinterpret_cast<const char*>(&t)) - sizeof(size_t);
+}
+
+// Whether an implementation's fields can be compared: its sizes are numbers, and few enough to lie in it.
+bool comparable(const c10::TensorImpl& t) {
+  return !t.has_symbolic_sizes_strides() && t.has_storage() && fields_of(t) < sizeof t;
+}
+
+size_t needed(const c10::TensorImpl& t) {
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.sizes()[d] - 1) * t.strides()[d];
+  return t.numel() ? size_t(last + 1) * t.itemsize() : 0;
+}
+
+constexpr size_t DISTANCE = 24;  // entries ahead of which memory is asked for: after a step nothing is in a cache
+
+}  // namespace
+
+// A watch over the versions at `tags` and the tensors at `slots`, as they are now; null where a tensor cannot be one's.
+extern "C" void* gaws_watch(int64_t n, const uint64_t* const* tags, int64_t m, const void* const* slots) {
+  auto watch = std::make_unique<Watch>();
+  for (int64_t i = 0; i < n; ++i) watch->versions.emplace_back(tags[i], *tags[i]);
+  for (int64_t i = 0; i < m; ++i) {
+    const auto slot = static_cast<const c10::TensorImpl* const*>(slots[i]);
+    const c10::TensorImpl& t = **slot;
+    if (!comparable(t) || t.unsafe_storage().nbytes() < needed(t)) return nullptr;
+    watch->from = fields_of(t);
+    watch->tensors.push_back({slot, &t, needed(t), {}});
+    std::memcpy(watch->tensors.back().fields.data(), &t, sizeof t);
+  }
+  return watch.release();
+}
+
+// Whether all is as it was. The caller holds the GIL.
+extern "C" int gaws_unchanged(const void* handle) {
+  const Watch& watch = *static_cast<const Watch*>(handle);
+  for (size_t i = 0; i < watch.versions.size(); ++i) {
+    if (i + DISTANCE < watch.versions.size()) __builtin_prefetch(watch.versions[i + DISTANCE].first);
+    if (*watch.versions[i].first != watch.versions[i].second) return 0;
+  }
+  for (size_t i = 0; i < watch.tensors.size(); ++i) {
+    if (i + DISTANCE < watch.tensors.size()) {
+      const Metadata& later = watch.tensors[i + DISTANCE];
+      const char* ahead = reinterpret_cast<const char*>(later.tensor);  // asked for, not read
+      __builtin_prefetch(later.slot);
+      __builtin_prefetch(ahead);
+      for (size_t at = watch.from; at < sizeof *later.tensor; at += 64) __builtin_prefetch(ahead + at);
+    }
+    const Metadata& one = watch.tensors[i];
+    const c10::TensorImpl* t = one.tensor;
+    if (*one.slot != t) return 0;
+    const char* now = reinterpret_cast<const char*>(t);
+    if (std::memcmp(now + watch.from, one.fields.data() + watch.from, sizeof *t - watch.from) != 0) return 0;
+    if (t->unsafe_storage().nbytes() < one.bytes) return 0;
+  }
+  return 1;
+}
+
+extern "C" void gaws_unwatch(void* handle) { delete static_cast<Watch*>(handle); }
