@@ -453,9 +453,15 @@ def _(model: Any) -> None:
         hotswap_adapter(model, folder, "default")
 
 
-@_row(ADAPTERS, "`hotswap_adapter` of another rank, unprepared")
+@_row(ADAPTERS, "`hotswap_adapter` of a lower rank")
 def _(model: Any) -> None:
     with saved(model, lora(2)) as folder:
+        hotswap_adapter(model, folder, "default")
+
+
+@_row(ADAPTERS, "`hotswap_adapter` of a higher rank, unprepared")
+def _(model: Any) -> None:
+    with saved(model, lora(6)) as folder:
         hotswap_adapter(model, folder, "default")
 
 

@@ -111,12 +111,14 @@ def test_written_and_replaced_parameters_recompile_nothing(pair):
     assert graphs_compiled() == graphs
 
 
-def test_a_factor_of_another_rank_is_an_error_and_not_an_answer(pair):
+def test_a_factor_that_does_not_fit_is_eagers_error_and_not_an_answer(pair):
     model, compiled = pair
     layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
     kept = layer.weight
     layer.weight = torch.nn.Parameter(kept[:2].clone())
-    with pytest.raises((RuntimeError, AssertionError), match=r"(?i)a0_0|size"):
+    with pytest.raises(RuntimeError, match="shape|size"):
+        logits(model)
+    with pytest.raises(RuntimeError, match="shape|size"):
         logits(compiled)
     layer.weight = kept
     same(compiled, model)
@@ -208,7 +210,7 @@ def test_a_module_of_another_dtype_recompiles():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch._dynamo.reset()
-    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128, "n_positions": 64, "tie_word_embeddings": False}
     base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
     model = randomise(peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"])).eval())
     compiled = gawscompile.compile(model, options=OPTIONS)
@@ -231,7 +233,7 @@ def test_resized_embeddings_recompile(pair):
 def test_an_adapter_of_another_rank_recompiles(pair, tmp_path):
     model, compiled = pair
     same(compiled, model)
-    other = small_llama(layers=1, lora=peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    other = small_llama(layers=1, lora=peft.LoraConfig(r=12, lora_alpha=24, target_modules="all-linear"))
     randomise(other, seed=7).save_pretrained(tmp_path)
     before, graphs = logits(compiled), graphs_compiled()
     hotswap_adapter(model, str(tmp_path), "default")
@@ -293,8 +295,8 @@ def test_all_guards_stay_where_changes_cannot_be_seen(monkeypatch, caplog):
     model.base_model.model.lm_head.to(torch.bfloat16).to(torch.float32)
     logits(compiled)
     assert graphs_compiled() == graphs
-    model.base_model.model.lm_head.register_forward_hook(lambda module, given, made: made * 2)
-    torch.testing.assert_close(logits(compiled), before * 2, rtol=1e-2, atol=1e-2)
+    model.base_model.model.lm_head.bias = torch.nn.Parameter(torch.ones(128))
+    torch.testing.assert_close(logits(compiled), before + 1, rtol=1e-2, atol=1e-2)
     assert graphs_compiled() == graphs + 1
 
 
