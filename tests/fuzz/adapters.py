@@ -345,8 +345,8 @@ def _near_miss(draft: Draft, x: str, y: str) -> str:
 KINDS: list[tuple[Callable[[Draft, str, str], str], float]] = [
     (_lora, 12),
     (_deltas_first, 1),
-    (_added_in_product, 1.5),
-    (_in_place, 1),
+    (_added_in_product, 1),
+    (_in_place, 0.5),
     (_merged, 1.5),
     (_dora, 1.5),
     (_vector_on_rows, 1.5),

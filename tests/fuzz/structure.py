@@ -245,7 +245,7 @@ BLOCKS: list[tuple[Callable[[Draft, str, list[str]], str], float]] = [
     (_gate, 3),
     (_stream, 2),
     (_norm, 1),
-    (_written, 1.5),
+    (_written, 0.8),
     (_mixed, 1.5),
     (_reshaped, 1.5),
     (_twice, 1),
