@@ -28,7 +28,7 @@ def adapter(draft: Draft, x: str, y: str) -> str:
 
 def _rank(draft: Draft) -> str:
     known = [name for name, size in draft.sizes.items() if size <= 4]
-    return str(draft.pick(*known)) if known and draft.chance(0.5) else draft.size(draft.pick(1, 2, 3, 4))
+    return str(draft.pick(*known)) if known and draft.chance(0.5) else draft.size(draft.pick(1, 2, 2, 4))
 
 
 def _factor_dtype(draft: Draft, y: str) -> torch.dtype:

@@ -16,8 +16,9 @@ from tests.fuzz.reference import Ran, strides
 WORSE = 4.0
 """Our error is at most so many times the original's …"""
 
-FLOOR = {torch.float64: 2e-15, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""… or this part of the answer, by the output's dtype: some units in the last place."""
+FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""… or this part of the answer, by the output's dtype: some units in the last place, and many of fp64's, as the original
+is the reference there."""
 
 DRAWS = 16
 """Draws after which the judgement stands; where the first looks well, it is the only one."""

@@ -10,7 +10,21 @@ from tests.fuzz.adapters import adapted, adapter, low_rank, scaled
 from tests.fuzz.bases import features, projection
 from tests.fuzz.programs import Draft, Program
 
-WIDTHS = (8, 12, 16, 24)
+SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((2, 3), (16, 8)),
+    ((2, 3), (16, 8)),
+    ((2, 3), (12, 24)),
+    ((2, 2), (12, 24)),
+    ((1, 1), (16, 8)),
+    ((1, 3), (12, 24)),
+    ((3,), (16, 8)),
+    ((3,), (12, 24)),
+    ((1,), (16, 8)),
+    ((2, 1, 2), (16, 8)),
+    ((), (16, 8)),
+)
+"""Leading sizes of activations, and numbers of features: few, as a step that was traced for its sizes is not traced again."""
+
 PROFILES = ("normal",) * 16 + ("square",) * 2 + ("ones", "zero", "wide")
 DTYPES = (torch.float32,) * 10 + (torch.bfloat16,) * 5 + (torch.float16,) * 2 + (torch.float64,)
 
@@ -35,19 +49,19 @@ def _start(draft: Draft) -> tuple[str, list[str]]:
     """The first activation, and the widths that there are."""
     profile = draft.pick(*PROFILES)
     draft.notes.append(f"sizes {profile}")
-    widths = [draft.size(size) for size in draft.rng.sample(WIDTHS, 2)]
-    leading = [draft.size(draft.pick(1, 2, 2, 3)), draft.size(draft.pick(1, 3, 3, 2))]
-    leading = draft.pick(leading, leading, leading, leading[1:], leading[1:], [*leading, leading[0]], [])
-    if profile == "square":
+    lengths, wide = draft.pick(*SHAPES)
+    leading, widths = [draft.size(size) for size in lengths], [draft.size(size) for size in wide]
+    if profile == "square":  # as many tokens as features
         widths = widths[:1]
-        leading = draft.pick(widths[:1], [leading[0], widths[0]] if leading else widths[:1])
+        same = draft.pick(widths[0], draft.size(draft.sizes[widths[0]]))
+        leading = draft.pick([same], [*leading[:1], same])
     elif profile == "ones":
         draft.pick(widths.append, leading.append)(draft.size(1))
         leading = leading or [draft.size(1)]
     elif profile == "zero":
         draft.pick(widths.append, lambda d: leading.insert(0, d))(draft.size(0))
     elif profile == "wide":
-        widths.append(draft.size(draft.pick(96, 160)))
+        widths.append(draft.size(96))
     k = draft.pick(*widths)
     layout = draft.pick(*["t"] * 12, "t.mT.contiguous().mT", "t[..., ::2]") if len(leading) > 0 else "t"
     shape = (*leading, f"2*{k}") if "::2" in layout else (*leading, k)
