@@ -38,6 +38,7 @@ from gawscompile.passes.context import (
     of_parameters,
     prims,
     reinterpreted,
+    returned,
     same_size,
     same_sizes,
     shape,
@@ -111,8 +112,8 @@ def _rows(x: Node) -> list[Any] | None:
 def _adopt(context: Context, node: Node, new: Node) -> None:
     """Whoever reads `node` through views as what `new` is by itself reads `new`."""
     for user in list(node.users):
-        if reinterpreted(user) is not node:
-            continue
+        if reinterpreted(user) is not node or (is_call(user, aten.clone.default) and returned(user)):
+            continue  # who returns a copy must get one
         if same_sizes(shape(user), shape(new)):
             context.replace(user, new)
         else:
@@ -191,7 +192,7 @@ def _one_matrix(graph: Graph, context: Context, node: Node, right: Node) -> Node
         right = args(right)[0]  # several batch dimensions made one
     if is_call(right, aten.expand.default):
         source = args(right)[0]
-        fits = len(shape(source)) == 2 and of_parameters(source)
+        fits = same_sizes(shape(source), shape(right)[-2:]) and of_parameters(source)
         return _transpose(graph, context, source, node) if fits else None
     return _through_ones(graph, context, node, right) if same_sizes(shape(right)[:1], (1,)) else None
 

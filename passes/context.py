@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
+from torch.utils._sympy.functions import FloorDiv
 
 from gawscompile.debug.records import GraphRecord, LinearRecord, Reason
 from gawscompile.operators import algebra, linear
@@ -167,7 +171,13 @@ def args(node: Node) -> tuple[Any, ...]:
 
 
 def shape(node: Node) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)
+    """A node's sizes. A symbolic one whose value a guard has settled (``mm`` with a weight of 8 columns) is a number."""
+    return tuple(size if type(size) is int else _settled(size) for size in node.meta["val"].shape)
+
+
+def _settled(size: Any) -> Any:
+    number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if number is None else number
 
 
 def plain_sizes(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -183,9 +193,27 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal; never adds a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return False
+    return _same_expression(_expression(a), _expression(b))
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _same_expression(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether the two are equal for all values of their symbols, which are whole numbers for which both are defined."""
+    return bool(a == b or sympy.expand(_divided(a) - _divided(b)) == 0)
+
+
+def _divided(expression: sympy.Expr) -> sympy.Expr:
+    """The same with every division that leaves nothing over carried out: ``s**2 // s`` is s."""
+
+    def quotient(over: sympy.Expr, under: sympy.Expr) -> sympy.Expr:
+        exact = sympy.cancel(over / under)
+        return exact if exact.is_integer else FloorDiv(over, under)
+
+    return expression.replace(FloorDiv, quotient)
 
 
 def same_sizes(a: Any, b: Any) -> bool:
@@ -273,6 +301,29 @@ def reinterpreted(node: Any) -> Node | None:
         moved = [d % len(shape(node)) for d in args(node)[1] if not same_size(shape(source)[d], 1)]
         return source if moved == sorted(moved) else None
     return None
+
+
+def is_view(node: Any) -> bool:
+    """Whether `node` shares memory with what it is made of."""
+    if is_call(node, *VIEWS, operator.getitem):
+        return True
+    target = node.target if isinstance(node, Node) and node.op == "call_function" else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(found.alias_info is not None and not found.alias_info.is_write for found in target._schema.returns)
+
+
+def with_views(node: Node) -> list[Node]:
+    """`node` and all that is a view of it."""
+    found = [node]
+    for one in found:  # grows
+        found += [user for user in one.users if is_view(user) and user not in found]
+    return found
+
+
+def returned(node: Node) -> bool:
+    """Whether `node` or a view of it leaves the graph: whose memory that is, and its strides, are part of the answer."""
+    return any(user.op == "output" for one in with_views(node) for user in one.users)
 
 
 def base_activation(node: Node) -> Node:

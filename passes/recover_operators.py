@@ -53,6 +53,7 @@ from gawscompile.passes.context import (
     dtype,
     empty_like,
     is_call,
+    is_cast,
     is_parameter,
     leaves,
     prims,
@@ -69,7 +70,7 @@ from gawscompile.passes.forms import NARROW, Form, escapes, form_of, on_its_slic
 from gawscompile.passes.hoist_weights import cone, fixed_nodes, hoistable
 from gawscompile.passes.kept import kept_refusal, on_a_kept_base, opaque, way_to
 from gawscompile.passes.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
-from gawscompile.passes.vectors import Vector
+from gawscompile.passes.vectors import Vector, readable
 
 
 def run(graph: Graph, context: Context) -> None:
@@ -79,6 +80,9 @@ def run(graph: Graph, context: Context) -> None:
         form = on_a_kept_base(node, forms, context) or form_of(node, forms, context.fixed)
         if form is not None:
             forms[node] = form
+        elif is_cast(node) and args(node)[0] in forms and dtype(node) not in DTYPE_NAMES:
+            path, detail = context.module_path(node), f"what follows is computed in {dtype(node)}"
+            context.record.notes.append(f"{path}: not fused with what reads it: {Reason.DTYPE.name}: {detail}")
     settled: set[Node] = set()
     seen = len(context.record.linears)
     for node in reversed(graph.nodes):
@@ -91,12 +95,14 @@ def run(graph: Graph, context: Context) -> None:
 
 
 def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -> tuple[Node, ...]:
-    """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this."""
+    """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this.
+
+    Last nodes come first: what reads `node` as its activation is replaced already, and reads it.
+    """
     moved = is_call(node, aten.permute.default) or reinterpreted(node) is not None or transposed(node) is not None
     if (moved and not is_call(node, aten.clone.default)) or widens(node):
-        # a reader that wants the result wider, flat or turned makes it so for itself
-        source = args(node)[0]
-        return (node, *(_root(graph, context, source, forms) if source in forms else ()))
+        # a reader that wants the result wider, flat or turned makes it so for itself; what it reads comes up later
+        return (node,)
     form = forms[node]
     if form.regrouped:
         return (node,)
@@ -106,6 +112,7 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     if form.kept is not None:
         return _on_a_kept_base(context, node, form, form.kept, forms)
     form, rowscale = form.without_row_scale()
+    rowscale = rowscale and stored(rowscale)
     if len(form.bases) != 1:
         # no base, or several: what it is made of may still be sums of their own
         reason = Reason.SEVERAL_BASES if form.bases else Reason.NO_BASE
@@ -115,7 +122,7 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     (base,) = form.bases
     scaling = scaling_of(node)
     if scaling is not None and base.scale != Scale() and scaling[0] in forms:
-        return (node, *_root(graph, context, scaling[0], forms))  # what is scaled as a whole is a sum all the same
+        return (node,)  # what is scaled as a whole is a sum all the same, and comes up later
     sizes = (*shape(form.activation)[:-1], base.matrices[0].sizes[0])
     wanted = shape(node)[::-1] if form.turned else shape(node)
     refusal = _refusal(context, form, base, node)
@@ -123,7 +130,7 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     if refusal is None:
         adapters = [p for p in form.products if p is not base]
         of_sum = _adapters_refusal(context, adapters, base.matrices[0].sizes)
-        of_sum = of_sum or _shape_refusal(form, node, sizes, wanted)
+        of_sum = of_sum or _vectors_refusal(form, rowscale) or _shape_refusal(form, node, sizes, wanted)
     if of_sum is not None and len(form.inner) > 1:
         # the parts may still be projections, the base among them
         path, (reason, detail) = context.module_path(base.origin), of_sum
@@ -140,7 +147,7 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
         return form.inner
     with graph.inserting_before(node):
         terms = _terms(context, form, base, node)
-        terms += (RowScale(stored(rowscale)),) if rowscale is not None else ()
+        terms += (RowScale(rowscale),) if rowscale is not None else ()
     return _replaced(context, node, form, terms, sizes, entry, base.origin)
 
 
@@ -225,7 +232,7 @@ def _alone(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) 
     found = matrix_of(weight)
     simple = found is not None and len(found[0]) == len(found[0][0].matrices) == 1 and found[0][0].scale == Scale()
     factor = found[0][0].matrices[0] if found and simple else Factor(weight)
-    forms[node] = Form(x, (Product((factor,), node),), tuple(Vector(v) for v in args(node)[2:]), (node,))
+    forms[node] = Form(x, (Product((factor,), node),), tuple(Vector(readable(v)) for v in args(node)[2:]), (node,))
     return _root(graph, context, node, forms)
 
 
@@ -240,15 +247,25 @@ def _refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[R
         return Reason.WEIGHT_LAYOUT, f"shape {shape(weight)}, strides {weight.meta['val'].stride()}"
     if 0 in shape(weight):
         return Reason.WEIGHT_LAYOUT, f"it is empty: {shape(weight)}"
-    for tensor in (x, weight, *(v.node for v in form.vectors)):
-        if dtype(through_casts(tensor)) not in DTYPE_NAMES:
-            return Reason.DTYPE, str(dtype(through_casts(tensor)))
+    for tensor in (x, through_casts(weight)):
+        if dtype(tensor) not in DTYPE_NAMES:
+            return Reason.DTYPE, str(dtype(tensor))
     if dtype(node) not in DTYPE_NAMES:
         return Reason.DTYPE, str(dtype(node))
     if dtype(x) != dtype(weight) and not _wider_and_small(x, weight):
         return Reason.MIXED_DTYPES, f"{dtype(x)} activation, {dtype(weight)} weight"
     if base.scale != Scale():
         return Reason.SCALE, ""
+    return None
+
+
+def _vectors_refusal(form: Form, rowscale: Node | None) -> tuple[Reason, str] | None:
+    """Why what is added to all tokens alike, or scales the rows, cannot be read by the sum's kernel, if it cannot."""
+    for what, v in (("added", v.node) for v in form.vectors):
+        if dtype(v) not in DTYPE_NAMES:
+            return Reason.DTYPE, f"a vector of {dtype(v)} is {what}"
+    if rowscale is not None and dtype(rowscale) not in DTYPE_NAMES:
+        return Reason.DTYPE, f"a vector of {dtype(rowscale)} scales the rows"
     return None
 
 
@@ -353,10 +370,10 @@ def _bias(context: Context, vectors: tuple[Vector, ...], node: Node) -> Node | N
     if not vectors:
         return None
     if len(vectors) == 1 and vectors[0].scale == Scale() and not vectors[0].rows:
-        return through_casts(vectors[0].node)
+        return vectors[0].node
     total: Node | None = None
     for vector in vectors:
-        part = _cast(context, through_casts(vector.node), torch.float32)
+        part = _cast(context, vector.node, torch.float32)
         for row in vector.rows:
             part = _derive(context, aten.mul.Tensor, (part, _cast(context, row, torch.float32)), part.meta["val"])
         scale = _scale(context, vector.scale)
