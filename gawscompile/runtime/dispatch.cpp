@@ -47,7 +47,8 @@ struct Projection {
 // A tensor that others are derived from.
 struct Source {
   size_t argument;
-  int64_t sum;  // at which gemv sums up its numbers as it reads them, or -1
+  int64_t sum;   // at which gemv sums up its numbers as it reads them, or -1
+  int64_t rows;  // that it hashes together
 };
 
 // A source as it was when something was derived from it.
@@ -159,7 +160,7 @@ void read(const Program& program, const Tensors& arguments, std::vector<State>& 
     const char* data = static_cast<const char*>(
         (t.is_contiguous() ? t : plain.emplace_back(t.contiguous())).const_data_ptr());
     const size_t bytes = t.nbytes();
-    const size_t unit = summed_by_gemv && bytes ? bytes / t.size(0) * Checksum::ROWS : PIECE;
+    const size_t unit = summed_by_gemv && bytes ? bytes / t.size(0) * source.rows : PIECE;
     const size_t units = (PIECE + unit - 1) / unit;
     for (size_t from = 0; from < bytes; from += units * unit)
       pieces.push_back({data + from, std::min(units * unit, bytes - from), unit, from / unit, of, 0});
@@ -171,7 +172,7 @@ void read(const Program& program, const Tensors& arguments, std::vector<State>& 
     Checksum sum;
     Piece& piece = pieces[i];
     for (size_t at = 0; at < piece.bytes; at += piece.unit)
-      sum.unit(piece.data + at, std::min(piece.unit, piece.bytes - at), piece.number + at / piece.unit);
+      sum.add(piece.data + at, std::min(piece.unit, piece.bytes - at), piece.number + at / piece.unit);
     piece.sum = sum.folded();
   }
   for (const Piece& piece : pieces) states[piece.of].numbers += piece.sum;
@@ -353,7 +354,8 @@ extern "C" void gaws_register(
     const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
     int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
     const bool* transposed, bool swiglu, int64_t n_derived, const int64_t* places, const char* const* recipes,
-    const int64_t* counts, const int64_t* sources, int64_t n_summed, const int64_t* summed) {
+    const int64_t* counts, const int64_t* sources, int64_t n_summed, const int64_t* summed,
+    const int64_t* unit_rows) {
   auto program = std::make_unique<Program>();
   program->gemv = gemv;
   program->accumulate = Kernel(accumulate);
@@ -377,7 +379,7 @@ extern "C" void gaws_register(
       derived.sources.push_back(size_t(it - program->sources.begin()));
       if (it != program->sources.end()) continue;
       const int64_t sum = std::find(summed, summed + n_summed, sources[j]) - summed;
-      program->sources.push_back({argument, sum < n_summed ? sum : -1});
+      program->sources.push_back(sum < n_summed ? Source{argument, sum, unit_rows[sum]} : Source{argument, -1, 0});
     }
     program->derived.push_back(std::move(derived));
   }
