@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from gawscompile.codegen import build, triton
+from gawscompile.codegen.cpp_sums import CHECKSUM, unit_rows
 from gawscompile.codegen.spec import DTYPES, SpecError
 from gawscompile.operators.recipe import hoisted
 from gawscompile.planning.table import Program
@@ -75,7 +76,9 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     folder = Path(__file__).parent
-    return "".join((folder / name).read_text() for name in ("dispatch.cpp", "unchanged.cpp"))
+    return "
+
+".join([CHECKSUM, *((folder / name).read_text() for name in ("dispatch.cpp", "unchanged.cpp"))])
 
 
 @functools.cache
@@ -125,17 +128,6 @@ def _resolve(text: bytes) -> int | None:
     return None
 
 
-def invalidate(model: torch.nn.Module | None = None) -> None:
-    """Forget what was hoisted of the parameters and buffers of `model` (of all models where it is None).
-
-    Only needed after a write through ``.data`` to a few single numbers of a *base* weight whose function was hoisted
-    (DoRA's norm, LoHa's ΔW): every other change is seen by itself.
-    """
-    pointers = [t.data_ptr() for t in (*model.parameters(), *model.buffers())] if model is not None else []
-    count = len(pointers) if model is not None else -1
-    ensure_loaded().gaws_forget((ctypes.c_void_p * len(pointers))(*pointers), ctypes.c_int64(count))
-
-
 def register(program: str) -> None:
     """Build the kernels of `program` and hand them to the dispatcher."""
     planned = Program.parse(program)
@@ -156,8 +148,9 @@ def register(program: str) -> None:
         for name in ("gemv", "accumulate")
     )
     derived = planned.derived
-    marks = [large for d in derived for large in d.large]
     sources = [source for d in derived for source in d.sources]
+    summed = [argument for argument, _ in planned.summed]
+    units = [unit_rows(operand) for _, operand in planned.summed]
     ensure_loaded().gaws_register(
         program.encode(),
         gemv,
@@ -181,5 +174,7 @@ def register(program: str) -> None:
         (ctypes.c_char_p * len(derived))(*[d.recipe.encode() for d in derived]),
         (ctypes.c_int64 * len(derived))(*[len(d.sources) for d in derived]),
         (ctypes.c_int64 * len(sources))(*sources),
-        (ctypes.c_bool * len(marks))(*marks),
+        ctypes.c_int64(len(summed)),
+        (ctypes.c_int64 * len(summed))(*summed),
+        (ctypes.c_int64 * len(units))(*units),
     )

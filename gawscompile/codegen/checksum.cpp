@@ -1,0 +1,102 @@
+// A checksum of a tensor's bytes that any threads may take, each of any units of it, in any order: every unit is hashed
+// by itself, with its number, and what the units give is summed. `gemv` takes it of weights as it reads them, the op of
+// everything else (`runtime/dispatch.cpp`); both say the same of the same bytes.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__VAES__) && defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+class Checksum {
+ public:
+  static constexpr size_t CHAINS = 2, STEP = 64;  // a step waits for the one before in its chain: lines take turns
+
+  typedef uint32_t Words __attribute__((vector_size(STEP)));
+  typedef uint64_t Longs __attribute__((vector_size(STEP)));
+
+  // A unit while it is read. One to one in what a step adds: where one word differs, so does what comes of it.
+  struct Unit {
+    Words chains[CHAINS];
+
+    explicit Unit(uint64_t number) {
+      for (size_t c = 0; c < CHAINS; ++c) chains[c] = (LANES + uint32_t(c << 8)) * (ODD + 2 * uint32_t(number));
+    }
+    // The line at `place`: the first, second … of a unit; the bytes beyond `count` are zero.
+    void line(size_t place, const void* data) {
+      Words words;
+      std::memcpy(&words, data, STEP);
+      chains[place % CHAINS] = step(chains[place % CHAINS], words, ODD);
+    }
+    void line(size_t place, const void* data, size_t count) {
+      Words words{};
+      std::memcpy(&words, data, count);
+      chains[place % CHAINS] = step(chains[place % CHAINS], words, ODD);
+    }
+  };
+
+  void add(const Unit& unit) {
+    const Words all = step(mixed(unit.chains[0]), unit.chains[1], LAST);
+    sum += (Longs)step(mixed(all), LANES, LAST);
+  }
+
+  __attribute__((noinline)) void add(const void* data, size_t bytes, uint64_t number) {
+    const char* from = static_cast<const char*>(data);
+    Unit unit(number);
+    size_t place = 0;
+    for (; (place + CHAINS) * STEP <= bytes; place += CHAINS)
+      for (size_t c = 0; c < CHAINS; ++c) {
+        __builtin_prefetch(from + (place + c) * STEP + AHEAD, 0, 2);
+        unit.line(c, from + (place + c) * STEP);
+      }
+    for (; place * STEP < bytes; ++place)
+      unit.line(place, from + place * STEP, bytes - place * STEP < STEP ? bytes - place * STEP : STEP);
+    add(unit);
+  }
+
+  // The unit `number`, of ROWS rows or those that are left, of a matrix of N rows of K numbers.
+  template <int64_t N, int64_t K, int64_t ROWS, class T>
+  void rows(const T* matrix, int64_t number) {
+    const int64_t first = number * ROWS, count = first + ROWS <= N ? ROWS : N - first;
+    add(matrix + first * K, size_t(count * K) * sizeof(T), uint64_t(number));
+  }
+
+  // As a number that adds up too: a polynomial whose coefficients are the lanes.
+  uint64_t folded() const {
+    uint64_t all = 0;
+    for (size_t i = 0; i < STEP / sizeof all; ++i) all = all * ODD64 + sum[i];
+    return all;
+  }
+
+ private:
+  static constexpr size_t AHEAD = 4 << 10;  // bytes that are asked for into the second cache
+  static constexpr uint32_t ODD = 0x9E3779B1u, LAST = 0x85EBCA6Bu;  // the last steps are none of a chain's own
+  static constexpr uint64_t ODD64 = 0x9E3779B97F4A7C15u;
+  static constexpr Words LANES = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+
+  Longs sum = {};
+
+  // Apart by more than a few steps, so that two chains' differences do not meet as equals.
+  static Words mixed(Words state) {
+    for (int times = 0; times < 3; ++times) state = step(state, LANES, LAST);
+    return state;
+  }
+
+#if defined(__VAES__) && defined(__AVX512F__)
+  // A round of AES, in which every byte of the state goes through a table and into four others: one instruction.
+  static Words step(const Words& state, const Words& words, uint32_t) {
+    return (Words)_mm512_aesenc_epi128((__m512i)state, (__m512i)words);
+  }
+#else
+  // The turn brings the highest bits of either half of a long down to the lowest: a multiplication spreads a bit upwards
+  // alone, and sums of products would not see that two sign bits flip. Of all turns, 37 spreads a bit most evenly.
+  static Words step(const Words& state, const Words& words, uint32_t odd) {
+    const Longs longs = (Longs)state;
+    return (Words)(longs << 37 | longs >> 27) * odd + words;
+  }
+#endif
+};
+
+}  // namespace

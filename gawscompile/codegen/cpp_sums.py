@@ -1,0 +1,63 @@
+"""Checksums in the C++ emitter: ``gemv`` takes those of operands from which others are derived (`hoist_weights`).
+
+Rows that `stream` reads are hashed on the way (`sums.cpp`), blocks of B's right after they were multiplied by the first
+tokens, as they lie in the first cache then: nobody need read a weight once more from memory only to see whether it
+changed. Threads hash what they read, and add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gawscompile.codegen.spec import KernelSpec, Operand
+
+_HERE = Path(__file__).parent
+CHECKSUM = (_HERE / "checksum.cpp").read_text().strip()
+"""Stands in kernels that take one, and in the op, which takes those of everything else."""
+
+SUMS = (_HERE / "sums.cpp").read_text().strip()
+"""What those kernels have besides."""
+
+
+def can_sum(spec: KernelSpec, operand: Operand) -> bool:
+    """Whether ``gemv`` reads `operand` by blocks of whole rows."""
+    if operand.role == "weight":
+        return not spec.projections[operand.projection].transposed
+    return operand.role in ("a", "b", "c")
+
+
+def unit_rows(operand: Operand) -> int:
+    """Rows that are hashed together: one of those that `stream` reads, a block of the short ones."""
+    return 1 if operand.role in ("weight", "a") else 4
+
+
+def begin(summed: Sequence[Operand]) -> list[str]:
+    """A thread's own sums."""
+    return [f"    Checksum {', '.join(f'sum_{o.name}' for o in summed)};"] if summed else []
+
+
+def streamed(name: str, summed: Sequence[Operand]) -> str:
+    """The argument of `stream` that takes the checksum of the operand `name`, where that is asked for."""
+    return f", Rows{{sum_{name}, row}}" if any(o.name == name for o in summed) else ""
+
+
+def sum_blocks(i: int, summed: Sequence[Operand]) -> list[str]:
+    """All other operands that projection i's rows read: those of the block `block`, after the first tile of tokens."""
+    own = [o for o in summed if o.projection == i and unit_rows(o) > 1]
+    return [
+        f"            if (t0 == 0) sum_{o.name}.rows<{o.shape[0]}, {o.shape[1]}, ROWS>({o.name}, block);" for o in own
+    ]
+
+
+def each_block(blocks: str, lines: list[str], sums: list[str]) -> list[str]:
+    """A loop over blocks of rows."""
+    loop = f"          for (int64_t block = {blocks}; ++block)"
+    return [f"{loop} {{", *lines, *sums, "          }"] if sums else [loop, *lines]
+
+
+def finish(summed: Sequence[Operand]) -> list[str]:
+    """All threads' sums become one."""
+    return [
+        f"    __atomic_fetch_add(sums + {at}, sum_{o.name}.folded(), __ATOMIC_RELAXED);" for at, o in enumerate(summed)
+    ]
