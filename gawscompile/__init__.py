@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gawscompile.debug.explain import Report, explain
     from gawscompile.guards import compile
-    from gawscompile.runtime.ops import invalidate
     from gawscompile.runtime.pages import own_memory
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "compile", "explain", "invalidate", "own_memory"]
+__all__ = ["Report", "__version__", "compile", "explain", "own_memory"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,10 +25,6 @@ def __getattr__(name: str) -> Any:
         from gawscompile import guards
 
         return guards.compile
-    if name == "invalidate":
-        from gawscompile.runtime import ops
-
-        return ops.invalidate
     if name == "own_memory":
         from gawscompile.runtime import pages
 

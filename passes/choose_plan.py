@@ -45,7 +45,7 @@ def run(graph: Graph, context: Context) -> None:
         if isinstance(tokens, int):
             table = PlanTable(((table.pick(tokens), None),))
         entries = node.meta["gaws_entries"]
-        taken, derived = arguments(operands, [spec.k * spec.projections[o.projection].n for o in spec.operands()])
+        taken, derived = arguments(operands)
         if not derived and not any(p.adapted for p in spec.projections) and table.rows[0][0] == "gemm_accumulate":
             _give_back(graph, context, node, spec)
             for entry in entries:

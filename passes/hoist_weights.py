@@ -12,13 +12,12 @@ after::
     sum  = operators.operator_sum(x, (Dense(W), LowRank(B, A, 2.0), RowScale(c)), float32)
 
 DoRA's rescale, LoHa's ΔW, rotations of weights and the like. Only what a projection reads is hoisted: the projection's
-op compares its sources with what they were (`runtime/dispatch.cpp`) and computes it anew where they differ, so nothing
-that Inductor might overwrite is handed to it.
+op takes a checksum of its sources in every call (`runtime/dispatch.cpp`) and computes it anew where that is another, so
+nothing that Inductor might overwrite is handed to it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 from typing import Any
 
@@ -161,12 +160,8 @@ def _hoist(graph: Graph, context: Context, leaf: Node) -> Node:
     return new
 
 
-def arguments(operands: list[Node], sizes: list[int]) -> tuple[list[Node], tuple[Derived, ...]]:
-    """What the op takes for `operands`: those that are no `hoisted`, then the sources of those that are.
-
-    `sizes`: for each operand, the elements of its projection's weight. A source of half as many or more is a base's,
-    too large to be read in every call only to see whether it changed.
-    """
+def arguments(operands: list[Node]) -> tuple[list[Node], tuple[Derived, ...]]:
+    """What the op takes for `operands`: those that are no `hoisted`, then the sources of those that are."""
     if not any(is_call(node, hoisted) for node in operands):
         return operands, ()
     taken = [node for node in operands if not is_call(node, hoisted)]
@@ -176,6 +171,5 @@ def arguments(operands: list[Node], sizes: list[int]) -> tuple[list[Node], tuple
             continue
         recipe, sources = args(node)
         taken += [source for source in sources if source not in taken]
-        large = tuple(2 * math.prod(source.meta["val"].shape) >= sizes[at] for source in sources)
-        found.append(Derived(at, tuple(taken.index(source) for source in sources), large, recipe))
+        found.append(Derived(at, tuple(taken.index(source) for source in sources), recipe))
     return taken, tuple(found)

@@ -18,16 +18,19 @@ each load of its rows; only where there are two or three does G join the row acc
 A weight kept as ``[k, n]`` (Conv1D) is streamed by columns instead: a few of its rows at a time, whole lines of each,
 added up in a block of accumulators that stays in the first cache.
 
+Of operands that others are derived from (`hoist_weights`) ``gemv`` takes a checksum as it reads them (`cpp_sums.py`).
+
 Vectors are `vectors.cpp`'s: AVX-512, AVX2, and on other machines ATen's, with ``vdpbf16ps`` where the compiler has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from gawscompile.codegen.cpp_add import ADDED, add
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
+from gawscompile.codegen.cpp_sums import CHECKSUM, begin, each_block, finish, sum_block, sum_rows
 from gawscompile.codegen.cpp_text import (
     CPP_TYPES,
     EPILOGUE,
@@ -38,9 +41,10 @@ from gawscompile.codegen.cpp_text import (
     has_epilogue,
     parameters,
     region,
+    scratch,
     unpack,
 )
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, ProjectionSpec, SpecError
+from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec, SpecError
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
@@ -55,8 +59,10 @@ PLANS = {"gemv_cpp": "plan gemv_cpp (any m)", "gemm_accumulate": "the epilogue o
 """What a group's kernels can be asked for, `gemv` and `accumulate`, in words."""
 
 
-def emit(spec: KernelSpec, plans: Collection[str] = PLANS) -> str:
+def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Operand] = ()) -> str:
     """The C++ source of a group's kernels, as far as `plans` need them. Equal specs give equal text.
+
+    With `summed`, ``gemv`` has one more argument, ``uint64_t* sums``: to each it adds the checksum of that operand.
 
     Raises `SpecError` for SwiGLU over weights kept as ``[k, n]``.
     """
@@ -64,7 +70,7 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS) -> str:
         raise SpecError(f"no C++ for swiglu over transposed weights: {spec}")
     ranks = Scratch(spec)
     whole, added = (plan in plans for plan in PLANS)
-    parts = [_header(spec, plans), PRELUDE, "", *_constants(spec, ranks), ""]
+    parts = [_header(spec, plans), *[CHECKSUM, ""] * bool(summed), PRELUDE, "", *_constants(spec, ranks), ""]
     for i, projection in enumerate(spec.projections):
         parts += _expand(spec, i, projection, ranks) if whole else []
         if added and projection.kronecker:
@@ -73,7 +79,7 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS) -> str:
             parts += add(spec, i, projection, ranks)
     parts += _multiply(spec) if spec.swiglu else []
     parts += ["}  // namespace"]
-    parts += ["", *_gemv(spec, ranks)] if whole else []
+    parts += ["", *_gemv(spec, ranks, summed)] if whole else []
     if added and (spec.swiglu or any(has_epilogue(p) for p in spec.projections)):
         parts += ["", *_accumulate(spec, ranks)]
     return "\n".join(parts) + "\n"
@@ -182,17 +188,7 @@ def _multiply(spec: KernelSpec) -> list[str]:
     ]
 
 
-def _scratch(ranks: Scratch) -> list[str]:
-    if not ranks.width:
-        return []
-    return [
-        "  static thread_local std::vector<float> scratch;  // of the calling thread",
-        "  if (scratch.size() < size_t(m * LDU)) scratch.resize(m * LDU);",
-        "  float* u = scratch.data();",
-    ]
-
-
-def _shrink(spec: KernelSpec, ranks: Scratch) -> list[str]:
+def _shrink(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand] = ()) -> list[str]:
     """u = s A x and first mode products, split over all threads by blocks of rows times tiles of tokens; then everyone
     waits; then second mode products, and so on."""
     if not ranks.width:
@@ -206,16 +202,19 @@ def _shrink(spec: KernelSpec, ranks: Scratch) -> list[str]:
         parts += ["{} * {}".format(*work(step)) for step in steps]
         name = "shrink" if number == 0 else f"phase{number}"
         lines.append(f"    Share {name}(({' + '.join(parts)}) * tiles, id, threads);")
-        lines += _low_ranks(terms, ranks, "K" if steps else "1")
+        lines += _low_ranks(terms, ranks, "K" if steps else "1", summed)
         for step in steps:
             lines += step_code(step, name)
         lines.append("#pragma omp barrier")
     return lines
 
 
-def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: str) -> list[str]:
+def _low_ranks(
+    terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: str, summed: Sequence[Operand]
+) -> list[str]:
     lines = []
     for i, j, term in terms:
+        own = [o for o in summed if (o.role, o.projection, o.term) == ("a", i, j)]
         scale = f"float(*scale{i}_{j})" if term.scale is None else f"{term.scale!r}f" if term.scale != 1.0 else None
         at = f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + row + r]"
         lines += [
@@ -233,12 +232,13 @@ def _low_ranks(terms: list[tuple[int, int, LowRankSpec]], ranks: Scratch, cost: 
             + (f"{scale} * sum(acc[r][t]);" if scale else "sum(acc[r][t]);"),
             "        });",
             "      });",
+            *[f"      if (lo == 0) {sum_block(o, 'piece / tiles')}" for o in own],
             "    });",
         ]
     return lines
 
 
-def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
+def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[str]:
     costs = [
         _base(spec, p)
         + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank)
@@ -250,9 +250,10 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
     units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
     total = f"blocks(N0, ROWS) * {sum(costs)}" if spec.swiglu else total
-    body = [*_shrink(spec, ranks), f"    Share rows({total}, id, threads);  // in bytes of weights and factors"]
+    body = [*begin(summed), *_shrink(spec, ranks, summed)]
+    body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
-    body += _gated(spec, ranks, sum(costs)) if spec.swiglu else []
+    body += _gated(spec, ranks, sum(costs), summed) if spec.swiglu else []
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
         names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(p)))
         call = f"expand{i}<decltype(r)::value, decltype(t)::value>"
@@ -261,29 +262,33 @@ def _gemv(spec: KernelSpec, ranks: Scratch) -> list[str]:
         rows = p.dtype and not p.transposed
         reads = names + u + ("x, " if rows or from_x(i, ranks) else "")
         if p.transposed:
-            body += _columns(i, cost, call, reads)
+            body += _columns(i, cost, call, reads, sum_rows(i, summed))
             continue
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
             f"      for (int64_t panel = first; panel < last; panel += {panel}) {{",
             f"        const int64_t end = std::min<int64_t>(last, panel + {panel});",
             "        for_tokens(0, m, [&](auto t, int64_t t0) {",
-            "          for (int64_t block = panel; block < end; ++block)",
-            f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{ {call}(row, t0, {reads}y{i}); }});",
+            *each_block(
+                "panel; block < end",
+                [f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{ {call}(row, t0, {reads}y{i}); }});"],
+                sum_rows(i, summed),
+            ),
             "        });",
             "      }",
             "    });",
         ]
+    taken = "int64_t m, const void* x_, const void* const* in, void* const* out" + ", uint64_t* sums" * bool(summed)
     return [
-        'extern "C" void gemv(int64_t m, const void* x_, const void* const* in, void* const* out) {',
+        f'extern "C" void gemv({taken}) {{',
         "  const X* x = (const X*)x_;",
         *unpack(spec, ("weight", *READ), ys),
-        *_scratch(ranks),
-        *region(body),
+        *scratch(ranks),
+        *region([*body, *finish(summed)]),
     ]
 
 
-def _gated(spec: KernelSpec, ranks: Scratch, cost: int) -> list[str]:
+def _gated(spec: KernelSpec, ranks: Scratch, cost: int, summed: Sequence[Operand]) -> list[str]:
     """A share of the rows of gate and up: a panel of both for a tile of tokens, then their product, a line at a time
     (a vector along four rows would waste most of its lanes on exp)."""
     calls = []
@@ -298,10 +303,11 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int) -> list[str]:
         "        const int64_t end = std::min<int64_t>(last, panel + PANEL / ROWS), row0 = panel * ROWS;",
         "        for_tokens(0, m, [&](auto t, int64_t t0) {",
         "          float gate[decltype(t)::value * PANEL], up[decltype(t)::value * PANEL];",
-        "          for (int64_t block = panel; block < end; ++block)",
-        "            for_rows<N0>(block, [&](auto r, int64_t row) {",
-        *calls,
-        "            });",
+        *each_block(
+            "panel; block < end",
+            ["            for_rows<N0>(block, [&](auto r, int64_t row) {", *calls, "            });"],
+            [*sum_rows(0, summed), *sum_rows(1, summed)],
+        ),
         "          multiply(decltype(t)::value, std::min(N0, end * ROWS) - row0, gate, up, PANEL, y + t0 * N0 + row0);",
         "        });",
         "      }",
@@ -315,7 +321,7 @@ def _panel(spec: KernelSpec) -> int:
     return max(16, PANEL_BYTES // row // 16 * 16)
 
 
-def _columns(i: int, cost: int, call: str, names: str) -> list[str]:
+def _columns(i: int, cost: int, call: str, names: str, sums: list[str]) -> list[str]:
     """A share of a ``[k, n]`` weight: blocks of its columns are added up in z, then meet the epilogue."""
     return [
         f"    rows.range(blocks(N{i}, 2 * V), (V / 2) * {cost}, [&](int64_t first, int64_t last) {{",
@@ -324,10 +330,15 @@ def _columns(i: int, cost: int, call: str, names: str) -> list[str]:
         "        const int64_t count = std::min(ldz, end - n);",
         f"        const float* z = columns<K>(w{i} + n, N{i}, count, x, m, ldz);",
         "        for_tokens(0, m, [&](auto t, int64_t t0) {",
-        "          for (int64_t block = n / ROWS; block < blocks(n + count, ROWS); ++block)",
-        f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{",
-        f"              {call}(row, t0, {names}z + (row - n), ldz, y{i});",
-        "            });",
+        *each_block(
+            "n / ROWS; block < blocks(n + count, ROWS)",
+            [
+                f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{",
+                f"              {call}(row, t0, {names}z + (row - n), ldz, y{i});",
+                "            });",
+            ],
+            sums,
+        ),
         "        });",
         "      }",
         "    });",
@@ -353,7 +364,7 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
         'extern "C" void accumulate(int64_t m, const void* x_, const void* const* in, void* const* out) {',
         *x,
         *unpack(spec, READ, ys),
-        *_scratch(ranks),
+        *scratch(ranks),
         *region(body),
     ]
 

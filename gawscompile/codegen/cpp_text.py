@@ -47,6 +47,17 @@ def unpack(spec: KernelSpec, roles: tuple[str, ...], outs: list[str]) -> list[st
     ]
 
 
+def scratch(ranks: Scratch) -> list[str]:
+    """Where u and mode products lie, if there are any."""
+    if not ranks.width:
+        return []
+    return [
+        "  static thread_local std::vector<float> scratch;  // of the calling thread",
+        "  if (scratch.size() < size_t(m * LDU)) scratch.resize(m * LDU);",
+        "  float* u = scratch.data();",
+    ]
+
+
 def region(body: list[str]) -> list[str]:
     return [
         "#pragma omp parallel",

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gawscompile.codegen import cpp, triton
-from gawscompile.codegen.spec import KernelSpec, SpecError
+from gawscompile.codegen.cpp_sums import can_sum
+from gawscompile.codegen.spec import KernelSpec, Operand, SpecError
 
 T = TypeVar("T")
 
@@ -53,15 +54,10 @@ class PlanTable:
 
 @dataclass(frozen=True)
 class Derived:
-    """The operand at `operand` is no argument of the op, but computed by `recipe` from the arguments at `sources`.
-
-    `large` says of each source whether it is as large as a base weight: the op tells such a one by its identity,
-    version and a sample of its numbers, others by all of their numbers.
-    """
+    """The operand at `operand` is no argument of the op, but computed by `recipe` from the arguments at `sources`."""
 
     operand: int
     sources: tuple[int, ...]
-    large: tuple[bool, ...]
     recipe: str
 
 
@@ -70,7 +66,7 @@ class Program:
     """A planned group: which plan runs for which m, the spec of its kernels, and the emitter that prints them.
 
     `tuned`: Triton's autotuner has the last word (``triton autotuned single_launch[8] | …``). `derived`: operands that
-    are hoisted (``… | k=576 x=bf16; … | [[2,[0,1],[true,false],"[…"]]``).
+    are hoisted (``… | k=576 x=bf16; … | [[2,[0,1],"[…"]]``).
     """
 
     table: PlanTable
@@ -94,7 +90,7 @@ class Program:
     @property
     def suffix(self) -> str:
         """What comes after the spec."""
-        rows = [[d.operand, d.sources, d.large, d.recipe] for d in self.derived]
+        rows = [[d.operand, d.sources, d.recipe] for d in self.derived]
         return " | " + json.dumps(rows, separators=(",", ":")) if rows else ""
 
     def operands(self, arguments: Sequence[T], derive: Callable[[str, list[T]], T]) -> list[T]:
@@ -117,7 +113,17 @@ class Program:
 
     def cpp_source(self) -> str:
         """The C++ of its kernels: of those that a row of its table runs, as half of a build is for the other."""
-        return cpp.emit(self.spec, [plan for plan, _ in self.table.rows])
+        return cpp.emit(self.spec, [plan for plan, _ in self.table.rows], [operand for _, operand in self.summed])
+
+    @property
+    def summed(self) -> list[tuple[int, Operand]]:
+        """The sources of hoisted operands of which `gemv` takes a checksum as it reads them: (argument, operand)."""
+        if not any(plan == "gemv_cpp" for plan, _ in self.table.rows):
+            return []
+        derived = {d.operand for d in self.derived}
+        given = [operand for at, operand in enumerate(self.spec.operands()) if at not in derived]
+        sources = sorted({source for d in self.derived for source in d.sources if source < len(given)})
+        return [(source, given[source]) for source in sources if can_sum(self.spec, given[source])]
 
     def triton_plan(self, m: int) -> triton.Plan:
         """The plan that runs `m` tokens on a GPU."""
@@ -133,5 +139,5 @@ class Program:
         assert match is not None
         emitter = "triton" if match[1] else "cpp"
         rows = json.loads(suffix) if suffix else []
-        derived = tuple(Derived(at, tuple(sources), tuple(large), recipe) for at, sources, large, recipe in rows)
+        derived = tuple(Derived(at, tuple(sources), recipe) for at, sources, recipe in rows)
         return Program(PlanTable.parse(match[3]), KernelSpec.parse(spec), emitter, bool(match[2]), derived)

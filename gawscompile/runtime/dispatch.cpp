@@ -2,7 +2,9 @@
 //
 // It finds the kernels of `program` (asking Python to build them the first time), checks every operand against the
 // spec (a parameter may have been replaced since compilation), allocates the outputs and runs the plan that the
-// program names for this number of tokens. Operands that are hoisted are compared with their sources in every call.
+// program names for this number of tokens. Operands that are hoisted follow their sources: in every call a checksum is
+// taken of all of these, by gemv itself of what it reads, and where one is another than when the operand was derived,
+// that is done again, and gemv with it. `codegen/checksum.cpp` stands in front of this file.
 // The op is boxed: it reads its operands and its text where the dispatcher has put them.
 
 #include <ATen/EmptyTensor.h>
@@ -12,8 +14,6 @@
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <list>
 #include <map>
 #include <memory>
@@ -29,6 +29,7 @@ using at::Tensor;
 namespace {
 
 using Kernel = void (*)(int64_t m, const void* x, const void* const* in, void* const* out);
+using SummingKernel = void (*)(int64_t m, const void* x, const void* const* in, void* const* out, uint64_t* sums);
 
 struct Operand {
   ScalarType dtype;
@@ -43,30 +44,38 @@ struct Projection {
   bool transposed;  // the weight is [k, n]
 };
 
-// A tensor as it was when something was derived from it.
+// A tensor that others are derived from.
+struct Source {
+  size_t argument;
+  int64_t sum;  // at which gemv sums up its numbers as it reads them, or -1
+};
+
+// A source as it was when something was derived from it.
 struct State {
   const void* data;
-  uint64_t version, numbers;  // numbers: of all of them, or of a sample of a large tensor's
+  uint64_t version, layout, numbers;  // numbers: a checksum of all of them
 
-  bool operator==(const State& o) const { return data == o.data && version == o.version && numbers == o.numbers; }
+  bool same_tensor(const State& o) const { return data == o.data && version == o.version && layout == o.layout; }
 };
 
 struct Derived {
   int64_t operand;
   std::string recipe;
-  std::vector<int64_t> sources;
-  std::vector<char> large;
+  std::vector<size_t> sources;  // of the program's
 
   struct Value {
     std::vector<State> states;
     std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> alive;  // and no address that is a key is used again
     Tensor tensor;
   };
-  mutable std::map<std::vector<const void*>, Value> values;  // by the sources' identities
+  mutable std::map<std::vector<const void*>, std::shared_ptr<const Value>> values;  // by the sources' identities
 };
 
+using Values = std::vector<std::shared_ptr<const Derived::Value>>;  // one for each of a program's `derived`
+
 struct Program {
-  Kernel gemv, accumulate;  // accumulate: null where nothing is to be added to W x
+  void* gemv;         // a Kernel, or a SummingKernel where it has `sums`
+  Kernel accumulate;  // null where nothing is to be added to W x
   int64_t gemv_max;         // the most tokens that gemv runs; beyond, the library multiplies
   int64_t k;
   ScalarType x_dtype;
@@ -74,7 +83,9 @@ struct Program {
   std::vector<Projection> projections;
   bool swiglu;  // two projections, one output: silu(first) * second
   std::vector<Derived> derived;  // by rising operand
-  size_t arguments;              // how many the op takes: the other operands, then sources that are none of them
+  std::vector<Source> sources;
+  size_t sums;       // how many of the sources gemv sums up
+  size_t arguments;  // how many the op takes: the other operands, then sources that are none of them
 };
 
 std::shared_mutex mutex;
@@ -114,122 +125,138 @@ struct Tensors {
   const Tensor* keep(Tensor t) { return &kept.emplace_back(std::move(t)); }
 };
 
-constexpr size_t AHEAD = 4096;  // bytes that are asked for into the second cache: one core alone waits for memory
-
-// Every number counts and its place does: each of the lanes is a polynomial in an odd number.
-uint64_t hash(const char* data, size_t bytes, uint64_t seed) {
-  typedef uint32_t Lanes __attribute__((vector_size(64)));
-  constexpr size_t VECTORS = 4;
-  Lanes lanes[VECTORS];
-  for (size_t v = 0; v < VECTORS; ++v)
-    for (size_t i = 0; i < 16; ++i) lanes[v][i] = uint32_t(seed) + uint32_t(16 * v + i);
-  const size_t whole = bytes / sizeof lanes;
-  for (size_t block = 0; block < whole; ++block)
-    for (size_t v = 0; v < VECTORS; ++v) {
-      Lanes words;
-      __builtin_prefetch(data + block * sizeof lanes + v * sizeof words + AHEAD, 0, 2);
-      std::memcpy(&words, data + block * sizeof lanes + v * sizeof words, sizeof words);
-      lanes[v] = lanes[v] * 0x9E3779B1u + words;
-    }
-  uint64_t sum = seed ^ bytes;
-  for (size_t i = whole * sizeof lanes; i < bytes; ++i) sum = sum * 0x100000001B3ull + uint8_t(data[i]);
-  for (size_t v = 0; v < VECTORS; ++v)
-    for (size_t i = 0; i < 16; ++i) sum = (sum ^ lanes[v][i]) * 0x9E3779B97F4A7C15ull;
-  return sum ^ sum >> 32;
-}
-
-constexpr size_t SAMPLES = 32, LINE = 64;  // of a large tensor: so many pieces of so many bytes
-constexpr size_t PIECE = 1 << 14;          // bytes that one thread hashes at a time
-
-// The states of all sources, in the order in which `derived` names them. All threads hash: what they read, the kernel
-// reads next, so that it comes from memory once.
-std::vector<State> states_of(const std::vector<Derived>& derived, const Tensors& arguments) {
-  struct Piece {
-    const char* data;
-    size_t bytes, of;
-    uint64_t hash;  // before: what it starts from
-  };
+// What is known of all sources before their numbers are read.
+std::vector<State> states_of(const Program& program, const Tensors& arguments) {
   std::vector<State> states;
-  std::vector<Piece> pieces;
-  std::vector<Tensor> plain;  // keeps copies of what is not contiguous
-  for (const Derived& d : derived)
-    for (size_t i = 0; i < d.sources.size(); ++i) {
-      const Tensor& t = arguments[d.sources[i]];
-      const bool contiguous = t.is_contiguous();
-      if (!contiguous) plain.push_back(t.contiguous());
-      const char* data = static_cast<const char*>((contiguous ? t : plain.back()).const_data_ptr());
-      const size_t bytes = t.nbytes(), at = states.size();
-      uint64_t seed = uint64_t(t.scalar_type());
-      for (int64_t n = 0; n < t.dim(); ++n) seed = (seed * 31 + uint64_t(t.size(n))) * 31 + uint64_t(t.stride(n));
-      if (d.large[i] && bytes > SAMPLES * LINE) {
-        std::array<char, SAMPLES * LINE> sample;
-        for (size_t n = 0; n < SAMPLES; ++n)
-          std::memcpy(sample.data() + n * LINE, data + (bytes - LINE) / (SAMPLES - 1) * n, LINE);
-        seed = hash(sample.data(), sample.size(), seed);
-      } else {
-        for (size_t from = 0; from < bytes; from += PIECE)
-          pieces.push_back({data + from, std::min(PIECE, bytes - from), at, seed + from});
-      }
-      states.push_back({t.const_data_ptr(), t.is_inference() ? 0 : uint64_t(t._version()), seed});
-    }
-#pragma omp parallel for if (pieces.size() > 2)
-  for (size_t i = 0; i < pieces.size(); ++i) pieces[i].hash = hash(pieces[i].data, pieces[i].bytes, pieces[i].hash);
-  for (const Piece& piece : pieces) {
-    uint64_t& numbers = states[piece.of].numbers;
-    numbers = (numbers ^ piece.hash) * 0x9E3779B97F4A7C15ull;
+  for (const Source& source : program.sources) {
+    const Tensor& t = arguments[source.argument];
+    TORCH_CHECK(t.is_cpu(), "gaws::project: a source of a hoisted operand has left the CPU");
+    uint64_t layout = uint64_t(t.scalar_type());
+    for (int64_t n = 0; n < t.dim(); ++n) layout = (layout * 31 + uint64_t(t.size(n))) * 31 + uint64_t(t.stride(n));
+    states.push_back({t.const_data_ptr(), t.is_inference() ? 0 : uint64_t(t._version()), layout, 0});
   }
   return states;
 }
 
-// The operand that is derived from `arguments`, computed anew where any of its sources is no longer what it was.
-Tensor derive(const Derived& d, const Tensors& arguments, std::vector<State> states) {
-  std::vector<const void*> key;
-  for (int64_t source : d.sources) key.push_back(arguments[source].unsafeGetTensorImpl());
-  {
-    std::shared_lock lock(mutex);
-    const auto it = d.values.find(key);
-    if (it != d.values.end() && it->second.states == states) return it->second.tensor;
+constexpr size_t PIECE = 1 << 14;  // bytes that one thread reads at a time, at least
+constexpr size_t FEW = 1 << 16;    // bytes that are read before other threads are awake
+
+// Adds the checksums of the sources that gemv sums up, or those of all others. All threads read: what they read, the
+// kernel reads next, so that it comes from memory once.
+void read(const Program& program, const Tensors& arguments, std::vector<State>& states, bool summed_by_gemv) {
+  struct Piece {
+    const char* data;
+    size_t bytes, unit, number, of;  // `number`: of its first unit
+    uint64_t sum;
+  };
+  std::vector<Piece> pieces;
+  std::list<Tensor> plain;  // keeps copies of what is not contiguous
+  size_t total = 0;
+  for (size_t of = 0; of < states.size(); ++of) {
+    const Source& source = program.sources[of];
+    if ((source.sum >= 0) != summed_by_gemv) continue;
+    const Tensor& t = arguments[source.argument];
+    const char* data = static_cast<const char*>(
+        (t.is_contiguous() ? t : plain.emplace_back(t.contiguous())).const_data_ptr());
+    const size_t bytes = t.nbytes();
+    const size_t unit = summed_by_gemv && bytes ? bytes / t.size(0) * Checksum::ROWS : PIECE;
+    const size_t units = (PIECE + unit - 1) / unit;
+    for (size_t from = 0; from < bytes; from += units * unit)
+      pieces.push_back({data + from, std::min(units * unit, bytes - from), unit, from / unit, of, 0});
+    total += bytes;
+    states[of].numbers = 0;
   }
-  c10::List<Tensor> sources;
-  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> alive;
-  for (int64_t source : d.sources) {
-    sources.push_back(arguments[source]);
-    alive.emplace_back(arguments[source].getIntrusivePtr());
+#pragma omp parallel for if (total > FEW)
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    Checksum sum;
+    Piece& piece = pieces[i];
+    for (size_t at = 0; at < piece.bytes; at += piece.unit)
+      sum.unit(piece.data + at, std::min(piece.unit, piece.bytes - at), piece.number + at / piece.unit);
+    piece.sum = sum.folded();
   }
-  const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow("gaws::derive", "");
-  torch::jit::Stack stack{sources, d.recipe};
-  op.callBoxed(stack);
-  const Tensor tensor = stack.back().toTensor();
-  std::unique_lock lock(mutex);
-  for (auto it = d.values.begin(); it != d.values.end();) {
-    const auto& all = it->second.alive;
-    const bool gone = std::any_of(all.begin(), all.end(), [](const auto& one) { return one.expired(); });
-    it = gone ? d.values.erase(it) : std::next(it);
-  }
-  d.values.insert_or_assign(std::move(key), Derived::Value{std::move(states), std::move(alive), tensor});
-  return tensor;
+  for (const Piece& piece : pieces) states[piece.of].numbers += piece.sum;
 }
 
-// What the kernels take: `arguments`, with what is derived from them where it belongs.
-Tensors with_derived(const Program& program, Tensors arguments) {
-  if (program.derived.empty()) return arguments;
-  const std::vector<State> states = states_of(program.derived, arguments);
-  Tensors operands;
-  size_t given = 0;
-  auto mine = states.begin();
-  for (const Derived& d : program.derived) {
-    while (int64_t(operands.all.size()) < d.operand) operands.all.push_back(arguments.all[given++]);
-    operands.all.push_back(operands.keep(derive(d, arguments, {mine, mine + d.sources.size()})));
-    mine += d.sources.size();
+std::vector<const void*> key_of(const Program& program, const Derived& d, const Tensors& arguments) {
+  std::vector<const void*> key;
+  for (size_t source : d.sources) key.push_back(arguments[program.sources[source].argument].unsafeGetTensorImpl());
+  return key;
+}
+
+// What was derived from sources in these states, or null. `unread`: the numbers that gemv sums up are still unknown.
+std::shared_ptr<const Derived::Value> known(
+    const Program& program, const Derived& d, const Tensors& arguments, const std::vector<State>& states, bool unread) {
+  std::shared_lock lock(mutex);
+  const auto it = d.values.find(key_of(program, d, arguments));
+  if (it == d.values.end()) return nullptr;
+  for (size_t i = 0; i < d.sources.size(); ++i) {
+    const State &then = it->second->states[i], &now = states[d.sources[i]];
+    if (!then.same_tensor(now)) return nullptr;
+    if (then.numbers != now.numbers && !(unread && program.sources[d.sources[i]].sum >= 0)) return nullptr;
   }
-  while (operands.all.size() < program.operands.size()) operands.all.push_back(arguments.all[given++]);
-  return operands;
+  return it->second;
+}
+
+// The operands that are derived from `arguments`, all of whose numbers are read first, then computed anew where any
+// source is no longer what it was. What is written in between shows as a checksum that does not agree.
+Values derive(const Program& program, const Tensors& arguments, std::vector<State>& states) {
+  read(program, arguments, states, true);
+  Values values;
+  for (const Derived& d : program.derived) {
+    values.push_back(known(program, d, arguments, states, false));
+    if (values.back()) continue;
+    c10::List<Tensor> sources;
+    auto value = std::make_shared<Derived::Value>();
+    for (size_t source : d.sources) {
+      const Tensor& t = arguments[program.sources[source].argument];
+      sources.push_back(t);
+      value->states.push_back(states[source]);
+      value->alive.emplace_back(t.getIntrusivePtr());
+    }
+    const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow("gaws::derive", "");
+    torch::jit::Stack stack{sources, d.recipe};
+    op.callBoxed(stack);
+    value->tensor = stack.back().toTensor();
+    values.back() = value;
+    std::unique_lock lock(mutex);
+    for (auto it = d.values.begin(); it != d.values.end();) {
+      const auto& all = it->second->alive;
+      const bool gone = std::any_of(all.begin(), all.end(), [](const auto& one) { return one.expired(); });
+      it = gone ? d.values.erase(it) : std::next(it);
+    }
+    d.values.insert_or_assign(key_of(program, d, arguments), std::move(value));
+  }
+  return values;
+}
+
+// The same, where gemv will sum up what it reads: as long as nothing else speaks against it, what was derived before.
+Values expected(const Program& program, const Tensors& arguments, std::vector<State>& states) {
+  Values values;
+  for (const Derived& d : program.derived) {
+    values.push_back(known(program, d, arguments, states, true));
+    if (!values.back()) return derive(program, arguments, states);
+  }
+  return values;
+}
+
+// Whether gemv read the numbers from which its derived operands were computed.
+bool agree(const Program& program, const Values& values, const std::vector<uint64_t>& sums) {
+  for (size_t at = 0; at < values.size(); ++at) {
+    const std::vector<size_t>& sources = program.derived[at].sources;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      const int64_t sum = program.sources[sources[i]].sum;
+      if (sum >= 0 && sums[sum] != values[at]->states[i].numbers) return false;
+    }
+  }
+  return true;
 }
 
 // A view of dense memory, for the library's matmul; the caller keeps the memory alive.
 Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, ScalarType dtype) {
   return at::from_blob(data, {rows, cols}, {row_stride, col_stride}, at::TensorOptions(dtype));
 }
+
+constexpr int ATTEMPTS = 4;  // the first may meet old values; more only where someone writes while the op reads
 
 c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) {
   const Program& program = find(text);
@@ -239,17 +266,33 @@ c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) 
   TORCH_CHECK(
       arguments.all.size() == program.arguments,
       "gaws::project: ", arguments.all.size(), " operands, the kernel takes ", program.arguments, ": ", text);
-  Tensors operands = with_derived(program, std::move(arguments));
   const int64_t m = program.k ? x.numel() / program.k : 0;
   if (!x.is_contiguous()) x = x.contiguous();
+  Values values;
   std::vector<const void*> in(program.operands.size());
-  for (size_t i = 0; i < in.size(); ++i) {
-    TORCH_CHECK(
-        fits(operands[i], program.operands[i], m), "gaws::project: operand ", program.operands[i].name,
-        " no longer has the dtype, shape or device it was compiled for; call torch.compile again after such a change: ",
-        text);
-    if (!operands[i].is_contiguous()) operands.all[i] = operands.keep(operands[i].contiguous());
-    in[i] = operands[i].const_data_ptr();
+  const auto place = [&](bool hoisted) {  // the operands that are derived from others, or those that are given
+    size_t given = 0, at = 0;
+    for (size_t i = 0; i < in.size(); ++i) {
+      const bool derived = at < program.derived.size() && program.derived[at].operand == int64_t(i);
+      const size_t own = derived ? at++ : given++;
+      if (derived != hoisted) continue;
+      const Tensor* operand = derived ? &values[own]->tensor : arguments.all[own];
+      TORCH_CHECK(
+          fits(*operand, program.operands[i], m), "gaws::project: operand ", program.operands[i].name,
+          " no longer has the dtype, shape or device it was compiled for; call torch.compile again after such a change: ",
+          text);
+      if (!operand->is_contiguous()) operand = arguments.keep(operand->contiguous());
+      in[i] = operand->const_data_ptr();
+    }
+  };
+  place(false);
+  std::vector<State> states;
+  if (!program.derived.empty()) {
+    states = states_of(program, arguments);
+    read(program, arguments, states, false);
+    const bool summed = program.sums && 0 < m && m <= program.gemv_max;
+    values = summed ? expected(program, arguments, states) : derive(program, arguments, states);
+    place(true);
   }
   c10::List<Tensor> outputs;
   std::vector<void*> out;
@@ -264,8 +307,14 @@ c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) 
   if (m == 0) return outputs;
   const void* rows = x.const_data_ptr();
   if (m <= program.gemv_max) {
-    program.gemv(m, rows, in.data(), out.data());
-    return outputs;
+    for (int attempt = 1;; ++attempt) {
+      std::vector<uint64_t> sums(program.sums);
+      if (sums.empty()) Kernel(program.gemv)(m, rows, in.data(), out.data());
+      else SummingKernel(program.gemv)(m, rows, in.data(), out.data(), sums.data());
+      if (attempt == ATTEMPTS || agree(program, values, sums)) return outputs;
+      values = derive(program, arguments, states);
+      place(true);
+    }
   }
   std::vector<Tensor> products;  // gate and up, before accumulate makes one output of them
   if (program.swiglu) {
@@ -304,9 +353,9 @@ extern "C" void gaws_register(
     const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
     int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
     const bool* transposed, bool swiglu, int64_t n_derived, const int64_t* places, const char* const* recipes,
-    const int64_t* counts, const int64_t* sources, const bool* large) {
+    const int64_t* counts, const int64_t* sources, int64_t n_summed, const int64_t* summed) {
   auto program = std::make_unique<Program>();
-  program->gemv = Kernel(gemv);
+  program->gemv = gemv;
   program->accumulate = Kernel(accumulate);
   program->gemv_max = gemv_max;
   program->k = k;
@@ -317,26 +366,23 @@ extern "C" void gaws_register(
   for (int64_t i = 0; i < n_projections; ++i)
     program->projections.push_back({widths[i], ScalarType(out_dtypes[i]), weights[i], transposed[i]});
   program->arguments = size_t(n_operands - n_derived);
-  for (int64_t i = 0; i < n_derived; sources += counts[i], large += counts[i], ++i) {
-    program->derived.push_back({places[i], recipes[i], {sources, sources + counts[i]}, {large, large + counts[i]}, {}});
-    for (int64_t j = 0; j < counts[i]; ++j) program->arguments = std::max(program->arguments, size_t(sources[j] + 1));
+  program->sums = size_t(n_summed);
+  for (int64_t i = 0; i < n_derived; sources += counts[i++]) {
+    Derived derived{places[i], recipes[i], {}, {}};
+    for (int64_t j = 0; j < counts[i]; ++j) {
+      const size_t argument = size_t(sources[j]);
+      program->arguments = std::max(program->arguments, argument + 1);
+      const auto same = [&](const Source& source) { return source.argument == argument; };
+      const auto it = std::find_if(program->sources.begin(), program->sources.end(), same);
+      derived.sources.push_back(size_t(it - program->sources.begin()));
+      if (it != program->sources.end()) continue;
+      const int64_t sum = std::find(summed, summed + n_summed, sources[j]) - summed;
+      program->sources.push_back({argument, sum < n_summed ? sum : -1});
+    }
+    program->derived.push_back(std::move(derived));
   }
   std::unique_lock lock(mutex);
   programs.emplace(text, std::move(program));  // never replaced: calls in flight hold references
-}
-
-// Forget what was derived from tensors at these addresses; from all where `count` is negative.
-extern "C" void gaws_forget(const void* const* data, int64_t count) {
-  std::unique_lock lock(mutex);
-  for (auto& [text, program] : programs)
-    for (const Derived& d : program->derived)
-      for (auto it = d.values.begin(); it != d.values.end();) {
-        const auto& states = it->second.states;
-        const bool meant = count < 0 || std::any_of(states.begin(), states.end(), [&](const State& s) {
-          return std::find(data, data + count, s.data) != data + count;
-        });
-        it = meant ? d.values.erase(it) : std::next(it);
-      }
 }
 
 static const auto registration = c10::Dispatcher::singleton().registerImpl(

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from gawscompile.codegen import build, triton
+from gawscompile.codegen.cpp_sums import CHECKSUM
 from gawscompile.codegen.spec import DTYPES, SpecError
 from gawscompile.operators.recipe import hoisted
 from gawscompile.planning.table import Program
@@ -74,7 +75,7 @@ def start_loading() -> None:
 
 
 def _op_source() -> str:
-    return (Path(__file__).parent / "dispatch.cpp").read_text()
+    return CHECKSUM + "\n\n" + (Path(__file__).parent / "dispatch.cpp").read_text()
 
 
 @functools.cache
@@ -124,17 +125,6 @@ def _resolve(text: bytes) -> int | None:
     return None
 
 
-def invalidate(model: torch.nn.Module | None = None) -> None:
-    """Forget what was hoisted of the parameters and buffers of `model` (of all models where it is None).
-
-    Only needed after a write through ``.data`` to a few single numbers of a *base* weight whose function was hoisted
-    (DoRA's norm, LoHa's ΔW): every other change is seen by itself.
-    """
-    pointers = [t.data_ptr() for t in (*model.parameters(), *model.buffers())] if model is not None else []
-    count = len(pointers) if model is not None else -1
-    ensure_loaded().gaws_forget((ctypes.c_void_p * len(pointers))(*pointers), ctypes.c_int64(count))
-
-
 def register(program: str) -> None:
     """Build the kernels of `program` and hand them to the dispatcher."""
     planned = Program.parse(program)
@@ -155,8 +145,8 @@ def register(program: str) -> None:
         for name in ("gemv", "accumulate")
     )
     derived = planned.derived
-    marks = [large for d in derived for large in d.large]
     sources = [source for d in derived for source in d.sources]
+    summed = [argument for argument, _ in planned.summed]
     ensure_loaded().gaws_register(
         program.encode(),
         gemv,
@@ -180,5 +170,6 @@ def register(program: str) -> None:
         (ctypes.c_char_p * len(derived))(*[d.recipe.encode() for d in derived]),
         (ctypes.c_int64 * len(derived))(*[len(d.sources) for d in derived]),
         (ctypes.c_int64 * len(sources))(*sources),
-        (ctypes.c_bool * len(marks))(*marks),
+        ctypes.c_int64(len(summed)),
+        (ctypes.c_int64 * len(summed))(*summed),
     )

@@ -44,6 +44,11 @@ class Problem:
         for operand in spec.operands():
             sizes = [leading if size == "m" else (int(size),) for size in operand.shape]
             operands[operand.name] = make(tuple(s for size in sizes for s in size), operand.dtype)
+        return Problem.with_operands(spec, x, operands)
+
+    @staticmethod
+    def with_operands(spec: KernelSpec, x: Tensor, operands: dict[str, Tensor]) -> Problem:
+        """The answer for tensors that there are."""
         answers = [_answer(spec, i, x.double(), operands) for i in range(len(spec.projections))]
         if spec.swiglu:
             answers = [_gated(*answers, spec)]

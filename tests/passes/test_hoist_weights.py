@@ -150,4 +150,4 @@ def test_constants_are_spelled_out_while_they_are_few():
 def test_no_recipe_for_a_gpu():
     with pytest.raises(SpecError, match="hoisted on a GPU"):
         table = PlanTable((("two_launch", None),))
-        Program(table, Program.parse(f"gemv_cpp | {SPEC}").spec, "triton", derived=(Derived(1, (0,), (True,), "[]"),))
+        Program(table, Program.parse(f"gemv_cpp | {SPEC}").spec, "triton", derived=(Derived(1, (0,), "[]"),))
