@@ -148,7 +148,7 @@ def test_infinities_and_nans_stay_where_they_are(libraries):
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_numbers_are_rounded_to_the_nearest(dtype):
-    """Of what a kernel writes: ties to even, NaNs stay, and too much is infinite. Subnormal numbers may become zeros."""
+    """Of what a kernel writes: ties to even, NaNs stay, too much is infinite. (Subnormal numbers may become zeros.)"""
     text = f"k=16 x=f32; n=77 out={dtype} residual=f32 lora(r=1 f32 s=1.0)"
     library = ctypes.CDLL(str(build.start(cpp.emit(KernelSpec.parse(text))).result()))
     problem = Problem.of(text, 9)

@@ -1,8 +1,8 @@
 """Runs generated Triton modules in Triton's interpreter and prints one JSON line of measurements per case and plan.
 
 A script, as the interpreter must be chosen before Triton is imported: ``TRITON_INTERPRET=1 python <this file> NAMES``,
-names of `CASES`, "seeds", "overflow" or "live". `test_triton.py` runs it once and judges the lines. Every tensor lies between NaNs and outputs start as NaN, so a
-read or a write beyond an end, or an element that was left out, shows.
+names of `CASES`, "seeds", "overflow" or "live". `test_triton.py` runs it once and judges the lines. Every tensor lies
+between NaNs and outputs start as NaN, so a read or a write beyond an end, or an element that was left out, shows.
 """
 
 from __future__ import annotations
