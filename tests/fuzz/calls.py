@@ -18,7 +18,7 @@ from torch import Tensor
 from gawscompile.codegen import build, cpp, triton
 from gawscompile.codegen.spec import DTYPES, KernelSpec
 from gawscompile.runtime import ops
-from tests.fuzz.judge import Answer, answers, naive, weight
+from tests.fuzz.kernel_answers import Answer, answers, naive, weight
 
 TOKENS = 70
 GUARD = 96

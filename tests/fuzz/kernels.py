@@ -90,7 +90,7 @@ def run(seed: int, coverage: Coverage) -> Failure | None:
             soon = subject(seed + ahead)
             if not soon.triton:
                 built(str(soon.spec), soon.vectors)
-    _reached(case, coverage)
+    reached(case, coverage)
     found = _fault(case)
     if found is None:
         return None
@@ -98,7 +98,7 @@ def run(seed: int, coverage: Coverage) -> Failure | None:
     return Failure(LEVEL, seed, kind, message, f"from tests.fuzz.calls import Call\n\nprint({smallest}.fault())")
 
 
-def _reached(case: Call, coverage: Coverage) -> None:
+def reached(case: Call, coverage: Coverage) -> None:
     spec = case.kernel
     coverage.reach("kernel", case.by)
     for role in {operand.role for operand in spec.operands()}:

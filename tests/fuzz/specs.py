@@ -23,7 +23,7 @@ def random_spec(random: Random, triton: bool = False) -> KernelSpec:
     """A group that the C++ emitter takes, or, for `triton`, a smaller one that the Triton emitter takes."""
     uniform = random.random() < 0.7
     x = random.choice(FLOATS)
-    kronecker = random.random() < 0.4
+    kronecker, lowrank = random.random() < 0.4, random.random() < 0.8
     swiglu = random.random() < 0.2
     k = _size(random, kronecker, LONG if random.random() < 0.2 and not triton else ())
     count = 2 if swiglu else random.choice((1, 1, 2, 2, 3, 4))
@@ -33,7 +33,7 @@ def random_spec(random: Random, triton: bool = False) -> KernelSpec:
     for _ in range(count):
         if not swiglu:
             n, out = _size(random, kronecker), x if uniform else random.choice(FLOATS)
-        p, budget = _projection(random, k, n, x if uniform else None, out, kronecker, budget, triton)
+        p, budget = _projection(random, k, n, x if uniform else None, out, (lowrank, kronecker), budget, triton)
         if swiglu:
             turned = p.transposed and triton
             p = dataclasses.replace(p, dtype=p.dtype or x, residual=None, transposed=turned)
@@ -52,9 +52,17 @@ def _size(random: Random, composite: bool, more: Sequence[int] = ()) -> int:
 
 
 def _projection(
-    random: Random, k: int, n: int, uniform: str | None, out: str, kronecker: bool, budget: int, triton: bool
+    random: Random,
+    k: int,
+    n: int,
+    uniform: str | None,
+    out: str,
+    kinds: tuple[bool, bool],
+    budget: int,
+    triton: bool,
 ) -> tuple[ProjectionSpec, int]:
-    """A projection and what is left of `budget`. `uniform`: the base's dtype, if there is one for the whole group."""
+    """A projection and what is left of `budget`. `uniform`: the base's dtype, if there is one for the whole group;
+    `kinds`: whether the group may have low-rank and Kronecker terms."""
 
     def some(chance: float, most: int) -> int:
         nonlocal budget
@@ -68,11 +76,10 @@ def _projection(
     def maybe(chance: float) -> str | None:
         return dtype() if random.random() < chance else None
 
-    lowrank = tuple(LowRankSpec(random.choice(RANKS), dtype(), *_scale(random)) for _ in range(some(0.7, 3)))
+    lowrank = tuple(LowRankSpec(random.choice(RANKS), dtype(), *_scale(random)) for _ in range(some(0.8 * kinds[0], 3)))
     given = tuple(GivenSpec(random.choice(RANKS), dtype(), dtype()) for _ in range(some(0.2, 2)))
     chains = tuple(
-        KroneckerSpec(_chain(random, k, n, triton), dtype(), *_scale(random))
-        for _ in range(some(0.8 if kronecker else 0.0, 2))
+        KroneckerSpec(_chain(random, k, n, triton), dtype(), *_scale(random)) for _ in range(some(0.8 * kinds[1], 2))
     )
     kept = bool(lowrank or given or chains) and not triton and random.random() < 0.15
     spec = ProjectionSpec(
