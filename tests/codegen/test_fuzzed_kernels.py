@@ -31,9 +31,9 @@ def test_specs_are_legal_and_have_everything_in_turn():
     assert all(triton.plans(random_spec(Random(seed), triton=True)) for seed in range(100))
 
 
-def test_a_seed_is_a_case_and_what_is_to_be_reached_is_reached():
+def test_a_seed_is_a_case_and_five_thousand_reach_everything():
     coverage = Coverage()
-    for seed in range(0, 5000, 7):
+    for seed in range(5000):
         assert kernels.call(seed) == kernels.call(seed)
         kernels.reached(kernels.call(seed), coverage)
     assert not coverage.missing(kernels.MUST_REACH)
