@@ -1,152 +1,35 @@
-"""Faults to plant: one-line edits of the compiler that make it wrong, and a model on which each of them shows."""
+"""Faults to plant: edits of the compiler that make it wrong, and a model on which each of them shows.
+
+    python -m tests.planted [NAME …]
+
+plants each in a copy of the project, asks who notices, and prints a table. Some minutes a fault on a busy machine.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.fault import Fault
+from tests.faults import FAULTS
 
-@dataclass(frozen=True)
-class Fault:
-    """In `file`, `old` (which occurs once) becomes `new`; `tests` are the ones that should notice."""
+__all__ = ["FAULTS", "ROOT", "Zoo", "in_copy", "judged", "planted", "suite"]
 
-    file: str
-    old: str
-    new: str
-    tests: str
-    library: bool = False  # shows only where the library's matmul is planned
-
-
-PASSES = "tests/passes"
-FAULTS = {
-    "scale dropped": Fault(
-        "passes/recover_operators.py", "        return scale.number\n", "        return 1.0\n", PASSES
-    ),
-    "sign turned": Fault(
-        "passes/recover_operators.py", "        return scale.number\n", "        return -scale.number\n", PASSES
-    ),
-    "siblings swapped": Fault(
-        "passes/group_siblings.py",
-        "zip(members, items, strict=True)",
-        "zip(members, items[:-2] + items[-2:][::-1], strict=True)",
-        "tests/passes/test_group_siblings.py",
-    ),
-    "first adapter's factors for all": Fault(
-        "passes/fuse_zflora.py",
-        "operands += [term.a, term.b] if fixed",
-        "operands += [lowrank[0].a, lowrank[0].b] if fixed",
-        "tests/passes/test_fuse_zflora.py tests/passes/test_lower.py tests/test_planted_faults.py::test_the_zoo",
-    ),
-    "bias lost": Fault(
-        "passes/recover_operators.py",
-        "    terms += [Bias(bias)] if bias is not None else []\n",
-        "",
-        PASSES,
-    ),
-    "activation as residual": Fault(
-        "passes/fuse_epilogues.py", "[*operands[:position], residual, *", "[*operands[:position], x, *", PASSES
-    ),
-    "gate and up swapped": Fault(
-        "passes/fuse_epilogues.py", "[*mine[first], *mine[1 - first]]", "[*mine[1 - first], *mine[first]]", PASSES
-    ),
-    "last adapter lost": Fault(
-        "passes/recover_operators.py",
-        "in sorted(adapters, key=_low_rank",
-        "in sorted(adapters[:-1] or adapters, key=_low_rank",
-        PASSES,
-    ),
-    "alpha of an add overlooked": Fault(
-        "passes/matrices.py",
-        "    return float(alpha) if is_call(node, aten.add.Tensor) else -float(alpha)\n",
-        "    return 1.0 if is_call(node, aten.add.Tensor) else -1.0\n",
-        PASSES,
-    ),
-    "activations taken to be one": Fault(
-        "passes/forms.py",
-        "    return source_of(a.activation) is source_of(b.activation) and "
-        "(a.turned, a.layout) == (b.turned, b.layout)\n",
-        "    return True\n",
-        PASSES,
-    ),
-    "added to a kept base where it is taken away": Fault(
-        "passes/kept.py",
-        "            form = form if weight == 1.0 else form.scaled(weight, node)\n",
-        "",
-        "tests/passes/test_kept_bases.py",
-    ),
-    "ranks of blocks not dealt out": Fault(
-        "passes/merge_blocks.py",
-        "    if order == sorted(order):\n        return matrix\n",
-        "    return matrix\n",
-        "tests/passes/test_merge_blocks.py",
-    ),
-    "bias lost by a linear left over": Fault(
-        "passes/lower.py",
-        "    x, weight, *bias = args(node)\n",
-        "    x, weight = args(node)[:2]\n    bias = []\n",
-        PASSES,
-    ),
-    "tail of a dot product dropped": Fault(
-        "codegen/prelude.cpp", "  if constexpr (WHOLE < N) {", "  if constexpr (false) {", "tests/codegen/test_cpp.py"
-    ),
-    "last row off by one": Fault(
-        "codegen/prelude.cpp",
-        "for (int64_t r = row; r < N; ++r) f(Int<1>{}, r);",
-        "for (int64_t r = row; r < N - 1; ++r) f(Int<1>{}, r);",
-        "tests/codegen/test_cpp.py",
-    ),
-    "scale not in the kernel": Fault(
-        "codegen/cpp.py",
-        'f"{scale} * sum(acc[r][t]);" if scale',
-        'f"sum(acc[r][t]);" if scale',
-        "tests/codegen/test_cpp.py",
-    ),
-    "G's rows in another order": Fault(
-        "codegen/modes.cpp",
-        "dot<R, T, I>(acc, g + row * I, from + s0 * I, I);",
-        "dot<R, T, I>(acc, g + (O - R - row) * I, from + s0 * I, I);",
-        "tests/codegen/test_cpp.py",
-    ),
-    "a Conv1D weight's tail of rows left out": Fault(
-        "codegen/prelude.cpp", "      run(Int<1>{});\n", "", "tests/codegen/test_cpp.py"
-    ),
-    "u read from the first term": Fault(
-        "codegen/cpp.py",
-        'where = f"u + t0 * LDU + {ranks.offsets[i, j]}"',
-        'where = "u + t0 * LDU"',
-        "tests/codegen/test_cpp.py",
-    ),
-    "half of B u missing where the library multiplies": Fault(
-        "codegen/cpp_add.py",
-        "fmadd(b.hi, ut, acc[t].hi)",
-        "acc[t].hi",
-        "tests/codegen/test_cpp.py",
-        library=True,
-    ),
-    "rows not scaled": Fault(
-        "passes/recover_operators.py",
-        "(RowScale(stored(rowscale)),) if rowscale is not None else ()",
-        "()",
-        "tests/passes/test_hoist_weights.py",
-    ),
-    "half of a stream's sum lost": Fault(
-        "passes/split_streams.py",
-        "aten.add.Tensor, tuple(pair), one",
-        "aten.add.Tensor, (pair[0], pair[0]), one",
-        "tests/passes/test_split_streams.py",
-    ),
-    "operands kept from the first call": Fault(
-        "runtime/dispatch.cpp",
-        "    in[i] = operands[i].const_data_ptr();\n",
-        "    static std::unordered_map<std::string, const void*> kept;\n"
-        "    const void*& first = kept[text + program.operands[i].name];\n"
-        "    in[i] = first = first ? first : operands[i].const_data_ptr();\n",
-        "tests/runtime/test_ops.py",
-    ),
-}
+ROOT = Path(__file__).parent.parent
 
 
 class Zoo(nn.Module):
@@ -155,12 +38,12 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24, "gate": 40, "up": 40}
+        shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24, "gate": 40, "up": 40, "last": 13}
         self.w = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 64) / 8) for name, n in shapes.items()})
         self.a = nn.ParameterDict({name: nn.Parameter(torch.randn(8, 64) / 8) for name in (*shapes, "again")})
         self.b = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 8) / 3) for name, n in shapes.items()})
         self.b["again"] = nn.Parameter(torch.randn(24, 8) / 3)
-        self.bias = nn.Parameter(torch.randn(13))
+        self.bias, self.offset = nn.Parameter(torch.randn(13)), nn.Parameter(torch.randn(32))
         self.wide = nn.Linear(64, 24, dtype=torch.float64)
         self.turned = nn.Parameter(torch.randn(63, 40) / 8)  # [in, out]
         self.w1, self.w2 = nn.Parameter(torch.randn(4, 8) / 3), nn.Parameter(torch.randn(12, 8) / 3)
@@ -182,14 +65,14 @@ class Zoo(nn.Module):
         alpha = torch.add(F.linear(cosine, self.w["k"]), self.delta("k", cosine), alpha=3)
         other = F.linear(o.exp(), self.w["v"]) + self.delta("v", (o + 1).tanh())
         gated = o.sigmoid()
-        grouped = F.linear(gated, self.grouped) + F.linear(gated, torch.kron(self.w1, self.w2))
+        grouped = F.linear(gated, self.grouped) + 0.5 * F.linear(gated, torch.kron(self.w1, self.w2))
         turned = k.tanh().repeat(1, 1, 2)[..., :63] @ self.turned
         bent = o.abs().sqrt()
         gate, up = (F.linear(bent, self.w[name]) + 2.0 * self.delta(name, bent) for name in ("gate", "up"))
         product = F.silu(gate) * up
         apart = o.erf()
         norm = (self.w["k"] + self.b["k"] @ self.a["k"]).norm(dim=1)
-        scaled = self.magnitude / norm * (F.linear(apart, self.w["k"]) + self.delta("k", apart))
+        scaled = self.magnitude / norm * (F.linear(apart, self.w["k"]) + self.delta("k", apart)) + self.offset
         stream = torch.cat([o.sigmoid(), k.tanh()], -1) + torch.cat([cosine, v.tanh()], -1)
         h, z = stream.split([64, 32], -1)
         streamed = F.linear(h, self.w["twice"]) + F.linear(z, self.widened)
@@ -199,5 +82,149 @@ class Zoo(nn.Module):
         inner = torch.einsum("...ni,nir->...nr", steep.unflatten(-1, (2, 32)), self.blocks[0]).unflatten(-1, (2, 2))
         dealt = torch.einsum("...jr,jro->...jo", inner.transpose(-3, -2).flatten(-2), self.blocks[1]).flatten(-2)
         blocks = F.linear(steep, self.w["q"]) + 2.0 * dealt
-        answers = (q, k, v, o, odd, twice, alpha, other, grouped, turned, product, scaled, streamed, kept, blocks)
+        bowed = o.cosh()
+        last = alpha.tanh()[..., :13] * 2 + (F.linear(bowed, self.w["last"]) + self.delta("last", bowed))
+        answers = (q, k, v, o, odd, twice, alpha, other, grouped, turned, product, scaled, streamed, kept, blocks, last)
         return *answers, self.wide(o.double())
+
+
+# --- Planting ------------------------------------------------------------------------------------------------
+
+
+def planted(name: str, folder: Path) -> Path:
+    """A copy of the project with the fault in it."""
+    fault = FAULTS[name]
+    for part in ("gawscompile", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    file = folder / "gawscompile" / fault.file
+    text = file.read_text()
+    assert text.count(fault.old) == 1, f"the fault {name!r} no longer applies: bring it up to date"
+    file.write_text(text.replace(fault.old, fault.new))
+    return folder
+
+
+@functools.cache
+def _shared() -> Path:
+    """Caches for all faults: a folder with Inductor's, which holds what it has found out of the machine's vectors (that
+    takes half a minute) and no graph, and ours, whose kernels are named by what they are built from."""
+    folder = Path(tempfile.mkdtemp(prefix="gaws-planted-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    places = {"GAWS_CACHE_DIR": folder / "gaws", "TORCHINDUCTOR_CACHE_DIR": folder / "inductor"}
+    environment = {**os.environ, **{k: str(v) for k, v in places.items()}, "PYTHONPATH": str(ROOT)}
+    program = "from gawscompile.codegen import build; build.fingerprint()"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    return folder
+
+
+def in_copy(folder: Path, *arguments: str, fault: Fault | None = None) -> subprocess.CompletedProcess[str]:
+    """Python in a copy. Its graphs are kept there, and its kernels too if it has a fault in the keeping."""
+    if not (folder / "inductor").exists():
+        shutil.copytree(_shared() / "inductor", folder / "inductor")
+    apart = fault is None or fault.file in ("codegen/cache.py", "codegen/build.py")
+    places = {
+        "GAWS_CACHE_DIR": (folder if apart else _shared()) / "gaws",
+        "TORCHINDUCTOR_CACHE_DIR": folder / "inductor",
+    }
+    environment = {**os.environ, **{k: str(v) for k, v in places.items()}, "PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+# --- Who notices ---------------------------------------------------------------------------------------------
+
+
+def suite(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The tests of a fault that is planted in `folder`."""
+    fault = FAULTS[name]
+    if fault.by == "fuzz":
+        return in_copy(folder, "-m", "tests.fuzz", *fault.tests.split(), fault=fault)
+    chosen = ["-m", "slow" if fault.by == "slow" else "not slow"]
+    command = ["-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider", *chosen, *fault.tests.split()]
+    return in_copy(folder, *command, fault=fault)
+
+
+PROGRAM = """
+import copy, json, logging, torch, gawscompile
+from gawscompile.backend import GawsPass
+from gawscompile.options import Options
+from gawscompile.planning import devices
+from tests.graphs import capture
+from tests.planted import Zoo
+messages = []
+handler = logging.Handler()
+handler.emit = lambda record: messages.append(record.getMessage())
+logging.getLogger("gawscompile").addHandler(handler)
+torch.set_num_threads(2)
+if @LIBRARY@:
+    from tests.passes.test_choose_plan import FAST_LIBRARY
+    devices.cpu = lambda: FAST_LIBRARY
+wrong = {}
+with torch.no_grad():
+    x = torch.randn(1, 64 if @LIBRARY@ else 2, 64)
+    model = Zoo().eval()
+    captured = capture(model, x)
+    for verify in (False, True):
+        module = torch.fx.GraphModule(captured.module, copy.deepcopy(captured.graph))
+        GawsPass(Options(verify=verify), "zoo", stored=captured.stored)(module.graph)
+        module.recompile()
+        errors = []
+        for change in (lambda p: None, lambda p: setattr(p, "data", p.data * 1.05), lambda p: p.data.mul_(1.05)):
+            for p in model.parameters():  # what was kept from the calls before shows
+                change(p)
+            want = copy.deepcopy(model).double()(x.double())
+            try:
+                got = module(*captured.inputs)
+            except RuntimeError as error:
+                errors.append(1e9)
+                continue
+            errors += [((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want, strict=True)]
+        wrong[verify] = max(errors) if all(e == e for e in errors) else 1e9
+print(json.dumps({"wrong": wrong[False], "verified": wrong[True], "messages": messages, "at": gawscompile.__file__}))
+"""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a fault that is planted makes of the zoo: largest errors without `verify` and with it, and its warnings."""
+
+    wrong: float
+    verified: float
+    messages: list[str]
+
+    @property
+    def refused(self) -> list[str]:
+        return [message for message in self.messages if "verify refused the rewrite of" in message]
+
+
+def judged(name: str, folder: Path) -> Judged:
+    """The zoo through our passes, with the fault in them. Raises `RuntimeError` where it does not run."""
+    done = in_copy(folder, "-c", PROGRAM.replace("@LIBRARY@", str(FAULTS[name].library)), fault=FAULTS[name])
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    data = json.loads(done.stdout.splitlines()[-1])
+    assert data.pop("at").startswith(str(folder))
+    return Judged(**data)
+
+
+def main(names: list[str]) -> int:
+    """The table. Returns how many faults are not noticed as they should be."""
+    missed = 0
+    print(f"{'fault':<58}{'s':>5}  {'verify':<34}noticed by")
+    for name in names or FAULTS:
+        fault, start = FAULTS[name], time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="gaws-fault-") as place:
+            folder = planted(name, Path(place))
+            done = suite(name, folder)
+            found = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+            noticed = found[1] if found and done.returncode == 1 else "the fuzzer" if done.returncode == 1 else "NOBODY"
+            verdict = f"— {fault.unproven}"
+            if not fault.unproven:
+                seen = judged(name, folder)
+                verdict = "refuses" if seen.wrong > 1e-3 > 10 * seen.verified and seen.refused else "MISSES"
+        missed += noticed == "NOBODY" or verdict == "MISSES"
+        print(f"{name:<58}{time.monotonic() - start:>5.0f}  {verdict[:32]:<34}{noticed}", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -63,11 +63,21 @@ SPECS = {
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
 
 
+class Libraries(dict[str, ctypes.CDLL]):
+    """The kernels of `SPECS`, by name; built when they are asked for, if not before."""
+
+    def __missing__(self, name: str) -> ctypes.CDLL:
+        self[name] = ctypes.CDLL(str(build.start(cpp.emit(KernelSpec.parse(SPECS[name]))).result()))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def libraries() -> dict[str, ctypes.CDLL]:
-    """Every spec's kernels, built side by side."""
-    builds = {name: build.start(cpp.emit(KernelSpec.parse(text))) for name, text in SPECS.items()}
-    return {name: ctypes.CDLL(str(done.result())) for name, done in builds.items()}
+def libraries(request: pytest.FixtureRequest) -> Libraries:
+    """Those that the chosen tests name are built side by side."""
+    chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    for name in dict.fromkeys(params["name"] for params in chosen if params.get("name") in SPECS):
+        build.start(cpp.emit(KernelSpec.parse(SPECS[name])))
+    return Libraries()
 
 
 def run(library: ctypes.CDLL, entry: str, problem: Problem, start: list[torch.Tensor] | None) -> list[torch.Tensor]:
@@ -134,6 +144,32 @@ def test_infinities_and_nans_stay_where_they_are(libraries):
     assert not q[1].isfinite().any() and q[:, 7].isnan().all()
     others = torch.arange(48) != 7
     assert q[0, others].isfinite().all() and q[2, others].isfinite().all() and k[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_numbers_are_rounded_to_the_nearest(dtype):
+    """Of what a kernel writes: ties to even, NaNs stay, too much is infinite. (Subnormal numbers may become zeros.)"""
+    text = f"k=16 x=f32; n=77 out={dtype} residual=f32 lora(r=1 f32 s=1.0)"
+    library = ctypes.CDLL(str(build.start(cpp.emit(KernelSpec.parse(text))).result()))
+    problem = Problem.of(text, 9)
+    problem.operands["b0_0"].zero_()
+    bits = torch.randint(-(2**31), 2**31, (9, 77), generator=torch.Generator().manual_seed(0)).int()
+    bits[:4] = bits[:4] & ~0xFFFF | 0x8000  # halfway between two numbers of bf16
+    bits[4:6] = bits[4:6] & ~0x1FFF | 0x1000  # and of fp16
+    numbers = bits.view(torch.float32)
+    numbers = torch.where(numbers.abs() < torch.finfo(torch.float32).tiny, 0.0, numbers)
+    numbers[6:] = numbers[6:].frexp()[0] * 2.0 ** torch.randint(-13, 16, (3, 77))
+    problem.operands["res0"].copy_(numbers)
+    for entry in ("gemv", "accumulate"):
+        (got,) = run(library, entry, problem, None)
+        torch.testing.assert_close(got, numbers.to(TORCH[dtype]), rtol=0, atol=0, equal_nan=True)
+
+
+def test_everyone_waits_between_a_stage_and_what_reads_it():
+    for name, stages in {"plain": 0, "given": 0, "qkv": 1, "gaws": 1, "lokr": 3, "rowscale_kron": 1}.items():
+        text = cpp.emit(KernelSpec.parse(SPECS[name]))
+        for entry in text.split('extern "C" void ')[1:]:
+            assert entry.count("#pragma omp barrier") == stages, name
 
 
 def test_source_is_deterministic_and_says_what_it_computes():

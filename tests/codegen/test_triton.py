@@ -343,9 +343,17 @@ def test_wrong_activations_and_counts_are_named():
 # --- Numbers, in the interpreter ---------------------------------------------------------------------------
 
 
+OTHERS = {
+    "seeds": "test_error_over_seeds",
+    "overflow": "test_fp16_survives_a_large_scale",
+    "live": "test_replaced_factors_show_in_the_next_call",
+}
+"""What else is measured, and the test that reads it."""
+
+
 @pytest.fixture(scope="session")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """What `triton_interpret_cases` measured: case → its lines, one for each plan."""
+def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, list[dict]]:
+    """What `triton_interpret_cases` measured: case → its lines, one for each plan. Of what the chosen tests ask for."""
     pytest.importorskip("triton")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
@@ -353,7 +361,10 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
         "PYTHONHASHSEED": "1",
         "GAWS_CACHE_DIR": str(tmp_path_factory.mktemp("interpreted")),
     }
-    command = [sys.executable, str(HERE / "triton_interpret_cases.py")]
+    numbers = [item for item in request.session.items if item.nodeid.split("::")[-1].startswith("test_numbers[")]
+    asked = [item.callspec.params["case"] for item in numbers]
+    asked += [name for name, test in OTHERS.items() if any(item.name == test for item in request.session.items)]
+    command = [sys.executable, str(HERE / "triton_interpret_cases.py"), *asked]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     lines: dict[str, list[dict]] = {}

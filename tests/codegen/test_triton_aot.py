@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -183,6 +184,23 @@ def test_weights_stream_before_the_wait_and_u_is_read_after_it(spec: KernelSpec)
     (wait,) = (match.start() for match in re.finditer(r"ld\.global\.gpu\.acquire", ptx))
     assert "ld.global.v4.b32" in ptx[:wait] and "ld.global.v4.b32" not in ptx[wait:], "weights come before the wait"
     assert re.search(r"ld\.global\.b", ptx[wait:]), "and u after it"
+
+
+@pytest.mark.parametrize(("target", "barrier"), [("cuda:90", "bar.sync"), ("hip:gfx942", "s_barrier")])
+def test_all_threads_wait_before_u_is_told_and_before_it_is_read(target: str, barrier: str):
+    """In what is printed, whatever Triton adds of itself; and in what it becomes."""
+    functions = {f.name: f.body[1:] for f in ast.parse(emitter.emit(LLAMA, SINGLE)).body if hasattr(f, "args")}
+    told, waited = (list(map(ast.unparse, functions[name])) for name in ("publish", "wait"))
+    assert told[0] == "tl.debug_barrier()" and "sem='release'" in told[1]
+    assert "sem='acquire'" in waited[0] and waited[0].startswith("while") and waited[1] == "tl.debug_barrier()"
+    (compiled,) = ahead.compile_plan(LLAMA, SINGLE, target)
+    if target == "cuda:90":
+        ptx = str(compiled.files["ptx"])
+        told_at, waited_at = ptx.index("red.global.gpu.release"), ptx.index("ld.global.gpu.acquire")
+        written, read = ptx.rindex("st.global.b32", 0, told_at), ptx.index("ld.global.b32", waited_at)
+        assert barrier in ptx[written:told_at] and barrier in ptx[waited_at:read]
+    else:
+        assert str(compiled.files["amdgcn"]).count(barrier) >= 2
 
 
 # --- Errors --------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Runs generated Triton modules in Triton's interpreter and prints one JSON line of measurements per case and plan.
 
-A script, as the interpreter must be chosen before Triton is imported: ``TRITON_INTERPRET=1 python <this file>``.
-`test_triton.py` runs it once and judges the lines. Every tensor lies between NaNs and outputs start as NaN, so a
-read or a write beyond an end, or an element that was left out, shows.
+A script, as the interpreter must be chosen before Triton is imported: ``TRITON_INTERPRET=1 python <this file> NAMES``,
+names of `CASES`, "seeds", "overflow" or "live". `test_triton.py` runs it once and judges the lines. Every tensor lies
+between NaNs and outputs start as NaN, so a read or a write beyond an end, or an element that was left out, shows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -425,21 +426,24 @@ def repair_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_index
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     repair_interpreter()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN: the scratch for u is poisoned, too
-    for name, (text, m) in CASES.items():
+    for name in [name for name in names if name in CASES]:
+        text, m = CASES[name]
         spec = KernelSpec.parse(text)
         for plan in plans_for(spec, m):
             digest = hashlib.sha256(emitter.emit(spec, plan).encode()).hexdigest()
             line = {"case": name, "plan": str(plan), "digest": digest, "projections": measure(spec, plan, m)}
             print(json.dumps(line), flush=True)
-    for line in over_seeds():
+    for line in over_seeds() if "seeds" in names else ():
         print(json.dumps(line), flush=True)
-    print(json.dumps({"case": "overflow", **overflow()}))
-    print(json.dumps({"case": "live", "shows": live()}))
+    if "overflow" in names:
+        print(json.dumps({"case": "overflow", **overflow()}))
+    if "live" in names:
+        print(json.dumps({"case": "live", "shows": live()}))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

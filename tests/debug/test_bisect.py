@@ -13,7 +13,7 @@ from gawscompile import explain
 from gawscompile.debug.bisect import BisectError, bisect
 from gawscompile.debug.repro import ReproError, repro, script
 from tests.graphs import Pair
-from tests.test_planted_faults import ROOT, in_copy, planted
+from tests.planted import ROOT, in_copy, planted
 
 SCRIPT = """
 import torch

@@ -64,6 +64,18 @@ def test_swiglu_leaves_one_output(text, plan, m):
     problem.check(outputs)
 
 
+def test_each_plan_runs_up_to_its_last_m():
+    """In bf16, 1 + 1/256 is 1: the library's product loses what gemv, which rounds once, brings over to 1 + 1/128."""
+    problem = Problem.of("k=2 x=bf16; n=8 w=bf16 out=bf16 bias=bf16", 1)
+    weight, bias = torch.tensor([1.0, 1 / 256]).expand(8, 2).bfloat16(), torch.full((8,), 1 / 256).bfloat16()
+    found = {}
+    for m in (1, 3, 4, 5, 6, 40):
+        x = torch.ones(m, 2, dtype=torch.bfloat16)
+        (y,) = torch.ops.gaws.project(x, [weight, bias], f"gemv_cpp<=4, gemm_accumulate | {problem.spec}")
+        (found[m],) = set(y.flatten().tolist())
+    assert found == {m: 1 + 1 / 128 if m <= 4 else 1.0 for m in found}
+
+
 def test_strided_inputs_are_read_right():
     problem = Problem.of(SPEC, 6)
     problem.x = problem.x.T.contiguous().T

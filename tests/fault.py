@@ -1,0 +1,30 @@
+"""What a planted fault is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file`, `old` (which occurs once) becomes `new`; `tests` are the narrowest that should notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    library: bool = False
+    """Shows only where the library's matmul is planned."""
+    unproven: str = ""
+    """Why ``options={"verify": True}`` cannot refuse what it makes of a model; "" where it must."""
+    by: Literal["fast", "slow", "fuzz"] = "fast"
+    """Which tests these are; for the fuzzer, `tests` are its arguments."""
+
+
+ON_GPUS = "no value on a CPU depends on it"
+EITHER = "both plans are right"
+A_KEY = "what is stale shows in a later process"
+A_RACE = "who waits for nobody may still come second"
+A_CHANGE = "it shows where parameters change between calls, and a proof is of one state"
+LAID_OUT = "a proof's tensors are laid out plainly"

@@ -1,0 +1,228 @@
+"""The faults that are planted: each an edit of one place of the compiler that makes it wrong."""
+
+from __future__ import annotations
+
+from tests.fault import A_CHANGE, A_KEY, EITHER, LAID_OUT, Fault
+from tests.faults_of_kernels import KERNELS, SWIGLU
+
+RECOVER = "passes/recover_operators.py"
+OP = "runtime/dispatch.cpp"
+
+SPELLINGS = "tests/passes/test_spellings.py"
+SOURCES = "tests/runtime/test_sources.py"
+
+FAULTS: dict[str, Fault] = {
+    # --- What is recovered from the graph -----------------------------------------------------------------------
+    "scale dropped": Fault(RECOVER, "        return scale.number\n", "        return 1.0\n", SPELLINGS),
+    "sign turned": Fault(RECOVER, "        return scale.number\n", "        return -scale.number\n", SPELLINGS),
+    "bias lost": Fault(
+        RECOVER, "    terms += [Bias(bias)] if bias is not None else []\n", "", "tests/passes/test_recover_operators.py"
+    ),
+    "last adapter lost": Fault(
+        RECOVER, "in sorted(adapters, key=_low_rank", "in sorted(adapters[:-1] or adapters, key=_low_rank", SPELLINGS
+    ),
+    "rows not scaled": Fault(
+        RECOVER,
+        "(RowScale(stored(rowscale)),) if rowscale is not None else ()",
+        "()",
+        "tests/passes/test_hoist_weights.py",
+    ),
+    "alpha of an add overlooked": Fault(
+        "passes/matrices.py",
+        "    return float(alpha) if is_call(node, aten.add.Tensor) else -float(alpha)\n",
+        "    return 1.0 if is_call(node, aten.add.Tensor) else -1.0\n",
+        SPELLINGS,
+    ),
+    "activations taken to be one": Fault(
+        "passes/forms.py",
+        "    return source_of(a.activation) is source_of(b.activation) and "
+        "(a.turned, a.layout) == (b.turned, b.layout)\n",
+        "    return True\n",
+        "tests/passes/test_recover_operators.py",
+    ),
+    "Kronecker's factors swapped": Fault(
+        "passes/layouts.py",
+        "return (found[0], found[1]) if fits",
+        "return (found[1], found[0]) if fits",
+        "tests/passes/test_fuse_kronecker.py",
+    ),
+    "added to a kept base where it is taken away": Fault(
+        "passes/kept.py",
+        "            form = form if weight == 1.0 else form.scaled(weight, node)\n",
+        "",
+        "tests/passes/test_kept_bases.py",
+    ),
+    "ranks of blocks not dealt out": Fault(
+        "passes/merge_blocks.py",
+        "    if order == sorted(order):\n        return matrix\n",
+        "    return matrix\n",
+        "tests/passes/test_merge_blocks.py",
+    ),
+    "half of a stream's sum lost": Fault(
+        "passes/split_streams.py",
+        "aten.add.Tensor, tuple(pair), one",
+        "aten.add.Tensor, (pair[0], pair[0]), one",
+        "tests/passes/test_split_streams.py",
+    ),
+    # --- What it is made into -----------------------------------------------------------------------------------
+    "siblings swapped": Fault(
+        "passes/group_siblings.py",
+        "zip(members, items, strict=True)",
+        "zip(members, items[:-2] + items[-2:][::-1], strict=True)",
+        "tests/passes/test_group_siblings.py",
+    ),
+    "first adapter's factors for all": Fault(
+        "passes/fuse_zflora.py",
+        "operands += [term.a, term.b] if fixed",
+        "operands += [lowrank[0].a, lowrank[0].b] if fixed",
+        "tests/passes/test_fuse_zflora.py tests/test_planted_faults.py::test_the_zoo",
+    ),
+    "Kronecker's scale dropped": Fault(
+        "passes/fuse_kronecker.py",
+        "DTYPE_NAMES[dtype(term.modes[0].matrix)], fixed,",
+        "DTYPE_NAMES[dtype(term.modes[0].matrix)], fixed and 1.0,",
+        "tests/passes/test_fuse_kronecker.py",
+    ),
+    "activation as residual": Fault(
+        "passes/fuse_epilogues.py",
+        "[*operands[:position], residual, *",
+        "[*operands[:position], x, *",
+        "tests/passes/test_fuse_epilogues.py",
+    ),
+    "gate and up swapped": Fault(
+        "passes/fuse_epilogues.py",
+        "[*mine[first], *mine[1 - first]]",
+        "[*mine[1 - first], *mine[first]]",
+        "tests/passes/test_fuse_epilogues.py",
+    ),
+    "bias lost by a linear left over": Fault(
+        "passes/lower.py",
+        "    x, weight, *bias = args(node)\n",
+        "    x, weight = args(node)[:2]\n    bias = []\n",
+        "tests/passes/test_lower.py",
+    ),
+    "a transposed weight's mark lost in print": Fault(
+        "codegen/spec.py", '        transposed=weight == "wt",\n', "", "tests/codegen/test_spec.py"
+    ),
+    "hoisted from its sources in another order": Fault(
+        "passes/hoist_weights.py",
+        "tuple(taken.index(source) for source in sources)",
+        "tuple(sorted(taken.index(source) for source in sources))",
+        "tests/passes/test_hoist_weights.py",
+    ),
+    # --- The op -------------------------------------------------------------------------------------------------
+    "operands kept from the first call": Fault(
+        OP,
+        "      in[i] = operand->const_data_ptr();\n",
+        "      static std::unordered_map<std::string, const void*> kept;\n"
+        "      const void*& first = kept[text + program.operands[i].name];\n"
+        "      in[i] = first = first ? first : operand->const_data_ptr();\n",
+        "tests/runtime/test_ops.py",
+    ),
+    "a hoisted value outlives a write that the op sums up": Fault(
+        OP,
+        "    if (then.numbers != now.numbers && ",
+        "    if (false && ",
+        f"{SOURCES}::test_every_number_of_every_source_counts",
+        unproven=A_CHANGE,
+    ),
+    "a hoisted value outlives a write that gemv sums up": Fault(
+        OP,
+        "if (sum >= 0 && sums[sum] != values[at]->states[i].numbers) return false;",
+        "if (sum > 64) return false;",
+        f"{SOURCES}::test_every_number_of_every_source_counts",
+        unproven=A_CHANGE,
+    ),
+    "a checksum of the last numbers alone": Fault(
+        "codegen/checksum.cpp",
+        "const Longs longs = (Longs)state;",
+        "const Longs longs = {};",
+        f"{SOURCES}::test_a_checksum_sees_signs_order_and_place",
+        unproven=A_CHANGE,
+    ),
+    "a plan's last m is the next one's": Fault(
+        OP,
+        "  if (m <= program.gemv_max) {",
+        "  if (m < program.gemv_max) {",
+        "tests/runtime/test_ops.py::test_each_plan_runs_up_to_its_last_m",
+        unproven=EITHER,
+    ),
+    "gate and up swapped where the library multiplies": Fault(
+        OP,
+        "out.insert(out.end() - 1, products.back()",
+        "out.insert(out.begin(), products.back()",
+        SWIGLU,
+        library=True,
+    ),
+    "strides of x overlooked": Fault(
+        OP,
+        "  if (!x.is_contiguous()) x = x.contiguous();\n",
+        "",
+        "tests/runtime/test_ops.py::test_strided_inputs_are_read_right",
+        unproven=LAID_OUT,
+    ),
+    "operands of any shape taken": Fault(
+        OP,
+        "    if (t.size(d) != o.shape[d]) return false;\n",
+        "    if (t.size(d) < 0) return false;\n",
+        "tests/runtime/test_ops.py::test_an_operand_that_no_longer_fits_is_named",
+        unproven=A_CHANGE,
+    ),
+    # --- Plans, guards, caches ----------------------------------------------------------------------------------
+    "wrong crossover": Fault(
+        "planning/cost.py",
+        "rows.append((here, inside))",
+        "rows.append((here, outside))",
+        "tests/planning/test_cost.py",
+        unproven=EITHER,
+    ),
+    "the library is given what it cannot write": Fault(
+        "planning/cost.py",
+        "spec.x == p.dtype == p.out for p",
+        "spec.x == p.dtype for p",
+        "tests/planning/test_cost.py",
+        unproven="it is an error of torch's matmul, and no value",
+    ),
+    "guards dropped where gradients are on": Fault(
+        "guards.py", "    if torch.is_grad_enabled():\n", "    if False:\n", "tests/test_guards.py", unproven=A_CHANGE
+    ),
+    "checksum of an entry ignored": Fault(
+        "codegen/cache.py",
+        "    if hashlib.sha256(raw).hexdigest() != expected:\n",
+        "    if not expected:\n",
+        "tests/test_fallback.py",
+        unproven="a proof runs what was built just now",
+    ),
+    "key that misses an option": Fault(
+        "options.py",
+        "dataclasses.replace(self, dump='', huge_pages=True)",
+        "dataclasses.replace(self, dump='', huge_pages=True, disable=())",
+        "tests/test_keys.py",
+        unproven=A_KEY,
+    ),
+    "key that misses Inductor's options": Fault(
+        "backend.py", "str(sorted(inductor.items(), key=str))", '""', "tests/test_keys.py", unproven=A_KEY
+    ),
+    "key that misses the compiler": Fault(
+        "backend.py",
+        "(_torch_version(), _triton_version(), compiler)",
+        "(_torch_version(), _triton_version())",
+        "tests/test_keys.py",
+        unproven=A_KEY,
+    ),
+    "a library's key misses the compiler": Fault(
+        "codegen/build.py",
+        "cache.digest(source, fingerprint())",
+        "cache.digest(source)",
+        "tests/test_keys.py",
+        unproven=A_KEY,
+    ),
+    "key that misses the C++": Fault(
+        "codegen/cache.py",
+        'path.suffix in (".py", ".cpp")',
+        'path.suffix in (".py",)',
+        "tests/test_keys.py",
+        unproven=A_KEY,
+    ),
+    **KERNELS,
+}

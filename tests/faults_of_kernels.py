@@ -1,0 +1,213 @@
+"""Faults of the generated kernels, C++ and Triton (`tests.faults` has all others)."""
+
+from __future__ import annotations
+
+from tests.fault import A_RACE, ON_GPUS, Fault
+
+CPP, ADD, MODES = "codegen/cpp.py", "codegen/cpp_add.py", "codegen/cpp_modes.py"
+GEMV, TILE, TEXT = "codegen/triton_gemv.py", "codegen/triton_tile.py", "codegen/triton_text.py"
+
+NUMBERS = "tests/codegen/test_triton.py::test_numbers"
+ENTRIES = "tests/codegen/test_cpp.py::test"
+SWIGLU = "tests/runtime/test_ops.py::test_swiglu_leaves_one_output"
+ORDER = "tests/codegen/test_triton_aot.py::test_all_threads_wait_before_u_is_told_and_before_it_is_read"
+ROUNDING = f"{ENTRIES}_numbers_are_rounded_to_the_nearest"
+
+KERNELS = {
+    # --- C++: templates -----------------------------------------------------------------------------------------
+    "tail of a dot product dropped": Fault(
+        "codegen/prelude.cpp",
+        "  if constexpr (WHOLE < N) {",
+        "  if constexpr (false) {",
+        f"{ENTRIES}_gemv[odd_everything-1]",
+    ),
+    "last row off by one": Fault(
+        "codegen/prelude.cpp",
+        "for (int64_t r = row; r < N; ++r) f(Int<1>{}, r);",
+        "for (int64_t r = row; r < N - 1; ++r) f(Int<1>{}, r);",
+        f"{ENTRIES}_gemv[odd_everything-1]",
+    ),
+    "two of four tokens left out": Fault(
+        "codegen/prelude.cpp",
+        "for (; t + 4 <= hi; t += 4) f(Int<4>{}, t);",
+        "for (; t + 4 <= hi; t += 4) f(Int<2>{}, t);",
+        f"{ENTRIES}_accumulate[qkv-1]",
+        library=True,
+    ),
+    "a thread leaves out the first block of its share": Fault(
+        "codegen/prelude.cpp",
+        "lo <= base ? 0 : at(lo)",
+        "lo <= base ? 0 : at(lo) + 1",
+        f"{ENTRIES}_gemv[qkv-2]",
+    ),
+    "a Conv1D weight's tail of rows left out": Fault(
+        "codegen/prelude.cpp",
+        "      run(Int<1>{});\n",
+        "",
+        f"{ENTRIES}_gemv[gaws_conv1d-1] {ENTRIES}_gemv[conv1d_bf16-1]",
+    ),
+    "silu's sign": Fault(
+        "codegen/prelude.cpp",
+        "v / (F(1) + v.neg().exp())",
+        "v / (F(1) + v.exp())",
+        SWIGLU,
+    ),
+    "cut off where it is to be rounded": Fault(
+        "codegen/vectors.cpp",
+        "_mm512_set1_epi32(0x7fff)",
+        "_mm512_set1_epi32(0)",
+        ROUNDING,
+        unproven="half an ulp is within what rounding allows",
+    ),
+    "a NaN becomes infinite": Fault(
+        "codegen/vectors.cpp",
+        "nan = _mm512_set1_epi32(0xffff)",
+        "nan = _mm512_set1_epi32(0x7f80)",
+        ROUNDING,
+        unproven="a proof's numbers are finite",
+    ),
+    "G's rows in another order": Fault(
+        "codegen/modes.cpp",
+        "dot<R, T, I>(acc, g + row * I, from + s0 * I, I);",
+        "dot<R, T, I>(acc, g + (O - R - row) * I, from + s0 * I, I);",
+        f"{ENTRIES}_gemv[gaws-1]",
+    ),
+    "slices turned the wrong way": Fault(
+        "codegen/modes.cpp",
+        "float(x[t * ldx + (b * I + i) * A + a])",
+        "float(x[t * ldx + (b * A + a) * I + i])",
+        f"{ENTRIES}_gemv[gawsd-1]",
+    ),
+    # --- C++: what is printed -----------------------------------------------------------------------------------
+    "scale not in the kernel": Fault(
+        CPP, 'f"{scale} * sum(acc[r][t]);" if scale', 'f"sum(acc[r][t]);" if scale', f"{ENTRIES}_gemv[qkv-1]"
+    ),
+    "u read from the first term": Fault(
+        CPP,
+        'where = f"u + t0 * LDU + {ranks.offsets[i, j]}"',
+        'where = "u + t0 * LDU"',
+        f"{ENTRIES}_gemv[two_adapters-1]",
+    ),
+    "rows scaled after the bias": Fault(
+        CPP,
+        '        *([f"      v *= load4(rowscale{i} + row);"] if p.rowscale else []),\n'
+        '        *([f"      v += load4(bias{i} + row);"] if p.bias else []),\n',
+        '        *([f"      v += load4(bias{i} + row);"] if p.bias else []),\n'
+        '        *([f"      v *= load4(rowscale{i} + row);"] if p.rowscale else []),\n',
+        f"{ENTRIES}_gemv[rowscale-1]",
+    ),
+    "residual lost by the last rows": Fault(
+        CPP,
+        '        *([f"      v += float(res{i}[at]);"] if p.residual else []),\n',
+        "",
+        f"{ENTRIES}_gemv[odd_everything-1]",
+    ),
+    "nobody waits for u": Fault(
+        CPP,
+        '        lines.append("#pragma omp barrier")\n',
+        "",
+        f"{ENTRIES}_everyone_waits_between_a_stage_and_what_reads_it",
+        unproven=A_RACE,
+    ),
+    "the end of silu(gate) * up left out": Fault(CPP, '"    if (c < count) {",', '"    if (c > count) {",', SWIGLU),
+    "half of B u missing where the library multiplies": Fault(
+        ADD, "fmadd(b.hi, ut, acc[t].hi)", "acc[t].hi", f"{ENTRIES}_accumulate[qkv-1]", library=True
+    ),
+    "rows scaled after the bias where the library multiplies": Fault(
+        ADD,
+        "early, late = ([], added) if p.rowscale",
+        "early, late = (added, []) if p.rowscale",
+        f"{ENTRIES}_accumulate[rowscale-1]",
+        library=True,
+    ),
+    "two terms in one place of u": Fault(
+        MODES, "-(-count // self.PAD) * self.PAD", "count // self.PAD * self.PAD", f"{ENTRIES}_gemv[two_adapters-1]"
+    ),
+    # --- Triton -------------------------------------------------------------------------------------------------
+    "Triton: u told before it is written": Fault(
+        GEMV,
+        "'tl.atomic_add(flag, 1, sem=\"release\")'",
+        "'tl.atomic_add(flag, 1, sem=\"relaxed\")'",
+        "tests/codegen/test_triton_aot.py::test_a_single_launch_releases_and_acquires",
+        unproven=ON_GPUS,
+    ),
+    "Triton: threads do not wait for the one that has acquired": Fault(
+        GEMV,
+        '            "tl.debug_barrier()  # no thread reads before the one that counts has acquired",\n',
+        "",
+        ORDER,
+        unproven=ON_GPUS,
+    ),
+    "Triton: told before all threads have written": Fault(
+        GEMV,
+        '            "tl.debug_barrier()  # all threads have written, before the one that counts releases",\n',
+        "",
+        ORDER,
+        unproven=ON_GPUS,
+    ),
+    "Triton: nobody waits for u": Fault(
+        GEMV,
+        "        return self._wait(max((e.launch - 1 for e in endings if e.source is not None), default=0))\n",
+        "        return []\n",
+        "tests/codegen/test_triton_aot.py::test_weights_stream_before_the_wait_and_u_is_read_after_it",
+        unproven=ON_GPUS,
+    ),
+    "Triton: a counter not cleared": Fault(
+        GEMV,
+        "for flag in range(self.stages + 1)),",
+        "for flag in range(self.stages)),",
+        f"{NUMBERS}[rank_8-m1]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: rows scaled after the bias": Fault(
+        GEMV,
+        '[*load("out *=", "rowscale + rows", ok, p.rowscale), *added]',
+        '[*added, *load("out *=", "rowscale + rows", ok, p.rowscale)]',
+        f"{NUMBERS}[rowscale-m1]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: scale not in a tile's u": Fault(
+        TILE, 'scaled_term(term, "acc"), "f32", ok)', '"acc", "f32", ok)', f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
+    ),
+    "Triton: one token too many": Fault(
+        TILE, '"token_ok = tokens < left")', '"token_ok = tokens <= left")', f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
+    ),
+    "Triton: the last block unmasked": Fault(
+        TEXT,
+        "        return self.size % self.block != 0\n",
+        "        return self.size < self.block\n",
+        f"{NUMBERS}[odd_n_and_k-m1]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: fp32 as tf32": Fault(
+        TEXT,
+        '[\'input_precision="ieee"\'] * (dtype == "f32")',
+        '[] * (dtype == "f32")',
+        "tests/codegen/test_triton_aot.py::test_fp32_is_never_tf32",
+        unproven=ON_GPUS,
+    ),
+    "Triton: sigmoid of up": Fault(
+        "codegen/triton_kernels.py",
+        '"gate * tl.sigmoid(gate) * up"',
+        '"gate * tl.sigmoid(up) * up"',
+        f"{NUMBERS}[swiglu_plain-m1]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: G's rows past their slice": Fault(
+        "codegen/triton_modes.py",
+        'owned = f"row // {p.rows} == slice{j}"',
+        'owned = f"row // {p.rows} <= slice{j}"',
+        f"{NUMBERS}[gaws_crossing-m3]",
+        unproven=ON_GPUS,
+    ),
+    "counters that two streams share": Fault(
+        "runtime/gpu.py",
+        "(index, torch.cuda.current_stream(device).cuda_stream)",
+        "(index, 0)",
+        "tests/runtime/test_gpu.py",
+        unproven=ON_GPUS,
+    ),
+    "counters given away twice in a graph": Fault(
+        "runtime/gpu.py", "                block.taken += size\n", "", "tests/runtime/test_gpu.py", unproven=ON_GPUS
+    ),
+}

@@ -1,0 +1,228 @@
+"""One call of a spec's kernels, judged: by an entry point of its C++, by the op, or by Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gawscompile.codegen import build, cpp, triton
+from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.runtime import ops
+from tests.fuzz.kernel_answers import Answer, answers, naive, weight
+
+TOKENS = 70
+GUARD = 96
+"""Elements of NaN on both sides of every tensor, which begins up to 63 elements further."""
+NUMBERS = ("normal", "large", "huge", "subnormal", "not finite", "zeros", "mixed")
+TORCH = {**DTYPES, "f64": torch.float64}
+VECTORS = {"AVX-512": "", "AVX2": "#undef CPU_CAPABILITY_AVX512\n#define CPU_CAPABILITY_AVX2\n"}
+"""What a kernel is built for, and the lines before its source that say so."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call. The same fields give the same tensors."""
+
+    spec: str
+    plan: str
+    """An entry point, "gemv" or "accumulate"; "op"; or a printed `triton.Plan`, for a process that interprets."""
+    m: int
+    threads: int = 1
+    numbers: str = "normal"
+    seed: int = 0
+    vectors: str = "AVX-512"
+
+    @property
+    def kernel(self) -> KernelSpec:
+        return KernelSpec.parse(self.spec)
+
+    @property
+    def table(self) -> tuple[str, str]:
+        """(a plan table of the op, which plan it picks): the library multiplies where it can, and beyond some m."""
+        able = all(p.dtype is None or self.kernel.x == p.dtype == p.out for p in self.kernel.projections)
+        bound = 1 + self.seed % 8 if able else TOKENS
+        return f"gemv_cpp<={bound}, gemm_accumulate", "gemv_cpp" if self.m <= bound else "gemm_accumulate"
+
+    @property
+    def by(self) -> str:
+        """The plan that runs, for coverage."""
+        if self.plan == "op":
+            return f"op: {self.table[1]}"
+        return self.plan if self.plan in ("gemv", "accumulate") else f"triton: {self.plan.partition('[')[0]}"
+
+    @property
+    def strided(self) -> bool:
+        return self.plan == "op" and self.seed % 3 == 0
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """What activations have before their features."""
+        first = next((n for n in (2, 3, 5) if self.m % n == 0), 1)
+        return (first, self.m // first) if self.plan == "op" and self.seed % 2 == 0 else (self.m,)
+
+    def fault(self) -> str | None:
+        """What is wrong with what the kernels answer, if anything. Raises what they raise."""
+        x, operands = tensors(self)
+        run = {"gemv": by_entry, "accumulate": by_entry, "op": by_op}.get(self.plan, by_triton)
+        got = run(self, x, operands)
+        wanted = answers(self.kernel, x, operands, "accumulate" in self.by, "fused_tile" in self.by)
+        for i, (answer, y) in enumerate(zip(wanted, got, strict=True)):
+            if fault := answer.fault(y):
+                return f"output {i} by {self.by}: {fault}"
+        return _beside_naive(naive(self.kernel, x, operands), wanted, got) if self.numbers == "normal" else None
+
+
+def _beside_naive(naives: list[Tensor], wanted: list[Answer], got: list[Tensor]) -> str | None:
+    """Over many numbers, errors are no larger than those of segments in the same dtypes."""
+    for i, (theirs, answer, ours) in enumerate(zip(naives, wanted, got, strict=True)):
+        if ours.numel() >= 256:
+            error, allowed = ((y.double() - answer.exact).norm() / answer.exact.norm() for y in (ours, theirs))
+            if error > 1.5 * allowed + 2 * torch.finfo(torch.float32).eps:
+                return f"output {i}: error {error:.3g}, that of segments is {allowed:.3g}"
+    return None
+
+
+# --- Tensors -------------------------------------------------------------------------------------------------
+
+
+def between_nans(values: Tensor, seed: int) -> Tensor:
+    """A copy of `values` inside a larger buffer of NaNs, off any alignment: what is read beyond an end shows."""
+    buffer = torch.full((values.numel() + 2 * GUARD + 64,), torch.nan, dtype=values.dtype)
+    start = GUARD + seed % 64
+    return buffer[start : start + values.numel()].view(values.shape).copy_(values)
+
+
+def guards_hold(y: Tensor) -> bool:
+    """Whether the NaNs around it are what they were."""
+    buffer = torch.empty(0, dtype=y.dtype).set_(y.untyped_storage())
+    start = y.storage_offset()
+    return bool(buffer[:start].isnan().all() and buffer[start + y.numel() :].isnan().all())
+
+
+def tensors(call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+    """x and the operands by their names, activations as ``[m, …]``. Each depends on its own name and shape alone."""
+
+    def make(name: str, shape: tuple[int | str, ...], dtype: str) -> Tensor:
+        sizes = [call.m if size == "m" else int(size) for size in shape]
+        seed = int(hashlib.sha256(f"{name} {call.seed}".encode()).hexdigest()[:8], 16)
+        values = numbers(call.numbers, sizes, dtype, torch.Generator().manual_seed(seed))
+        return between_nans(values, seed)
+
+    operands = {o.name: make(o.name, o.shape, o.dtype) for o in call.kernel.operands()}
+    return make("x", ("m", call.kernel.k), call.kernel.x), operands
+
+
+def numbers(kind: str, sizes: list[int], dtype: str, generator: torch.Generator) -> Tensor:
+    """Random numbers of a kind of `NUMBERS`; "mixed" tensors are each of one of the others."""
+    if kind == "mixed":
+        kind = NUMBERS[int(torch.randint(0, len(NUMBERS) - 1, (), generator=generator))]
+    values = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    some = torch.rand(sizes, generator=generator)
+    few = some < 2 / max(1, values.numel()) if values.numel() > 8 else some < 0.1
+    largest = torch.finfo(TORCH[dtype]).max
+    if kind == "large":
+        values = values * 10 ** float(torch.randint(1, 5, (), generator=generator))
+    elif kind == "huge":
+        values = torch.where(few, values.sign() * (1e30 if dtype != "f16" else 6e4), values)
+    elif kind == "subnormal":
+        values = values * torch.finfo(TORCH[dtype]).smallest_normal / 4
+    elif kind == "not finite":
+        odd = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(0, 3, sizes, generator=generator)]
+        values = torch.where(few, odd.double(), values)
+    elif kind == "zeros":
+        values = torch.where(some < 0.9, values.sign() * 0.0, values)
+    finite = values.clamp(-largest, largest)
+    return torch.where(values.isfinite(), finite, values).to(TORCH[dtype])
+
+
+# --- Kernels -------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def built(spec: str, vectors: str) -> Future[Path]:
+    """A spec's library with both entry points, on its way."""
+    return build.start(VECTORS[vectors] + cpp.emit(KernelSpec.parse(spec)))
+
+
+@contextlib.contextmanager
+def threads(count: int, library: ctypes.CDLL | None = None) -> Iterator[None]:
+    """OpenMP's, of torch and of `library`, within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    if library is not None and library.omp_get_max_threads() != count:
+        library.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def by_entry(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
+    """By `gemv`, or by `accumulate`, which finds base products where outputs go."""
+    spec = call.kernel
+    library = ctypes.CDLL(str(built(call.spec, call.vectors).result()))
+    empty = [torch.full((call.m, n), torch.nan, dtype=DTYPES[out]) for n, out in spec.outputs]
+    if call.plan == "accumulate":
+        products = [
+            (x.double() @ weight(spec, i, operands).double().T).to(DTYPES[p.out])
+            if p.dtype
+            else torch.full((call.m, p.n), torch.nan, dtype=DTYPES[p.out])
+            for i, p in enumerate(spec.projections)
+        ]
+        empty = [*products, *empty] if spec.swiglu else products
+    outs = [between_nans(y, call.seed + i) for i, y in enumerate(empty)]
+    inputs = [operands[operand.name] for operand in spec.operands()]
+    with threads(call.threads, library):
+        getattr(library, call.plan)(
+            ctypes.c_int64(call.m),
+            ctypes.c_void_p(x.data_ptr()),
+            (ctypes.c_void_p * len(inputs))(*[t.data_ptr() for t in inputs]),
+            (ctypes.c_void_p * len(outs))(*[t.data_ptr() for t in outs]),
+        )
+    assert all(map(guards_hold, outs)), f"{call.plan} wrote outside of an output"
+    return outs[-len(spec.outputs) :]
+
+
+def by_op(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
+    ops.ensure_loaded()
+    arguments = [x.view(*call.leading, -1 if call.m else x.shape[-1])]
+    for operand in call.kernel.operands():
+        t = operands[operand.name]
+        arguments.append(t.view(*call.leading, t.shape[-1]) if operand.activation else t)
+    if call.strided:
+        arguments = [_strided(t) for t in arguments]
+    with threads(call.threads):
+        outputs = torch.ops.gaws.project(arguments[0], arguments[1:], f"{call.table[0]} | {call.spec}")
+    for y, (n, _) in zip(outputs, call.kernel.outputs, strict=True):
+        assert y.shape == (*call.leading, n) and y.is_contiguous(), f"an output is {list(y.shape)}, {y.stride()}"
+    return [y.view(call.m, y.shape[-1]) for y in outputs]
+
+
+def _strided(t: Tensor) -> Tensor:
+    """The same numbers, each row beside others that are NaN."""
+    wide = torch.full((*t.shape, 2), torch.nan, dtype=t.dtype)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def by_triton(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
+    """In Triton's interpreter. For a process in which it was chosen before Triton was imported."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "the interpreter is chosen by TRITON_INTERPRET=1"
+    spec, plan = call.kernel, triton.Plan.parse(call.plan)
+    outs = [between_nans(torch.full((call.m, n), torch.nan, dtype=DTYPES[out]), call.seed) for n, out in spec.outputs]
+    flags = torch.zeros(call.m * triton.flags_per_token(spec, plan), dtype=torch.int32)
+    kept = {"flags": flags.view(call.m, -1)} if plan.name == "single_launch" else {}
+    triton.load(spec, plan).launch(x, [operands[o.name] for o in spec.operands()], outs, **kept)
+    assert all(map(guards_hold, outs)), f"{plan} wrote outside of an output"
+    assert not flags.any(), "counters are not cleared"
+    return outs
