@@ -109,12 +109,14 @@ class Kernel:
 
 
 def kernels(traced: list[Traced], target: str, tokens: int) -> Iterator[Kernel]:
-    """What the groups of a traced model run for `tokens` tokens, each different one once, compiled for `target`."""
+    """What the groups of a traced model run, each different one once, compiled for `target`: for `tokens` tokens, but
+    for groups that were traced with another number of rows (an image's patches)."""
     members: dict[tuple[KernelSpec, triton.Plan], list[str]] = {}
     for graph in traced:
         for group in graph.record.groups:
             program = Program.parse(group.program)
-            members.setdefault((program.spec, program.triton_plan(tokens)), []).append(" + ".join(group.members))
+            rows = int(group.tokens) if group.tokens.isdecimal() else tokens
+            members.setdefault((program.spec, program.triton_plan(rows)), []).append(" + ".join(group.members))
     for (spec, plan), who in members.items():
         yield Kernel(tuple(who), spec, plan, tuple(triton_aot.compile_plan(spec, plan, target)))
 

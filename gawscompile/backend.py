@@ -22,13 +22,14 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gawscompile import checks, partial, polyfills, watch
+from gawscompile import checks, lost, partial, polyfills, watch
 from gawscompile.account import account
 from gawscompile.codegen import build, cache
 from gawscompile.debug.dump import Dump
 from gawscompile.debug.progress import Progress
 from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
+from gawscompile.limits import LIMITS
 from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, VerifierError, verify
@@ -60,6 +61,7 @@ def gaws(
     from torch._inductor.compile_fx import compile_fx
 
     polyfills.install()
+    LIMITS.compiling()
     ours, inductor = Options.split(options)
     ours = _checked(ours)
     if mode and mode != "default":
@@ -84,6 +86,8 @@ def gaws(
             if hook.record and hook.dumps:  # what there is, up to the pass that failed
                 watch.show(number, hook.record, hook.dumps, ours)
             raise
+        if hook.record is None and RECORDS.lacks(hook.key, traced):
+            lost.passes_alone(gm, example_inputs, _with_hook(inductor, hook), hook)
         record = RECORDS.compiled(hook.key, hook.record)
         watch.show(number, record, hook.dumps, ours, traced)
         try:

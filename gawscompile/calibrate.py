@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from gawscompile import measure
+from gawscompile.codegen import cache
 from gawscompile.codegen.spec import DTYPES, KernelSpec
 from gawscompile.planning import cost, devices
 from gawscompile.planning.devices import Device
@@ -108,6 +109,7 @@ def calibrate(
     """
     from gawscompile.runtime import ops
 
+    cache.check_writable()
     ops.ensure_loaded()
     samples = tuple(
         _time(dtype, plan, shape, m, rounds, cold if m <= 4 else cold // 4)

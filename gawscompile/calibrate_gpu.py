@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gawscompile import gpu_timing, measure
-from gawscompile.codegen import triton
+from gawscompile.codegen import cache, triton
 from gawscompile.codegen.spec import KernelSpec
 from gawscompile.planning import devices, gpu_cost
 from gawscompile.planning.devices import Gpu
@@ -95,6 +95,7 @@ def calibrate(
     Raises `ValueError` where nothing could be timed, naming the last error, and `CacheError` where nothing can be
     kept. A plan that fails is left out, and the summary says so.
     """
+    cache.check_writable()
     copied = gpu_timing.copy_bandwidth(rounds)
     samples, failed = [], []
     for text in specs:

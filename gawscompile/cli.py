@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from gawscompile.arguments import Parser, new_file, new_folder, one_line, path, whole
 from gawscompile.codegen import cache
 from gawscompile.codegen.cache import CacheError
 from gawscompile.codegen.spec import SpecError
@@ -18,72 +19,100 @@ from gawscompile.options import OptionError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it did its work, 2 with one line on stderr where it could not."""
-    parser = argparse.ArgumentParser(prog="gawscompile", description=__doc__)
+    """Run one command; 0 if it did its work, 2 with one line on stderr where it could not, 130 where it was stopped.
+
+    ``GAWS_STRICT=1``: errors that are not foreseen come with their traceback.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as said:  # by argparse: an error, or help
+        return int(said.code or 0)
+    try:
+        print(arguments.run(arguments))
+    except (CacheError, ModelError, OptionError, SpecError, OSError, ImportError, ValueError) as error:
+        print(f"gawscompile: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"gawscompile: {arguments.command} was interrupted, and kept nothing unfinished", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("GAWS_STRICT", "0") not in ("", "0"):
+            raise
+        kind = type(error).__name__
+        print(f"gawscompile: {kind}: {one_line(error)} (GAWS_STRICT=1 shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="gawscompile", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what becomes of every linear of a model")
     _model_arguments(explain)
-    explain.add_argument("--json", action="store_true", help="plain data instead of tables")
-    explain.add_argument("--html", type=Path, help="write a page to this file instead")
+    shown = explain.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="plain data instead of tables")
+    shown.add_argument("--html", type=path, help="write a page to this file instead")
     explain.add_argument("--measure", action="store_true", help="time the groups' kernels and the guards, too")
-    explain.add_argument("--dump", type=Path, help="a folder for every step of the compiler, with a page")
+    explain.add_argument("--dump", type=path, help="a folder for every step of the compiler, with a page")
     explain.set_defaults(run=_explain)
     emit = commands.add_parser("emit", help="a model's Triton kernels as files, for a GPU that need not be here")
     _model_arguments(emit)
     emit.add_argument("--target", default="cuda:90", help="cuda:80, cuda:90, cuda:100, hip:gfx942, … (default cuda:90)")
-    emit.add_argument("--out", type=Path, required=True, help="a folder, new or empty")
+    emit.add_argument("--out", type=path, required=True, help="a folder, new or empty")
     emit.set_defaults(run=_emit)
     calibrate = commands.add_parser("calibrate", help="measure this machine for the cost model and keep what is found")
-    calibrate.add_argument("--threads", type=int, help="for so many (default: torch's own number)")
+    calibrate.add_argument("--threads", type=whole(1, os.cpu_count()), help="for so many (default: torch's own number)")
     calibrate.add_argument(
         "--device", choices=("cpu", "cuda"), help="this alone (default: the CPU, and the current GPU if there is one)"
     )
     calibrate.set_defaults(run=_calibrate)
     bisect = commands.add_parser("bisect", help="the first rewrite with which a script fails: its pass and its place")
-    bisect.add_argument("--out", type=Path, help="for the dump of the failing run (default: a new temporary folder)")
+    bisect.add_argument("--out", type=path, help="for the dump of the failing run (default: a new temporary folder)")
     bisect.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT …", help="a Python script that fails")
     bisect.set_defaults(run=_bisect)
     repro = commands.add_parser("repro", help="a graph of a dump as a script: random weights, compile, compare")
-    repro.add_argument("folder", type=Path, metavar="DIR", help="a dump (GAWS_DUMP=DIR), or one graph's folder in it")
-    repro.add_argument("--out", type=Path, help="the script (default: repro.py in the graph's folder)")
+    repro.add_argument("folder", type=path, metavar="DIR", help="a dump (GAWS_DUMP=DIR), or one graph's folder in it")
+    repro.add_argument("--out", type=path, help="the script (default: repro.py in the graph's folder)")
     repro.set_defaults(run=_repro)
     kept = commands.add_parser("cache", help="what is cached, and where").add_subparsers(dest="action", required=True)
     kept.add_parser("info", help="place, limit and sizes").set_defaults(run=_cache_info)
     clear = kept.add_parser("clear", help="remove kernels and records")
     clear.add_argument("--models", action="store_true", help="remove the fetched models too")
     clear.set_defaults(run=_cache_clear)
-    arguments = parser.parse_args(argv)
-    try:
-        print(arguments.run(arguments))
-    except (CacheError, ModelError, OptionError, SpecError, OSError, ImportError, ValueError) as error:
-        print(f"gawscompile: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 def _model_arguments(command: argparse.ArgumentParser) -> None:
     """What `_load` and a call of the model need."""
     command.add_argument(
         "--model",
-        help="a transformers model folder, with random weights where it has a config.json alone "
-        "(default: SmolLM2-135M from the package index)",
+        type=path,
+        help="a folder of a transformers model, or of a diffusers pipeline or its denoiser, with random weights where "
+        "it has a config.json alone (default: SmolLM2-135M from the package index)",
     )
-    command.add_argument("--adapter", help="lora or gaws with random weights on every linear, or a PEFT adapter folder")
-    command.add_argument("--rank", type=int, help="of the random LoRA (default 16)")
-    command.add_argument("--splits", type=int, help="of the random GAWS (default 8)")
+    command.add_argument(
+        "--adapter",
+        type=lambda text: str(path(text)),
+        help="lora or gaws with random weights on every linear, or a PEFT adapter folder",
+    )
+    command.add_argument("--rank", type=whole(1), help="of the random LoRA (default 16)")
+    command.add_argument("--splits", type=whole(1), help="of the random GAWS (default 8)")
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    command.add_argument("--tokens", type=int, default=1, help="tokens in the call that is compiled (default 1)")
+    command.add_argument(
+        "--tokens", type=whole(1), default=1, help="tokens of text in the call that is compiled (default 1)"
+    )
 
 
 def _explain(arguments: argparse.Namespace) -> str:
-    import torch
-
     import gawscompile
 
-    model = _load(arguments)
-    ids = torch.zeros((1, arguments.tokens), dtype=torch.int64)
+    if arguments.html:
+        new_file("--html", arguments.html)
+    if arguments.dump:
+        new_folder("--dump", arguments.dump)
+    model, inputs = _load(arguments)
     options = {"dump": arguments.dump} if arguments.dump else {}
-    report = gawscompile.explain(model, input_ids=ids, options=options, measure=arguments.measure)
+    report = gawscompile.explain(model, options=options, measure=arguments.measure, **inputs)
     if arguments.html:
         arguments.html.write_text(report.to_html(), encoding="utf-8")
         return str(arguments.html)
@@ -91,17 +120,13 @@ def _explain(arguments: argparse.Namespace) -> str:
 
 
 def _emit(arguments: argparse.Namespace) -> str:
-    import torch
-
     from gawscompile import ahead
 
-    out: Path = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: not an empty folder")
     gpu = ahead.gpu_for(arguments.target)
-    model = _load(arguments)
-    traced = ahead.trace(model, gpu, input_ids=torch.zeros((1, arguments.tokens), dtype=torch.int64))
-    return ahead.emit(traced, arguments.target, arguments.tokens, out)
+    new_folder("--out", arguments.out, empty=True)
+    model, inputs = _load(arguments)
+    traced = ahead.trace(model, gpu, **inputs)
+    return ahead.emit(traced, arguments.target, arguments.tokens, arguments.out)
 
 
 def _calibrate(arguments: argparse.Namespace) -> str:
@@ -113,8 +138,6 @@ def _calibrate(arguments: argparse.Namespace) -> str:
     if arguments.device == "cuda" and not gpu:
         raise ValueError("--device cuda: torch sees no GPU here (torch.cuda.is_available() is False)")
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"--threads {arguments.threads}: at least 1")
         torch.set_num_threads(arguments.threads)
     found = [calibrate.calibrate().summary()] if arguments.device != "cuda" else []
     found += [calibrate_gpu.calibrate().summary()] if gpu and arguments.device != "cpu" else []
@@ -126,14 +149,18 @@ def _bisect(arguments: argparse.Namespace) -> str:
 
     if not arguments.script:
         raise ValueError("bisect: which script? gawscompile bisect [--out DIR] SCRIPT [ARGUMENTS]")
+    if arguments.out:
+        new_folder("--out", arguments.out)
     return str(bisect(arguments.script, arguments.out, lambda text: print(text, file=sys.stderr, flush=True)))
 
 
 def _repro(arguments: argparse.Namespace) -> str:
     from gawscompile.debug.repro import repro
 
-    path = repro(arguments.folder, arguments.out)
-    return f"{path}: run it with {shlex.join([sys.executable, str(path)])}; it exits with 1 where the answer is wrong"
+    if arguments.out:
+        new_file("--out", arguments.out)
+    made = repro(arguments.folder, arguments.out)
+    return f"{made}: run it with {shlex.join([sys.executable, str(made)])}; it exits with 1 where the answer is wrong"
 
 
 def _cache_info(arguments: argparse.Namespace) -> str:
@@ -149,42 +176,16 @@ def _cache_clear(arguments: argparse.Namespace) -> str:
     return f"{cache.root()}: {freed / 1e6:.1f} MB removed"
 
 
-def _load(arguments: argparse.Namespace) -> Any:
+def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model, and the inputs of one call."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from gawscompile import models
+    from gawscompile import loading, models
 
-    folder = arguments.model or str(models.smollm2())
     dtype = getattr(torch, arguments.dtype)
-    config = AutoConfig.from_pretrained(folder)
-    causal = any(kind.endswith(("CausalLM", "LMHeadModel")) for kind in config.architectures or [])
-    loader = AutoModelForCausalLM if causal else AutoModel
-    weights = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
-    if Path(folder).is_dir() and not weights:
-        model = loader.from_config(config, dtype=dtype).eval()
-    else:
-        model = loader.from_pretrained(folder, dtype=dtype).eval()
-    rank, splits = arguments.rank, arguments.splits
-    adapter = arguments.adapter or ("lora" if rank else "gaws" if splits else None)
-    if (rank and adapter != "lora") or (splits and adapter != "gaws"):
-        raise ValueError("--rank is the random LoRA's and --splits the random GAWS's: --adapter lora or --adapter gaws")
-    if adapter in ("lora", "gaws"):
-        from peft import LoraConfig, get_peft_model
-
-        chosen: Any = LoraConfig(r=rank or 16, target_modules="all-linear")
-        if adapter == "gaws":
-            from gawscompile.adapters import GAWSConfig
-
-            chosen = GAWSConfig(input_splits=splits or 8, target_modules="all-linear", init_weights="kaiming")
-        model = get_peft_model(model, chosen).eval()
-    elif adapter:
-        from peft import PeftModel
-
-        import gawscompile.adapters  # noqa: F401  GAWS and GAWS-D become known to PEFT
-
-        model = PeftModel.from_pretrained(model, models.adapter_folder(adapter)).eval()
-    return model
+    folder = arguments.model or models.smollm2()
+    model = loading.load(folder, dtype, arguments.adapter, arguments.rank, arguments.splits)
+    return model, loading.example(model, arguments.tokens)
 
 
 if __name__ == "__main__":

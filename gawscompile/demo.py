@@ -15,12 +15,12 @@ import textwrap
 import time
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from gawscompile import measure, models, persona
+from gawscompile import loading, measure, models, persona
+from gawscompile.arguments import Parser, one_line, path, whole
 from gawscompile.debug.explain import Report, assemble
 from gawscompile.debug.store import RECORDS
 from gawscompile.decoding import Decoder
@@ -50,12 +50,12 @@ class Variant:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 on what it cannot understand, as argparse does."""
-    parser = argparse.ArgumentParser(prog="python -m gawscompile.demo", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="python -m gawscompile.demo", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base weights")
-    parser.add_argument("--model", type=Path, help="a local Hugging Face directory of a decoder (default: SmolLM2)")
-    parser.add_argument("--adapter", type=Path, help="a PEFT adapter directory for it, instead of training one")
-    parser.add_argument("--tokens", type=int, default=72, help="tokens of text to write (default 72)")
-    parser.add_argument("--steps", type=int, default=28, help="training steps (default 28, about a second each)")
+    parser.add_argument("--model", type=path, help="a local Hugging Face directory of a decoder (default: SmolLM2)")
+    parser.add_argument("--adapter", type=path, help="a PEFT adapter directory for it, instead of training one")
+    parser.add_argument("--tokens", type=whole(1), default=72, help="tokens of text to write (default 72)")
+    parser.add_argument("--steps", type=whole(0), default=28, help="training steps (default 28, about a second each)")
     parser.add_argument("--question", default=QUESTION, help="what the model is asked")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated, of: " + ", ".join(BACKENDS))
@@ -65,8 +65,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown backends: {', '.join(sorted(unknown))}")
     if not options.backends:
         parser.error("--backends names none")
-    if options.tokens < 1 or options.steps < 0:
-        parser.error("--tokens must be at least 1 and --steps at least 0")
+    try:
+        torch.empty(1, device=options.device).cpu()
+    except Exception as error:  # an unknown name, no such device here, one without numbers ("meta")
+        parser.error(f"--device {options.device}: {one_line(error)}: name a device that torch has here, such as cpu")
     for name, file in (("model", "config.json"), ("adapter", "adapter_config.json")):
         folder = getattr(options, name)
         if folder is not None and not (folder / file).is_file():
@@ -85,10 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     print(measure.describe(measure.machine()))
     try:
         base, adapted, tokenizer = load(options)
+        prompt = persona.prompt_ids(tokenizer, options.question)
+        loading.example(base, len(prompt) + options.tokens)  # whether so many have positions
     except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    prompt = persona.prompt_ids(tokenizer, options.question)
     variants = prepare(base, adapted, options, prompt)
     write(variants, prompt, options.tokens, tokenizer.eos_token_id)
     print(f"\nAsked: {options.question}")
@@ -104,7 +107,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """(bare model, the same with the adapter unmerged, tokenizer); the two share one set of base weights."""
+    """(bare model, the same with the adapter unmerged, tokenizer); the two share one set of base weights.
+
+    Raises `ModelError` for folders that do not hold them.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -113,10 +119,21 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     # Saving an adapter makes PEFT call a name that transformers 5.24 deprecates; nothing the reader can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     folder = options.model or models.smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(options.device).eval()
     if options.adapter is not None:
-        adapted = PeftModel.from_pretrained(measure.sharing_copy(base), str(models.adapter_folder(options.adapter)))
+        loading.adapter_settings(options.adapter)
+    _, config = loading.model_settings(folder)
+    kinds = config.get("architectures") or []
+    if not any(str(kind).endswith(("CausalLM", "LMHeadModel")) for kind in kinds):
+        raise ModelError(f"--model {folder} is no decoder ({', '.join(map(str, kinds))}): the demo lets one write text")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype), local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"--model {folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+    base = base.to(options.device).eval()
+    if options.adapter is not None:
+        with loading.quiet():
+            adapted = loading.with_adapter(measure.sharing_copy(base), options.adapter)
         return base, adapted.to(options.device).eval(), tokenizer
     # Training is in fp32 whatever the dtype of the run, so both dtypes show the same adapter. It travels through a
     # directory, so that a trained adapter takes the same way in as one given by --adapter.

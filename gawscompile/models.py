@@ -73,15 +73,6 @@ def minilm(cache: Path | str | None = None, progress: bool = True) -> Path:
     return _obtain(MINILM, cache, progress)
 
 
-def adapter_folder(folder: Path | str) -> Path:
-    """`folder`, which must hold a PEFT adapter in safetensors. Raises `ModelError`: PEFT itself would unpickle."""
-    path = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / name).is_file():
-            raise ModelError(f"{path} holds no {name}: adapters are read from safetensors only, as PEFT saves them")
-    return path
-
-
 def _obtain(model: PackagedModel, cache: Path | str | None, progress: bool) -> Path:
     try:
         root = Path(cache).expanduser() if cache is not None else cache_dir()

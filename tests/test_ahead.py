@@ -114,7 +114,7 @@ def test_emit_writes_sources_binaries_and_a_table(
 
 def test_emit_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["emit", "--target", "sm_90", "--out", str(tmp_path / "out")]) == 2
-    assert "not a target: 'sm_90'; write cuda:90" in capsys.readouterr().err
+    assert "not a target: 'sm_90'; did you mean cuda:90?" in capsys.readouterr().err
     with pytest.raises(SpecError, match="nothing to emit"):
         ahead.emit([], "cuda:90", 1, tmp_path)
 

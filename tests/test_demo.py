@@ -83,7 +83,7 @@ def test_other_tokens_fail_in_fp32_only(tiny_llama_dir, capsys, monkeypatch, dty
     [
         (["--backends", "eager,jit"], "unknown backends: jit"),
         (["--backends", ","], "names none"),
-        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--tokens", "0"], "argument --tokens: 0 is out of range: 1 or more"),
         (["--model", "/nowhere"], "is not a local directory with a config.json"),
         (["--adapter", "/nowhere"], "is not a local directory with a adapter_config.json"),
     ],

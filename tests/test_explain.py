@@ -11,9 +11,13 @@ from torch._dynamo.utils import clear_compilation_metrics
 
 from gawscompile import explain
 from gawscompile.cli import main
+from gawscompile.codegen import cache
 from gawscompile.codegen.spec import KernelSpec
-from gawscompile.debug.records import Reason
+from gawscompile.debug.explain import assemble
+from gawscompile.debug.records import GraphRecord, Reason
 from gawscompile.debug.report import predict
+from gawscompile.debug.store import RECORDS
+from gawscompile.measure import cache_hits
 from gawscompile.planning import cost
 from gawscompile.planning.table import PlanTable
 from tests.graphs import Pair, small_llama, tokens
@@ -152,6 +156,48 @@ def test_a_warm_start_explains_the_same():
         report.troubles = []  # those of the process so far
         said.append((report.to_dict(), str(report)))
     assert said[0] == said[1] and said[0][0]["groups"][0]["before"]
+
+
+def deleted(record, monkeypatch, forget=False):
+    """The files of a record are gone, and where the process is told to `forget`, so is what it holds itself."""
+    for file in cache.folder("records").glob(f"{record.key}.*"):
+        file.unlink()
+    if forget:
+        monkeypatch.setattr(RECORDS, "_kept", {})
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_records_deleted_while_the_process_runs(monkeypatch, tmp_path, dynamic):
+    model, x, mark = Pair(width=24).eval(), torch.randn(1, 6 + dynamic, 24), len(RECORDS)
+    said = []
+    for forget in (None, False, True):
+        if forget is not None:
+            deleted(RECORDS.since(mark)[0], monkeypatch, forget)
+        torch._dynamo.reset()
+        hits = cache_hits()
+        report = explain(model, x, dynamic=dynamic)
+        assert (cache_hits() > hits) == (forget is not None), "a warm start, but for the first"
+        report.troubles = []  # those of the process so far
+        said.append(report.to_dict())
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="gaws", dynamic=dynamic)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert said[0] == said[1] == said[2] and len(said[0]["groups"]) == 2
+
+
+def test_a_deleted_dump_is_made_again(monkeypatch, tmp_path, caplog):
+    model, x, mark = Pair(width=24).eval(), torch.randn(1, 6, 24), len(RECORDS)
+    for name in ("first", "second"):
+        torch._dynamo.reset()
+        explain(model, x, options={"dump": str(tmp_path / name)})
+        deleted(RECORDS.since(mark)[0], monkeypatch)
+    (first,), (second,) = ((tmp_path / name).glob("graph_*/graph.json") for name in ("first", "second"))
+    assert first.read_text() == second.read_text() and "no dump" not in caplog.text
+
+
+def test_a_record_that_is_lost_for_good_is_not_told_as_unfused():
+    report = assemble([GraphRecord("key", lost=True)], Pair())
+    assert {entry.reason for entry in report.linears} == {"RECORD_LOST"}
 
 
 def test_the_command_prints_it(tiny_llama_dir, capsys, tmp_path):

@@ -60,16 +60,17 @@ def test_warm_is_cold_without_the_work(caches, cold):
     assert cold["report"]["summary"].startswith("8 linears in 1 graph(s): 8 fused")
 
 
-def test_a_lost_record_is_said_and_kernels_are_rebuilt(caches, cold):
-    """Our half of the cache is gone, Inductor's is not."""
+def test_a_lost_record_is_made_again_and_kernels_are_rebuilt(caches, cold):
+    """Our half of the cache is gone, Inductor's is not: the passes run once more, for the record alone."""
     kept = shutil.move(caches / "gaws", caches / "kept")
     try:
         alone = run(caches)
     finally:
         shutil.rmtree(caches / "gaws")
         shutil.move(kept, caches / "gaws")
-    assert alone["logits"] == cold["logits"] and not alone["passes"]
-    assert any("record is gone" in note for note in alone["report"]["notes"])
+    assert alone["hits"] > 0 and alone["passes"] == cold["passes"][: len(alone["passes"])] != []
+    for key in ("logits", "report", "text"):
+        assert alone[key] == cold[key], key
 
 
 def test_an_edited_pass_changes_the_result_at_once(caches, cold, tmp_path):

@@ -52,6 +52,15 @@ def root() -> Path:
     return base
 
 
+def check_writable() -> None:
+    """Raises `CacheError` where nothing can be kept, before the work for it is done."""
+    try:
+        with tempfile.TemporaryFile(dir=root()):
+            pass
+    except OSError as error:
+        raise CacheError(f"cannot write to the cache folder {root()}: {error}; set GAWS_CACHE_DIR") from error
+
+
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
@@ -124,10 +133,9 @@ def locked(key: str) -> Iterator[None]:
 def limit_bytes() -> int:
     """The most that entries may take. Raises `CacheError` where ``GAWS_CACHE_MB`` is no number."""
     text = os.environ.get("GAWS_CACHE_MB", "1024")
-    try:
-        return int(text) << 20
-    except ValueError as error:
-        raise CacheError(f"GAWS_CACHE_MB={text!r} is not a whole number of megabytes") from error
+    if not text.isdecimal() or len(text) > 12:
+        raise CacheError(f"GAWS_CACHE_MB={text!r} is not a whole number of megabytes")
+    return int(text) << 20
 
 
 def trim(spare: Path | None = None) -> None:
@@ -165,9 +173,18 @@ def usage() -> dict[str, tuple[int, int]]:
 
 
 def clear(models: bool = False) -> None:
-    """Remove all entries, and with `models` the fetched models too."""
+    """Remove all entries, and with `models` the fetched models too. Raises `CacheError` for what cannot be removed."""
     for name in (*ENTRIES, *(["models"] if models else [])):
-        shutil.rmtree(root() / name, ignore_errors=True)
+        _remove(root() / name)
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:  # never made, or another process removes it too
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        raise CacheError(f"cannot remove {path}: {error}; remove it by hand") from error
 
 
 @functools.cache

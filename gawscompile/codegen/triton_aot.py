@@ -1,16 +1,19 @@
 """Triton kernels compiled ahead of time, on any machine, and what they take of a device.
 
 ``compile_plan(spec, plan, target)`` compiles every variant that the generated module can ask for. Targets are written
-as Triton's: ``cuda:80`` (A100), ``cuda:90`` (H100), ``cuda:100`` (B200), ``hip:gfx942`` (MI300X). Which source line an
+as Triton's: ``cuda:80`` (A100), ``cuda:90`` (H100), ``cuda:100`` (B200), ``hip:gfx942`` (MI300X). Others than `KNOWN`
+are refused before LLVM sees them: it ends the process over one that it cannot compile for. Which source line an
 instruction comes from is read from the assembly's line information, so loads are counted by the tensor they read.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 import subprocess
 import tempfile
+import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +24,13 @@ from gawscompile.codegen import triton as emitter
 from gawscompile.codegen.spec import KernelSpec, SpecError
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+"""What tests and tables are made for."""
+
+KNOWN = (
+    *(f"cuda:{capability}" for capability in (90, 80, 100, 75, 86, 87, 89, 103, 110, 120, 121)),
+    *(f"hip:{architecture}" for architecture in ("gfx942", "gfx950", "gfx90a", "gfx908")),
+)
+"""Every target that all plans compile for. Of two that a suggestion could name, the first is named."""
 
 # Instructions that order memory between programs, in SASS and in AMD's assembly.
 _ORDERING = re.compile(
@@ -103,13 +113,37 @@ def compile_variant(kernel: Any, variant: emitter.Variant, target: str) -> Compi
 
 
 def parse_target(text: str) -> Any:
-    """Triton's ``GPUTarget``. Raises `SpecError` for anything but ``cuda:<capability>`` and ``hip:<architecture>``."""
+    """Triton's ``GPUTarget``. Raises `SpecError` for what is not in `KNOWN`, and `ImportError` without Triton."""
+    if text not in KNOWN:
+        near = _nearest(str(text))
+        raise SpecError(
+            f"not a target: {text!r}{f'; did you mean {near}?' if near else ''}"
+            f" There are {', '.join(sorted(KNOWN, key=lambda target: (len(target), target)))}"
+        )
     from triton.backends.compiler import GPUTarget
 
-    match = re.fullmatch(r"cuda:(\d+)|hip:(gfx\w+)", text)
-    if match is None:
-        raise SpecError(f"not a target: {text!r}; write cuda:90 or hip:gfx942, for example ({', '.join(TARGETS)})")
-    return GPUTarget("cuda", int(match[1]), 32) if match[1] else GPUTarget("hip", match[2], 64)
+    kind, _, architecture = text.partition(":")
+    return GPUTarget("cuda", int(architecture), 32) if kind == "cuda" else GPUTarget("hip", architecture, 64)
+
+
+_SPELLINGS = (
+    (r"^(sm|compute|cuda)?[ _:-]*(?=\d)", "cuda:"),
+    (r"^(rocm|amdgpu|amd|hip)?[ _:-]*(?=gfx)", "hip:"),
+    (r"^(rocm|amdgpu|amd)\b:?", "hip:"),
+    (r"^(cuda:\d+)\.(?=\d)", r"\1"),
+)
+"""How else targets are written: sm_90, compute_90, 9.0, gfx942, rocm:gfx942."""
+
+
+def _nearest(text: str) -> str | None:
+    """The target that `text` may stand for: another spelling of it, its beginning, its beginning and more, a slip."""
+    plain = unicodedata.normalize("NFKC", text).strip().lower()
+    for pattern, replacement in _SPELLINGS:
+        plain = re.sub(pattern, replacement, plain)
+    near = [target for target in KNOWN if plain == target]
+    near += [target for target in KNOWN if plain and target.startswith(plain)]
+    near += [target for target in KNOWN if plain.startswith(target)]  # sm_90a, gfx942:sramecc+
+    return next(iter([*near, *difflib.get_close_matches(plain, KNOWN, cutoff=0.75)]), None)
 
 
 # --- What assembly tells -----------------------------------------------------------------------------------

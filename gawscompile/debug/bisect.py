@@ -55,7 +55,7 @@ def bisect(command: Sequence[str], out: Path | None = None, say: Callable[[str],
     Raises `BisectError` where the script does not fail, or fails with no rewrite at all.
     """
     if not Path(command[0]).is_file():
-        raise BisectError(f"{command[0]}: no such script")
+        raise BisectError(f"{command[0]}: no such script (gawscompile bisect [--out DIR] SCRIPT [ARGUMENTS])")
     out = (out or Path(tempfile.mkdtemp(prefix="gaws-bisect-"))).resolve()
     error = _run(command, None, out / "all")
     if error == "":
@@ -90,7 +90,7 @@ def _run(command: Sequence[str], fuel: int | None, dump: Path | None = None) -> 
         environment["GAWS_STRICT"] = "1"  # a rewrite so wrong that its meaning cannot be traced is found too
     if dump is not None:
         environment["GAWS_DUMP"] = str(dump)
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return ""
     lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -43,7 +43,7 @@ def explain(
     report = assemble(RECORDS.since(mark), model)
     report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])
     report.guards = frames.guards(began)
-    report.troubles = [*frames.broken(before), *frames.recompiled()]
+    report.troubles = [*frames.limited(), *frames.broken(before), *frames.recompiled()]
     if measure:
         from gawscompile import measure as timing
 
@@ -97,7 +97,8 @@ def assemble(records: list[GraphRecord], model: torch.nn.Module | None = None) -
         passes.update(record.passes)
     if model is not None:
         seen = {entry.path for entry in linears}
-        linears += [entry for entry in _untraced(model) if entry.path not in seen]
+        reason = Reason.RECORD_LOST if any(record.lost for record in records) else Reason.NOT_TRACED
+        linears += [entry for entry in _untraced(model, reason) if entry.path not in seen]
     notes = [note for record in records for note in record.notes]
     for group in groups:
         if "autotuned" in group.prefix:
@@ -119,8 +120,8 @@ def _tuned(group: GroupRecord) -> list[str]:
     ]
 
 
-def _untraced(model: torch.nn.Module) -> list[LinearRecord]:
-    """Every linear of a model as "not traced"; an adapter's factors belong to the linear that they adapt."""
+def _untraced(model: torch.nn.Module, reason: Reason) -> list[LinearRecord]:
+    """Every linear of a model as rejected; an adapter's factors belong to the linear that they adapt."""
     entries = []
     layers = [(name, getattr(module, "base_layer", None)) for name, module in model.named_modules()]
     adapted = {name for name, base in layers if isinstance(base, torch.nn.Module)}
@@ -134,7 +135,6 @@ def _untraced(model: torch.nn.Module) -> list[LinearRecord]:
         if name.startswith(factors) and path not in adapted:
             continue
         n, k = weight.shape if isinstance(module, torch.nn.Linear) else reversed(weight.shape)
-        reason = Reason.NOT_TRACED
         dtype = str(weight.dtype).removeprefix("torch.")
         entries.append(LinearRecord(path, (n, k), dtype, reason=reason.name, detail=reason.value))
     return entries

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch._dynamo.utils import counters, get_compilation_metrics
 
+from gawscompile.limits import LIMITS
+
 
 @dataclass
 class Trouble:
-    """A graph break or a recompile: how often, why, and what to do about it."""
+    """A graph break, a recompile, or a function compiled no more: how often, why, and what to do about it."""
 
     kind: str
     count: int
@@ -39,7 +41,11 @@ REMEDIES = (
     ("size mismatch", "compile with dynamic=True, or mark the dimension: torch._dynamo.mark_dynamic"),
     ("grad_mode", "call it under torch.no_grad() always, or never"),
     ("scaling", "make scalings tensors: peft.utils.hotswap.prepare_model_for_compiled_hotswap"),
-    ("adapter", "switching adapters changes the graph: it is compiled once for each, and both are kept"),
+    (
+        "adapter",
+        "switching adapters changes the graph: it is compiled once for each, and all are kept, "
+        "up to torch._dynamo.config.recompile_limit",
+    ),
     ("dtype mismatch", "call it with one dtype"),
 )
 
@@ -48,6 +54,11 @@ def recompiled() -> list[Trouble]:
     """Recompiles of this process so far (torch keeps the last 64 compiles), with the guard that failed."""
     reasons = Counter(metric.recompile_reason for metric in get_compilation_metrics() if metric.recompile_reason)
     return [Trouble("recompile", count, reason, _remedy(reason)) for reason, count in reasons.items()]
+
+
+def limited() -> list[Trouble]:
+    """Functions of this process that torch compiles no more, since `torch._dynamo.reset`."""
+    return [Trouble("recompile limit", 1, hit.cause, hit.remedy) for hit in LIMITS.hits]
 
 
 def _remedy(reason: str) -> str:

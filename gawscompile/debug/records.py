@@ -34,6 +34,7 @@ class Reason(str, Enum):
     NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"
     DISABLED = "a pass that it needs is disabled (options={'disable': […]})"
     FUEL = "the fuel ran out before it (options={'fuel': n}, GAWS_FUEL)"
+    RECORD_LOST = "its graph came from a warm cache whose record is gone: what became of it is not known"
     UNPROVEN = "verify found the rewrite to differ from its original, which stays in its place"
     INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
 
@@ -112,6 +113,8 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
     matches: int = 0
     """Rewrites that went ahead, of all passes: so much fuel the graph took."""
+    lost: bool = False
+    """The graph came from a warm cache, and what our passes did to it is not known."""
 
     def linear(self, path: str) -> LinearRecord | None:
         return next((entry for entry in self.linears if entry.path == path), None)

@@ -72,7 +72,7 @@ class Report:
         if worst is None:
             said.append("The graph did not break, and nothing was compiled twice.")
         else:
-            kinds = " and ".join(_many(times, kind) for kind, times in count.items())
+            kinds = " and ".join(_many(times, kind) for kind, times in sorted(count.items()))
             said.append(f"{kinds}; the first: {worst.cause.rstrip('.')}. Remedy: {worst.remedy.rstrip('.')}.")
         if self.guards is not None:
             cost = f" ({self.guard_seconds * 1e6:.0f} µs)" if self.guard_seconds is not None else ""

@@ -78,14 +78,24 @@ def repro(folder: Path, out: Path | None = None) -> Path:
     Raises `ReproError`, naming what is missing or what cannot be written as a script.
     """
     file = _graph(folder) / "graph.json"
-    data = json.loads(file.read_text())
+    try:
+        text = script(json.loads(file.read_text(encoding="utf-8")))
+    except ReproError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ReproError(
+            f"{file} is no whole dump of a graph ({type(error).__name__}: {error}); make it again with GAWS_DUMP=DIR"
+        ) from error
     out = out or file.parent / "repro.py"
-    out.write_text(script(data), encoding="utf-8")
+    out.write_text(text, encoding="utf-8")
     return out
 
 
 def _graph(folder: Path) -> Path:
     """The folder of a graph: `folder` itself, or the only one inside."""
+    if not folder.is_dir():
+        wrong = "this is a file" if folder.exists() else "there is no such folder"
+        raise ReproError(f"{folder}: {wrong}; name a dump's folder (GAWS_DUMP=DIR makes one)")
     if (folder / "graph.json").is_file():
         return folder
     inside = sorted(path.parent for path in folder.glob("*/graph.json"))

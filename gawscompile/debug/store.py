@@ -19,14 +19,23 @@ class Store:
 
     def __init__(self) -> None:
         self._records: list[GraphRecord] = []
+        self._kept: dict[str, str] = {}  # by key, as JSON: files may be deleted during a process's life
         self._lock = threading.Lock()
+
+    def lacks(self, key: str, dump: bool) -> bool:
+        """Whether a graph that came from a cache has no record, here or on disk, or no `dump` where one is wanted."""
+        return self._find(key) is None or (dump and not self._dumps(key))
 
     def compiled(self, key: str, record: GraphRecord | None) -> GraphRecord:
         """A graph was compiled: with its record if our passes ran, with none if it came from a cache."""
         if record is not None:
+            with self._lock:
+                self._kept[record.key] = record.to_json()
             self._write(record)
         else:
-            record = self._read(key)
+            found = self._find(key)
+            note = f"compiled from a warm cache whose record is gone. {AGAIN}"
+            record = GraphRecord(key, notes=[note], lost=True) if found is None else GraphRecord.from_json(found)
         with self._lock:
             self._records.append(record)
         return record
@@ -37,18 +46,21 @@ class Store:
 
     def dumped(self, key: str, dumps: list[Dump]) -> list[Dump]:
         """A graph's dumps: kept, if our passes ran, or those that the process kept in which they did."""
-        file = cache.folder("records") / f"{key}.dump"
         if dumps:
             raw = [dump.pack() for dump in dumps]
+            file = cache.folder("records") / f"{key}.dump"
             cache.put(file, b"".join(len(one).to_bytes(8, "little") + one for one in raw))
             return dumps
-        kept = cache.get(file)
+        kept = self._dumps(key)
         while kept:
             size = int.from_bytes(kept[:8], "little")
             dumps, kept = [*dumps, Dump.unpack(kept[8 : 8 + size])], kept[8 + size :]
         if not dumps:
             log.warning("gaws: no dump: the graph came from a warm cache and its dump is gone. %s", AGAIN)
         return dumps
+
+    def _dumps(self, key: str) -> bytes | None:
+        return cache.get(cache.folder("records") / f"{key}.dump")
 
     def since(self, mark: int) -> list[GraphRecord]:
         """Records added since `mark` (a former `len`)."""
@@ -64,15 +76,19 @@ class Store:
         except Exception as error:
             log.warning("gaws: the record of a graph was not kept (%s); a warm start cannot explain it", error)
 
-    def _read(self, key: str) -> GraphRecord:
-        try:
-            raw = cache.get(cache.folder("records") / f"{key}.json")
-            if raw is not None:
-                return GraphRecord.from_json(raw.decode())
-        except (OSError, cache.CacheError) as error:
-            log.warning("gaws: the record of a graph cannot be read (%s)", error)
-        note = f"compiled from a warm cache whose record is gone. {AGAIN}"
-        return GraphRecord(key, notes=[note])
+    def _find(self, key: str) -> str | None:
+        """A graph's record as JSON: this process's own, or one that was kept on disk."""
+        if key not in self._kept:
+            try:
+                raw = cache.get(cache.folder("records") / f"{key}.json")
+            except (OSError, cache.CacheError) as error:
+                log.warning("gaws: the record of a graph cannot be read (%s)", error)
+                return None
+            if raw is None:
+                return None
+            with self._lock:
+                self._kept[key] = raw.decode()
+        return self._kept[key]
 
 
 RECORDS = Store()
