@@ -10,6 +10,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
@@ -18,9 +19,11 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 using at::ScalarType;
@@ -62,7 +65,8 @@ struct Derived {
     std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> alive;  // and no address that is a key is used again
     Tensor tensor;
   };
-  mutable std::map<std::vector<const void*>, Value> values;  // by the sources' identities
+  using Values = std::map<std::vector<const void*>, Value>;
+  mutable Values values;  // by the sources' identities
 };
 
 struct Program {
@@ -77,7 +81,10 @@ struct Program {
   size_t arguments;              // how many the op takes: the other operands, then sources that are none of them
 };
 
+// Of the tables below. Nobody waits for Python who holds it, so tensors are let go after: a thread with Python's lock may
+// wait for it, as one that forks does. A child gets a new one, as it knows its writer by a number that forks change.
 std::shared_mutex mutex;
+const int at_fork = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { new (&mutex) std::shared_mutex; });
 std::unordered_map<std::string, std::unique_ptr<Program>> programs;
 const char* (*resolver)(const char* program) = nullptr;  // Python: builds and registers; null or an error message
 
@@ -181,6 +188,12 @@ std::vector<State> states_of(const std::vector<Derived>& derived, const Tensors&
   return states;
 }
 
+// Take a value out of the table, to be let go later. What comes after it.
+auto drop(const Derived& d, Derived::Values::iterator it, std::vector<Derived::Value>& let_go) {
+  let_go.push_back(std::move(it->second));
+  return d.values.erase(it);
+}
+
 // The operand that is derived from `arguments`, computed anew where any of its sources is no longer what it was.
 Tensor derive(const Derived& d, const Tensors& arguments, std::vector<State> states) {
   std::vector<const void*> key;
@@ -200,13 +213,15 @@ Tensor derive(const Derived& d, const Tensors& arguments, std::vector<State> sta
   torch::jit::Stack stack{sources, d.recipe};
   op.callBoxed(stack);
   const Tensor tensor = stack.back().toTensor();
+  std::vector<Derived::Value> let_go;
   std::unique_lock lock(mutex);
   for (auto it = d.values.begin(); it != d.values.end();) {
     const auto& all = it->second.alive;
     const bool gone = std::any_of(all.begin(), all.end(), [](const auto& one) { return one.expired(); });
-    it = gone ? d.values.erase(it) : std::next(it);
+    it = gone ? drop(d, it, let_go) : std::next(it);
   }
-  d.values.insert_or_assign(std::move(key), Derived::Value{std::move(states), std::move(alive), tensor});
+  Derived::Value& place = d.values[std::move(key)];
+  let_go.push_back(std::exchange(place, {std::move(states), std::move(alive), tensor}));
   return tensor;
 }
 
@@ -327,6 +342,7 @@ extern "C" void gaws_register(
 
 // Forget what was derived from tensors at these addresses; from all where `count` is negative.
 extern "C" void gaws_forget(const void* const* data, int64_t count) {
+  std::vector<Derived::Value> let_go;
   std::unique_lock lock(mutex);
   for (auto& [text, program] : programs)
     for (const Derived& d : program->derived)
@@ -335,7 +351,7 @@ extern "C" void gaws_forget(const void* const* data, int64_t count) {
         const bool meant = count < 0 || std::any_of(states.begin(), states.end(), [&](const State& s) {
           return std::find(data, data + count, s.data) != data + count;
         });
-        it = meant ? d.values.erase(it) : std::next(it);
+        it = meant ? drop(d, it, let_go) : std::next(it);
       }
 }
 

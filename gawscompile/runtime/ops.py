@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from gawscompile import forks
 from gawscompile.codegen import build, triton
 from gawscompile.codegen.spec import DTYPES, SpecError
 from gawscompile.operators.recipe import hoisted
@@ -60,6 +61,7 @@ _DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
 
 _Resolver = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 _lock = threading.RLock()
+forks.held_across(_lock)
 _kept: list[object] = []  # what C++ points to: the callback, error messages
 
 
