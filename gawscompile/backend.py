@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gawscompile import checks, lost, partial, polyfills, watch
+from gawscompile import checks, forks, lost, partial, polyfills, watch
 from gawscompile.account import account
 from gawscompile.codegen import build, cache
 from gawscompile.debug.dump import Dump
@@ -43,6 +43,7 @@ STAGES = {stage.__name__.rpartition(".")[2]: stage for stage in PIPELINE}
 
 # torch.compile has asked for the backend: nothing is traced yet.
 polyfills.install()
+forks.install()
 ops.start_loading()
 
 

@@ -99,7 +99,7 @@ def test_threads_share_a_compiled_model():
 
 
 def test_fork_after_compile():
-    """GNU OpenMP does not survive a fork with its threads, in eager torch either: a child takes one thread."""
+    """A child calls, with one thread or all, and compiles anew; `test_forks` has more."""
     code = """
 import os, torch
 model = torch.nn.Linear(48, 40).eval()
@@ -110,6 +110,7 @@ with torch.no_grad():
     torch.testing.assert_close(compiled(x), want)
     child = os.fork()
     if child == 0:
+        torch.testing.assert_close(compiled(x), want)
         torch.set_num_threads(1)
         torch.testing.assert_close(compiled(x), want)
         other = torch.nn.Linear(48, 41).eval()  # compiled in the child: the build pool is made anew

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from gawscompile import forks
 from gawscompile.codegen import cache
 from gawscompile.debug.dump import Dump
 from gawscompile.debug.records import GraphRecord
@@ -92,3 +93,4 @@ class Store:
 
 
 RECORDS = Store()
+forks.held_across(RECORDS._lock)

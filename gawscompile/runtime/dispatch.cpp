@@ -12,15 +12,18 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <list>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 using at::ScalarType;
@@ -89,7 +92,10 @@ struct Program {
   size_t arguments;  // how many the op takes: the other operands, then sources that are none of them
 };
 
+// Of the tables below. Nobody waits for Python who holds it, so tensors are let go after: a thread with Python's lock may
+// wait for it, as one that forks does. A child gets a new one, as it knows its writer by a number that forks change.
 std::shared_mutex mutex;
+const int at_fork = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { new (&mutex) std::shared_mutex; });
 std::unordered_map<std::string, std::unique_ptr<Program>> programs;
 const char* (*resolver)(const char* program) = nullptr;  // Python: builds and registers; null or an error message
 
@@ -219,13 +225,15 @@ Values derive(const Program& program, const Tensors& arguments, std::vector<Stat
     op.callBoxed(stack);
     value->tensor = stack.back().toTensor();
     values.back() = value;
+    Values let_go;
     std::unique_lock lock(mutex);
     for (auto it = d.values.begin(); it != d.values.end();) {
       const auto& all = it->second->alive;
       const bool gone = std::any_of(all.begin(), all.end(), [](const auto& one) { return one.expired(); });
+      if (gone) let_go.push_back(std::move(it->second));
       it = gone ? d.values.erase(it) : std::next(it);
     }
-    d.values.insert_or_assign(key_of(program, d, arguments), std::move(value));
+    let_go.push_back(std::exchange(d.values[key_of(program, d, arguments)], std::move(value)));
   }
   return values;
 }

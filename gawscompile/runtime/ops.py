@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from gawscompile import forks
 from gawscompile.codegen import build, triton
 from gawscompile.codegen.cpp_sums import CHECKSUM, unit_rows
 from gawscompile.codegen.spec import DTYPES, SpecError
@@ -61,6 +62,7 @@ _DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
 
 _Resolver = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 _lock = threading.RLock()
+forks.held_across(_lock)
 _kept: list[object] = []  # what C++ points to: the callback, error messages
 
 
