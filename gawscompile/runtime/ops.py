@@ -78,9 +78,7 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     folder = Path(__file__).parent
-    return "
-
-".join([CHECKSUM, *((folder / name).read_text() for name in ("dispatch.cpp", "unchanged.cpp"))])
+    return "\n".join([CHECKSUM, *((folder / name).read_text() for name in ("dispatch.cpp", "unchanged.cpp"))])
 
 
 @functools.cache
