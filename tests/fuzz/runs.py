@@ -16,17 +16,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 from gawscompile.debug.store import RECORDS
 from gawscompile.guards import inference_guards
+from gawscompile.planning import devices
 from gawscompile.planning.table import Program as Planned
 from tests.actions import GROUPS, Call, ids, small
 from tests.fuzz import data, graphs, judge, reference
 from tests.fuzz.coverage import Coverage, Failure
 from tests.fuzz.programs import Program, generate
+from tests.passes.test_choose_plan import FAST_LIBRARY
 
 LEVEL = 3
 ENTRIES: dict[str, Any] = {"torch.compile": None, "gawscompile.compile": inference_guards}
@@ -45,7 +48,9 @@ def run(seed: int, coverage: Coverage) -> Failure | None:
     torch._dynamo.reset()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     mark = len(RECORDS)
-    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+    library = random.Random(f"library {seed}").random() < 0.15
+    device = mock.patch.object(devices, "cpu", lambda: FAST_LIBRARY) if library else contextlib.nullcontext()
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64), device:
         warnings.simplefilter("ignore")
         failure = _program(seed, coverage) if seed % 2 else _actions(seed, coverage)
     for record in RECORDS.since(mark):
