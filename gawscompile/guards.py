@@ -1,6 +1,6 @@
 """``gawscompile.compile``: torch.compile for serving, whose guards cost least while nothing changes.
 
-Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to check.
+Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to it.
 Most of these checks are of torch's own modules: that an ``nn.Linear`` inside an adapter is still one and holds a
 parameter of the same shape. `inference_guards` has them checked only once something changed, and finds out whether
 anything did in one call (`runtime/unchanged.py`). All that PEFT keeps in modules of its own stays guarded as ever.
@@ -42,7 +42,7 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
 
 
 def inference_guards(entries: Sequence[Any]) -> list[bool]:
-    """A ``guard_filter_fn``: guards on torch's own modules and their parameters are checked only once something changed.
+    """A ``guard_filter_fn``: guards on torch's own modules and parameters are checked only once something changed.
 
     One guard in their place, `gawscompile.runtime.unchanged.Unchanged`, sees whether anything did. With gradients all
     guards stay: a parameter's ``requires_grad`` decides what the graph computes then. So do they where changes cannot
@@ -50,7 +50,9 @@ def inference_guards(entries: Sequence[Any]) -> list[bool]:
     """
     for entry in entries:
         if isinstance(entry.value, torch.Tensor) and (bytes_ := unchanged.missing(entry.value)):
-            raise RuntimeError(f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory")
+            raise RuntimeError(
+                f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
+            )
     everything = [True] * len(entries)
     if torch.is_grad_enabled() or torch._dynamo.config.caching_precompile or not unchanged.available():
         return everything

@@ -79,7 +79,9 @@ def outcome(group: str, words: str, entry: str, inductor: bool) -> str:
             assert not torch.allclose(got, want, rtol=1e-2)
             return UNSEEN
         assert got.dtype == want.dtype and got.shape == want.shape
-        loose = torch.bfloat16 in {want.dtype, *(p.dtype for p in model.parameters())} or torch.is_autocast_enabled("cpu")
+        loose = torch.bfloat16 in {want.dtype, *(p.dtype for p in model.parameters())} or torch.is_autocast_enabled(
+            "cpu"
+        )
         torch.testing.assert_close(got, want, **({"rtol": 0.1, "atol": 0.1} if loose else {"rtol": 1e-4, "atol": 1e-4}))
         new = graphs_compiled() - graphs
         again = compiled(call.ids)

@@ -116,9 +116,9 @@ def test_a_factor_that_does_not_fit_is_eagers_error_and_not_an_answer(pair):
     layer = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
     kept = layer.weight
     layer.weight = torch.nn.Parameter(kept[:2].clone())
-    with pytest.raises(RuntimeError, match="shape|size"):
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         logits(model)
-    with pytest.raises(RuntimeError, match="shape|size"):
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         logits(compiled)
     layer.weight = kept
     same(compiled, model)
@@ -206,11 +206,18 @@ def patched(owner, name, also):
 
 
 def test_a_module_of_another_dtype_recompiles():
-    """GPT-2's position embedding keeps the sum in fp32, so eager takes a bf16 embedding, whose memory is half as large."""
+    """GPT-2's position embedding keeps the sum in fp32, so eager takes a bf16 embedding, in half the memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch._dynamo.reset()
-    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128, "n_positions": 64, "tie_word_embeddings": False}
+    sizes = {
+        "n_embd": 64,
+        "n_layer": 1,
+        "n_head": 4,
+        "vocab_size": 128,
+        "n_positions": 64,
+        "tie_word_embeddings": False,
+    }
     base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
     model = randomise(peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"])).eval())
     compiled = gawscompile.compile(model, options=OPTIONS)

@@ -105,7 +105,7 @@ def missing(tensor: torch.Tensor) -> int:
 
 
 def followable(source: Any) -> bool:
-    """Whether `Paths` can follow one of Dynamo's sources: from a variable through modules, attributes and dictionaries."""
+    """Whether `Paths` can follow one of Dynamo's sources: a variable, then modules, attributes, dictionaries."""
     while (base := getattr(source, "base", None)) is not None:
         name = type(source).__name__
         if name == "DictGetItemSource":
