@@ -17,6 +17,8 @@ from torch import Tensor
 
 from gawscompile.codegen import build, cpp, triton
 from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.operators.recipe import write
+from gawscompile.planning.table import Derived, PlanTable, Program
 from gawscompile.runtime import ops
 from tests.fuzz.kernel_answers import Answer, answers, naive, weight
 
@@ -35,7 +37,8 @@ class Call:
 
     spec: str
     plan: str
-    """An entry point, "gemv" or "accumulate"; "op"; or a printed `triton.Plan`, for a process that interprets."""
+    """An entry point, "gemv" or "accumulate"; "op"; "hoisted", the op with row scales that are hoisted; or a printed
+    `triton.Plan`, for a process that interprets."""
     m: int
     threads: int = 1
     numbers: str = "normal"
@@ -58,6 +61,8 @@ class Call:
         """The plan that runs, for coverage."""
         if self.plan == "op":
             return f"op: {self.table[1]}"
+        if self.plan == "hoisted":
+            return f"hoisted: {self.table[1]}"
         return self.plan if self.plan in ("gemv", "accumulate") else f"triton: {self.plan.partition('[')[0]}"
 
     @property
@@ -73,7 +78,7 @@ class Call:
     def fault(self) -> str | None:
         """What is wrong with what the kernels answer, if anything. Raises what they raise."""
         x, operands = tensors(self)
-        run = {"gemv": by_entry, "accumulate": by_entry, "op": by_op}.get(self.plan, by_triton)
+        run = {"gemv": by_entry, "accumulate": by_entry, "op": by_op, "hoisted": by_hoisted}.get(self.plan, by_triton)
         got = run(self, x, operands)
         wanted = answers(self.kernel, x, operands, "accumulate" in self.by, "fused_tile" in self.by)
         for i, (answer, y) in enumerate(zip(wanted, got, strict=True)):
@@ -194,17 +199,55 @@ def by_entry(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]
 
 
 def by_op(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
-    ops.ensure_loaded()
-    arguments = [x.view(*call.leading, -1 if call.m else x.shape[-1])]
+    arguments = []
     for operand in call.kernel.operands():
         t = operands[operand.name]
         arguments.append(t.view(*call.leading, t.shape[-1]) if operand.activation else t)
+    x = x.view(*call.leading, x.shape[-1])
     if call.strided:
-        arguments = [_strided(t) for t in arguments]
+        x, arguments = _strided(x), [_strided(t) for t in arguments]
+    return _project(call, x, arguments, f"{call.table[0]} | {call.spec}")
+
+
+def by_hoisted(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
+    """Every row scale is hoisted: the first column of its weight, `operands` has it then. The weights are written to,
+    past autograd's sight, after a first call; the second must know."""
+    spec = call.kernel
+    given = [o for o in spec.operands() if o.role != "rowscale"]
+    derived, real = [], {}
+    for at, operand in enumerate(spec.operands()):
+        if operand.role == "rowscale":
+            i = operand.projection
+            source = next(place for place, o in enumerate(given) if o.name == f"w{i}")
+            derived.append(Derived(at, (source,), _first_column(spec.projections[i].transposed, operand.dtype)))
+            real[f"w{i}"] = operands[f"w{i}"].clone()
+            operands[operand.name] = weight(spec, i, operands)[:, 0].to(DTYPES[operand.dtype])
+    program = Program(PlanTable.parse(call.table[0]), spec, derived=tuple(derived))
+    arguments = [operands[o.name] for o in given]
+    for name, numbers_ in real.items():
+        operands[name].data.copy_(numbers_.flip(0))
+    _project(call, x, arguments, str(program))
+    for name, numbers_ in real.items():
+        operands[name].data.copy_(numbers_)
+    return _project(call, x, arguments, str(program))
+
+
+@functools.cache
+def _first_column(transposed: bool, dtype: str) -> str:
+    """A recipe: that of a weight, as a vector of `dtype`."""
+    graph = torch.fx.Graph()
+    w = graph.placeholder("w")
+    column = graph.call_function(torch.ops.aten.select.int, (w, 0 if transposed else 1, 0))
+    cast = graph.call_function(torch.ops.prims.convert_element_type.default, (column, DTYPES[dtype]))
+    return write([column, cast], [w])
+
+
+def _project(call: Call, x: Tensor, arguments: list[Tensor], program: str) -> list[Tensor]:
+    ops.ensure_loaded()
     with threads(call.threads):
-        outputs = torch.ops.gaws.project(arguments[0], arguments[1:], f"{call.table[0]} | {call.spec}")
+        outputs: list[Tensor] = torch.ops.gaws.project(x, arguments, program)
     for y, (n, _) in zip(outputs, call.kernel.outputs, strict=True):
-        assert y.shape == (*call.leading, n) and y.is_contiguous(), f"an output is {list(y.shape)}, {y.stride()}"
+        assert y.shape == (*x.shape[:-1], n) and y.is_contiguous(), f"an output is {list(y.shape)}, {y.stride()}"
     return [y.view(call.m, y.shape[-1]) for y in outputs]
 
 

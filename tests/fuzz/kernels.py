@@ -1,6 +1,7 @@
 """Level 2: kernels against fp64. A random spec is built once and called `CALLS` times, one case each: by both entry
-points of its C++ and by the op, for 0 to 70 tokens, by 1 to 3 threads, on numbers of every kind, between NaNs, off any
-alignment. One spec in `INTERPRETED` is printed by the Triton emitters instead, and runs in Triton's interpreter.
+points of its C++ and by the op, with hoisted operands and without, for 0 to 70 tokens, by 1 to 3 threads, on numbers of
+every kind, between NaNs, off any alignment. One spec in `INTERPRETED` is printed by the Triton emitters instead, and
+runs in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, get_args
 
-from gawscompile.codegen import triton
+from gawscompile.codegen import cpp, triton
 from gawscompile.codegen.cpp_text import has_epilogue
 from gawscompile.codegen.spec import KernelSpec, ProjectionSpec, Role
 from tests.fuzz import interpreted
@@ -30,9 +31,10 @@ AHEAD = 2
 TRIALS = 40
 """Simpler calls at most that are tried to shrink a failure."""
 
-TRITON = tuple(f"triton: {name}" for name in (*triton.DECODE, *triton.MANY))
+TRITON = frozenset(f"triton: {name}" for name in (*triton.DECODE, *triton.MANY))
 MUST_REACH: dict[str, frozenset[str]] = {
-    "kernel": frozenset({"gemv", "accumulate", "op: gemv_cpp", "op: gemm_accumulate", *TRITON}),
+    "kernel": frozenset({"gemv", "accumulate", *(f"{how}: {name}" for how in ("op", "hoisted") for name in cpp.PLANS)})
+    | TRITON,
     "operand": frozenset(get_args(Role)),
     "spec": frozenset(FEATURES),
     "numbers": frozenset(NUMBERS),
@@ -78,7 +80,8 @@ def call(seed: int) -> Call:
         most = DECODED if plan.rows else TOKENS  # a program for each token takes long in the interpreter
         return Call(str(spec), str(plan), max(1, min(m, most)), 1, numbers, seed)
     added = spec.swiglu or any(has_epilogue(p) for p in spec.projections)
-    plan = random.choice(("gemv", "op", *["accumulate"] * added))
+    scaled = any(p.rowscale for p in spec.projections)
+    plan = random.choice(("gemv", "op", *["accumulate"] * added, *["hoisted"] * scaled))
     return Call(str(spec), plan, m, random.choice(THREADS), numbers, seed, one.vectors)
 
 
@@ -159,7 +162,8 @@ def simplified(case: Call) -> Iterator[Call]:
     for spec in simpler_specs(case.kernel):
         smaller = replace(case, spec=str(spec))
         possible = case.by.startswith("triton") is False or triton.Plan.parse(case.plan) in triton.plans(spec)
-        if possible and (case.plan != "accumulate" or any(has_epilogue(p) for p in spec.projections)):
+        possible = possible and (case.plan != "accumulate" or any(has_epilogue(p) for p in spec.projections))
+        if possible and (case.plan != "hoisted" or any(p.rowscale for p in spec.projections)):
             yield smaller
 
 
