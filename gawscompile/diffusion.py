@@ -48,7 +48,7 @@ def load(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
     try:
         if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
             return kind.from_config(config).to(dtype)
-        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
+        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     except Exception as error:
         raise ModelError(f"--model {folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
