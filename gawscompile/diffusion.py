@@ -11,7 +11,7 @@ import torch
 from gawscompile.arguments import one_line
 from gawscompile.models import ModelError
 
-INSTALL = "pip install diffusers"
+INSTALL = "pip install 'gawscompile[diffusion]'"
 PARTS = ("transformer", "unet", "prior")
 PATCHES = 64
 """Of an image, for models that are given it in patches."""
