@@ -87,11 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     print(measure.describe(measure.machine()))
     try:
         base, adapted, tokenizer = load(options)
-        prompt = persona.prompt_ids(tokenizer, options.question)
-        loading.example(base, len(prompt) + options.tokens)  # whether so many have positions
     except ModelError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    prompt = persona.prompt_ids(tokenizer, options.question)
     variants = prepare(base, adapted, options, prompt)
     write(variants, prompt, options.tokens, tokenizer.eos_token_id)
     print(f"\nAsked: {options.question}")
@@ -131,6 +130,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     except Exception as error:
         raise ModelError(f"--model {folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     base = base.to(options.device).eval()
+    positions = len(persona.prompt_ids(tokenizer, options.question)) + options.tokens
+    loading.example(base, positions)  # before anything is trained: whether there are so many
     if options.adapter is not None:
         with loading.quiet():
             adapted = loading.with_adapter(measure.sharing_copy(base), options.adapter)

@@ -11,7 +11,7 @@ import torch
 from gawscompile.arguments import one_line
 from gawscompile.models import ModelError
 
-INSTALL = "pip install diffusers"
+INSTALL = "pip install 'gawscompile[diffusion]'"
 PARTS = ("transformer", "unet", "prior")
 PATCHES = 64
 """Of an image, for models that are given it in patches."""
@@ -48,7 +48,7 @@ def load(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
     try:
         if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
             return kind.from_config(config).to(dtype)
-        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False)
+        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     except Exception as error:
         raise ModelError(f"--model {folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 

@@ -243,6 +243,8 @@ def _folder(what: str, folder: Path, remedy: str) -> None:
 def _json(what: str, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{what}: its {file.name} cannot be read ({one_line(error)}): see its permissions") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{what}: its {file.name} is no JSON ({one_line(error)}): save or fetch it again") from error
     if not isinstance(found, dict):

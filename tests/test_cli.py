@@ -276,6 +276,17 @@ def test_a_folder_that_access_denies(tmp_path, capsys, monkeypatch):
         one_line_of(capsys, "not writable; name another")
 
 
+def test_a_file_that_may_not_be_read(places, capsys, monkeypatch):
+    def refused(self: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert cli.main(["explain", "--model", places["llama"]]) == 2
+    one_line_of(capsys, "its config.json cannot be read ([Errno 13] Permission denied")
+    assert demo.main(["--model", places["llama"]]) == 2
+    assert "its config.json cannot be read" in capsys.readouterr().err
+
+
 def test_what_nobody_foresaw_is_one_line_too_and_a_traceback_for_those_who_ask(capsys, monkeypatch):
     def fails() -> None:
         raise KeyError("a line\nand another")
@@ -369,7 +380,7 @@ BAD_DEMO = {
     "--model {llama} --adapter {lora_truncated}": "its adapter_model.safetensors is truncated",
     "--model {llama} --adapter {lora_other_shape}": "does not go with this model",
     "--model {llama} --adapter {lora_other_keys}": "none of its 4 weights has a place in this model",
-    "--model {llama} --adapter {lora} --tokens 100000": "this model takes at most 1024",
+    "--model {llama} --tokens 100000": "this model takes at most 1024",
 }
 
 
@@ -500,4 +511,4 @@ def test_a_model_of_diffusers_that_cannot_be_explained(place, said, places, caps
 def test_without_diffusers_its_models_name_the_package(places, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert cli.main(["explain", "--model", places["no_call"]]) == 2
-    one_line_of(capsys, "pip install diffusers")
+    one_line_of(capsys, "pip install 'gawscompile[diffusion]'")
