@@ -288,7 +288,8 @@ c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) 
       const Tensor* operand = derived ? &values[own]->tensor : arguments.all[own];
       TORCH_CHECK(
           fits(*operand, program.operands[i], m), "gaws::project: operand ", program.operands[i].name,
-          " no longer has the dtype, shape or device it was compiled for; call torch.compile again after such a change: ",
+          " no longer has the dtype, shape or device it was compiled for, and no guard saw it: leave Dynamo its guards, or use "
+          "gawscompile.compile: ",
           text);
       if (!operand->is_contiguous()) operand = arguments.keep(operand->contiguous());
       in[i] = operand->const_data_ptr();
