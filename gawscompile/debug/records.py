@@ -36,7 +36,7 @@ class Reason(str, Enum):
     FUEL = "the fuel ran out before it (options={'fuel': n}, GAWS_FUEL)"
     RECORD_LOST = "its graph came from a warm cache whose record is gone: what became of it is not known"
     UNPROVEN = "verify found the rewrite to differ from its original, which stays in its place"
-    INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
+    INTERNAL_ERROR = "a rewrite failed and was undone: what it was of is left to Inductor"
 
 
 def plain(text: str) -> str:
