@@ -148,8 +148,8 @@ def test_symbols_are_symbols():
     for program in programs:
         names = graphs.may_be_symbolic(program)
         traced = graphs.trace(program, symbolic=names)
-        sizes = {size for node in traced.graph.find_nodes(op="placeholder") for size in _shape(node)}
-        assert sum(isinstance(size, torch.SymInt) for size in sizes) >= len(names)
+        sizes = {str(size) for node in traced.graph.find_nodes(op="placeholder") for size in _shape(node)}
+        assert {str(symbol) for symbol in traced.symbols.values()} <= sizes and len(traced.symbols) == len(names)
 
 
 def _shape(node: torch.fx.Node) -> tuple:

@@ -238,6 +238,7 @@ def _reshaped(draft: Draft, x: str, widths: list[str]) -> str:
             f"{x}.unflatten(-1, (2, -1))",
             f"{x}.unsqueeze(-2)",
             f"{x}.squeeze(0)",
+            f"torch.ops.aten.alias({x})",
         )
     )
     y = adapted(draft, moved, _width(draft, widths))
