@@ -24,13 +24,13 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.operators import linear
+from gawscompile.passes.activations import base_activation
 from gawscompile.passes.context import (
     ONES,
     VIEWS,
     Context,
     args,
     aten,
-    base_activation,
     dtype,
     empty_like,
     is_call,
@@ -53,6 +53,8 @@ def run(graph: Graph, context: Context) -> None:
     casts: Casts = {}
     targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
     for node in sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target)):
+        if not context.looks_at(node):
+            continue
         if node.target in (aten.bmm.default, aten.baddbmm.default):
             _unbatch(graph, context, node, casts)
         else:

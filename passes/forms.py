@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.operators import linear
+from gawscompile.passes.activations import source_of, widens
 from gawscompile.passes.context import (
     CASTS,
     VIEWS,
@@ -193,10 +194,8 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
 
 
 def summed(node: Any, forms: dict[Node, Form]) -> Form | None:
-    """The form of `node`, for a reader that may be one of several that end up in one sum (DoRA reads its base twice).
-
-    Whether they do, `escapes` tells once the sum is whole.
-    """
+    """The form of `node`, for a reader that may be one of several that end up in one sum (DoRA reads its base twice):
+    whether they do, `escapes` tells once that is whole."""
     form = _folded(node, forms)
     if form is not None or not isinstance(node, Node) or len(node.users) > READERS:
         return form
@@ -398,13 +397,3 @@ def _same_activation(a: Form, b: Form) -> bool:
     if a.regrouped or b.regrouped:
         return False
     return source_of(a.activation) is source_of(b.activation) and (a.turned, a.layout) == (b.turned, b.layout)
-
-
-def source_of(x: Node) -> Node:
-    while is_cast(x) or is_call(x, aten.clone.default):
-        x = args(x)[0]
-    return x
-
-
-def widens(node: Node) -> bool:
-    return is_cast(node) and dtype(node).itemsize > dtype(args(node)[0]).itemsize

@@ -49,6 +49,7 @@ def fuse(
         new = context.insert(project, (x, operands, str(spec)), node, node.meta["val"])
     new.meta["gaws_entries"] = node.meta["gaws_entries"]
     node.replace_all_uses_with(new)
+    context.touch(*new.users)
     context.erase(node)
     context.matched()
 
@@ -63,8 +64,8 @@ def scale_of(scale: Any) -> tuple[float | None, str]:
 def projection(
     terms: tuple[Any, ...], out: Any, operands: list[Node], kronecker: tuple[KroneckerSpec, ...] = ()
 ) -> ProjectionSpec:
-    """The spec of one sum; its tensors are appended to `operands` in the order of ``KernelSpec.operands``, but for those
-    of `kronecker`, the specs of its Kronecker terms, which come last."""
+    """The spec of one sum; its tensors are appended to `operands` in the order of ``KernelSpec.operands``, but for
+    those of its Kronecker terms, which come last. `kronecker`: the specs of these."""
     dense = next((term for term in terms if isinstance(term, Dense)), None)
     kept: Any = next((term.product for term in terms if isinstance(term, Kept)), None)
     biases = [term.vector for term in terms if isinstance(term, Bias)]

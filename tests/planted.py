@@ -54,8 +54,8 @@ FAULTS = {
     ),
     "last adapter lost": Fault(
         "passes/recover_operators.py",
-        "in sorted(adapters, key=_low_rank",
-        "in sorted(adapters[:-1] or adapters, key=_low_rank",
+        "in sorted(adapters, key=low_rank",
+        "in sorted(adapters[:-1] or adapters, key=low_rank",
         PASSES,
     ),
     "alpha of an add overlooked": Fault(
@@ -128,7 +128,7 @@ FAULTS = {
     ),
     "rows not scaled": Fault(
         "passes/recover_operators.py",
-        "(RowScale(stored(rowscale)),) if rowscale is not None else ()",
+        "(RowScale(rowscale),) if rowscale is not None else ()",
         "()",
         "tests/passes/test_hoist_weights.py",
     ),

@@ -145,7 +145,10 @@ MADE_BY = {
 
 @pytest.mark.parametrize("name", RETURNED)
 def test_a_copy_that_is_returned_is_one(name):
-    captured = capture(lambda *given: [out for make in MADE_BY.values() for out in RETURNED[name](make(*given))], *tensors())
+    def function(*given):
+        return [out for make in MADE_BY.values() for out in RETURNED[name](make(*given))]
+
+    captured = capture(function, *tensors())
     context = captured.until()
     got = captured.run(context)
     right(captured, context)
