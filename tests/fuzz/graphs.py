@@ -1,7 +1,7 @@
 """The graph of a program as our passes see it: AOTAutograd's, before any pass of Inductor's.
 
-A program that writes to nothing is traced step by step, and a step that was traced before, of inputs of the same sizes,
-is copied from memory: tracing a whole program takes a hundred times as long as rewriting it. Writes in place and symbolic
+A program that writes to nothing is traced step by step, and a step that was traced before, of inputs of the same
+sizes, is copied from memory: tracing a program takes ten times as long as rewriting it. Writes in place and symbolic
 sizes are traced whole, the former made functional. `tests/test_fuzz.py` holds both against AOTAutograd itself.
 """
 
@@ -49,8 +49,8 @@ class Traced:
 
 
 def trace(program: Program, device: str = "cpu", symbolic: Sequence[str] = (), shared: bool = False) -> Traced:
-    """The program's graph, for tensors that say they are on `device`. `symbolic`: the sizes that are symbols in it; where `shared`, those
-    that are equal are one symbol. Raises what torch raises."""
+    """The program's graph, for tensors that say they are on `device`. `symbolic`: the sizes that are symbols in it;
+    where `shared`, those that are equal are one symbol. Raises what torch raises."""
     if program.functional and not symbolic:
         return _stepwise(program, device)
     return _whole(program, device, symbolic, shared)
@@ -59,9 +59,8 @@ def trace(program: Program, device: str = "cpu", symbolic: Sequence[str] = (), s
 def may_be_symbolic(program: Program) -> list[str]:
     """The sizes that only count tokens."""
     leading = {size for one in program.inputs if not one.stored for size in one.shape[:-1] if SIZES.fullmatch(size)}
-    fixed = " ".join(
-        [*(step.text for step in program.steps), *(" ".join(one.shape if one.stored else one.shape[-1:]) for one in program.inputs)]
-    )
+    lasting = (size for one in program.inputs for size in (one.shape if one.stored else one.shape[-1:]))
+    fixed = " ".join([*(step.text for step in program.steps), *lasting])
     return [name for name in program.sizes if name in leading - set(SIZES.findall(fixed)) and program.sizes[name] > 1]
 
 
@@ -91,6 +90,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default:
+            return args[0]  # AOTAutograd leaves it out without gradients
         decompositions: list[Callable[..., Any]] = [DECOMPOSITIONS[func]] if func in DECOMPOSITIONS else []
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             decompositions.append(func.decompose)
@@ -164,9 +165,7 @@ def _plain_inputs(program: Program) -> list[torch.Tensor]:
     return list(scope.values())
 
 
-def _traced_step(
-    text: str, sizes: dict[str, int], reads: list[Any], device: str
-) -> tuple[list[Node], list[Node], Any]:
+def _traced_step(text: str, sizes: dict[str, int], reads: list[Any], device: str) -> tuple[list[Node], list[Node], Any]:
     """(inputs, nodes, result) of one step, in a graph of its own. Real tensors are traced: they are the faster ones."""
     recorder = _Recorder(device)
     inputs: list[Node] = []

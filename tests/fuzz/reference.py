@@ -40,8 +40,8 @@ class Ran:
 
 
 def run(graph: Graph, holder: Any, inputs: Sequence[Any], exact: bool = False, truthful: bool = False) -> Ran:
-    """Run `graph` on `inputs`, which it may write to. `truthful`: raise `Refused` where a node is not of the shape and the
-    dtype that its ``meta["val"]`` says, and one that is returned of its strides."""
+    """Run `graph` on `inputs`, which it may write to. `truthful`: raise `Refused` where a node is not of the
+    shape and the dtype that its ``meta["val"]`` says, and one that is returned of its strides."""
     given = iter(inputs)
     values: dict[Node, Any] = {}
     with torch.no_grad():

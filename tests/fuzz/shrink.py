@@ -7,33 +7,40 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tests.fuzz.programs import NAMES, Input, Program, Step
+from tests.fuzz.programs import NAMES, Program, Step
 
 SECONDS = 20.0
-"""A shrink takes at most so long, and gives what it has by then."""
+"""Of a processor, that a shrink takes at most; it gives what it has by then."""
+
+Case = tuple[Program, Any]
+"""A program, and a dataclass that says how it is compiled, whose defaults are the plain way."""
 
 
 def shrink(
-    program: Program, config: Any, outcome: Any, check: Callable[[Program, Any], Any], seconds: float = SECONDS
+    program: Program, config: Any, outcome: Any, check: Callable[[Program, Any], Any]
 ) -> tuple[Program, Any, Any]:
     """The smallest (program, config, outcome) that fails as `outcome` does, found greedily."""
-    ends = time.monotonic() + seconds
-    found = True
-    while found and time.monotonic() < ends:
-        found = False
-        for smaller, plainer in _candidates(program, config):
-            if time.monotonic() > ends:
-                break
-            again = _try(smaller, plainer, check)
-            if again is not None and _alike(again, outcome):
-                program, config, outcome, found = smaller, plainer, again, True
-                break
+    ends = time.process_time() + SECONDS
+    moved = True
+    while moved and time.process_time() < ends:
+        moved = False
+        for kind in (_plainer, _without_writes, _fewer_outputs, _shorter, _around, _smaller, _simpler_inputs):
+            cases, at = list(kind(program, config)), 0
+            while at < len(cases) and time.process_time() < ends:
+                again = _try(cases[at], check)
+                if again is not None and _alike(again, outcome):
+                    (program, config), outcome, moved = cases[at], again, True
+                    cases = list(kind(program, config))  # and on from here
+                else:
+                    at += 1
     return program, config, outcome
 
 
-def _try(program: Program, config: Any, check: Callable[[Program, Any], Any]) -> Any:
+def _try(case: Case, check: Callable[[Program, Any], Any]) -> Any:
+    program, config = case
+    fitting = tuple(name for name in config.symbolic if name in program.sizes)
     try:
-        return check(program, config)
+        return check(program, replace(config, symbolic=fitting))
     except Exception:  # torch refuses what is left of the program
         return None
 
@@ -48,46 +55,64 @@ def _stem(message: str) -> str:
     return message.partition(":")[0].partition("[")[0]
 
 
-def _candidates(program: Program, config: Any) -> Iterator[tuple[Program, Any]]:
-    """Simpler cases, the simplest first."""
-    for smaller in _programs(program):
-        fitting = tuple(name for name in config.symbolic if name in smaller.sizes)
-        yield smaller, replace(config, symbolic=fitting)
+# ---- simpler cases ----------------------------------------------------------------------------------------
+
+
+def _plainer(program: Program, config: Any) -> Iterator[Case]:
     plain = type(config)(seed=config.seed)
+    if config != plain:
+        yield program, plain
     for name, value in vars(plain).items():
         if getattr(config, name) != value:
             yield program, replace(config, **{name: value})
 
 
-def _programs(program: Program) -> Iterator[Program]:
+def _without_writes(program: Program, config: Any) -> Iterator[Case]:
+    read = {name for step in program.steps for name in step.reads} | set(program.outputs)
+    idle = [step for step in program.steps if step.writes and step.name not in read]
+    for gone in (idle, *([step] for step in idle)):
+        if gone:
+            yield replace(program, steps=tuple(step for step in program.steps if step not in gone)).living(), config
+
+
+def _fewer_outputs(program: Program, config: Any) -> Iterator[Case]:
     for i in range(len(program.outputs)):
         if len(program.outputs) > 1:
-            yield replace(program, outputs=(*program.outputs[:i], *program.outputs[i + 1 :])).living()
-    for i, step in reversed(list(enumerate(program.steps))):  # end before a step
+            yield replace(program, outputs=(*program.outputs[:i], *program.outputs[i + 1 :])).living(), config
+
+
+def _shorter(program: Program, config: Any) -> Iterator[Case]:
+    """What an output is made of in its place."""
+    for step in reversed(program.steps):
+        for read in step.reads if step.name in program.outputs else ():
+            outputs = tuple(read if name == step.name else name for name in program.outputs)
+            yield replace(program, outputs=outputs).living(), config
+
+
+def _around(program: Program, config: Any) -> Iterator[Case]:
+    """Without a step: its readers read what it reads."""
+    for i, step in enumerate(program.steps):
         for read in step.reads:
-            if step.name in program.outputs:
-                yield replace(program, outputs=tuple(read if o == step.name else o for o in program.outputs)).living()
-    for i, step in enumerate(program.steps):  # go around a step
-        steps = program.steps[:i], program.steps[i + 1 :]
-        for read in [read for read in step.reads if not read.startswith("p")]:
-            rest = tuple(Step(later.name, _renamed(later.text, step.name, read)) for later in steps[1])
-            outputs = tuple(read if o == step.name else o for o in program.outputs)
-            yield replace(program, steps=(*steps[0], *rest), outputs=outputs).living()
-        if step.writes:
-            yield replace(program, steps=(*steps[0], *steps[1])).living()
-    for name, size in program.sizes.items():
-        for smaller in (1, 2, 4, 8, size // 2):
-            if 0 < smaller < size:
-                yield replace(program, sizes=program.sizes | {name: smaller})
-    for i, one in enumerate(program.inputs):
-        for plainer in (replace(one, layout="t"), replace(one, shape=one.shape[1:])):
-            if plainer != one and plainer.shape:
-                yield _with_input(program, i, plainer)
+            rest = [Step(later.name, _renamed(later.text, step.name, read)) for later in program.steps[i + 1 :]]
+            outputs = tuple(read if name == step.name else name for name in program.outputs)
+            if not read.startswith("p"):
+                yield replace(program, steps=(*program.steps[:i], *rest), outputs=outputs).living(), config
 
 
 def _renamed(text: str, old: str, new: str) -> str:
     return NAMES.sub(lambda found: new if found[0] == old else found[0], text)
 
 
-def _with_input(program: Program, at: int, one: Input) -> Program:
-    return replace(program, inputs=(*program.inputs[:at], one, *program.inputs[at + 1 :]))
+def _smaller(program: Program, config: Any) -> Iterator[Case]:
+    for name, size in program.sizes.items():
+        for smaller in (1, 2, 4, 8, size // 2):
+            if 0 < smaller < size:
+                yield replace(program, sizes=program.sizes | {name: smaller}), config
+
+
+def _simpler_inputs(program: Program, config: Any) -> Iterator[Case]:
+    for i, one in enumerate(program.inputs):
+        for simpler in (replace(one, layout="t"), replace(one, shape=one.shape[1:])):
+            if simpler != one and simpler.shape:
+                inputs = (*program.inputs[:i], simpler, *program.inputs[i + 1 :])
+                yield replace(program, inputs=inputs).living(), config

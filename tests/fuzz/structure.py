@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import torch
@@ -23,14 +24,15 @@ SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
     ((2, 1, 2), (16, 8)),
     ((), (16, 8)),
 )
-"""Leading sizes of activations, and numbers of features: few, as a step that was traced for its sizes is not traced again."""
+"""Leading sizes of activations, and numbers of features: few, as a step is traced once for each."""
 
 PROFILES = ("normal",) * 16 + ("square",) * 2 + ("ones", "zero", "wide")
 DTYPES = (torch.float32,) * 10 + (torch.bfloat16,) * 5 + (torch.float16,) * 2 + (torch.float64,)
 
 
-def program(draft: Draft) -> Program:
-    """A network of a few blocks on one or two activations."""
+def generate(seed: int) -> Program:
+    """The program of a seed: a network of a few blocks on one or two activations."""
+    draft = Draft(random.Random(seed))
     draft.dtype = draft.pick(*DTYPES)
     draft.tie = draft.pick(0.05, 0.15, 0.5)
     x, widths = _start(draft)
@@ -98,7 +100,9 @@ def _sandwich(draft: Draft, x: str, widths: list[str]) -> str:
 
 def _bent(draft: Draft, y: str) -> str:
     return draft.let(
-        draft.pick(f"{y}.tanh()", f"{y}.relu()", f"F.silu({y})", f"F.gelu({y})", f"{y}.sin()", f"torch.softmax({y}, -1)")
+        draft.pick(
+            f"{y}.tanh()", f"{y}.relu()", f"F.silu({y})", f"F.gelu({y})", f"{y}.sin()", f"torch.softmax({y}, -1)"
+        )
     )
 
 
@@ -120,7 +124,9 @@ def _residual(draft: Draft, x: str, widths: list[str]) -> str:
     r = draft.pick(x, x, x, _like(draft, x))
     if draft.chance(0.3):
         r = draft.let(
-            draft.pick(f"{r}.tanh()", f"{r}.mT.contiguous().mT", f"{r}[:1]", f"{r}.float()", f"{r}[..., :1]", f"{r} * 2")
+            draft.pick(
+                f"{r}.tanh()", f"{r}.mT.contiguous().mT", f"{r}[:1]", f"{r}.float()", f"{r}[..., :1]", f"{r} * 2"
+            )
         )
     return draft.let(
         draft.pick(
@@ -154,7 +160,8 @@ def _gate(draft: Draft, x: str, widths: list[str]) -> str:
         f"{gate} / (torch.exp(-{gate}) + 2)",
     )
     bent = draft.let(silu)
-    return draft.let(draft.pick(f"{bent} * {up}", f"{bent} * {up}", f"{up} * {bent}", f"{bent} * {gate}", f"{bent} + {up}"))
+    product = draft.pick(f"{bent} * {up}", f"{bent} * {up}", f"{up} * {bent}", f"{bent} * {gate}", f"{bent} + {up}")
+    return draft.let(product)
 
 
 def _stream(draft: Draft, x: str, widths: list[str]) -> str:
@@ -231,6 +238,7 @@ def _reshaped(draft: Draft, x: str, widths: list[str]) -> str:
             f"{x}.unflatten(-1, (2, -1))",
             f"{x}.unsqueeze(-2)",
             f"{x}.squeeze(0)",
+            f"torch.ops.aten.alias({x})",
         )
     )
     y = adapted(draft, moved, _width(draft, widths))
@@ -242,12 +250,14 @@ def _twice(draft: Draft, x: str, widths: list[str]) -> str:
     n, dtype = _width(draft, widths), draft.kind(x)
     y, delta = projection(draft, x, n), low_rank(draft, x, n, dtype)
     total = draft.let(f"{y} + {scaled(draft, delta)}")
-    return draft.let(draft.pick(f"{total} * {y}", f"{total} + {delta}.cos()", f"{total} - {y}", f"{total} + {total}.tanh()"))
+    read = draft.pick(f"{total} * {y}", f"{total} + {delta}.cos()", f"{total} - {y}", f"{total} + {total}.tanh()")
+    return draft.let(read)
 
 
 def _added_zero(draft: Draft, x: str, widths: list[str]) -> str:
     y = adapted(draft, x, _width(draft, widths))
-    return draft.let(draft.pick(f"{y} + torch.zeros_like({y})", f"torch.zeros_like({y}) - {y}", f"{y} * 1", f"{y} * 0.0"))
+    zeros = f"torch.zeros_like({y})"
+    return draft.let(draft.pick(f"{y} + {zeros}", f"{zeros} - {y}", f"{y} * 1", f"{y} * 0.0"))
 
 
 BLOCKS: list[tuple[Callable[[Draft, str, list[str]], str], float]] = [
@@ -274,8 +284,7 @@ def _outputs(draft: Draft, live: list[str]) -> list[str]:
     """The last value, perhaps inner ones, and views and copies of either."""
     outputs = [live[-1]]
     tensors = [step.name for step in draft.steps if isinstance(draft.scope[step.name], torch.Tensor)]
-    for name in draft.rng.sample(tensors, min(len(tensors), draft.pick(0, 0, 0, 1, 2))):
-        outputs.append(name)
+    outputs += draft.rng.sample(tensors, min(len(tensors), draft.pick(0, 0, 0, 1, 2)))
     if draft.chance(0.3):
         with draft.attempt("view returned"):
             outputs.append(_seen(draft, draft.pick(*outputs)))
