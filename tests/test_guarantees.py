@@ -138,6 +138,6 @@ def test_the_table_with_inductor():
     found = table(inductor=True)
     if os.environ.get("GAWS_UPDATE_DOCS"):
         head, _, rest = PAGE.read_text().partition(MARK)
-        tail = rest[rest.index("\n\n") :] if "\n\n" in rest else "\n"
+        tail = rest[rest.index("\n¹") :]  # the footnote
         PAGE.write_text(head + MARK + printed(found) + tail)
     assert found == on_the_page()

@@ -24,7 +24,7 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
             bias = named[f"bias{i}"] if p.bias and not late else None
             together = bias is None or bias.dtype == weight.dtype
             y = F.linear(x.to(weight.dtype), weight, bias if together else None)
-            y = y if together else y + bias
+            y = y if bias is None or together else y + bias
         else:
             y = named[f"res{i}"] + named[f"bias{i}"] if p.bias else named[f"res{i}"]
         for j, term in enumerate(p.lowrank):

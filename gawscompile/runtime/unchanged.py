@@ -101,7 +101,7 @@ def missing(tensor: torch.Tensor) -> int:
         return 0
     reach = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (reach + 1) * tensor.itemsize if tensor.numel() else 0
-    return max(0, needed - tensor.untyped_storage().nbytes())
+    return max(0, int(needed) - tensor.untyped_storage().nbytes())
 
 
 def followable(source: Any) -> bool:
@@ -172,9 +172,10 @@ class Paths:
                     dictionaries.update((id(hooks), hooks) for hooks in hooks_of(before))
                 continue
             if _is_attribute(source):
-                if type(getattr(before, "__dict__", None)) is not dict:
+                attributes: Any = getattr(before, "__dict__", None)
+                if type(attributes) is not dict:
                     raise Unwatchable(f"{source.name}: {type(before).__name__} has no attributes of its own")
-                dictionaries.setdefault(id(vars(before)), vars(before))
+                dictionaries.setdefault(id(attributes), attributes)
                 values[source] = getattr(before, source.member, None)
             else:
                 if not isinstance(before, dict):
