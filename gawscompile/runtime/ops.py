@@ -75,7 +75,8 @@ def start_loading() -> None:
 
 
 def _op_source() -> str:
-    return CHECKSUM + "\n\n" + (Path(__file__).parent / "dispatch.cpp").read_text()
+    here = Path(__file__).parent
+    return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in ("hoisted.cpp", "dispatch.cpp"))])
 
 
 @functools.cache
@@ -147,7 +148,7 @@ def register(program: str) -> None:
     derived = planned.derived
     sources = [source for d in derived for source in d.sources]
     summed = [argument for argument, _ in planned.summed]
-    units = [unit_rows(operand) for _, operand in planned.summed]
+    units = [unit_rows(spec, operand) for _, operand in planned.summed]
     ensure_loaded().gaws_register(
         program.encode(),
         gemv,
