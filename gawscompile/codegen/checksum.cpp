@@ -13,6 +13,14 @@ namespace {
 class Checksum {
  public:
   static constexpr size_t CHAINS = 2, STEP = 64;  // a step waits for the one before in its chain: lines take turns
+  static constexpr int64_t DEEP = 16;             // `columns` reads panels of a multiple of so many rows
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int64_t COLUMNS = 32;  // threads share work by twice a vector of fp32
+#elif defined(CPU_CAPABILITY_AVX2)
+  static constexpr int64_t COLUMNS = 16;
+#else
+  static constexpr int64_t COLUMNS = 8;
+#endif
 
   typedef uint32_t Words __attribute__((vector_size(STEP)));
   typedef uint64_t Longs __attribute__((vector_size(STEP)));
@@ -54,6 +62,31 @@ class Checksum {
     for (; place * STEP < bytes; ++place)
       unit.line(place, from + place * STEP, bytes - place * STEP < STEP ? bytes - place * STEP : STEP);
     add(unit);
+  }
+
+  // Rows [row, end) and columns [first, last) of a matrix of N columns that is read by columns, `data` its beginning: by
+  // units of DEEP rows and COLUMNS columns, or those that are left. `row` and `first` begin one.
+  __attribute__((noinline)) void columns(
+      const void* data, int64_t n, size_t element, int64_t row, int64_t end, int64_t first, int64_t last) {
+    const int64_t across = (n + COLUMNS - 1) / COLUMNS;
+    for (; row < end; row += DEEP) {
+      const int64_t deep = end - row < DEEP ? end - row : DEEP;
+      for (int64_t column = first; column < last; column += COLUMNS) {
+        const char* from = static_cast<const char*>(data) + (row * n + column) * element;
+        const size_t bytes = (last - column < COLUMNS ? last - column : COLUMNS) * element;
+        Unit unit(row / DEEP * across + column / COLUMNS);
+        const auto line = [&](size_t chain, const char* data) {
+          size_t at = 0;
+          for (; at + STEP <= bytes; at += STEP) unit.line(chain, data + at);
+          if (at < bytes) unit.line(chain, data + at, bytes - at);
+        };
+        int64_t r = 0;
+        for (; r + 2 <= deep; r += 2)
+          for (int64_t c = 0; c < 2; ++c) line(c, from + (r + c) * n * element);
+        if (r < deep) line(0, from + r * n * element);
+        add(unit);
+      }
+    }
   }
 
   // The unit `number`, of ROWS rows or those that are left, of a matrix of N rows of K numbers.

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from gawscompile.codegen.cpp_add import ADDED, add
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, each_block, finish, streamed, sum_blocks
+from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, by_columns, each_block, finish, streamed, sum_blocks
 from gawscompile.codegen.cpp_text import (
     CPP_TYPES,
     EPILOGUE,
@@ -114,7 +114,7 @@ def _expand(
     rows = base and p.dtype and not p.transposed
     x = "const X* x, " if rows or from_x(i, ranks) else ""
     z = "const float* z, int64_t ldz, " if base and p.transposed else ""
-    seen = f"Checksum& sum_w{i}, " if streamed(f"w{i}", summed) else ""
+    seen = f"Checksum& sum_w{i}, " if rows and streamed(f"w{i}", summed) else ""
     joined = [ending for ending in ranks.endings[i] if ending.mode]
     added = [ending for ending in ranks.endings[i] if not ending.mode]
     dots = p.lowrank or p.given or joined or rows
@@ -262,10 +262,10 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
         panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
         u = "u, " if extras(i, p, ranks) else ""
         rows = p.dtype and not p.transposed
-        seen = f"sum_w{i}, " if streamed(f"w{i}", summed) else ""
+        seen = f"sum_w{i}, " if rows and streamed(f"w{i}", summed) else ""
         reads = names + u + ("x, " if rows or from_x(i, ranks) else "") + seen
         if p.transposed:
-            body += _columns(i, cost, call, reads, sum_blocks(i, summed))
+            body += _columns(i, cost, call, reads, summed)
             continue
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
@@ -325,14 +325,14 @@ def _panel(spec: KernelSpec) -> int:
     return max(16, PANEL_BYTES // row // 16 * 16)
 
 
-def _columns(i: int, cost: int, call: str, names: str, sums: list[str]) -> list[str]:
+def _columns(i: int, cost: int, call: str, names: str, summed: Sequence[Operand]) -> list[str]:
     """A share of a ``[k, n]`` weight: blocks of its columns are added up in z, then meet the epilogue."""
     return [
         f"    rows.range(blocks(N{i}, 2 * V), (V / 2) * {cost}, [&](int64_t first, int64_t last) {{",
         f"      const int64_t end = std::min(N{i}, last * 2 * V), ldz = columns_for(m);",
         "      for (int64_t n = first * 2 * V; n < end; n += ldz) {",
         "        const int64_t count = std::min(ldz, end - n);",
-        f"        const float* z = columns<K>(w{i} + n, N{i}, count, x, m, ldz);",
+        f"        const float* z = columns<K>(w{i} + n, N{i}, count, x, m, ldz{by_columns(f'w{i}', summed)});",
         "        for_tokens(0, m, [&](auto t, int64_t t0) {",
         *each_block(
             "n / ROWS; block < blocks(n + count, ROWS)",
@@ -341,7 +341,7 @@ def _columns(i: int, cost: int, call: str, names: str, sums: list[str]) -> list[
                 f"              {call}(row, t0, {names}z + (row - n), ldz, y{i});",
                 "            });",
             ],
-            sums,
+            sum_blocks(i, summed),
         ),
         "        });",
         "      }",

@@ -1,8 +1,8 @@
 """Checksums in the C++ emitter: ``gemv`` takes those of operands from which others are derived (`hoist_weights`).
 
-Rows that `stream` reads are hashed on the way (`sums.cpp`), blocks of B's right after they were multiplied by the first
-tokens, as they lie in the first cache then: nobody need read a weight once more from memory only to see whether it
-changed. Threads hash what they read, and add up.
+Rows that `stream` reads are hashed on the way (`sums.cpp`), panels of columns and blocks of B's rows right after they
+were multiplied by the first tokens, as they lie in a cache then: nobody need read a weight once more from memory only
+to see whether it changed. Threads hash what they read, and add up.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ SUMS = (_HERE / "sums.cpp").read_text().strip()
 """What those kernels have besides."""
 
 
-def can_sum(spec: KernelSpec, operand: Operand) -> bool:
-    """Whether ``gemv`` reads `operand` by blocks of whole rows."""
+SUMMED = ("weight", "a", "b", "c")
+"""Roles of the operands of which ``gemv`` takes a checksum."""
+
+
+def unit_rows(spec: KernelSpec, operand: Operand) -> int:
+    """Rows that are hashed together: one of those that `stream` reads, a block of B's short ones; 0: by columns."""
     if operand.role == "weight":
-        return not spec.projections[operand.projection].transposed
-    return operand.role in ("a", "b", "c")
-
-
-def unit_rows(operand: Operand) -> int:
-    """Rows that are hashed together: one of those that `stream` reads, a block of the short ones."""
-    return 1 if operand.role in ("weight", "a") else 4
+        return 0 if spec.projections[operand.projection].transposed else 1
+    return 1 if operand.role == "a" else 4
 
 
 def begin(summed: Sequence[Operand]) -> list[str]:
@@ -42,9 +41,14 @@ def streamed(name: str, summed: Sequence[Operand]) -> str:
     return f", Rows{{sum_{name}, row}}" if any(o.name == name for o in summed) else ""
 
 
+def by_columns(name: str, summed: Sequence[Operand]) -> str:
+    """The same for `columns`."""
+    return f", Columns{{sum_{name}, n}}" if any(o.name == name for o in summed) else ""
+
+
 def sum_blocks(i: int, summed: Sequence[Operand]) -> list[str]:
     """All other operands that projection i's rows read: those of the block `block`, after the first tile of tokens."""
-    own = [o for o in summed if o.projection == i and unit_rows(o) > 1]
+    own = [o for o in summed if o.projection == i and o.role in ("b", "c")]
     return [
         f"            if (t0 == 0) sum_{o.name}.rows<{o.shape[0]}, {o.shape[1]}, ROWS>({o.name}, block);" for o in own
     ]

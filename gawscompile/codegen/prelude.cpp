@@ -113,6 +113,8 @@ struct NoSum {
   void add(const Row&) const {}
   template <int R, int N, class T>
   void rows(const T*) const {}
+  template <class T>
+  void panel(const T*, int64_t, int64_t, int64_t, int64_t) const {}
 };
 
 // The same for a weight that comes from memory, where these are the first tokens of a call. One alone waits for nothing
@@ -302,9 +304,10 @@ inline void for_rows(int64_t block, Fn&& f) {
 }
 
 // z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while tile
-// after tile of tokens meets them.
-template <int64_t K, class TW, class TX>
-inline const float* columns(const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz) {
+// after tile of tokens meets them. `sum` takes their checksums (`sums.cpp`), if there is one.
+template <int64_t K, class TW, class TX, class Sum = NoSum>
+inline const float* columns(
+    const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz, Sum sum = {}) {
   using O = Outer<TW, TX>;
   const int64_t rows = std::max<int64_t>(16, (int64_t(1) << 17) / int64_t(ldz * sizeof(TW)) / 16 * 16);
   static thread_local std::vector<float> sums;
@@ -324,6 +327,7 @@ inline const float* columns(const TW* w, int64_t ldw, int64_t count, const TX* x
       run(Int<T <= 2 ? 16 : O::DEPTH>{});
       run(Int<1>{});
     });
+    sum.panel(w, ldw, count, panel, end);
   }
   for (int64_t t = 0; t < m; ++t)
     for (int64_t c = 0; c < count; c += 2 * V) O::settle(z + t * ldz + c);

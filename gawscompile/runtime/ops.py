@@ -77,8 +77,9 @@ def start_loading() -> None:
 
 
 def _op_source() -> str:
-    folder = Path(__file__).parent
-    return "\n".join([CHECKSUM, *((folder / name).read_text() for name in ("dispatch.cpp", "unchanged.cpp"))])
+    here = Path(__file__).parent
+    parts = ("hoisted.cpp", "dispatch.cpp", "unchanged.cpp")
+    return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in parts)])
 
 
 @functools.cache
@@ -150,7 +151,7 @@ def register(program: str) -> None:
     derived = planned.derived
     sources = [source for d in derived for source in d.sources]
     summed = [argument for argument, _ in planned.summed]
-    units = [unit_rows(operand) for _, operand in planned.summed]
+    units = [unit_rows(spec, operand) for _, operand in planned.summed]
     ensure_loaded().gaws_register(
         program.encode(),
         gemv,
