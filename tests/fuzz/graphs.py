@@ -90,8 +90,11 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if func is torch.ops.aten.detach.default:
-            return args[0]  # AOTAutograd leaves it out without gradients
+        if (
+            func is torch.ops.aten.detach.default
+            and getattr(self.nodes[id(args[0])].target, "namespace", "") == "prims"
+        ):
+            return args[0]  # a prim's own, which fake tensors do without
         decompositions: list[Callable[..., Any]] = [DECOMPOSITIONS[func]] if func in DECOMPOSITIONS else []
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             decompositions.append(func.decompose)
