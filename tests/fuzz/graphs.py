@@ -77,6 +77,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = device  # that nodes say they are on
+        self.depth = 0  # of decompositions
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}
         self.kept: list[torch.Tensor] = []  # or an id might come again
@@ -86,18 +87,23 @@ class _Recorder(TorchDispatchMode):
         self.kept.append(tensor)
         node.meta["val"] = _fake(tensor.shape, tensor.stride(), tensor.dtype, self.device)
 
+    def is_prim(self, tensor: torch.Tensor) -> bool:
+        return getattr(self.nodes[id(tensor)].target, "namespace", "") == "prims"
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if func is torch.ops.aten.detach.default:
-            return args[0]  # AOTAutograd leaves it out without gradients
+        if func is torch.ops.aten.detach.default and (self.depth or self.is_prim(args[0])):
+            return args[0]  # a decomposition's or a prim's own, which fake tensors do without
         decompositions: list[Callable[..., Any]] = [DECOMPOSITIONS[func]] if func in DECOMPOSITIONS else []
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             decompositions.append(func.decompose)
         for decomposition in decompositions:
+            self.depth += 1
             with self:
                 found = decomposition(*args, **kwargs)
+            self.depth -= 1
             if found is not NotImplemented:
                 return found
         out = func(*args, **kwargs)
