@@ -4,65 +4,132 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#if defined(__VAES__) && defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
-struct Checksum {
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  typedef uint64_t Longs __attribute__((vector_size(64)));
+class Checksum {
+ public:
+  static constexpr size_t CHAINS = 2, STEP = 64;  // a step waits for the one before in its chain: lines take turns
+  static constexpr int64_t DEEP = 16;             // `columns` reads panels of a multiple of so many rows
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int64_t COLUMNS = 32;  // threads share work by twice a vector of fp32
+#elif defined(CPU_CAPABILITY_AVX2)
+  static constexpr int64_t COLUMNS = 16;
+#else
+  static constexpr int64_t COLUMNS = 8;
+#endif
 
-  static constexpr int64_t ROWS = 4;      // of a matrix, make a unit; of the last one, those that are left
-  static constexpr size_t NEAR = 4 << 10;  // bytes behind the next unit that are asked for: memory must not idle meanwhile
+  typedef uint32_t Words __attribute__((vector_size(STEP)));
+  typedef uint64_t Longs __attribute__((vector_size(STEP)));
 
-  Longs sum = {};
+  // A unit while it is read. One to one in what a step adds: where one word differs, so does what comes of it.
+  struct Unit {
+    Words chains[CHAINS];
 
-  // One to one in `state` and in `words`, so that a unit in which one word differs never gives the same. Halves of a
-  // long are turned into each other: sums of products alone would not see that two sign bits flip.
-  static Words step(Words state, const Words& words) {
-    const Longs longs = (Longs)state;
-    return (Words)(longs << 29 | longs >> 35) * ODD + words;
-  }
-
-  __attribute__((noinline)) void unit(const void* data, size_t bytes, uint64_t number) {
-    const char* from = static_cast<const char*>(data);
-    const Words lanes = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
-    Words chains[CHAINS], words;
-    for (uint32_t c = 0; c < CHAINS; ++c) chains[c] = (lanes + (c << 8)) * (ODD + 2 * uint32_t(number));
-    size_t at = 0;
-    for (; at + sizeof chains <= bytes; at += sizeof chains)
-      for (size_t c = 0; c < CHAINS; ++c) {
-        __builtin_prefetch(from + at + c * sizeof words + bytes + NEAR, 0, 2);
-        std::memcpy(&words, from + at + c * sizeof words, sizeof words);
-        chains[c] = step(chains[c], words);
-      }
-    for (size_t c = 0; at < bytes; ++c, at += sizeof words) {
-      words = Words{};
-      std::memcpy(&words, from + at, bytes - at < sizeof words ? bytes - at : sizeof words);
-      chains[c] = step(chains[c], words);
+    explicit Unit(uint64_t number) {
+      for (size_t c = 0; c < CHAINS; ++c) chains[c] = (LANES + uint32_t(c << 8)) * (ODD + 2 * uint32_t(number));
     }
-    Words all = chains[0];
-    for (size_t c = 1; c < CHAINS; ++c) all = step(all, chains[c]);
-    for (int mixed = 0; mixed < 3; ++mixed) all = step(all, lanes);
-    sum += (Longs)all;
+    // The line at `place`: the first, second … of a unit; the bytes beyond `count` are zero.
+    void line(size_t place, const void* data) {
+      Words words;
+      std::memcpy(&words, data, STEP);
+      chains[place % CHAINS] = step(chains[place % CHAINS], words, ODD);
+    }
+    void line(size_t place, const void* data, size_t count) {
+      Words words{};
+      std::memcpy(&words, data, count);
+      chains[place % CHAINS] = step(chains[place % CHAINS], words, ODD);
+    }
+  };
+
+  void add(const Unit& unit) {
+    const Words all = step(mixed(unit.chains[0]), unit.chains[1], LAST);
+    sum += (Longs)step(mixed(all), LANES, LAST);
   }
 
-  // The unit `number` of a matrix of N rows of K numbers.
-  template <int64_t N, int64_t K, class T>
+  __attribute__((noinline)) void add(const void* data, size_t bytes, uint64_t number) {
+    const char* from = static_cast<const char*>(data);
+    Unit unit(number);
+    size_t place = 0;
+    for (; (place + CHAINS) * STEP <= bytes; place += CHAINS)
+      for (size_t c = 0; c < CHAINS; ++c) {
+        __builtin_prefetch(from + (place + c) * STEP + AHEAD, 0, 2);
+        unit.line(c, from + (place + c) * STEP);
+      }
+    for (; place * STEP < bytes; ++place)
+      unit.line(place, from + place * STEP, bytes - place * STEP < STEP ? bytes - place * STEP : STEP);
+    add(unit);
+  }
+
+  // Rows [row, end) and columns [first, last) of a matrix of N columns that is read by columns, `data` its beginning: by
+  // units of DEEP rows and COLUMNS columns, or those that are left. `row` and `first` begin one.
+  __attribute__((noinline)) void columns(
+      const void* data, int64_t n, size_t element, int64_t row, int64_t end, int64_t first, int64_t last) {
+    const int64_t across = (n + COLUMNS - 1) / COLUMNS;
+    for (; row < end; row += DEEP) {
+      const int64_t deep = end - row < DEEP ? end - row : DEEP;
+      for (int64_t column = first; column < last; column += COLUMNS) {
+        const char* from = static_cast<const char*>(data) + (row * n + column) * element;
+        const size_t bytes = (last - column < COLUMNS ? last - column : COLUMNS) * element;
+        Unit unit(row / DEEP * across + column / COLUMNS);
+        const auto line = [&](size_t chain, const char* data) {
+          size_t at = 0;
+          for (; at + STEP <= bytes; at += STEP) unit.line(chain, data + at);
+          if (at < bytes) unit.line(chain, data + at, bytes - at);
+        };
+        int64_t r = 0;
+        for (; r + 2 <= deep; r += 2)
+          for (int64_t c = 0; c < 2; ++c) line(c, from + (r + c) * n * element);
+        if (r < deep) line(0, from + r * n * element);
+        add(unit);
+      }
+    }
+  }
+
+  // The unit `number`, of ROWS rows or those that are left, of a matrix of N rows of K numbers.
+  template <int64_t N, int64_t K, int64_t ROWS, class T>
   void rows(const T* matrix, int64_t number) {
     const int64_t first = number * ROWS, count = first + ROWS <= N ? ROWS : N - first;
-    unit(matrix + first * K, size_t(count * K) * sizeof(T), uint64_t(number));
+    add(matrix + first * K, size_t(count * K) * sizeof(T), uint64_t(number));
   }
 
-  // As a number that adds up too.
+  // As a number that adds up too: a polynomial whose coefficients are the lanes.
   uint64_t folded() const {
     uint64_t all = 0;
-    for (size_t i = 0; i < sizeof sum / sizeof all; ++i) all += sum[i] * (0x9E3779B97F4A7C15ull + 2 * i);
+    for (size_t i = 0; i < STEP / sizeof all; ++i) all = all * ODD64 + sum[i];
     return all;
   }
 
  private:
-  static constexpr size_t CHAINS = 4;  // one multiplication waits for the one before
-  static constexpr uint32_t ODD = 0x9E3779B1u;
+  static constexpr size_t AHEAD = 4 << 10;  // bytes that are asked for into the second cache
+  static constexpr uint32_t ODD = 0x9E3779B1u, LAST = 0x85EBCA6Bu;  // the last steps are none of a chain's own
+  static constexpr uint64_t ODD64 = 0x9E3779B97F4A7C15u;
+  static constexpr Words LANES = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+
+  Longs sum = {};
+
+  // Apart by more than a few steps, so that two chains' differences do not meet as equals.
+  static Words mixed(Words state) {
+    for (int times = 0; times < 3; ++times) state = step(state, LANES, LAST);
+    return state;
+  }
+
+#if defined(__VAES__) && defined(__AVX512F__)
+  // A round of AES, in which every byte of the state goes through a table and into four others: one instruction.
+  static Words step(const Words& state, const Words& words, uint32_t) {
+    return (Words)_mm512_aesenc_epi128((__m512i)state, (__m512i)words);
+  }
+#else
+  // The turn brings the highest bits of either half of a long down to the lowest: a multiplication spreads a bit upwards
+  // alone, and sums of products would not see that two sign bits flip. Of all turns, 37 spreads a bit most evenly.
+  static Words step(const Words& state, const Words& words, uint32_t odd) {
+    const Longs longs = (Longs)state;
+    return (Words)(longs << 37 | longs >> 27) * odd + words;
+  }
+#endif
 };
 
 }  // namespace

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from gawscompile.codegen.cpp_add import ADDED, add
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.cpp_sums import CHECKSUM, begin, each_block, finish, sum_block, sum_rows
+from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, by_columns, each_block, finish, streamed, sum_blocks
 from gawscompile.codegen.cpp_text import (
     CPP_TYPES,
     EPILOGUE,
@@ -70,9 +70,10 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
         raise SpecError(f"no C++ for swiglu over transposed weights: {spec}")
     ranks = Scratch(spec)
     whole, added = (plan in plans for plan in PLANS)
-    parts = [_header(spec, plans), *[CHECKSUM, ""] * bool(summed), PRELUDE, "", *_constants(spec, ranks), ""]
+    prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
+    parts = [_header(spec, plans), "\n\n".join(prelude), "", *_constants(spec, ranks), ""]
     for i, projection in enumerate(spec.projections):
-        parts += _expand(spec, i, projection, ranks) if whole else []
+        parts += _expand(spec, i, projection, ranks, summed=summed) if whole else []
         if added and projection.kronecker:
             parts += _expand(spec, i, projection, ranks, base=False)
         elif added and has_epilogue(projection):
@@ -101,7 +102,9 @@ def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return lines
 
 
-def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: bool = True) -> list[str]:
+def _expand(
+    spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: bool = True, summed: Sequence[Operand] = ()
+) -> list[str]:
     """Rows of one projection for a tile of tokens: base dot (or z, where the weight's columns were added up already),
     the adapters' dots, one horizontal sum, epilogue. Without `base`, y holds the base's product, and is added to."""
     operands = arguments(spec, i, expanded(p) if base else EPILOGUE)
@@ -111,6 +114,7 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
     rows = base and p.dtype and not p.transposed
     x = "const X* x, " if rows or from_x(i, ranks) else ""
     z = "const float* z, int64_t ldz, " if base and p.transposed else ""
+    seen = f"Checksum& sum_w{i}, " if rows and streamed(f"w{i}", summed) else ""
     joined = [ending for ending in ranks.endings[i] if ending.mode]
     added = [ending for ending in ranks.endings[i] if not ending.mode]
     dots = p.lowrank or p.given or joined or rows
@@ -118,12 +122,12 @@ def _expand(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch, base: b
         f"// {spec.formulas()[i]}" if base else "// the same, its base's product from the library",
         "template <int R, int T>",
         f"inline void {'expand' if base else 'spread'}{i}(int64_t row, int64_t t0, "
-        f"{parameters(operands)}{u}{x}{z}{out}* {y}) {{",
+        f"{parameters(operands)}{u}{x}{seen}{z}{out}* {y}) {{",
     ]
     if dots:
         lines += ["  F acc[R][T];", "  for (auto& row_acc : acc)", "    for (auto& a : row_acc) a = F(0);"]
     if rows:
-        lines.append(f"  stream<R, T, K>(acc, w{i} + row * K, x + t0 * K, K, t0 == 0);")
+        lines.append(f"  stream<R, T, K>(acc, w{i} + row * K, x + t0 * K, K, t0 == 0{streamed(f'w{i}', summed)});")
     for j, term in enumerate(p.lowrank):
         where = f"u + t0 * LDU + {ranks.offsets[i, j]}"
         lines.append(f"  dot<R, T, {term.rank}>(acc, b{i}_{j} + row * {term.rank}, {where}, LDU);")
@@ -214,9 +218,8 @@ def _low_ranks(
 ) -> list[str]:
     lines = []
     for i, j, term in terms:
-        own = [o for o in summed if (o.role, o.projection, o.term) == ("a", i, j)]
         scale = f"float(*scale{i}_{j})" if term.scale is None else f"{term.scale!r}f" if term.scale != 1.0 else None
-        at = f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + row + r]"
+        at, seen = f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + row + r]", streamed(f"a{i}_{j}", summed)
         lines += [
             f"    shrink.piece(blocks({term.rank}, ROWS) * tiles, {cost}, [&](int64_t piece) {{",
             "      const int64_t lo = piece % tiles * 4 * TOKENS, hi = std::min(m, lo + 4 * TOKENS);",
@@ -226,13 +229,12 @@ def _low_ranks(
             "          F acc[R][T];",
             "          for (auto& row_acc : acc)",
             "            for (auto& a : row_acc) a = F(0);",
-            f"          stream<R, T, K>(acc, a{i}_{j} + row * K, x + t0 * K, K, t0 == 0);",
+            f"          stream<R, T, K>(acc, a{i}_{j} + row * K, x + t0 * K, K, t0 == 0{seen});",
             "          for (int t = 0; t < T; ++t)",
             f"            for (int r = 0; r < R; ++r) {at} = "
             + (f"{scale} * sum(acc[r][t]);" if scale else "sum(acc[r][t]);"),
             "        });",
             "      });",
-            *[f"      if (lo == 0) {sum_block(o, 'piece / tiles')}" for o in own],
             "    });",
         ]
     return lines
@@ -260,9 +262,10 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
         panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
         u = "u, " if extras(i, p, ranks) else ""
         rows = p.dtype and not p.transposed
-        reads = names + u + ("x, " if rows or from_x(i, ranks) else "")
+        seen = f"sum_w{i}, " if rows and streamed(f"w{i}", summed) else ""
+        reads = names + u + ("x, " if rows or from_x(i, ranks) else "") + seen
         if p.transposed:
-            body += _columns(i, cost, call, reads, sum_rows(i, summed))
+            body += _columns(i, cost, call, reads, summed)
             continue
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
@@ -272,7 +275,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
             *each_block(
                 "panel; block < end",
                 [f"            for_rows<N{i}>(block, [&](auto r, int64_t row) {{ {call}(row, t0, {reads}y{i}); }});"],
-                sum_rows(i, summed),
+                sum_blocks(i, summed),
             ),
             "        });",
             "      }",
@@ -295,7 +298,8 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int, summed: Sequence[Operand
     for i, (p, half) in enumerate(zip(spec.projections, ("gate", "up"), strict=True)):
         names = "".join(f"{o.name}, " for o in arguments(spec, i, expanded(p)))
         u = "u, " if extras(i, p, ranks) else ""
-        call = f"expand{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{u}x, {half} - panel * ROWS);"
+        reads = f"{names}{u}x, " + (f"sum_w{i}, " if streamed(f"w{i}", summed) else "")
+        call = f"expand{i}<decltype(r)::value, decltype(t)::value>(row, t0, {reads}{half} - panel * ROWS);"
         calls.append(f"              {call}")
     return [
         f"    rows.range(blocks(N0, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
@@ -306,7 +310,7 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int, summed: Sequence[Operand
         *each_block(
             "panel; block < end",
             ["            for_rows<N0>(block, [&](auto r, int64_t row) {", *calls, "            });"],
-            [*sum_rows(0, summed), *sum_rows(1, summed)],
+            [*sum_blocks(0, summed), *sum_blocks(1, summed)],
         ),
         "          multiply(decltype(t)::value, std::min(N0, end * ROWS) - row0, gate, up, PANEL, y + t0 * N0 + row0);",
         "        });",
@@ -321,14 +325,14 @@ def _panel(spec: KernelSpec) -> int:
     return max(16, PANEL_BYTES // row // 16 * 16)
 
 
-def _columns(i: int, cost: int, call: str, names: str, sums: list[str]) -> list[str]:
+def _columns(i: int, cost: int, call: str, names: str, summed: Sequence[Operand]) -> list[str]:
     """A share of a ``[k, n]`` weight: blocks of its columns are added up in z, then meet the epilogue."""
     return [
         f"    rows.range(blocks(N{i}, 2 * V), (V / 2) * {cost}, [&](int64_t first, int64_t last) {{",
         f"      const int64_t end = std::min(N{i}, last * 2 * V), ldz = columns_for(m);",
         "      for (int64_t n = first * 2 * V; n < end; n += ldz) {",
         "        const int64_t count = std::min(ldz, end - n);",
-        f"        const float* z = columns<K>(w{i} + n, N{i}, count, x, m, ldz);",
+        f"        const float* z = columns<K>(w{i} + n, N{i}, count, x, m, ldz{by_columns(f'w{i}', summed)});",
         "        for_tokens(0, m, [&](auto t, int64_t t0) {",
         *each_block(
             "n / ROWS; block < blocks(n + count, ROWS)",
@@ -337,7 +341,7 @@ def _columns(i: int, cost: int, call: str, names: str, sums: list[str]) -> list[
                 f"              {call}(row, t0, {names}z + (row - n), ldz, y{i});",
                 "            });",
             ],
-            sums,
+            sum_blocks(i, summed),
         ),
         "        });",
         "      }",

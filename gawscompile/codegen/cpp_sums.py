@@ -1,7 +1,8 @@
 """Checksums in the C++ emitter: ``gemv`` takes those of operands from which others are derived (`hoist_weights`).
 
-A block of rows is hashed right after it was multiplied by the first tokens, as it lies in the first cache then: nobody
-need read a weight once more from memory only to see whether it changed. Threads hash what they read, and add up.
+Rows that `stream` reads are hashed on the way (`sums.cpp`), panels of columns and blocks of B's rows right after they
+were multiplied by the first tokens, as they lie in a cache then: nobody need read a weight once more from memory only
+to see whether it changed. Threads hash what they read, and add up.
 """
 
 from __future__ import annotations
@@ -11,35 +12,46 @@ from pathlib import Path
 
 from gawscompile.codegen.spec import KernelSpec, Operand
 
-CHECKSUM = (Path(__file__).parent / "checksum.cpp").read_text().strip()
+_HERE = Path(__file__).parent
+CHECKSUM = (_HERE / "checksum.cpp").read_text().strip()
 """Stands in kernels that take one, and in the op, which takes those of everything else."""
 
+SUMS = (_HERE / "sums.cpp").read_text().strip()
+"""What those kernels have besides."""
 
-def can_sum(spec: KernelSpec, operand: Operand) -> bool:
-    """Whether ``gemv`` reads `operand` by blocks of whole rows."""
+
+SUMMED = ("weight", "a", "b", "c")
+"""Roles of the operands of which ``gemv`` takes a checksum."""
+
+
+def unit_rows(spec: KernelSpec, operand: Operand) -> int:
+    """Rows that are hashed together: one of those that `stream` reads, a block of B's short ones; 0: by columns."""
     if operand.role == "weight":
-        return not spec.projections[operand.projection].transposed
-    return operand.role in ("a", "b", "c")
+        return 0 if spec.projections[operand.projection].transposed else 1
+    return 1 if operand.role == "a" else 4
 
 
 def begin(summed: Sequence[Operand]) -> list[str]:
     """A thread's own sums."""
-    if not summed:
-        return []
-    names = ", ".join(f"sum_{o.name}" for o in summed)
-    return ["    static_assert(ROWS == Checksum::ROWS);", f"    Checksum {names};"]
+    return [f"    Checksum {', '.join(f'sum_{o.name}' for o in summed)};"] if summed else []
 
 
-def sum_block(operand: Operand, block: str) -> str:
-    """The rows of block number `block` join the sum of `operand`."""
-    rows, columns = operand.shape
-    return f"sum_{operand.name}.rows<{rows}, {columns}>({operand.name}, {block});"
+def streamed(name: str, summed: Sequence[Operand]) -> str:
+    """The argument of `stream` that takes the checksum of the operand `name`, where that is asked for."""
+    return f", Rows{{sum_{name}, row}}" if any(o.name == name for o in summed) else ""
 
 
-def sum_rows(i: int, summed: Sequence[Operand]) -> list[str]:
-    """The same for all that projection i's rows read, once: for the first tile of tokens."""
-    own = [o for o in summed if o.projection == i and o.role != "a"]
-    return [f"            if (t0 == 0) {sum_block(o, 'block')}" for o in own]
+def by_columns(name: str, summed: Sequence[Operand]) -> str:
+    """The same for `columns`."""
+    return f", Columns{{sum_{name}, n}}" if any(o.name == name for o in summed) else ""
+
+
+def sum_blocks(i: int, summed: Sequence[Operand]) -> list[str]:
+    """All other operands that projection i's rows read: those of the block `block`, after the first tile of tokens."""
+    own = [o for o in summed if o.projection == i and o.role in ("b", "c")]
+    return [
+        f"            if (t0 == 0) sum_{o.name}.rows<{o.shape[0]}, {o.shape[1]}, ROWS>({o.name}, block);" for o in own
+    ]
 
 
 def each_block(blocks: str, lines: list[str], sums: list[str]) -> list[str]:

@@ -103,35 +103,54 @@ inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, cons
   }
 }
 
+// Where nobody asks whether a weight has changed.
+struct NoSum {
+  struct Row {
+    template <class... Args>
+    void line(const Args&...) {}
+  };
+  Row row(int) const { return {}; }
+  void add(const Row&) const {}
+  template <int R, int N, class T>
+  void rows(const T*) const {}
+  template <class T>
+  void panel(const T*, int64_t, int64_t, int64_t, int64_t) const {}
+};
+
 // The same for a weight that comes from memory, where these are the first tokens of a call. One alone waits for nothing
 // else, and hardware follows one stream best: rows are read one after the other, as they lie, and asked for a little
 // ahead. Two sums in flight: one multiply-add waits for the one before. For steps of 512 bits and one multiply-add,
-// where this was measured.
-template <int R, int T, int N, class TW, class TX>
-inline __attribute__((always_inline)) void stream(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx, bool first) {
+// where this was measured. `sum` takes the rows' checksums (`sums.cpp`), if there is one.
+template <int R, int T, int N, class TW, class TX, class Sum = NoSum>
+inline __attribute__((always_inline)) void stream(
+    F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx, bool first, Sum sum = {}) {
   using S = Step<TW, TX>;
   constexpr int BYTES = S::N * sizeof(TW), NEAR = 4 << 10;
   if constexpr (T == 1 && V == 16 && BYTES == LINE && N >= 8 * S::N && !std::is_same_v<typename S::Chunk, Pair>) {
     if (first) {
       for (int r = 0; r < R; ++r, w += N) {
         F sums[2] = {acc[r][0], F(0)};
-        const auto step = [&](F& sum, int k, auto... count) {
-          S::dot(sum, S::get(w + k, count...), S::get(x + k, count...));
+        auto row = sum.row(r);
+        const auto step = [&](int s, int k, auto... count) {
+          S::dot(sums[s], S::get(w + k, count...), S::get(x + k, count...));
+          row.line(s, w + k, count * sizeof(TW)...);
         };
         int k = 0;
         for (; k + 2 * S::N <= N; k += 2 * S::N)
           for (int s = 0; s < 2; ++s) {
             __builtin_prefetch((const char*)(w + k + s * S::N) + NEAR, 0, 2);
-            step(sums[s], k + s * S::N);
+            step(s, k + s * S::N);
           }
-        if (k + S::N <= N) step(sums[0], k);
-        if constexpr (N % S::N != 0) step(sums[1], N - N % S::N, N % S::N);
+        if (k + S::N <= N) step(0, k);
+        if constexpr (N % S::N != 0) step(N / S::N % 2, N - N % S::N, N % S::N);
         acc[r][0] = sums[0] + sums[1];
+        sum.add(row);
       }
       return;
     }
   }
   dot<R, T, N>(acc, w, x, ldx);
+  if (first) sum.template rows<R, N>(w);
 }
 
 // ---- a weight kept as [k, n]: its columns are added up in memory that stays in the first cache ---------------
@@ -285,9 +304,10 @@ inline void for_rows(int64_t block, Fn&& f) {
 }
 
 // z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while tile
-// after tile of tokens meets them.
-template <int64_t K, class TW, class TX>
-inline const float* columns(const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz) {
+// after tile of tokens meets them. `sum` takes their checksums (`sums.cpp`), if there is one.
+template <int64_t K, class TW, class TX, class Sum = NoSum>
+inline const float* columns(
+    const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz, Sum sum = {}) {
   using O = Outer<TW, TX>;
   const int64_t rows = std::max<int64_t>(16, (int64_t(1) << 17) / int64_t(ldz * sizeof(TW)) / 16 * 16);
   static thread_local std::vector<float> sums;
@@ -307,6 +327,7 @@ inline const float* columns(const TW* w, int64_t ldw, int64_t count, const TX* x
       run(Int<T <= 2 ? 16 : O::DEPTH>{});
       run(Int<1>{});
     });
+    sum.panel(w, ldw, count, panel, end);
   }
   for (int64_t t = 0; t < m; ++t)
     for (int64_t c = 0; c < count; c += 2 * V) O::settle(z + t * ldz + c);

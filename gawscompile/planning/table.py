@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gawscompile.codegen import cpp, triton
-from gawscompile.codegen.cpp_sums import can_sum
+from gawscompile.codegen.cpp_sums import SUMMED
 from gawscompile.codegen.spec import KernelSpec, Operand, SpecError
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class Program:
         derived = {d.operand for d in self.derived}
         given = [operand for at, operand in enumerate(self.spec.operands()) if at not in derived]
         sources = sorted({source for d in self.derived for source in d.sources if source < len(given)})
-        return [(source, given[source]) for source in sources if can_sum(self.spec, given[source])]
+        return [(source, given[source]) for source in sources if given[source].role in SUMMED]
 
     def triton_plan(self, m: int) -> triton.Plan:
         """The plan that runs `m` tokens on a GPU."""

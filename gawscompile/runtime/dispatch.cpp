@@ -2,9 +2,8 @@
 //
 // It finds the kernels of `program` (asking Python to build them the first time), checks every operand against the
 // spec (a parameter may have been replaced since compilation), allocates the outputs and runs the plan that the
-// program names for this number of tokens. Operands that are hoisted follow their sources: in every call a checksum is
-// taken of all of these, by gemv itself of what it reads, and where one is another than when the operand was derived,
-// that is done again, and gemv with it. `codegen/checksum.cpp` stands in front of this file.
+// program names for this number of tokens. Operands that are hoisted follow their sources (`hoisted.cpp`, which stands
+// in front): where gemv has read other numbers than these were derived from, they are derived anew, and it runs again.
 // The op is boxed: it reads its operands and its text where the dispatcher has put them.
 
 #include <ATen/EmptyTensor.h>
@@ -14,8 +13,6 @@
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include <algorithm>
-#include <list>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -24,7 +21,6 @@
 #include <vector>
 
 using at::ScalarType;
-using at::Tensor;
 
 namespace {
 
@@ -44,37 +40,8 @@ struct Projection {
   bool transposed;  // the weight is [k, n]
 };
 
-// A tensor that others are derived from.
-struct Source {
-  size_t argument;
-  int64_t sum;  // at which gemv sums up its numbers as it reads them, or -1
-};
-
-// A source as it was when something was derived from it.
-struct State {
-  const void* data;
-  uint64_t version, layout, numbers;  // numbers: a checksum of all of them
-
-  bool same_tensor(const State& o) const { return data == o.data && version == o.version && layout == o.layout; }
-};
-
-struct Derived {
-  int64_t operand;
-  std::string recipe;
-  std::vector<size_t> sources;  // of the program's
-
-  struct Value {
-    std::vector<State> states;
-    std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> alive;  // and no address that is a key is used again
-    Tensor tensor;
-  };
-  mutable std::map<std::vector<const void*>, std::shared_ptr<const Value>> values;  // by the sources' identities
-};
-
-using Values = std::vector<std::shared_ptr<const Derived::Value>>;  // one for each of a program's `derived`
-
 struct Program {
-  void* gemv;         // a Kernel, or a SummingKernel where it has `sums`
+  void* gemv;         // a Kernel, or a SummingKernel where it sums up what it reads
   Kernel accumulate;  // null where nothing is to be added to W x
   int64_t gemv_max;         // the most tokens that gemv runs; beyond, the library multiplies
   int64_t k;
@@ -82,9 +49,7 @@ struct Program {
   std::vector<Operand> operands;
   std::vector<Projection> projections;
   bool swiglu;  // two projections, one output: silu(first) * second
-  std::vector<Derived> derived;  // by rising operand
-  std::vector<Source> sources;
-  size_t sums;       // how many of the sources gemv sums up
+  Hoisted hoisted;
   size_t arguments;  // how many the op takes: the other operands, then sources that are none of them
 };
 
@@ -114,143 +79,6 @@ bool fits(const Tensor& t, const Operand& o, int64_t m) {
   return true;
 }
 
-// Tensors by address: the dispatcher's own, or those of `kept`, which stay where they are as it grows.
-struct Tensors {
-  std::vector<const Tensor*> all;
-  std::list<Tensor> kept;
-
-  Tensors() = default;
-  Tensors(Tensors&&) = default;  // a copy would point into this one
-  const Tensor& operator[](size_t i) const { return *all[i]; }
-  const Tensor* keep(Tensor t) { return &kept.emplace_back(std::move(t)); }
-};
-
-// What is known of all sources before their numbers are read.
-std::vector<State> states_of(const Program& program, const Tensors& arguments) {
-  std::vector<State> states;
-  for (const Source& source : program.sources) {
-    const Tensor& t = arguments[source.argument];
-    TORCH_CHECK(t.is_cpu(), "gaws::project: a source of a hoisted operand has left the CPU");
-    uint64_t layout = uint64_t(t.scalar_type());
-    for (int64_t n = 0; n < t.dim(); ++n) layout = (layout * 31 + uint64_t(t.size(n))) * 31 + uint64_t(t.stride(n));
-    states.push_back({t.const_data_ptr(), t.is_inference() ? 0 : uint64_t(t._version()), layout, 0});
-  }
-  return states;
-}
-
-constexpr size_t PIECE = 1 << 14;  // bytes that one thread reads at a time, at least
-constexpr size_t FEW = 1 << 16;    // bytes that are read before other threads are awake
-
-// Adds the checksums of the sources that gemv sums up, or those of all others. All threads read: what they read, the
-// kernel reads next, so that it comes from memory once.
-void read(const Program& program, const Tensors& arguments, std::vector<State>& states, bool summed_by_gemv) {
-  struct Piece {
-    const char* data;
-    size_t bytes, unit, number, of;  // `number`: of its first unit
-    uint64_t sum;
-  };
-  std::vector<Piece> pieces;
-  std::list<Tensor> plain;  // keeps copies of what is not contiguous
-  size_t total = 0;
-  for (size_t of = 0; of < states.size(); ++of) {
-    const Source& source = program.sources[of];
-    if ((source.sum >= 0) != summed_by_gemv) continue;
-    const Tensor& t = arguments[source.argument];
-    const char* data = static_cast<const char*>(
-        (t.is_contiguous() ? t : plain.emplace_back(t.contiguous())).const_data_ptr());
-    const size_t bytes = t.nbytes();
-    const size_t unit = summed_by_gemv && bytes ? bytes / t.size(0) * Checksum::ROWS : PIECE;
-    const size_t units = (PIECE + unit - 1) / unit;
-    for (size_t from = 0; from < bytes; from += units * unit)
-      pieces.push_back({data + from, std::min(units * unit, bytes - from), unit, from / unit, of, 0});
-    total += bytes;
-    states[of].numbers = 0;
-  }
-#pragma omp parallel for if (total > FEW)
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    Checksum sum;
-    Piece& piece = pieces[i];
-    for (size_t at = 0; at < piece.bytes; at += piece.unit)
-      sum.unit(piece.data + at, std::min(piece.unit, piece.bytes - at), piece.number + at / piece.unit);
-    piece.sum = sum.folded();
-  }
-  for (const Piece& piece : pieces) states[piece.of].numbers += piece.sum;
-}
-
-std::vector<const void*> key_of(const Program& program, const Derived& d, const Tensors& arguments) {
-  std::vector<const void*> key;
-  for (size_t source : d.sources) key.push_back(arguments[program.sources[source].argument].unsafeGetTensorImpl());
-  return key;
-}
-
-// What was derived from sources in these states, or null. `unread`: the numbers that gemv sums up are still unknown.
-std::shared_ptr<const Derived::Value> known(
-    const Program& program, const Derived& d, const Tensors& arguments, const std::vector<State>& states, bool unread) {
-  std::shared_lock lock(mutex);
-  const auto it = d.values.find(key_of(program, d, arguments));
-  if (it == d.values.end()) return nullptr;
-  for (size_t i = 0; i < d.sources.size(); ++i) {
-    const State &then = it->second->states[i], &now = states[d.sources[i]];
-    if (!then.same_tensor(now)) return nullptr;
-    if (then.numbers != now.numbers && !(unread && program.sources[d.sources[i]].sum >= 0)) return nullptr;
-  }
-  return it->second;
-}
-
-// The operands that are derived from `arguments`, all of whose numbers are read first, then computed anew where any
-// source is no longer what it was. What is written in between shows as a checksum that does not agree.
-Values derive(const Program& program, const Tensors& arguments, std::vector<State>& states) {
-  read(program, arguments, states, true);
-  Values values;
-  for (const Derived& d : program.derived) {
-    values.push_back(known(program, d, arguments, states, false));
-    if (values.back()) continue;
-    c10::List<Tensor> sources;
-    auto value = std::make_shared<Derived::Value>();
-    for (size_t source : d.sources) {
-      const Tensor& t = arguments[program.sources[source].argument];
-      sources.push_back(t);
-      value->states.push_back(states[source]);
-      value->alive.emplace_back(t.getIntrusivePtr());
-    }
-    const c10::OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow("gaws::derive", "");
-    torch::jit::Stack stack{sources, d.recipe};
-    op.callBoxed(stack);
-    value->tensor = stack.back().toTensor();
-    values.back() = value;
-    std::unique_lock lock(mutex);
-    for (auto it = d.values.begin(); it != d.values.end();) {
-      const auto& all = it->second->alive;
-      const bool gone = std::any_of(all.begin(), all.end(), [](const auto& one) { return one.expired(); });
-      it = gone ? d.values.erase(it) : std::next(it);
-    }
-    d.values.insert_or_assign(key_of(program, d, arguments), std::move(value));
-  }
-  return values;
-}
-
-// The same, where gemv will sum up what it reads: as long as nothing else speaks against it, what was derived before.
-Values expected(const Program& program, const Tensors& arguments, std::vector<State>& states) {
-  Values values;
-  for (const Derived& d : program.derived) {
-    values.push_back(known(program, d, arguments, states, true));
-    if (!values.back()) return derive(program, arguments, states);
-  }
-  return values;
-}
-
-// Whether gemv read the numbers from which its derived operands were computed.
-bool agree(const Program& program, const Values& values, const std::vector<uint64_t>& sums) {
-  for (size_t at = 0; at < values.size(); ++at) {
-    const std::vector<size_t>& sources = program.derived[at].sources;
-    for (size_t i = 0; i < sources.size(); ++i) {
-      const int64_t sum = program.sources[sources[i]].sum;
-      if (sum >= 0 && sums[sum] != values[at]->states[i].numbers) return false;
-    }
-  }
-  return true;
-}
-
 // A view of dense memory, for the library's matmul; the caller keeps the memory alive.
 Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, ScalarType dtype) {
   return at::from_blob(data, {rows, cols}, {row_stride, col_stride}, at::TensorOptions(dtype));
@@ -260,6 +88,7 @@ constexpr int ATTEMPTS = 4;  // the first may meet old values; more only where s
 
 c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) {
   const Program& program = find(text);
+  const Hoisted& hoisted = program.hoisted;
   TORCH_CHECK(
       x.dim() > 0 && x.size(-1) == program.k && x.scalar_type() == program.x_dtype,
       "gaws::project: x does not fit the compiled kernel (wanted ", program.k, " features): ", text);
@@ -270,12 +99,12 @@ c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) 
   if (!x.is_contiguous()) x = x.contiguous();
   Values values;
   std::vector<const void*> in(program.operands.size());
-  const auto place = [&](bool hoisted) {  // the operands that are derived from others, or those that are given
+  const auto place = [&](bool of_values) {  // the operands that are derived from others, or those that are given
     size_t given = 0, at = 0;
     for (size_t i = 0; i < in.size(); ++i) {
-      const bool derived = at < program.derived.size() && program.derived[at].operand == int64_t(i);
+      const bool derived = at < hoisted.derived.size() && hoisted.derived[at].operand == int64_t(i);
       const size_t own = derived ? at++ : given++;
-      if (derived != hoisted) continue;
+      if (derived != of_values) continue;
       const Tensor* operand = derived ? &values[own]->tensor : arguments.all[own];
       TORCH_CHECK(
           fits(*operand, program.operands[i], m), "gaws::project: operand ", program.operands[i].name,
@@ -287,11 +116,11 @@ c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) 
   };
   place(false);
   std::vector<State> states;
-  if (!program.derived.empty()) {
-    states = states_of(program, arguments);
-    read(program, arguments, states, false);
-    const bool summed = program.sums && 0 < m && m <= program.gemv_max;
-    values = summed ? expected(program, arguments, states) : derive(program, arguments, states);
+  if (!hoisted.derived.empty()) {
+    states = states_of(hoisted, arguments);
+    read(hoisted, arguments, states, false);
+    const bool summed = hoisted.sums && 0 < m && m <= program.gemv_max;
+    values = summed ? expected(hoisted, arguments, states) : derive(hoisted, arguments, states);
     place(true);
   }
   c10::List<Tensor> outputs;
@@ -308,11 +137,11 @@ c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) 
   const void* rows = x.const_data_ptr();
   if (m <= program.gemv_max) {
     for (int attempt = 1;; ++attempt) {
-      std::vector<uint64_t> sums(program.sums);
+      std::vector<uint64_t> sums(hoisted.sums);
       if (sums.empty()) Kernel(program.gemv)(m, rows, in.data(), out.data());
       else SummingKernel(program.gemv)(m, rows, in.data(), out.data(), sums.data());
-      if (attempt == ATTEMPTS || agree(program, values, sums)) return outputs;
-      values = derive(program, arguments, states);
+      if (attempt == ATTEMPTS || agree(hoisted, values, sums)) return outputs;
+      values = derive(hoisted, arguments, states);
       place(true);
     }
   }
@@ -353,7 +182,8 @@ extern "C" void gaws_register(
     const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
     int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
     const bool* transposed, bool swiglu, int64_t n_derived, const int64_t* places, const char* const* recipes,
-    const int64_t* counts, const int64_t* sources, int64_t n_summed, const int64_t* summed) {
+    const int64_t* counts, const int64_t* sources, int64_t n_summed, const int64_t* summed,
+    const int64_t* unit_rows) {
   auto program = std::make_unique<Program>();
   program->gemv = gemv;
   program->accumulate = Kernel(accumulate);
@@ -366,20 +196,21 @@ extern "C" void gaws_register(
   for (int64_t i = 0; i < n_projections; ++i)
     program->projections.push_back({widths[i], ScalarType(out_dtypes[i]), weights[i], transposed[i]});
   program->arguments = size_t(n_operands - n_derived);
-  program->sums = size_t(n_summed);
+  Hoisted& hoisted = program->hoisted;
+  hoisted.sums = size_t(n_summed);
   for (int64_t i = 0; i < n_derived; sources += counts[i++]) {
     Derived derived{places[i], recipes[i], {}, {}};
     for (int64_t j = 0; j < counts[i]; ++j) {
       const size_t argument = size_t(sources[j]);
       program->arguments = std::max(program->arguments, argument + 1);
       const auto same = [&](const Source& source) { return source.argument == argument; };
-      const auto it = std::find_if(program->sources.begin(), program->sources.end(), same);
-      derived.sources.push_back(size_t(it - program->sources.begin()));
-      if (it != program->sources.end()) continue;
+      const auto it = std::find_if(hoisted.sources.begin(), hoisted.sources.end(), same);
+      derived.sources.push_back(size_t(it - hoisted.sources.begin()));
+      if (it != hoisted.sources.end()) continue;
       const int64_t sum = std::find(summed, summed + n_summed, sources[j]) - summed;
-      program->sources.push_back({argument, sum < n_summed ? sum : -1});
+      hoisted.sources.push_back(sum < n_summed ? Source{argument, sum, unit_rows[sum]} : Source{argument, -1, 0});
     }
-    program->derived.push_back(std::move(derived));
+    hoisted.derived.push_back(std::move(derived));
   }
   std::unique_lock lock(mutex);
   programs.emplace(text, std::move(program));  // never replaced: calls in flight hold references

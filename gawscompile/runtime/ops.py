@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from gawscompile.codegen import build, triton
-from gawscompile.codegen.cpp_sums import CHECKSUM
+from gawscompile.codegen.cpp_sums import CHECKSUM, unit_rows
 from gawscompile.codegen.spec import DTYPES, SpecError
 from gawscompile.operators.recipe import hoisted
 from gawscompile.planning.table import Program
@@ -75,7 +75,8 @@ def start_loading() -> None:
 
 
 def _op_source() -> str:
-    return CHECKSUM + "\n\n" + (Path(__file__).parent / "dispatch.cpp").read_text()
+    here = Path(__file__).parent
+    return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in ("hoisted.cpp", "dispatch.cpp"))])
 
 
 @functools.cache
@@ -147,6 +148,7 @@ def register(program: str) -> None:
     derived = planned.derived
     sources = [source for d in derived for source in d.sources]
     summed = [argument for argument, _ in planned.summed]
+    units = [unit_rows(spec, operand) for _, operand in planned.summed]
     ensure_loaded().gaws_register(
         program.encode(),
         gemv,
@@ -172,4 +174,5 @@ def register(program: str) -> None:
         (ctypes.c_int64 * len(sources))(*sources),
         ctypes.c_int64(len(summed)),
         (ctypes.c_int64 * len(summed))(*summed),
+        (ctypes.c_int64 * len(units))(*units),
     )
