@@ -7,7 +7,6 @@ writing its result there; views cost nothing. That is what eager runs; Inductor 
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import sympy
@@ -17,7 +16,7 @@ from torch.fx import Node
 from gawscompile.codegen import triton
 from gawscompile.codegen.spec import DTYPES, KernelSpec
 from gawscompile.debug.records import Work
-from gawscompile.passes.context import VIEWS, Context, args, is_call
+from gawscompile.passes.context import Context, args, is_view
 from gawscompile.planning.table import Program
 from gawscompile.proof import cone, rewrites
 
@@ -46,19 +45,12 @@ def account(context: Context) -> None:
 def _traced(nodes: list[Node]) -> Work:
     launches, total = 0, sympy.Integer(0)
     for node in nodes:
-        if node.op != "call_function" or _is_view(node):
+        launches_nothing = is_view(node) or not isinstance(node.target, torch._ops.OpOverload)
+        if node.op != "call_function" or launches_nothing:
             continue
         launches += 1
         total += sum(_bytes(value.meta.get("val")) for value in (node, *node.all_input_nodes))
     return Work(launches, str(total))
-
-
-def _is_view(node: Node) -> bool:
-    """Whether it launches nothing."""
-    if node.target is operator.getitem or is_call(node, *VIEWS) or not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    aliases = [result.alias_info for result in node.target._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _bytes(value: Any) -> Any:

@@ -25,13 +25,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from gawscompile import checks, partial, polyfills, watch
 from gawscompile.account import account
 from gawscompile.codegen import build, cache
+from gawscompile.containment import Attempts, said
 from gawscompile.debug.dump import Dump
 from gawscompile.debug.progress import Progress
 from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
 from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
-from gawscompile.passes.context import Context, VerifierError, verify
+from gawscompile.passes.context import Context, Rewrite, VerifierError, verify
 from gawscompile.planning import devices
 from gawscompile.proof import verify_rewrites
 from gawscompile.runtime import gpu, ops, pages
@@ -173,26 +174,33 @@ class GawsPass(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.record = self.record or GraphRecord(self.key)  # the branches of a torch.cond come one by one
-        self.context: Context | None = None
-        try:
-            self.rewrite(graph, self.record)
-        except TorchDynamoException:
-            raise
-        except Exception as error:
-            if self.options.strict:
+        attempts, dumps = Attempts(self.record), len(self.dumps)
+        while True:
+            self.context: Context | None = None
+            try:
+                self.rewrite(graph, self.record, attempts.barred)
+            except TorchDynamoException:
                 raise
-            at = self.context
-            where = f"{at.stage}, at {plain(at.module)}" if at else "before the first pass"
-            self.record.reject_all(Reason.INTERNAL_ERROR, f"{where}: {type(error).__name__}: {error}")
-            log.warning(
-                "gaws: %s: %s: %s. This graph is left to Inductor. %s",
-                *(where, type(error).__name__, plain(str(error)), _reproduce()),
-            )
-        finally:
-            self.context = None  # it holds two copies of the graph
+            except Exception as error:
+                if self.options.strict:
+                    raise
+                if self.context and attempts.another(self.context, error):
+                    del self.dumps[dumps:]
+                    continue
+                how = said(self.context, error) if self.context else f"before the first pass: {plain(str(error))}"
+                self.record.reject_all(Reason.INTERNAL_ERROR, how)
+                log.warning("gaws: %s. This graph is left to Inductor. %s", how, _reproduce())
+            else:
+                if attempts.barred:
+                    how = "; ".join(attempts.barred.values())
+                    log.warning("gaws: %s. That is undone and left to Inductor, all else stands. %s", how, _reproduce())
+            finally:
+                self.context = None  # it holds two copies of the graph
+            return
 
-    def rewrite(self, graph: torch.fx.Graph, record: GraphRecord) -> None:
-        """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place."""
+    def rewrite(self, graph: torch.fx.Graph, record: GraphRecord, barred: dict[Rewrite, str]) -> None:
+        """Run `PIPELINE` over a copy of the graph; only a copy that came through whole takes its place. Rewrites that
+        are `barred` do not go ahead."""
         given = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "dump"}
         dump = Dump(self.key, given, self.names) if self.traced else None
         if dump:
@@ -211,7 +219,7 @@ class GawsPass(CustomGraphPass):
         work.output(work.graph_copy(graph, copies))
         for node in work.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
             work.erase_node(node)  # export writes them after every cast, and they would keep values that are fused
-        context = self.context = Context(work, self.options, record)
+        context = self.context = Context(work, self.options, record, barred=barred)
         context.stored = frozenset(copies[node] for node in placeholders_of(graph, self.stored))
         context.holder = graph.owning_module
         context.copied = {copy: node for node, copy in copies.items() if not copy._erased}
@@ -228,7 +236,9 @@ class GawsPass(CustomGraphPass):
             finally:  # also the graph in which a pass failed
                 if dump:
                     dump.step(name, work, record, watch.matches(context), name not in self.options.disable)
-        if self.options.disable or context.ended:
+        record.notes += [f"undone: {how}" for how in barred.values()]
+        if self.options.disable or context.ended or barred:
+            context.stage = "spelled_out"
             partial.finish(context)
             verify(context)
             if dump:

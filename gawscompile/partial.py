@@ -1,4 +1,4 @@
-"""A part of the pipeline: passes that are disabled, and fuel that ends between two rewrites.
+"""A part of the pipeline: passes that are disabled, fuel that ends between two rewrites, and rewrites that failed.
 
 Between any two rewrites the graph is a program: `linear`, `operator_sum`, `operator_group` and `project` are functions
 with a meaning. What a cut pipeline leaves of them is spelled out in aten by tracing that meaning, and Inductor compiles
@@ -38,7 +38,8 @@ NEXT: dict[Any, tuple[str, ...]] = {
 
 
 def finish(context: Context) -> None:
-    """Spell out what disabled passes and spent fuel left of our operators in ``context.graph``, and record why."""
+    """Spell out what disabled passes, spent fuel and failed rewrites left of our operators in ``context.graph``, and
+    record why."""
     for node in list(context.graph.nodes):
         if node.op == "call_function" and node.target in (linear, operator_sum, operator_group, project):
             for entry in _entries(context, node):
@@ -70,10 +71,15 @@ def _entries(context: Context, node: Node) -> list[LinearRecord]:
 
 def _leave(context: Context, node: Node, entry: LinearRecord) -> None:
     stages = [stage for stage in NEXT[node.target] if stage in context.options.disable]
-    context.stage = (stages or [context.ended])[0]
+    failed = context.failure(node, NEXT[node.target])
+    if not (failed or stages or context.ended):
+        failed = next(iter(context.barred.values()))  # it would have been part of that
+    context.stage = failed.partition(",")[0] if failed else (stages or [context.ended])[0]
     if entry.group is not None:
         context.record.drop_group(entry.group)
-    if stages:
+    if failed:
+        context.reject(entry, Reason.INTERNAL_ERROR, failed)
+    elif stages:
         context.reject(entry, Reason.DISABLED, f"options={{'disable': {stages}}}")
     else:
         context.reject(entry, Reason.FUEL, f"{context.options.fuel} rewrites went ahead, the last in {_last(context)}")

@@ -24,13 +24,13 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.operators import linear
+from gawscompile.passes.activations import base_activation
 from gawscompile.passes.context import (
     ONES,
     VIEWS,
     Context,
     args,
     aten,
-    base_activation,
     dtype,
     empty_like,
     is_call,
@@ -38,6 +38,7 @@ from gawscompile.passes.context import (
     of_parameters,
     prims,
     reinterpreted,
+    returned,
     same_size,
     same_sizes,
     shape,
@@ -52,6 +53,8 @@ def run(graph: Graph, context: Context) -> None:
     casts: Casts = {}
     targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
     for node in sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target)):
+        if not context.looks_at(node):
+            continue
         if node.target in (aten.bmm.default, aten.baddbmm.default):
             _unbatch(graph, context, node, casts)
         else:
@@ -111,8 +114,8 @@ def _rows(x: Node) -> list[Any] | None:
 def _adopt(context: Context, node: Node, new: Node) -> None:
     """Whoever reads `node` through views as what `new` is by itself reads `new`."""
     for user in list(node.users):
-        if reinterpreted(user) is not node:
-            continue
+        if reinterpreted(user) is not node or (is_call(user, aten.clone.default) and returned(user)):
+            continue  # who returns a copy must get one
         if same_sizes(shape(user), shape(new)):
             context.replace(user, new)
         else:
@@ -191,7 +194,7 @@ def _one_matrix(graph: Graph, context: Context, node: Node, right: Node) -> Node
         right = args(right)[0]  # several batch dimensions made one
     if is_call(right, aten.expand.default):
         source = args(right)[0]
-        fits = len(shape(source)) == 2 and of_parameters(source)
+        fits = same_sizes(shape(source), shape(right)[-2:]) and of_parameters(source)
         return _transpose(graph, context, source, node) if fits else None
     return _through_ones(graph, context, node, right) if same_sizes(shape(right)[:1], (1,)) else None
 

@@ -54,6 +54,7 @@ def run(graph: Graph, context: Context) -> None:
         tuned = planned.emitter == "triton" and context.options.autotune
         program = Program(table, spec, planned.emitter, tuned, derived)
         node.args = (x, taken, str(program))
+        context.touch(node)
         group = GroupRecord(
             index=len(context.record.groups),
             members=[entry.path for entry in entries],

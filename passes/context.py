@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import logging
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -17,6 +18,8 @@ from gawscompile.debug.records import GraphRecord, LinearRecord, Reason
 from gawscompile.operators import algebra, linear
 from gawscompile.operators.recipe import hoisted
 from gawscompile.options import Options
+from gawscompile.passes.sizes import plain_sizes, same_size, same_sizes, settled
+from gawscompile.passes.sizes import same_strides as same_strides
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -35,6 +38,15 @@ class VerifierError(AssertionError):
     """A pass broke the graph: the message names pass and node."""
 
 
+class Rewrite(NamedTuple):
+    """One match of one pass, by names that it has in every run over the same graph, or what the pass looked at before
+    it had `found` one."""
+
+    stage: str
+    names: tuple[str, ...]
+    found: bool = True
+
+
 @dataclass
 class Context:
     """One run of the pipeline over one graph."""
@@ -46,8 +58,11 @@ class Context:
     fixed: set[Node] = field(default_factory=set)  # the nodes that are computed from those alone
     holder: Any = None  # the module whose constants get_attr nodes read
     stage: str = ""
-    module: str = "the graph's first node"  # whose rewrite is under way, for messages
-    touched: list[Node] = field(default_factory=list)
+    at: Node | None = None  # what is being rewritten, for messages
+    under_way: Rewrite | None = None
+    barred: dict[Rewrite, str] = field(default_factory=dict)  # what failed before and must not go ahead, and how
+    denied: tuple[Reason, str] = (Reason.FUEL, "")  # why `allows` last said no
+    touched: dict[Node, Rewrite | None] = field(default_factory=dict)  # since the last `verify`, and by which rewrite
     copied: dict[Node, Node] = field(default_factory=dict)  # node as it was → the same in the untouched graph
     stands_for: dict[Node, Node] = field(default_factory=dict)  # new node → the untouched graph's that it replaces
     complain: Callable[[str], None] = log.warning
@@ -69,7 +84,9 @@ class Context:
         entry.stage = self.stage
 
     def matched(self, count: int = 1) -> None:
+        """A rewrite is done."""
         self.record.passes[self.stage] = self.record.passes.get(self.stage, 0) + count
+        self.under_way = None
 
     def module_path(self, node: Node) -> str:
         """``model.layers.3.self_attn.q_proj``, from the node's module stack."""
@@ -77,28 +94,61 @@ class Context:
         path = _path(stack) if stack else ""
         return path or (MODEL if stack else f"<{node.name}>")
 
+    def looks_at(self, node: Node) -> bool:
+        """Whether a pass may look for a match at `node`: not where that failed before."""
+        self.at, self.under_way = node, None
+        return not (self.barred and Rewrite(self.stage, (self.lasting_name(node),), False) in self.barred)
+
     def allows(self, *nodes: Node) -> bool:
-        """Whether the match of `nodes`, found and not yet applied, may go ahead: each takes one unit of fuel."""
+        """Whether the match of `nodes`, found and not yet applied, may go ahead: each takes one unit of fuel. If not,
+        `denied` says why."""
+        rewrite = Rewrite(self.stage, tuple(map(self.lasting_name, nodes)))
+        if rewrite in self.barred:
+            self.denied = Reason.INTERNAL_ERROR, self.barred[rewrite]
+            return False
         fuel = self.options.fuel
         if fuel is not None and self.record.matches >= fuel:
             self.ended = self.ended or self.stage
+            self.denied = Reason.FUEL, ""
             return False
         self.record.matches += 1
         self.matches.append((self.stage, nodes))
+        self.at, self.under_way = nodes[0], rewrite
         return True
+
+    def blamed(self) -> Rewrite | None:
+        """The rewrite that an exception comes from, or what was looked at."""
+        if self.under_way is None and self.at is not None:
+            return Rewrite(self.stage, (self.lasting_name(self.at),), False)
+        return self.under_way
+
+    def failure(self, node: Node, stages: Container[str]) -> str | None:
+        """How one of `stages` failed at `node`, if it did."""
+        name = self.lasting_name(node)
+        return next((how for (stage, names, _), how in self.barred.items() if stage in stages and name in names), None)
+
+    def lasting_name(self, node: Node) -> str:
+        """What `node` is called in every run: its own name in the untouched graph, or that of what it stands for, by
+        itself or by the first of its results."""
+        found = self.original(node) or next(filter(None, map(self.original, node.users)), None)
+        return (found or node).name
 
     # ---- edits --------------------------------------------------------------------------------------------
 
     def insert(self, target: Callable[..., Any], args: tuple[Any, ...], like: Node, value: Any) -> Node:
         """A new node where the caller's ``inserting_before`` stands; `like` lends its provenance."""
-        self.module = self.module_path(like)
+        self.at = like
         node = self.graph.call_function(target, args)
         for name in ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node"):
             if name in like.meta:
                 node.meta[name] = like.meta[name]
         node.meta["val"] = value
-        self.touched.append(node)
+        self.touch(node)
         return node
+
+    def touch(self, *nodes: Node) -> None:
+        """`verify` is to look at these."""
+        self.touched.update(dict.fromkeys(nodes, self.under_way))
 
     def transpose(self, matrix: Node, like: Node) -> Node:
         """A matrix's transpose, as a view."""
@@ -129,7 +179,7 @@ class Context:
                 f"{self.stage}: {new.name} {_brief(new)} cannot stand for {old.name} {_brief(old)}"
             )
         old.replace_all_uses_with(new)
-        self.touched.extend(new.users)
+        self.touch(*new.users)
         origin = self.original(old)
         if origin is not None and not (named and self.original(new)):
             self.stands_for[new] = origin
@@ -141,7 +191,8 @@ class Context:
 
 def verify(context: Context) -> None:
     """The cheap check between passes: what was touched is typed, valued, and reads only what comes before it."""
-    for node in dict.fromkeys(context.touched):
+    for node, rewrite in context.touched.items():
+        context.at, context.under_way = node, rewrite
         if node._erased:
             continue
         if node.op == "call_function" and node.meta.get("val") is None:
@@ -150,6 +201,7 @@ def verify(context: Context) -> None:
             if source._erased or not source < node:
                 raise VerifierError(f"{context.stage}: {node.name} reads {source.name}, which does not come before it")
     context.touched.clear()
+    context.at = context.under_way = None
 
 
 # ---- reading the graph --------------------------------------------------------------------------------------
@@ -167,34 +219,12 @@ def args(node: Node) -> tuple[Any, ...]:
 
 
 def shape(node: Node) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)
-
-
-def plain_sizes(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Sizes for a record: symbolic ones as text."""
-    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
+    """A node's sizes. A symbolic one that a guard has settled (``mm`` with a weight of 8 columns) is a number."""
+    return tuple(size if type(size) is int else settled(size) for size in node.meta["val"].shape)
 
 
 def dtype(node: Node) -> torch.dtype:
     return node.meta["val"].dtype
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are known to be equal; never adds a guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return False
-
-
-def same_sizes(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
-
-
-def same_strides(sizes: tuple[Any, ...], a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether they say the same of a tensor of `sizes`; never adds a guard."""
-    return all(same_size(n, 1) or same_size(x, y) for n, x, y in zip(sizes, a, b, strict=True))
 
 
 def same_value(a: Any, b: Any) -> bool:
@@ -275,17 +305,27 @@ def reinterpreted(node: Any) -> Node | None:
     return None
 
 
-def base_activation(node: Node) -> Node:
-    """`node` before the views that only merge or split its leading dimensions."""
-    found, source = node, reinterpreted(node)
-    features = shape(node)[-1]
-    while source is not None and shape(source):
-        if same_size(shape(source)[-1], features):
-            found = source
-        elif not same_size(next((size for size in reversed(shape(source)) if not same_size(size, 1)), 1), features):
-            break  # features merged or split: that is no longer the same activation
-        source = reinterpreted(source)
+def is_view(node: Any) -> bool:
+    """Whether `node` shares memory with what it is made of."""
+    if is_call(node, *VIEWS, operator.getitem):
+        return True
+    target = node.target if isinstance(node, Node) and node.op == "call_function" else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(found.alias_info is not None and not found.alias_info.is_write for found in target._schema.returns)
+
+
+def with_views(node: Node) -> list[Node]:
+    """`node` and all that is a view of it."""
+    found = [node]
+    for one in found:  # grows
+        found += [user for user in one.users if is_view(user) and user not in found]
     return found
+
+
+def returned(node: Node) -> bool:
+    """Whether `node` or a view of it leaves the graph: whose memory it is, and its strides, are part of the answer."""
+    return any(user.op == "output" for one in with_views(node) for user in one.users)
 
 
 def empty_like(x: Node, sizes: tuple[Any, ...], out: torch.dtype) -> torch.Tensor:

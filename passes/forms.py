@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.operators import linear
+from gawscompile.passes.activations import source_of, widens
 from gawscompile.passes.context import (
     CASTS,
     VIEWS,
@@ -32,7 +34,7 @@ from gawscompile.passes.context import (
 )
 from gawscompile.passes.layouts import Layout, Unknown, moved, split
 from gawscompile.passes.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
-from gawscompile.passes.vectors import Vector, merged, merged_vectors, shifted, vector_of
+from gawscompile.passes.vectors import Vector, merged, merged_vectors, readable, shifted, vector_of
 
 PLAIN = torch.contiguous_format
 
@@ -91,6 +93,8 @@ class Form:
 def form_of(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
     if is_call(node, linear):
         return _of_linear(node, forms)
+    if value(node) is None or dtype(node) not in DTYPE_NAMES:
+        return None  # who widens a sum to fp64 wants it summed so
     if is_cast(node):
         return _extend(node, forms)
     if is_call(node, aten.clone.default):  # dropout in eval mode
@@ -177,7 +181,7 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
         v = vector_of(v, shape(node)[-1])
         if v is None or not (is_parameter(through_casts(v)) or v in fixed):
             continue
-        v = through_casts(v)
+        v = readable(v)
         rows = Factor(v)
         products = [p._replace(matrices=(*p.matrices, rows)) for p in form.products]
         vectors = [vector._replace(rows=(*vector.rows, v)) for vector in form.vectors]
@@ -190,17 +194,21 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
 
 
 def summed(node: Any, forms: dict[Node, Form]) -> Form | None:
-    """The form of `node`, for a reader that may be one of several that end up in one sum (DoRA reads its base twice).
-
-    Whether they do, `escapes` tells once the sum is whole.
-    """
+    """The form of `node`, for a reader that may be one of several that end up in one sum (DoRA reads its base twice):
+    whether they do, `escapes` tells once that is whole."""
     form = _folded(node, forms)
     if form is not None or not isinstance(node, Node) or len(node.users) > READERS:
         return form
-    form = forms.get(node)
+    form = _known(node, forms)
     together = form is not None and form.plain and not form.kept
     together = together and all(is_call(user, *SUMMED) for user in node.users)
     return form if together else None
+
+
+def _known(node: Any, forms: dict[Node, Form]) -> Form | None:
+    """The form of `node`, if what reads it may be computed in a kernel with it: kernels sum in fp32."""
+    form = forms.get(node) if isinstance(node, Node) else None
+    return form if form is not None and dtype(node) in DTYPE_NAMES else None
 
 
 READERS = 4
@@ -226,7 +234,7 @@ def _folded(node: Any, forms: dict[Node, Form]) -> Form | None:
     A base projection must not run twice; an intermediate of an adapter costs next to nothing, and stays for its other
     readers besides.
     """
-    form = forms.get(node) if isinstance(node, Node) else None
+    form = _known(node, forms)
     if form is None or len(node.users) == 1 or form.regrouped:
         return form
     return form if not form.vectors and not form.kept and all(_small(p) for p in form.products) else None
@@ -240,7 +248,7 @@ def _small(product: Product) -> bool:
 
 def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
     x, weight = args(node)[:2]
-    vectors = tuple(Vector(through_casts(v)) for v in args(node)[2:])
+    vectors = tuple(Vector(readable(v)) for v in args(node)[2:])
     # what is not made of parameters alone is a projection all the same, and to be reported as one
     products, inner_nodes = matrix_of(weight) or ((Product((Factor(weight),), node),), ())
     inner = _folded(x, forms)
@@ -331,11 +339,11 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
                 products, inner = (*wide.products, given), (*narrow.inner, *wide.inner, node)
                 return replace(wide, products=products, inner=inner)
     if a is not None and a.plain and _is_vector(right, left, node):
-        vectors = merged_vectors((*a.vectors, Vector(through_casts(right), Scale(weight))))
+        vectors = merged_vectors((*a.vectors, Vector(readable(right), Scale(weight))))
         return replace(a, vectors=vectors, inner=(*a.inner, node))
     if b is not None and b.plain and (weight == 1.0 or not b.kept) and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
-        vectors = merged_vectors((*b.vectors, Vector(through_casts(left))))
+        vectors = merged_vectors((*b.vectors, Vector(readable(left))))
         return replace(b, vectors=vectors, inner=(*b.inner, node))
     return None
 
@@ -372,12 +380,15 @@ def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> F
     for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not (form.bases or form.kept) else ()):
         v = vector_of(v, shape(x)[-1])
         stands = v is not None and (is_parameter(through_casts(v)) or v in fixed)
-        if stands and isinstance(of, Node) and source_of(of) is source_of(other.activation) and form.plain:
+        stands = stands and value(of) is not None and same_sizes(shape(of), shape(x))
+        if stands and source_of(of) is source_of(other.activation) and form.plain:
             columns = Factor(through_casts(v))
             products = tuple(p._replace(matrices=(columns, *p.matrices)) for p in form.products)
             return replace(form, activation=other.activation, products=products)
     scaling = scaling_of(x)
     if form.bases or form.kept or scaling is None or source_of(scaling[0]) is not source_of(other.activation):
+        return form
+    if not same_sizes(shape(scaling[0]), shape(x)):
         return form
     return replace(form, activation=other.activation, products=tuple(p.scaled(scaling[1]) for p in form.products))
 
@@ -386,13 +397,3 @@ def _same_activation(a: Form, b: Form) -> bool:
     if a.regrouped or b.regrouped:
         return False
     return source_of(a.activation) is source_of(b.activation) and (a.turned, a.layout) == (b.turned, b.layout)
-
-
-def source_of(x: Node) -> Node:
-    while is_cast(x) or is_call(x, aten.clone.default):
-        x = args(x)[0]
-    return x
-
-
-def widens(node: Node) -> bool:
-    return is_cast(node) and dtype(node).itemsize > dtype(args(node)[0]).itemsize

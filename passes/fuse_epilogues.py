@@ -51,8 +51,10 @@ from gawscompile.passes.context import (
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=project):
         for item in list(node.users):
-            _residual(graph, context, node, item)
-        _swiglu(context, node)
+            if context.looks_at(item):
+                _residual(graph, context, node, item)
+        if context.looks_at(node):
+            _swiglu(context, node)
 
 
 def _swiglu(context: Context, node: Node) -> None:
@@ -84,7 +86,7 @@ def _swiglu(context: Context, node: Node) -> None:
         node.meta["gaws_entries"] = [entries[first], entries[1 - first]]
         with context.graph.inserting_after(node):
             only = context.insert(operator.getitem, (node, 0), product, value(product))
-        context.touched.append(node)
+        context.touch(node)
         context.replace(product, only)
         context.erase(product)
         context.matched()
@@ -154,7 +156,7 @@ def _residual(graph: Graph, context: Context, node: Node, item: Node) -> None:
         at for at, o in enumerate(fused.operands()) if o.role == "residual" and o.projection == index
     )
     node.args = (x, [*operands[:position], residual, *operands[position:]], str(fused))
-    context.touched.append(node)
+    context.touch(node)
     context.replace(add, item)
     context.erase(add)
     context.matched()

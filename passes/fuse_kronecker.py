@@ -15,7 +15,6 @@ costs no stage of its own (Alsuradi et al., Findings of ACL 2026). LoRA siblings
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -37,9 +36,11 @@ def run(graph: Graph, context: Context) -> None:
 
 
 def _projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> ProjectionSpec:
-    spec = projection(terms, out, operands)
-    kronecker = [term for term in terms if isinstance(term, Kronecker)]
-    return dataclasses.replace(spec, kronecker=tuple(_kronecker(term, operands) for term in kronecker))
+    factors: list[Node] = []
+    kronecker = tuple(_kronecker(term, factors) for term in terms if isinstance(term, Kronecker))
+    spec = projection(terms, out, operands, kronecker)
+    operands += factors
+    return spec
 
 
 def _kronecker(term: Kronecker, operands: list[Node]) -> KroneckerSpec:

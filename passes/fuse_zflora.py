@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.codegen.spec import DTYPE_NAMES, GivenSpec, KernelSpec, KroneckerSpec, LowRankSpec, ProjectionSpec
 from gawscompile.operators import Bias, Dense, Given, Kept, Kronecker, LowRank, RowScale, operator_group
 from gawscompile.operators.project import project
 from gawscompile.passes.context import Context, args, dtype, shape
@@ -49,6 +49,7 @@ def fuse(
         new = context.insert(project, (x, operands, str(spec)), node, node.meta["val"])
     new.meta["gaws_entries"] = node.meta["gaws_entries"]
     node.replace_all_uses_with(new)
+    context.touch(*new.users)
     context.erase(node)
     context.matched()
 
@@ -60,8 +61,11 @@ def scale_of(scale: Any) -> tuple[float | None, str]:
     return None, "f64" if dtype(scale) == torch.float64 else "f32"
 
 
-def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> ProjectionSpec:
-    """The spec of one sum; its tensors are appended to `operands` in the order of ``KernelSpec.operands``."""
+def projection(
+    terms: tuple[Any, ...], out: Any, operands: list[Node], kronecker: tuple[KroneckerSpec, ...] = ()
+) -> ProjectionSpec:
+    """The spec of one sum; its tensors are appended to `operands` in the order of ``KernelSpec.operands``, but for
+    those of its Kronecker terms, which come last. `kronecker`: the specs of these."""
     dense = next((term for term in terms if isinstance(term, Dense)), None)
     kept: Any = next((term.product for term in terms if isinstance(term, Kept)), None)
     biases = [term.vector for term in terms if isinstance(term, Bias)]
@@ -88,6 +92,7 @@ def projection(terms: tuple[Any, ...], out: Any, operands: list[Node]) -> Projec
         lowrank=tuple(specs),
         residual=DTYPE_NAMES[dtype(kept)] if kept is not None else None,
         transposed=bool(dense and dense.transposed),
+        kronecker=kronecker,
         rowscale=DTYPE_NAMES[dtype(rowscales[0])] if rowscales else None,
         given=tuple(GivenSpec(int(shape(g.b)[1]), DTYPE_NAMES[dtype(g.b)], DTYPE_NAMES[dtype(g.z)]) for g in given),
     )

@@ -36,11 +36,15 @@ def run(graph: Graph, context: Context) -> None:
     for members in siblings.values():
         while members:
             first = members[0]
+            if not context.looks_at(first):
+                members.remove(first)
+                continue
             ahead = {m: _ahead(m, first) for m in members}
             together = [m for m in members if ahead[m] is not None]
             if context.allows(*together):
                 for node in sorted({node for m in together for node in ahead[m] or ()}):
                     first.prepend(node)
+                    context.touch(node)
                 _group(graph, context, together)
             members = [m for m in members if m not in together]
 

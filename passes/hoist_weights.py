@@ -51,6 +51,8 @@ def run(graph: Graph, context: Context) -> None:
     fixed = fixed_nodes(graph, context.stored)
     made: dict[Node, Node] = {}
     for node in graph.find_nodes(op="call_function", target=operator_sum):
+        if not context.looks_at(node):
+            continue
         x, terms, out = args(node)
         read = leaves(tuple(term for term in terms if not isinstance(term, Bias)))
         for leaf in read:
@@ -58,7 +60,7 @@ def run(graph: Graph, context: Context) -> None:
                 made[leaf] = _hoist(graph, context, leaf)
         if any(leaf in made for leaf in read):
             node.args = map_arg((x, terms, out), lambda n: made.get(n, n))
-            context.touched.append(node)
+            context.touch(node)
             for entry in node.meta["gaws_entries"]:
                 entry.hoisted = sum(leaf in made for leaf in read)
             context.matched()

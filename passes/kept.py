@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from gawscompile.codegen.spec import DTYPE_NAMES
 from gawscompile.debug.records import Reason
+from gawscompile.passes.activations import source_of
 from gawscompile.passes.context import (
     Context,
     args,
@@ -26,7 +27,7 @@ from gawscompile.passes.context import (
     stored,
     value,
 )
-from gawscompile.passes.forms import Form, source_of, summed
+from gawscompile.passes.forms import Form, summed
 from gawscompile.passes.hoist_weights import hoistable
 from gawscompile.passes.matrices import weight_of
 

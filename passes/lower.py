@@ -36,7 +36,7 @@ def run(graph: Graph, context: Context) -> None:
         transparent = context.options.transparent and is_transparent(Program.parse(program))
         node.target = torch.ops.gaws.project_traced.default if transparent else torch.ops.gaws.project.default
         programs[program] = None
-        context.touched.append(node)
+        context.touch(node)
         context.matched()
     for node in graph.find_nodes(op="call_function", target=linear):
         if context.allows(node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import Node
 
 from gawscompile.operators import linear
@@ -15,6 +16,7 @@ from gawscompile.passes.context import (
     VIEWS,
     args,
     aten,
+    dtype,
     is_call,
     is_cast,
     is_parameter,
@@ -130,6 +132,8 @@ def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
     source = through_casts(node)
     if is_parameter(source):
         return (Product((Factor(source),), node),), ()
+    if dtype(node) == torch.float64:
+        return None  # who widens a product of weights wants it computed so
     turned = transposed(node)
     if turned is not None:
         found = matrix_of(turned)

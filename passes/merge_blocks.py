@@ -32,13 +32,13 @@ from torch.fx import Graph, Node
 
 from gawscompile.debug.records import Reason
 from gawscompile.operators import linear
+from gawscompile.passes.activations import base_activation
 from gawscompile.passes.context import (
     ONES,
     VIEWS,
     Context,
     args,
     aten,
-    base_activation,
     dtype,
     empty_like,
     is_call,
@@ -90,7 +90,7 @@ def run(graph: Graph, context: Context) -> None:
     products = graph.find_nodes(op="call_function", target=aten.bmm.default)
     fixed = fixed_nodes(graph, context.stored) if products else ()
     for node in products:
-        if not node._erased:
+        if not node._erased and context.looks_at(node):
             _merge(context, node, fixed)
 
 

@@ -22,8 +22,6 @@ further is a root, and is replaced whole, if it has exactly one base projection 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +44,7 @@ from gawscompile.operators import (
     linear,
     operator_sum,
 )
+from gawscompile.passes.activations import widens
 from gawscompile.passes.context import (
     Context,
     args,
@@ -53,11 +52,10 @@ from gawscompile.passes.context import (
     dtype,
     empty_like,
     is_call,
-    is_parameter,
+    is_cast,
     leaves,
     prims,
     reinterpreted,
-    same_size,
     same_sizes,
     same_strides,
     shape,
@@ -65,24 +63,32 @@ from gawscompile.passes.context import (
     through_casts,
     transposed,
 )
-from gawscompile.passes.forms import NARROW, Form, escapes, form_of, on_its_slices, widens
-from gawscompile.passes.hoist_weights import cone, fixed_nodes, hoistable
+from gawscompile.passes.forms import Form, escapes, form_of, on_its_slices
+from gawscompile.passes.hoist_weights import cone, fixed_nodes
 from gawscompile.passes.kept import kept_refusal, on_a_kept_base, opaque, way_to
 from gawscompile.passes.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
-from gawscompile.passes.vectors import Vector
+from gawscompile.passes.refusals import adapters_refusal, by_columns, low_rank, refusal, shape_refusal, vectors_refusal
+from gawscompile.passes.vectors import Vector, readable
 
 
 def run(graph: Graph, context: Context) -> None:
     forms: dict[Node, Form] = {}
     context.fixed = fixed_nodes(graph, context.stored)
     for node in graph.nodes:
+        if node.op != "call_function" or not context.looks_at(node):
+            continue
         form = on_a_kept_base(node, forms, context) or form_of(node, forms, context.fixed)
         if form is not None:
             forms[node] = form
+        elif is_cast(node) and args(node)[0] in forms and dtype(node) not in DTYPE_NAMES:
+            path, detail = context.module_path(node), f"what follows is computed in {dtype(node)}"
+            context.record.notes.append(f"{path}: not fused with what reads it: {Reason.DTYPE.name}: {detail}")
     settled: set[Node] = set()
     seen = len(context.record.linears)
     for node in reversed(graph.nodes):
-        if node in forms and node not in settled and not node._erased and not in_a_weight(node):
+        if node not in forms or node in settled or node._erased or in_a_weight(node):
+            continue
+        if context.looks_at(node):
             settled.update(_root(graph, context, node, forms))
     context.record.linears[seen:] = context.record.linears[seen:][::-1]  # found back to front
 
@@ -91,12 +97,14 @@ def run(graph: Graph, context: Context) -> None:
 
 
 def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -> tuple[Node, ...]:
-    """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this."""
+    """Replace `node` by its operator sum, or say why not. Returns the nodes that are settled by this.
+
+    Last nodes come first: what reads `node` as its activation is replaced already, and reads it.
+    """
     moved = is_call(node, aten.permute.default) or reinterpreted(node) is not None or transposed(node) is not None
     if (moved and not is_call(node, aten.clone.default)) or widens(node):
-        # a reader that wants the result wider, flat or turned makes it so for itself
-        source = args(node)[0]
-        return (node, *(_root(graph, context, source, forms) if source in forms else ()))
+        # a reader that wants the result wider, flat or turned makes it so for itself; what it reads comes up later
+        return (node,)
     form = forms[node]
     if form.regrouped:
         return (node,)
@@ -106,6 +114,7 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     if form.kept is not None:
         return _on_a_kept_base(context, node, form, form.kept, forms)
     form, rowscale = form.without_row_scale()
+    rowscale = rowscale and stored(rowscale)
     if len(form.bases) != 1:
         # no base, or several: what it is made of may still be sums of their own
         reason = Reason.SEVERAL_BASES if form.bases else Reason.NO_BASE
@@ -115,32 +124,32 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     (base,) = form.bases
     scaling = scaling_of(node)
     if scaling is not None and base.scale != Scale() and scaling[0] in forms:
-        return (node, *_root(graph, context, scaling[0], forms))  # what is scaled as a whole is a sum all the same
+        return (node,)  # what is scaled as a whole is a sum all the same, and comes up later
     sizes = (*shape(form.activation)[:-1], base.matrices[0].sizes[0])
     wanted = shape(node)[::-1] if form.turned else shape(node)
-    refusal = _refusal(context, form, base, node)
+    refused = refusal(context, form, base, node)
     of_sum = None
-    if refusal is None:
+    if refused is None:
         adapters = [p for p in form.products if p is not base]
-        of_sum = _adapters_refusal(context, adapters, base.matrices[0].sizes)
-        of_sum = of_sum or _shape_refusal(form, node, sizes, wanted)
+        of_sum = adapters_refusal(context, adapters, base.matrices[0].sizes)
+        of_sum = of_sum or vectors_refusal(form, rowscale) or shape_refusal(form, node, sizes, wanted)
     if of_sum is not None and len(form.inner) > 1:
         # the parts may still be projections, the base among them
         path, (reason, detail) = context.module_path(base.origin), of_sum
         context.record.notes.append(f"{path}: not fused with what is added to it: {reason.name}: {detail}")
         return _alone(graph, context, node, forms)
-    refusal = refusal or of_sum
+    refused = refused or of_sum
     entry = context.found(base.origin, base.matrices[0].sizes, dtype(base.matrices[0].node))
     entry.adapters = len(form.products) - 1
-    if refusal is not None:
-        context.reject(entry, *refusal)
+    if refused is not None:
+        context.reject(entry, *refused)
         return form.inner
     if not context.allows(node):
-        context.reject(entry, Reason.FUEL)
+        context.reject(entry, *context.denied)
         return form.inner
     with graph.inserting_before(node):
         terms = _terms(context, form, base, node)
-        terms += (RowScale(stored(rowscale)),) if rowscale is not None else ()
+        terms += (RowScale(rowscale),) if rowscale is not None else ()
     return _replaced(context, node, form, terms, sizes, entry, base.origin)
 
 
@@ -178,8 +187,8 @@ def _on_a_kept_base(
     x, n = form.activation, shape(kept)[-1]
     sizes = (*shape(x)[:-1], n)
     base = [one for one in way_to(kept, x) if one in forms and opaque(forms[one], context)]
-    refusal = kept_refusal(x, kept, node) or _adapters_refusal(context, form.products, (n, shape(x)[-1]))
-    refusal = refusal or _shape_refusal(form, node, sizes, shape(node))
+    refusal = kept_refusal(x, kept, node) or adapters_refusal(context, form.products, (n, shape(x)[-1]))
+    refusal = refusal or shape_refusal(form, node, sizes, shape(node))
     first = next((one for one in base if is_call(one, linear)), None)
     origin, matrix = (node, kept) if first is None else (first, args(first)[1])
     if refusal is not None:
@@ -190,7 +199,7 @@ def _on_a_kept_base(
     entry = context.found(origin, (n, shape(x)[-1]), dtype(matrix))
     entry.adapters = len(form.products)
     if not context.allows(node):
-        context.reject(entry, Reason.FUEL)
+        context.reject(entry, *context.denied)
         return (*form.inner, *base)
     for one in base:
         one.meta["gaws_entries"] = []  # it has its entry
@@ -205,16 +214,10 @@ def _laid_out(context: Context, new: Node, node: Node) -> Node:
     """`new` with the strides of `node`: its readers' views, and the caller of the graph, rely on them."""
     if same_strides(shape(node), new.meta["val"].stride(), node.meta["val"].stride()):
         return new
-    turned = _by_columns(node)
+    turned = by_columns(node)
     new = context.transpose(new, node) if turned else new
     new = context.contiguous(new, node)
     return context.transpose(new, node) if turned else new
-
-
-def _by_columns(node: Node) -> bool:
-    """Whether a matrix is laid out as the transpose of a plain one."""
-    stride = node.meta["val"].stride()
-    return len(stride) == 2 and same_size(stride[0], 1) and not same_size(stride[1], 1)
 
 
 def _alone(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -> tuple[Node, ...]:
@@ -225,89 +228,8 @@ def _alone(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) 
     found = matrix_of(weight)
     simple = found is not None and len(found[0]) == len(found[0][0].matrices) == 1 and found[0][0].scale == Scale()
     factor = found[0][0].matrices[0] if found and simple else Factor(weight)
-    forms[node] = Form(x, (Product((factor,), node),), tuple(Vector(v) for v in args(node)[2:]), (node,))
+    forms[node] = Form(x, (Product((factor,), node),), tuple(Vector(readable(v)) for v in args(node)[2:]), (node,))
     return _root(graph, context, node, forms)
-
-
-def _refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Reason, str] | None:
-    """Why this sum cannot be one projection, if it cannot."""
-    x = form.activation
-    weight = stored(base.matrices[0].node)
-    if not is_parameter(weight) and not hoistable(weight, context):
-        return Reason.WEIGHT_COMPUTED, f"it is the result of {through_casts(weight).target}"
-    strided = is_parameter(weight) and not weight.meta["val"].is_contiguous()
-    if strided or not all(isinstance(size, int) for size in shape(weight)):
-        return Reason.WEIGHT_LAYOUT, f"shape {shape(weight)}, strides {weight.meta['val'].stride()}"
-    if 0 in shape(weight):
-        return Reason.WEIGHT_LAYOUT, f"it is empty: {shape(weight)}"
-    for tensor in (x, weight, *(v.node for v in form.vectors)):
-        if dtype(through_casts(tensor)) not in DTYPE_NAMES:
-            return Reason.DTYPE, str(dtype(through_casts(tensor)))
-    if dtype(node) not in DTYPE_NAMES:
-        return Reason.DTYPE, str(dtype(node))
-    if dtype(x) != dtype(weight) and not _wider_and_small(x, weight):
-        return Reason.MIXED_DTYPES, f"{dtype(x)} activation, {dtype(weight)} weight"
-    if base.scale != Scale():
-        return Reason.SCALE, ""
-    return None
-
-
-def _wider_and_small(x: Node, weight: Node) -> bool:
-    """Whether the generated C++ multiplies them as they are: an fp32 factor that stands alone on a bf16 activation."""
-    small = min(shape(weight)) <= NARROW and 4 * min(shape(weight)) <= max(shape(weight))
-    return small and dtype(weight).itemsize > dtype(x).itemsize and x.meta["val"].device.type == "cpu"
-
-
-def _shape_refusal(
-    form: Form, node: Node, sizes: tuple[Any, ...], wanted: tuple[Any, ...]
-) -> tuple[Reason, str] | None:
-    """Why the sum's result cannot be put back into the node's shape and strides, if it cannot."""
-    if form.layout is not None and list(form.layout.order) != sorted(form.layout.order):
-        return Reason.RESHAPED, "a sum of permuted features"
-    if not same_sizes(sizes, wanted) and not all(isinstance(s, int) for s in wanted):
-        return Reason.RESHAPED, f"{sizes} as {wanted}"
-    plain = empty_like(form.activation, shape(node), dtype(node))
-    if same_strides(shape(node), plain.stride(), node.meta["val"].stride()) or _by_columns(node):
-        return None
-    return Reason.RESHAPED, "the sum's strides are not a plain tensor's"
-
-
-def _adapters_refusal(
-    context: Context, adapters: Iterable[Product], base: tuple[Any, Any]
-) -> tuple[Reason, str] | None:
-    """Why what is added to a base of these sizes, ``(N, K)``, cannot be in its kernel, if it cannot."""
-    for p in adapters:
-        features = base[1] if p.given is None else shape(p.given)[-1]
-        ends = (features, *(f.sizes[0] for f in p.matrices))
-        starts = (*(f.sizes[1] for f in p.matrices), base[0])
-        if not all(isinstance(n, int) for n in (*ends, *starts)) or ends != starts:
-            return Reason.FACTOR_SHAPE, f"features go through {ends} and {starts}, of symbolic sizes or not the same"
-        if not math.isfinite(p.scale.number):
-            return Reason.SCALE, f"the adapter is scaled by {p.scale.number}"
-        factors = [stored(f.node) for f in p.matrices]
-        kinds = {dtype(factor) for factor in factors}
-        if not all(is_parameter(factor) or hoistable(factor, context) for factor in factors):
-            return Reason.WEIGHT_COMPUTED, "a factor of the adapter is computed in the graph"
-        if len(kinds) != 1 or not kinds <= DTYPE_NAMES.keys():
-            return Reason.DTYPE, f"factors of {', '.join(map(str, kinds))}"
-        if p.given is not None:
-            if dtype(p.given) not in DTYPE_NAMES or p.scale != Scale():
-                return Reason.DTYPE, f"beside an activation of {dtype(p.given)}, scaled by {p.scale}"
-            continue
-        if _low_rank(p):
-            rank = p.matrices[0].sizes[0]
-            if not 0 < rank <= min(base):
-                return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {base}"
-        else:
-            needed, dense = sum(f.multiplications for f in p.matrices), math.prod(base)
-            if not 0 < needed < dense:
-                detail = f"{len(p.matrices)} factors that take {needed} multiplications a token, and a dense ΔW {dense}"
-                return Reason.FACTOR_SHAPE, detail
-    return None
-
-
-def _low_rank(p: Product) -> bool:
-    return len(p.matrices) == 2 and all(factor.dense for factor in p.matrices)
 
 
 def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tuple[Operator, ...]:
@@ -319,12 +241,12 @@ def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tu
     bias = _bias(context, form.vectors, node)
     terms += [Bias(bias)] if bias is not None else []
     adapters = [p for p in form.products if p is not base]
-    for p in sorted(adapters, key=_low_rank, reverse=True):
+    for p in sorted(adapters, key=low_rank, reverse=True):
         factors = [_factor(context, f) for f in p.matrices]
         scale = _scale(context, p.scale)
         if p.given is not None:
             terms.append(Given(factors[0], p.given))
-        elif _low_rank(p):
+        elif low_rank(p):
             a, b = factors
             terms.append(LowRank(b, a, scale))
         else:
@@ -353,10 +275,10 @@ def _bias(context: Context, vectors: tuple[Vector, ...], node: Node) -> Node | N
     if not vectors:
         return None
     if len(vectors) == 1 and vectors[0].scale == Scale() and not vectors[0].rows:
-        return through_casts(vectors[0].node)
+        return vectors[0].node
     total: Node | None = None
     for vector in vectors:
-        part = _cast(context, through_casts(vector.node), torch.float32)
+        part = _cast(context, vector.node, torch.float32)
         for row in vector.rows:
             part = _derive(context, aten.mul.Tensor, (part, _cast(context, row, torch.float32)), part.meta["val"])
         scale = _scale(context, vector.scale)

@@ -22,7 +22,18 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.passes.context import Context, args, aten, dtype, empty_like, is_call, same_sizes, shape
+from gawscompile.passes.context import (
+    Context,
+    args,
+    aten,
+    dtype,
+    empty_like,
+    is_call,
+    returned,
+    same_sizes,
+    shape,
+    with_views,
+)
 
 Parts = dict[tuple[Node, tuple[int, ...]], tuple[Node, ...]]
 """(node, sizes along its last axis) → what it consists of."""
@@ -30,15 +41,17 @@ Parts = dict[tuple[Node, tuple[int, ...]], tuple[Node, ...]]
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.alias.default):
-        if not _returned(node) and context.allows(node):
+        if not any(user.op == "output" for user in node.users) and context.allows(node):
             context.replace(node, args(node)[0], named=True)
             context.erase(node)
             context.matched()
     known: Parts = {}
     done: list[Node] = []
     for node in graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
+        if not context.looks_at(node):
+            continue
         source, sizes, *axis = args(node)
-        if (axis or [0])[0] % len(shape(source)) != len(shape(source)) - 1 or any(map(_returned, node.users)):
+        if (axis or [0])[0] % len(shape(source)) != len(shape(source)) - 1 or any(map(_laid_out, node.users)):
             continue
         if not all(isinstance(size, int) for size in sizes) or not _splits(source, tuple(sizes)):
             continue
@@ -55,9 +68,9 @@ def run(graph: Graph, context: Context) -> None:
         context.erase(part)
 
 
-def _returned(node: Node) -> bool:
-    """Whether it leaves the graph, where being a view, or one's strides, is part of the answer."""
-    return any(user.op == "output" for user in node.users)
+def _laid_out(node: Node) -> bool:
+    """Whether somebody relies on where a part lies: it or a view of it leaves the graph, or is read by strides."""
+    return returned(node) or any(is_call(view, aten.as_strided.default) for view in with_views(node))
 
 
 def _splits(node: Any, sizes: tuple[int, ...]) -> bool:

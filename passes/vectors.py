@@ -7,7 +7,19 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from gawscompile.passes.context import args, aten, is_call, reinterpreted, same_sizes, shape, value
+from gawscompile.codegen.spec import DTYPE_NAMES
+from gawscompile.passes.context import (
+    args,
+    aten,
+    dtype,
+    is_call,
+    reinterpreted,
+    same_size,
+    same_sizes,
+    shape,
+    through_casts,
+    value,
+)
 from gawscompile.passes.matrices import Product, Scale
 
 
@@ -22,6 +34,12 @@ class Vector(NamedTuple):
         return self._replace(scale=self.scale.times(by))
 
 
+def readable(v: Node) -> Node:
+    """The tensor that v is a cast of, where kernels read its dtype, and else v itself."""
+    source: Node = through_casts(v)
+    return source if dtype(source) in DTYPE_NAMES else v
+
+
 def shifted(v: Any) -> tuple[Any, float]:
     """(u, s) where v is u + s."""
     if is_call(v, aten.add.Tensor, aten.sub.Tensor) and not v.kwargs and isinstance(args(v)[1], (int, float)):
@@ -30,7 +48,13 @@ def shifted(v: Any) -> tuple[Any, float]:
 
 
 def vector_of(v: Any, size: Any) -> Node | None:
-    """The vector of `size` numbers that v is, under sizes of one or not."""
+    """The vector of `size` numbers that v is beside an activation of so many features: it has one for each feature, and
+    the same for every token. A vector along the tokens, ``[m, 1]``, is none, even where m is `size`.
+    """
+    if value(v) is None or not same_sizes(shape(v)[-1:], (size,)):
+        return None
+    if not all(same_size(n, 1) for n in shape(v)[:-1]):
+        return None
     while value(v) is not None and len(shape(v)) > 1:
         v = reinterpreted(v)
     return v if value(v) is not None and same_sizes(shape(v), (size,)) else None

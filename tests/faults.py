@@ -19,11 +19,11 @@ FAULTS: dict[str, Fault] = {
         RECOVER, "    terms += [Bias(bias)] if bias is not None else []\n", "", "tests/passes/test_recover_operators.py"
     ),
     "last adapter lost": Fault(
-        RECOVER, "in sorted(adapters, key=_low_rank", "in sorted(adapters[:-1] or adapters, key=_low_rank", SPELLINGS
+        RECOVER, "in sorted(adapters, key=low_rank", "in sorted(adapters[:-1] or adapters, key=low_rank", SPELLINGS
     ),
     "rows not scaled": Fault(
         RECOVER,
-        "(RowScale(stored(rowscale)),) if rowscale is not None else ()",
+        "(RowScale(rowscale),) if rowscale is not None else ()",
         "()",
         "tests/passes/test_hoist_weights.py",
     ),
@@ -120,14 +120,14 @@ FAULTS: dict[str, Fault] = {
         "tests/runtime/test_ops.py",
     ),
     "a hoisted value outlives a write that the op sums up": Fault(
-        OP,
+        "runtime/hoisted.cpp",
         "    if (then.numbers != now.numbers && ",
         "    if (false && ",
         f"{SOURCES}::test_every_number_of_every_source_counts",
         unproven=A_CHANGE,
     ),
     "a hoisted value outlives a write that gemv sums up": Fault(
-        OP,
+        "runtime/hoisted.cpp",
         "if (sum >= 0 && sums[sum] != values[at]->states[i].numbers) return false;",
         "if (sum > 64) return false;",
         f"{SOURCES}::test_every_number_of_every_source_counts",

@@ -35,7 +35,7 @@ class Reason(str, Enum):
     DISABLED = "a pass that it needs is disabled (options={'disable': […]})"
     FUEL = "the fuel ran out before it (options={'fuel': n}, GAWS_FUEL)"
     UNPROVEN = "verify found the rewrite to differ from its original, which stays in its place"
-    INTERNAL_ERROR = "a pass failed: the graph is left to Inductor"
+    INTERNAL_ERROR = "a rewrite failed and was undone: what it was of is left to Inductor"
 
 
 def plain(text: str) -> str:

@@ -21,7 +21,10 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[to
         late = bool(p.rowscale)  # the bias comes after the scale
         if p.dtype:
             weight = named[f"w{i}"].T if p.transposed else named[f"w{i}"]
-            y = F.linear(x, weight, named[f"bias{i}"] if p.bias and not late else None)
+            bias = named[f"bias{i}"] if p.bias and not late else None
+            together = bias is None or bias.dtype == weight.dtype
+            y = F.linear(x.to(weight.dtype), weight, bias if together else None)
+            y = y if together else y + bias
         else:
             y = named[f"res{i}"] + named[f"bias{i}"] if p.bias else named[f"res{i}"]
         for j, term in enumerate(p.lowrank):

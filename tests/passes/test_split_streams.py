@@ -73,9 +73,27 @@ def views_that_are_returned(h, z):
     return torch.cat([h, z], -1).split([6, 2], -1)
 
 
+def a_view_that_is_returned(h, z):
+    first, second = torch.cat([h, z], -1).split([6, 2], -1)
+    return first.unsqueeze(0), second * 2
+
+
+def a_slice_that_is_returned(h, z):
+    first, second = (torch.cat([h, z], -1) + torch.cat([h.sin(), z], -1)).split([6, 2], -1)
+    return first[:, 2:4].transpose(0, 1), second * 2
+
+
+def a_part_that_is_read_by_strides(h, z):
+    first, second = torch.cat([h, z], -1).split([6, 2], -1)
+    return torch.as_strided(first, (3, 8), (8, 1)) * 2, second * 2
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        a_view_that_is_returned,
+        a_slice_that_is_returned,
+        a_part_that_is_read_by_strides,
         other_sizes,
         other_axis,
         a_sum_with_something_whole,
