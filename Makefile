@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow fuzz lint bench clean
 
 demo: $(STAMP)            ## real weights, a LoRA trained on the spot, three compilers side by side (about 5 minutes)
 	$(BIN)/python -m gawscompile.demo
@@ -24,6 +24,11 @@ test: $(STAMP)            ## the fast tests
 
 test-slow: $(STAMP)       ## whole real models
 	$(BIN)/python -m pytest -m slow
+
+SECONDS ?= 60
+
+fuzz: $(STAMP)            ## random programs beside eager and fp64, on all levels together for SECONDS=60
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

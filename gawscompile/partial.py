@@ -100,8 +100,10 @@ def _spell_out(context: Context, node: Node) -> None:
             inputs = (inputs[0], program.operands(inputs[1], hoisted), str(program.spec))
         return cast(Any, node.target)(*inputs)
 
-    fakes = [read.meta["val"] for read in reads]
-    with fakes[0].fake_mode, torch.no_grad():
+    values = [read.meta["val"] for read in reads]
+    with values[0].fake_mode, torch.no_grad():
+        # not the nodes' own: passes give several nodes one, and the trace would take those for the same tensor
+        fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
         traced = make_fx(meaning, decomposition_table=select_decomp_table())(*fakes).graph
     with context.graph.inserting_before(node):
         copied = dict(zip(traced.find_nodes(op="placeholder"), reads, strict=True))

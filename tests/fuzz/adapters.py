@@ -28,7 +28,7 @@ def adapter(draft: Draft, x: str, y: str) -> str:
 
 def _rank(draft: Draft) -> str:
     known = [name for name, size in draft.sizes.items() if size <= 4]
-    return str(draft.pick(*known)) if known and draft.chance(0.5) else draft.size(draft.pick(1, 2, 3, 4))
+    return str(draft.pick(*known)) if known and draft.chance(0.5) else draft.size(draft.pick(1, 2, 2, 4))
 
 
 def _factor_dtype(draft: Draft, y: str) -> torch.dtype:
@@ -230,9 +230,7 @@ def _vera(draft: Draft, x: str, y: str) -> str:
 def _hadamard(draft: Draft, x: str, y: str) -> str:
     """LoHa."""
     n, k, r, dtype = features(draft, y), features(draft, x), _rank(draft), draft.kind(x)
-    first, second = (
-        f"{draft.parameter(n, r, dtype=dtype)} @ {draft.parameter(r, k, dtype=dtype)}" for _ in range(2)
-    )
+    first, second = (f"{draft.parameter(n, r, dtype=dtype)} @ {draft.parameter(r, k, dtype=dtype)}" for _ in range(2))
     delta = draft.let(f"({first}) * ({second})")
     return _add(draft, y, draft.let(f"F.linear({x}, {delta} * {draft.number()})"))
 
@@ -272,7 +270,10 @@ def _gaws(draft: Draft, x: str, y: str) -> str:
     if draft.chance(0.6):
         slices = draft.let(draft.pick(f"{x}.unflatten(-1, ({p}, {k // p}))", f"{x}.view(*{x}.shape[:-1], {p}, -1)"))
         product = draft.pick(
-            f"F.linear({slices}, {g})", f"{slices} @ {g}.T", f"F.linear({slices} * {v}, {g})", f"F.linear({slices}, {g} * {v})"
+            f"F.linear({slices}, {g})",
+            f"{slices} @ {g}.T",
+            f"F.linear({slices} * {v}, {g})",
+            f"F.linear({slices}, {g} * {v})",
         )
         delta = draft.let(f"({product}).flatten(-2)")
     else:
@@ -284,12 +285,13 @@ def _gaws(draft: Draft, x: str, y: str) -> str:
 def _blocks(draft: Draft, x: str, y: str) -> str:
     """GraLoRA: two batched products over blocks of features."""
     n, k, dtype = draft.shape(y)[-1], draft.shape(x)[-1], draft.kind(x)
-    blocks = [d for d in (2, 4) if n and k and n % d == 0 and k % d == 0]
+    blocks = [d for d in (2, 2, 4) if n and k and n % d == 0 and k % d == 0]
     if not blocks:
         raise Unfit("no common divisor")
     p = draft.pick(*blocks)
-    r = p * draft.pick(1, 1, 2)
-    a, b = draft.parameter(str(p), str(k // p), str(r), dtype=dtype), draft.parameter(str(p), str(r), str(n // p), dtype=dtype)
+    r = p * draft.pick(1, 1, 1, 2)
+    a = draft.parameter(str(p), str(k // p), str(r), dtype=dtype)
+    b = draft.parameter(str(p), str(r), str(n // p), dtype=dtype)
     inner = draft.let(f"torch.einsum('...ni,nir->...nr', {x}.unflatten(-1, ({p}, {k // p})), {a})")
     dealt = draft.let(f"{inner}.unflatten(-1, ({p}, {r // p})).transpose(-3, -2).flatten(-2)")
     dealt = inner if draft.chance(0.15) else dealt
@@ -298,7 +300,7 @@ def _blocks(draft: Draft, x: str, y: str) -> str:
 
 def _rotated(draft: Draft, x: str, y: str) -> str:
     """A base weight times a rotation that parameters make (OFT), by way of a series."""
-    n, k, w, dtype = _weights(draft, x, y)
+    _, k, w, dtype = _weights(draft, x, y)
     r = draft.parameter(k, k, dtype=dtype)
     skew = draft.let(f"{r} - {r}.T")
     q = draft.let(f"torch.eye({k}, dtype={dtype}, device={x}.device) + {skew}") if draft.chance(0.5) else skew
@@ -324,7 +326,8 @@ def _near_miss(draft: Draft, x: str, y: str) -> str:
         return _add(draft, y, low_rank(draft, draft.let(wrong), n, draft.kind(x)))
     delta = low_rank(draft, x, n, dtype)
     if way < 6:
-        return draft.let(f"{y} + {delta}.{draft.pick('tanh()', 'flip(-1)', 'sum(-1, keepdim=True)', 'mean(0, keepdim=True)')}")
+        bent = draft.pick("tanh()", "flip(-1)", "sum(-1, keepdim=True)", "mean(0, keepdim=True)")
+        return draft.let(f"{y} + {delta}.{bent}")
     if way == 6:
         return draft.let(draft.pick(f"{y} * {delta}", f"torch.maximum({y}, {delta})", f"{y}.sigmoid() + {delta}"))
     if way == 7:
@@ -345,8 +348,8 @@ def _near_miss(draft: Draft, x: str, y: str) -> str:
 KINDS: list[tuple[Callable[[Draft, str, str], str], float]] = [
     (_lora, 12),
     (_deltas_first, 1),
-    (_added_in_product, 1.5),
-    (_in_place, 1),
+    (_added_in_product, 1),
+    (_in_place, 0.5),
     (_merged, 1.5),
     (_dora, 1.5),
     (_vector_on_rows, 1.5),
@@ -355,7 +358,7 @@ KINDS: list[tuple[Callable[[Draft, str, str], str], float]] = [
     (_hadamard, 1),
     (_kron, 2),
     (_gaws, 2),
-    (_blocks, 1),
+    (_blocks, 2),
     (_rotated, 0.5),
     (_on_a_product, 1),
     (_near_miss, 3),

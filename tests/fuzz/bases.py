@@ -73,9 +73,11 @@ def _einsum(draft: Draft, x: str, n: str) -> str:
 
 
 def _flat(draft: Draft, x: str) -> str:
-    return draft.let(draft.pick(f"{x}.flatten(0, -2)", f"{x}.reshape(-1, {x}.shape[-1])")) if (
-        len(draft.shape(x)) != 2
-    ) else x
+    return (
+        draft.let(draft.pick(f"{x}.flatten(0, -2)", f"{x}.reshape(-1, {x}.shape[-1])"))
+        if (len(draft.shape(x)) != 2)
+        else x
+    )
 
 
 def _back(draft: Draft, flat: str, x: str) -> str:

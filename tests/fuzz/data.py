@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from tests.fuzz.programs import Program, compiled
+from tests.fuzz.programs import Program, compiled, draw
 
 WAYS = ("plain", "plain", "plain", "cancelling", "nan", "inf", "large")
 """How numbers are drawn. Cancelling: activations far from zero and weights whose rows sum to none, so that sums in too
 narrow a dtype lose what is left of them. NaN, inf: in one place of one input. Large: fp16 may overflow."""
-
-
-def draw(kind: str, sizes: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """A plain tensor with numbers of a kind (`programs.KINDS`)."""
-    sizes = tuple(sizes)
-    if kind == "integer":
-        return torch.randint(-9, 10, sizes, generator=generator).to(dtype)
-    if kind == "mask":
-        return torch.randint(0, 2, sizes, generator=generator).to(dtype)
-    if kind == "zero":
-        return torch.zeros(sizes, dtype=dtype)
-    if kind == "positive":
-        return (torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
-    numbers = torch.randn(sizes, generator=generator, dtype=torch.float64)
-    return (numbers / 4 if kind == "weight" else numbers).to(dtype)
 
 
 def tensors(program: Program, seed: int, way: str = "plain", batch: dict[str, int] | None = None) -> list[torch.Tensor]:

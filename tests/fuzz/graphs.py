@@ -1,16 +1,16 @@
 """The graph of a program as our passes see it: AOTAutograd's, before any pass of Inductor's.
 
-A program that writes to nothing is traced step by step, and a step that was traced before, of inputs of the same sizes,
-is copied from memory: tracing a whole program takes a hundred times as long as rewriting it. Writes in place and symbolic
+A program that writes to nothing is traced step by step, and a step that was traced before, of inputs of the same
+sizes, is copied from memory: tracing a program takes ten times as long as rewriting it. Writes in place and symbolic
 sizes are traced whole, the former made functional. `tests/test_fuzz.py` holds both against AOTAutograd itself.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ class Traced:
 
 
 def trace(program: Program, device: str = "cpu", symbolic: Sequence[str] = (), shared: bool = False) -> Traced:
-    """The program's graph, for tensors on `device`. `symbolic`: the sizes that are symbols in it; where `shared`, those
-    that are equal are one symbol. Raises what torch raises."""
+    """The program's graph, for tensors that say they are on `device`. `symbolic`: the sizes that are symbols in it;
+    where `shared`, those that are equal are one symbol. Raises what torch raises."""
     if program.functional and not symbolic:
         return _stepwise(program, device)
     return _whole(program, device, symbolic, shared)
@@ -59,9 +59,8 @@ def trace(program: Program, device: str = "cpu", symbolic: Sequence[str] = (), s
 def may_be_symbolic(program: Program) -> list[str]:
     """The sizes that only count tokens."""
     leading = {size for one in program.inputs if not one.stored for size in one.shape[:-1] if SIZES.fullmatch(size)}
-    fixed = " ".join(
-        [*(step.text for step in program.steps), *(" ".join(one.shape if one.stored else one.shape[-1:]) for one in program.inputs)]
-    )
+    lasting = (size for one in program.inputs for size in (one.shape if one.stored else one.shape[-1:]))
+    fixed = " ".join([*(step.text for step in program.steps), *lasting])
     return [name for name in program.sizes if name in leading - set(SIZES.findall(fixed)) and program.sizes[name] > 1]
 
 
@@ -75,8 +74,10 @@ _steps: dict[Any, tuple[list[Node], list[Node], Any]] = {}
 class _Recorder(TorchDispatchMode):
     """Writes down every aten operation as a node, decomposed as Inductor has AOTAutograd do it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device  # that nodes say they are on
+        self.depth = 0  # of decompositions
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}
         self.kept: list[torch.Tensor] = []  # or an id might come again
@@ -84,18 +85,25 @@ class _Recorder(TorchDispatchMode):
     def bind(self, tensor: torch.Tensor, node: Node) -> None:
         self.nodes[id(tensor)] = node
         self.kept.append(tensor)
-        node.meta["val"] = _fake(tensor.shape, tensor.stride(), tensor.dtype, tensor.device.type)
+        node.meta["val"] = _fake(tensor.shape, tensor.stride(), tensor.dtype, self.device)
+
+    def is_prim(self, tensor: torch.Tensor) -> bool:
+        return getattr(self.nodes[id(tensor)].target, "namespace", "") == "prims"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default and (self.depth or self.is_prim(args[0])):
+            return args[0]  # a decomposition's or a prim's own, which fake tensors do without
         decompositions: list[Callable[..., Any]] = [DECOMPOSITIONS[func]] if func in DECOMPOSITIONS else []
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             decompositions.append(func.decompose)
         for decomposition in decompositions:
+            self.depth += 1
             with self:
                 found = decomposition(*args, **kwargs)
+            self.depth -= 1
             if found is not NotImplemented:
                 return found
         out = func(*args, **kwargs)
@@ -141,7 +149,7 @@ def _stepwise(program: Program, device: str) -> Traced:
         text = NAMES.sub(lambda found, places=places: places[found[0]], step.text)
         key = (text, sizes, tuple(map(_like, reads)), device)
         if key not in _steps:
-            _steps[key] = _traced_step(key[0], dict(sizes), reads)
+            _steps[key] = _traced_step(text, dict(sizes), reads, device)
         inputs, nodes, result = _steps[key]
         flat = [node for read in reads for node in ([read] if isinstance(read, Node) else read)]
         copies = dict(zip(inputs, flat, strict=True))
@@ -163,24 +171,21 @@ def _plain_inputs(program: Program) -> list[torch.Tensor]:
     return list(scope.values())
 
 
-def _traced_step(text: str, sizes: dict[str, int], reads: list[Any]) -> tuple[list[Node], list[Node], Any]:
-    """(inputs, nodes, result) of one step, in a graph of its own. On a CPU with real tensors: they are the faster ones."""
-    recorder = _Recorder()
+def _traced_step(text: str, sizes: dict[str, int], reads: list[Any], device: str) -> tuple[list[Node], list[Node], Any]:
+    """(inputs, nodes, result) of one step, in a graph of its own. Real tensors are traced: they are the faster ones."""
+    recorder = _Recorder(device)
     inputs: list[Node] = []
-    on_cpu = all(node.meta["val"].device.type == "cpu" for read in reads for node in ([read] if isinstance(read, Node) else read))
-    mode = contextlib.nullcontext() if on_cpu else _MODE
 
     def tensor(node: Node) -> torch.Tensor:
         value = node.meta["val"]
-        new = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        new = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
         inputs.append(recorder.graph.placeholder(f"i{len(inputs)}"))
         recorder.bind(new, inputs[-1])
         return new
 
-    with mode, torch.no_grad():
-        scope = GLOBALS | sizes | {f"_{i}": tree_map_only(Node, tensor, read) for i, read in enumerate(reads)}
-        with enable_python_dispatcher(), recorder:
-            found = eval(compiled(text), scope)
+    scope = GLOBALS | sizes | {f"_{i}": tree_map_only(Node, tensor, read) for i, read in enumerate(reads)}
+    with torch.no_grad(), enable_python_dispatcher(), recorder:
+        found = eval(compiled(text), scope)
     found = list(found) if isinstance(found, tuple) else found
     result = tree_map_only(torch.Tensor, lambda t: recorder.nodes[id(t)], found)
     return inputs, [node for node in recorder.graph.nodes if node.op == "call_function"], result
@@ -203,31 +208,34 @@ def _whole(program: Program, device: str, symbolic: Sequence[str], shared: bool)
         symbol = shape_env.create_symbol(program.sizes[name], source, dynamic_dim=DimDynamic.DYNAMIC)
         symbols[name] = shape_env.create_symintnode(symbol, hint=program.sizes[name], source=source)
     numbers = list({id(symbol): symbol for symbol in symbols.values()}.values())
+    places = {id(symbol): i for i, symbol in enumerate(numbers)}  # not by value: comparing symbols adds guards
     scope: dict[str, Any] = {}
     with mode, torch.no_grad():
         for one in program.inputs:
             sizes = [eval(compiled(size), {}, program.sizes | symbols) for size in one.shape]
-            plain = torch.empty(sizes, dtype=one.dtype, device=device)
+            plain = torch.empty(sizes, dtype=one.dtype)
             scope[one.name] = eval(compiled(one.layout), program.sizes | symbols | scope | {"t": plain})
         inputs = list(scope.values())
 
         def function(*given: Any) -> Any:
-            return replaced(program, dict(zip(symbols, (given[numbers.index(s)] for s in symbols.values()), strict=True)))(
-                *given[len(numbers) :]
-            )
+            sizes = {name: given[places[id(symbol)]] for name, symbol in symbols.items()}
+            return replace(program, sizes=program.sizes | sizes).call(*given[len(numbers) :])
 
         with enable_python_dispatcher():
             module = make_fx(_functional(function), decomposition_table=DECOMPOSITIONS)(*numbers, *inputs)
     graph = module.graph
     graph.eliminate_dead_code()
+    if device != "cpu":
+        for node in graph.nodes:
+            node.meta["val"] = tree_map_only(torch.Tensor, functools.partial(_on, mode, device), node.meta.get("val"))
     stored = [len(numbers) + i for i, one in enumerate(program.inputs) if one.stored]
     by_expression = {name: str(symbol) for name, symbol in symbols.items()}
     return Traced(graph, module, stored, by_expression, shape_env)
 
 
-def replaced(program: Program, sizes: dict[str, Any]) -> Callable[..., Any]:
-    """The program as a function of its tensors, with other values for some sizes."""
-    return Program(program.sizes | sizes, program.inputs, program.steps, program.outputs).call
+def _on(mode: FakeTensorMode, device: str, value: torch.Tensor) -> torch.Tensor:
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
 
 def _functional(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,8 @@
 
 A program is data: every step is a line of Python that makes one value of earlier ones, so it can be printed, run,
 traced step by step and taken apart (`tests.fuzz.shrink`). Sizes are names (``d0``), so that they can shrink too.
-`generate` puts it together of the blocks in `bases`, `adapters` and `structure`; every step runs as it is added, which
-tells shapes and dtypes, and leaves out whatever torch itself refuses.
+`structure.generate` puts it together of blocks there, in `bases` and in `adapters`; every step runs as it is added,
+which tells shapes and dtypes, and leaves out whatever torch itself refuses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def compiled(text: str) -> CodeType:
 
 @dataclass(frozen=True)
 class Input:
-    """One argument. `shape`: expressions of sizes. `kind`: of the numbers that it holds (`data.draw`). `layout`: an
+    """One argument. `shape`: expressions of sizes. `kind`: of the numbers that it holds (`draw`). `layout`: an
     expression of ``t``, a plain tensor of that shape, which makes the argument (``t.mT``: another order of memory; of
     an earlier input, by its name: an alias)."""
 
@@ -129,10 +129,21 @@ _PRINTED = {
     "positive": "(torch.rand({shape}, dtype=torch.float64) + 0.5).to({dtype})",
     "integer": "torch.randint(-9, 10, {shape}).to({dtype})",
     "mask": "torch.randint(0, 2, {shape}).to({dtype})",
-    "zero": "torch.zeros({shape}, dtype={dtype})",
 }
-KINDS = tuple(_PRINTED)
 _PLAIN = re.compile(r"(?<![.\w])t\b")
+
+
+def draw(kind: str, sizes: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A plain tensor with numbers of a kind (a key of `_PRINTED`)."""
+    sizes = tuple(sizes)
+    if kind == "integer":
+        return torch.randint(-9, 10, sizes, generator=generator).to(dtype)
+    if kind == "mask":
+        return torch.randint(0, 2, sizes, generator=generator).to(dtype)
+    if kind == "positive":
+        return (torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
+    numbers = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    return (numbers / 4 if kind == "weight" else numbers).to(dtype)
 
 
 class Unfit(Exception):
@@ -184,12 +195,8 @@ class Draft:
     def kind(self, name: str) -> torch.dtype:
         return self.value(name).dtype
 
-    def new(
-        self, stem: str, shape: Sequence[str], dtype: torch.dtype, kind: str = "weight", layout: str = "t"
-    ) -> str:
+    def new(self, stem: str, shape: Sequence[str], dtype: torch.dtype, kind: str = "weight", layout: str = "t") -> str:
         """A new input; `stem` p (stored) or x."""
-        from tests.fuzz.data import draw
-
         name = f"{stem}{len(self.inputs)}"
         one = Input(name, tuple(shape), dtype, kind, layout)
         self.inputs.append(one)
@@ -198,9 +205,7 @@ class Draft:
         self.scope[name] = eval(compiled(layout), self.scope | {"t": plain})
         return name
 
-    def parameter(
-        self, *shape: str, dtype: torch.dtype | None = None, kind: str = "weight", layout: str = "t"
-    ) -> str:
+    def parameter(self, *shape: str, dtype: torch.dtype | None = None, kind: str = "weight", layout: str = "t") -> str:
         """A stored tensor of that shape: a new one, or one that is shared with another part of the program."""
         dtype = dtype or self.dtype
         alike = [i.name for i in self.inputs if i == Input(i.name, shape, dtype, kind, layout) and i.stored]
@@ -237,10 +242,3 @@ class Draft:
             dict(self.sizes), tuple(self.inputs), tuple(self.steps), tuple(outputs), tuple(dict.fromkeys(self.notes))
         )
         return whole.living()
-
-
-def generate(seed: int) -> Program:
-    """The program of a seed."""
-    from tests.fuzz import structure
-
-    return structure.program(Draft(random.Random(seed)))

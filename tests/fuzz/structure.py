@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import torch
@@ -10,13 +11,28 @@ from tests.fuzz.adapters import adapted, adapter, low_rank, scaled
 from tests.fuzz.bases import features, projection
 from tests.fuzz.programs import Draft, Program
 
-WIDTHS = (8, 12, 16, 24)
+SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((2, 3), (16, 8)),
+    ((2, 3), (16, 8)),
+    ((2, 3), (12, 24)),
+    ((2, 2), (12, 24)),
+    ((1, 1), (16, 8)),
+    ((1, 3), (12, 24)),
+    ((3,), (16, 8)),
+    ((3,), (12, 24)),
+    ((1,), (16, 8)),
+    ((2, 1, 2), (16, 8)),
+    ((), (16, 8)),
+)
+"""Leading sizes of activations, and numbers of features: few, as a step is traced once for each."""
+
 PROFILES = ("normal",) * 16 + ("square",) * 2 + ("ones", "zero", "wide")
 DTYPES = (torch.float32,) * 10 + (torch.bfloat16,) * 5 + (torch.float16,) * 2 + (torch.float64,)
 
 
-def program(draft: Draft) -> Program:
-    """A network of a few blocks on one or two activations."""
+def generate(seed: int) -> Program:
+    """The program of a seed: a network of a few blocks on one or two activations."""
+    draft = Draft(random.Random(seed))
     draft.dtype = draft.pick(*DTYPES)
     draft.tie = draft.pick(0.05, 0.15, 0.5)
     x, widths = _start(draft)
@@ -35,19 +51,19 @@ def _start(draft: Draft) -> tuple[str, list[str]]:
     """The first activation, and the widths that there are."""
     profile = draft.pick(*PROFILES)
     draft.notes.append(f"sizes {profile}")
-    widths = [draft.size(size) for size in draft.rng.sample(WIDTHS, 2)]
-    leading = [draft.size(draft.pick(1, 2, 2, 3)), draft.size(draft.pick(1, 3, 3, 2))]
-    leading = draft.pick(leading, leading, leading, leading[1:], leading[1:], [*leading, leading[0]], [])
-    if profile == "square":
+    lengths, wide = draft.pick(*SHAPES)
+    leading, widths = [draft.size(size) for size in lengths], [draft.size(size) for size in wide]
+    if profile == "square":  # as many tokens as features
         widths = widths[:1]
-        leading = draft.pick(widths[:1], [leading[0], widths[0]] if leading else widths[:1])
+        same = draft.pick(widths[0], draft.size(draft.sizes[widths[0]]))
+        leading = draft.pick([same], [*leading[:1], same])
     elif profile == "ones":
         draft.pick(widths.append, leading.append)(draft.size(1))
         leading = leading or [draft.size(1)]
     elif profile == "zero":
         draft.pick(widths.append, lambda d: leading.insert(0, d))(draft.size(0))
     elif profile == "wide":
-        widths.append(draft.size(draft.pick(96, 160)))
+        widths.append(draft.size(96))
     k = draft.pick(*widths)
     layout = draft.pick(*["t"] * 12, "t.mT.contiguous().mT", "t[..., ::2]") if len(leading) > 0 else "t"
     shape = (*leading, f"2*{k}") if "::2" in layout else (*leading, k)
@@ -84,7 +100,9 @@ def _sandwich(draft: Draft, x: str, widths: list[str]) -> str:
 
 def _bent(draft: Draft, y: str) -> str:
     return draft.let(
-        draft.pick(f"{y}.tanh()", f"{y}.relu()", f"F.silu({y})", f"F.gelu({y})", f"{y}.sin()", f"torch.softmax({y}, -1)")
+        draft.pick(
+            f"{y}.tanh()", f"{y}.relu()", f"F.silu({y})", f"F.gelu({y})", f"{y}.sin()", f"torch.softmax({y}, -1)"
+        )
     )
 
 
@@ -106,7 +124,9 @@ def _residual(draft: Draft, x: str, widths: list[str]) -> str:
     r = draft.pick(x, x, x, _like(draft, x))
     if draft.chance(0.3):
         r = draft.let(
-            draft.pick(f"{r}.tanh()", f"{r}.mT.contiguous().mT", f"{r}[:1]", f"{r}.float()", f"{r}[..., :1]", f"{r} * 2")
+            draft.pick(
+                f"{r}.tanh()", f"{r}.mT.contiguous().mT", f"{r}[:1]", f"{r}.float()", f"{r}[..., :1]", f"{r} * 2"
+            )
         )
     return draft.let(
         draft.pick(
@@ -140,7 +160,8 @@ def _gate(draft: Draft, x: str, widths: list[str]) -> str:
         f"{gate} / (torch.exp(-{gate}) + 2)",
     )
     bent = draft.let(silu)
-    return draft.let(draft.pick(f"{bent} * {up}", f"{bent} * {up}", f"{up} * {bent}", f"{bent} * {gate}", f"{bent} + {up}"))
+    product = draft.pick(f"{bent} * {up}", f"{bent} * {up}", f"{up} * {bent}", f"{bent} * {gate}", f"{bent} + {up}")
+    return draft.let(product)
 
 
 def _stream(draft: Draft, x: str, widths: list[str]) -> str:
@@ -217,6 +238,7 @@ def _reshaped(draft: Draft, x: str, widths: list[str]) -> str:
             f"{x}.unflatten(-1, (2, -1))",
             f"{x}.unsqueeze(-2)",
             f"{x}.squeeze(0)",
+            f"torch.ops.aten.alias({x})",
         )
     )
     y = adapted(draft, moved, _width(draft, widths))
@@ -228,12 +250,14 @@ def _twice(draft: Draft, x: str, widths: list[str]) -> str:
     n, dtype = _width(draft, widths), draft.kind(x)
     y, delta = projection(draft, x, n), low_rank(draft, x, n, dtype)
     total = draft.let(f"{y} + {scaled(draft, delta)}")
-    return draft.let(draft.pick(f"{total} * {y}", f"{total} + {delta}.cos()", f"{total} - {y}", f"{total} + {total}.tanh()"))
+    read = draft.pick(f"{total} * {y}", f"{total} + {delta}.cos()", f"{total} - {y}", f"{total} + {total}.tanh()")
+    return draft.let(read)
 
 
 def _added_zero(draft: Draft, x: str, widths: list[str]) -> str:
     y = adapted(draft, x, _width(draft, widths))
-    return draft.let(draft.pick(f"{y} + torch.zeros_like({y})", f"torch.zeros_like({y}) - {y}", f"{y} * 1", f"{y} * 0.0"))
+    zeros = f"torch.zeros_like({y})"
+    return draft.let(draft.pick(f"{y} + {zeros}", f"{zeros} - {y}", f"{y} * 1", f"{y} * 0.0"))
 
 
 BLOCKS: list[tuple[Callable[[Draft, str, list[str]], str], float]] = [
@@ -245,7 +269,7 @@ BLOCKS: list[tuple[Callable[[Draft, str, list[str]], str], float]] = [
     (_gate, 3),
     (_stream, 2),
     (_norm, 1),
-    (_written, 1.5),
+    (_written, 0.8),
     (_mixed, 1.5),
     (_reshaped, 1.5),
     (_twice, 1),
@@ -260,8 +284,7 @@ def _outputs(draft: Draft, live: list[str]) -> list[str]:
     """The last value, perhaps inner ones, and views and copies of either."""
     outputs = [live[-1]]
     tensors = [step.name for step in draft.steps if isinstance(draft.scope[step.name], torch.Tensor)]
-    for name in draft.rng.sample(tensors, min(len(tensors), draft.pick(0, 0, 0, 1, 2))):
-        outputs.append(name)
+    outputs += draft.rng.sample(tensors, min(len(tensors), draft.pick(0, 0, 0, 1, 2)))
     if draft.chance(0.3):
         with draft.attempt("view returned"):
             outputs.append(_seen(draft, draft.pick(*outputs)))

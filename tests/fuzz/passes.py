@@ -1,0 +1,410 @@
+"""Level 1: the passes. A random program's graph goes through the pipeline, and what becomes of it is run by the
+reference executor beside the graph as it was: no kernel is built, so that a minute has thousands of cases.
+
+Beside answers, every case checks that passes neither raise nor add guards, that nodes are what they say they are, that
+records tell what was fused, and now and then that a second run of a pass matches nothing and that `verify` proves all.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from gawscompile import partial, proof
+from gawscompile.account import account
+from gawscompile.codegen import cache, triton
+from gawscompile.codegen.spec import KernelSpec
+from gawscompile.debug.records import GraphRecord, Reason
+from gawscompile.operators import linear, operator_group, operator_sum
+from gawscompile.operators.project import project
+from gawscompile.operators.recipe import hoisted
+from gawscompile.options import Options
+from gawscompile.passes import PIPELINE, choose_plan
+from gawscompile.passes.context import Context, Rewrite, verify
+from gawscompile.planning import cost, devices
+from gawscompile.planning.table import PlanTable
+from gawscompile.planning.table import Program as Planned
+from gawscompile.runtime import ops
+from gawscompile.runtime.ops import OPS
+from tests.fuzz import data, graphs, judge, reference
+from tests.fuzz.coverage import Coverage, Failure
+from tests.fuzz.programs import Program
+from tests.fuzz.shrink import shrink
+from tests.fuzz.structure import generate
+
+LEVEL = 1
+STAGES = {stage.__name__.rpartition(".")[2]: stage for stage in PIPELINE}
+TWICE = tuple(name for name in STAGES if name not in ("choose_plan", "recover_operators"))
+"""The passes that match nothing when they run again. What has a plan cannot be planned anew; parts of a sum that was
+left as it was for one of them may be sums once that one is settled."""
+
+MUST_REACH: dict[str, frozenset[str]] = {
+    "pass": frozenset(STAGES),
+    "plan": frozenset({"gemv_cpp", *triton.DECODE, *triton.MANY}),
+    "reason": frozenset(
+        reason.name
+        for reason in (
+            Reason.DEVICE,
+            Reason.DTYPE,
+            Reason.MIXED_DTYPES,
+            Reason.WEIGHT_COMPUTED,
+            Reason.WEIGHT_LAYOUT,
+            Reason.NO_BASE,
+            Reason.SEVERAL_BASES,
+            Reason.RESHAPED,
+            Reason.SCALE,
+            Reason.FACTOR_SHAPE,
+            Reason.LIBRARY,
+            Reason.DISABLED,
+            Reason.FUEL,
+        )
+    ),
+}
+"""The other reasons need gradients, a missing compiler, Dynamo, or a failure."""
+
+CPUS = tuple(
+    devices._cpu(2, *kind)
+    for kind in (
+        ("AuthenticAMD", "26", "AVX512", "dot"),
+        ("AuthenticAMD", "25", "AVX512", "dot"),
+        ("GenuineIntel", "6", "AVX512", "amx"),
+        ("GenuineIntel", "6", "AVX2", ""),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a program is compiled and called."""
+
+    seed: int = 0
+    device: str = "cpu"
+    plans: str = "any"
+    """``any``: a random table of the plans that can run a group; else the name of a device that it is planned for."""
+
+    symbolic: tuple[str, ...] = ()
+    shared: bool = False
+    fuel: int | None = None
+    disable: tuple[str, ...] = ()
+    barred: int | None = None
+    """Which of its rewrites may not go ahead, as one that failed (`gawscompile.containment`)."""
+
+    stored: bool = True
+    """Whether Dynamo would know parameters for what they are."""
+
+    one_module: bool = False
+    """Whether all nodes are of one module (else none has a name)."""
+
+    way: str = "plain"
+    """How numbers are drawn (`data.WAYS`)."""
+
+    twice: bool = False
+    proven: bool = False
+
+    @staticmethod
+    def of(seed: int, program: Program) -> Config:
+        rng = random.Random(f"config {seed}")
+        choice = rng.random()
+        cut = choice < 0.2  # a part of the pipeline, which is spelled out by tracing: no fake tensor computes on a GPU
+        gpu = not cut and rng.random() < 0.25
+        names = [gpu.name for gpu in devices.GPUS.values()] if gpu else [cpu.name for cpu in CPUS]
+        return Config(
+            seed=seed,
+            device="cuda" if gpu else "cpu",
+            plans=rng.choice(names) if rng.random() < 0.1 else "any",
+            symbolic=tuple(graphs.may_be_symbolic(program)) if rng.random() < 0.08 else (),
+            shared=rng.random() < 0.5,
+            fuel=rng.randrange(12) if choice < 0.08 else None,
+            disable=tuple(rng.sample(sorted(STAGES), rng.choice((1, 1, 2)))) if 0.08 < choice < 0.16 else (),
+            barred=rng.randrange(20) if 0.16 < choice < 0.2 else None,
+            stored=rng.random() < 0.95,
+            one_module=rng.random() < 0.3,
+            way=rng.choice(data.WAYS),
+            twice=rng.random() < 0.15,
+            proven=rng.random() < 0.05,
+        )
+
+    def __str__(self) -> str:
+        default = Config()
+        said = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
+
+@dataclass
+class Outcome:
+    """Of one case: what is wrong, if anything, and what was reached."""
+
+    kind: str = ""
+    message: str = ""
+    record: GraphRecord = field(default_factory=lambda: GraphRecord("fuzz"))
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.kind)
+
+
+def run(seed: int, coverage: Coverage) -> Failure | None:
+    """One case. Raises only where the fuzzer itself is at fault."""
+    program = generate(seed)
+    config = Config.of(seed, program)
+    outcome = check(program, config)
+    _cover(coverage, program, config, outcome.record)
+    if not outcome.failed:
+        return None
+    small, config, outcome = shrink(program, config, outcome, check)
+    call = [
+        "# as the fuzzer runs it:",
+        "from tests.fuzz.passes import Config, check",
+        "from tests.fuzz.programs import Input, Program, Step",
+        "",
+        f"print(check({small!r}, {config}))",
+    ]
+    kind: Any = outcome.kind
+    return Failure(LEVEL, seed, kind, outcome.message, small.source("\n".join(call)))
+
+
+def check(program: Program, config: Config) -> Outcome:
+    """Compile a program and judge the result."""
+    traced = graphs.trace(program, config.device, config.symbolic, config.shared)
+    if config.one_module:
+        for node in traced.graph.nodes:
+            node.meta["nn_module_stack"] = {"self": ("L['self']", torch.nn.Module)}
+    outcome = Outcome()
+    with _without_kernels(config):
+        guards = len(traced.shape_env.guards) if traced.shape_env else 0
+        try:
+            barred = _barred(traced, config) if config.barred is not None else {}
+            context = rewrite(traced, config, outcome.record, barred=barred)
+            if config.proven:
+                _prove(context)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{at.filename.rpartition('/')[2]}, {at.name}"
+            return replace(outcome, kind="crash", message=f"{type(error).__name__} ({where}): {error}")
+        fault = records(context, config)
+        if traced.shape_env and len(traced.shape_env.guards) != guards:
+            fault = f"a pass added the guard {traced.shape_env.guards[-1].expr}"
+        fault = fault or compare(program, traced, context, config)
+    return outcome if fault is None else replace(outcome, kind="wrong", message=fault)
+
+
+@contextmanager
+def _without_kernels(config: Config) -> Iterator[None]:
+    """Nothing is built; groups are planned as `config` says."""
+    known = devices.GPUS | {cpu.name: cpu for cpu in CPUS}
+    device = known.get(config.plans) or (devices.GPUS["H100"] if config.device == "cuda" else CPUS[0])
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ops, "prepare", lambda program: None))
+        stack.enter_context(mock.patch.object(devices, "of", lambda kind: device))
+        stack.enter_context(mock.patch.object(proof, "_kernel_fault", lambda *_: None))
+        if config.plans == "any":
+
+            def planned(spec: KernelSpec, device: Any) -> cost.Planned:
+                return _any_plans(spec, config)
+
+            stack.enter_context(mock.patch.object(choose_plan, "plan", planned))
+        yield
+
+
+def _any_plans(spec: KernelSpec, config: Config) -> cost.Planned:
+    rng = random.Random(f"{config.seed} {spec}")
+    if config.device == "cuda":
+        names = [str(plan) for plan in triton.plans(spec)]
+    else:
+        library = all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections)
+        names = ["gemv_cpp", *["gemm_accumulate"] * library]
+    chosen = rng.sample(names, min(len(names), rng.choice((1, 2, 3))))
+    bounds = sorted(rng.sample(range(1, 9), len(chosen) - 1))
+    table = PlanTable(tuple(zip(chosen, (*bounds, None), strict=True)))
+    emitter = "triton" if config.device == "cuda" else "cpp"
+    return cost.Planned(table, emitter, cache.digest(str(spec))[:12], {name: sympy.Float(1e-6) for name in names})
+
+
+# ---- the pipeline -----------------------------------------------------------------------------------------
+
+
+class _Watched(Context):
+    """Keeps every rewrite that goes ahead, by the name that it has in every run."""
+
+    def allows(self, *nodes: Node) -> bool:
+        found = super().allows(*nodes)
+        if found and self.under_way is not None:
+            self.__dict__.setdefault("rewrites", []).append(self.under_way)
+        return found
+
+
+def _barred(traced: graphs.Traced, config: Config) -> dict[Rewrite, str]:
+    """The one of a graph's rewrites that is to be barred."""
+    context = rewrite(traced, config, GraphRecord("fuzz"))
+    found = context.__dict__.get("rewrites", [])
+    return {found[(config.barred or 0) % len(found)]: "barred by the fuzzer"} if found else {}
+
+
+def rewrite(
+    traced: graphs.Traced,
+    config: Config,
+    record: GraphRecord,
+    until: str | None = None,
+    barred: dict[Rewrite, str] | None = None,
+) -> Context:
+    """Run the pipeline over a copy, as the backend does. Raises what passes raise, and `VerifierError`."""
+    work = Graph()
+    copies: dict[Any, Any] = {}
+    work.output(work.graph_copy(traced.graph, copies))
+    inputs = traced.graph.find_nodes(op="placeholder")
+    stored = frozenset(copies[list(inputs)[i]] for i in traced.stored) if config.stored else frozenset()
+    options = Options(strict=True, fuel=config.fuel, disable=config.disable)
+    context = _Watched(work, options, record, stored, holder=traced.module, barred=barred or {})
+    context.copied = {copy: node for node, copy in copies.items()}
+    for name, stage in STAGES.items():
+        context.stage = name
+        if name not in config.disable:
+            stage.run(work, context)
+            verify(context)
+            work.lint()
+            if config.twice and name in TWICE and config.fuel is None:
+                _again(name, stage, context)
+        if name == until:
+            return context
+    if config.disable or context.ended or barred:
+        context.stage = "spelled_out"
+        partial.finish(context)
+        verify(context)
+    work.eliminate_dead_code()
+    work.lint()
+    return context
+
+
+def _again(name: str, stage: Any, context: Context) -> None:
+    """A second run matches nothing, and is forgotten."""
+    record, matched = context.record, context.record.passes.get(name, 0)
+    linears, notes, matches = len(record.linears), len(record.notes), record.matches
+    stage.run(context.graph, context)
+    if record.passes.get(name, 0) != matched:
+        raise AssertionError(f"a second run of {name} matches")
+    del record.linears[linears:], record.notes[notes:]
+    record.matches = matches
+
+
+def _prove(context: Context) -> None:
+    """`verify` finds nothing, and the account of a group can be made."""
+    account(context)
+    said: list[str] = []
+    context.complain = said.append
+    context.stage = "verify"
+    proof.verify_rewrites(context)
+    context.graph.lint()
+    if said:
+        raise AssertionError(said[0])
+
+
+def records(context: Context, config: Config) -> str | None:
+    """What the record says that is not so."""
+    record = context.record
+    planned = [node for node in context.graph.nodes if node.op == "call_function" and node.target in OPS]
+    programs = sorted(str(node.args[2]) for node in planned)
+    if sorted(group.program for group in record.groups) != programs:
+        return f"records {[group.program for group in record.groups]} where {programs} are in the graph"
+    members = sum(len(Planned.parse(program).spec.projections) for program in programs)
+    fused = [entry for entry in record.linears if entry.status == "fused"]
+    if len(fused) != members or sum(len(group.members) for group in record.groups) != members:
+        return f"{len(fused)} linears are recorded as fused, {members} are"
+    for entry in record.linears:
+        if entry.status == "fused" and (entry.group is None or entry.reason):
+            return f"a fused linear with reason {entry.reason} and group {entry.group}"
+        if entry.status == "rejected" and entry.reason not in Reason.__members__:
+            return f"a linear was left alone for the reason {entry.reason}"
+    ours = {linear, operator_sum, operator_group, project, hoisted}
+    left = [node.name for node in context.graph.nodes if node.op == "call_function" and node.target in ours]
+    return f"{left} are no operations of torch's" if left else None
+
+
+# ---- answers ----------------------------------------------------------------------------------------------
+
+
+def compare(program: Program, traced: graphs.Traced, context: Context, config: Config) -> str | None:
+    """What is wrong with the rewritten graph's answers, and after which pass."""
+    # blocks that were merged have zeros beside them, and 0 · inf is no 0
+    spreads = "merge_blocks" in context.record.passes
+    wrong = _compare(program, traced, context.graph, config, spreads)
+    if wrong is None or context.barred:
+        return wrong
+    for name in STAGES:
+        if name not in config.disable:
+            partway = rewrite(traced, replace(config, twice=False), GraphRecord("bisect"), name)
+            if _compare(program, traced, partway.graph, config, spreads) is not None:
+                return f"after {name}: {wrong}"
+    return f"after all passes: {wrong}"
+
+
+def _compare(program: Program, traced: graphs.Traced, graph: Graph, config: Config, spreads: bool) -> str | None:
+    judgement = judge.Judgement()
+    for draw in range(judge.DRAWS):
+        batch: dict[str, int] = {}
+        if traced.symbols and draw % 2 and traced.shape_env and not traced.shape_env.guards:
+            apart = 0 if config.shared else 1
+            batch = {name: program.sizes[name] + 1 + apart * i for i, name in enumerate(traced.symbols)}
+        try:
+            theirs = _run(program, traced, traced.graph, config, draw, batch)
+        except RuntimeError:
+            if not batch:
+                raise
+            continue  # these sizes do not fit together
+        try:
+            ours = _run(program, traced, graph, config, draw, batch, truthful=draw == 0)
+        except Exception as error:
+            return f"the rewritten graph cannot be run: {type(error).__name__}: {error}"
+        exact = _run(program, traced, traced.graph, config, draw, batch, exact=True)
+        wrong = (judge.structure(ours, theirs) if draw < 2 else None) or judgement.add(ours, theirs, exact, spreads)
+        if wrong is not None:
+            return wrong
+        if judgement.doubt() is None and draw >= (1 if traced.symbols else 0):
+            return None
+    return judgement.doubt()
+
+
+def _run(
+    program: Program,
+    traced: graphs.Traced,
+    graph: Graph,
+    config: Config,
+    draw: int,
+    batch: dict[str, int],
+    exact: bool = False,
+    truthful: bool = False,
+) -> reference.Ran:
+    tensors: Sequence[torch.Tensor] = data.tensors(program, 1000 * config.seed + draw, config.way, batch)
+    if exact:
+        tensors = [t.double() if t.is_floating_point() else t for t in tensors]
+    numbers = traced.arguments(program, tensors, batch)
+    ran = reference.run(graph, traced.module, numbers, exact, truthful)
+    return reference.Ran(ran.outputs, list(tensors))
+
+
+def _cover(coverage: Coverage, program: Program, config: Config, record: GraphRecord) -> None:
+    for name in record.passes.keys() & STAGES.keys():
+        coverage.reach("pass", name)
+    for group in record.groups:
+        for plan, _ in Planned.parse(group.program).table.rows:
+            coverage.reach("plan", plan.partition("[")[0])
+    reasons = {entry.reason for entry in record.linears if entry.reason}
+    said = " ".join(record.notes)
+    reasons |= {reason.name for reason in Reason if f"{reason.name}:" in said or reason.value in said}
+    for name in sorted(reasons):
+        coverage.reach("reason", name)
+    for note in program.notes:
+        coverage.reach("block", note)
+    how = ["symbolic"] * bool(config.symbolic) + ["in place"] * (not program.functional)
+    how += ["fuel"] * (config.fuel is not None) + ["disable"] * bool(config.disable)
+    how += ["barred"] * (config.barred is not None) + [config.device, config.way]
+    for name in how:
+        coverage.reach("case", name)
