@@ -120,14 +120,14 @@ FAULTS: dict[str, Fault] = {
         "tests/runtime/test_ops.py",
     ),
     "a hoisted value outlives a write that the op sums up": Fault(
-        OP,
+        "runtime/hoisted.cpp",
         "    if (then.numbers != now.numbers && ",
         "    if (false && ",
         f"{SOURCES}::test_every_number_of_every_source_counts",
         unproven=A_CHANGE,
     ),
     "a hoisted value outlives a write that gemv sums up": Fault(
-        OP,
+        "runtime/hoisted.cpp",
         "if (sum >= 0 && sums[sum] != values[at]->states[i].numbers) return false;",
         "if (sum > 64) return false;",
         f"{SOURCES}::test_every_number_of_every_source_counts",

@@ -27,6 +27,8 @@ GUARD = 96
 """Elements of NaN on both sides of every tensor, which begins up to 63 elements further."""
 NUMBERS = ("normal", "large", "huge", "subnormal", "not finite", "zeros", "mixed")
 TORCH = {**DTYPES, "f64": torch.float64}
+TILES = ("triton: fused_tile", "triton: gemm_accumulate")
+"""Plans in which u meets a bf16 factor in bf16."""
 VECTORS = {"AVX-512": "", "AVX2": "#undef CPU_CAPABILITY_AVX512\n#define CPU_CAPABILITY_AVX2\n"}
 """What a kernel is built for, and the lines before its source that say so."""
 
@@ -80,7 +82,7 @@ class Call:
         x, operands = tensors(self)
         run = {"gemv": by_entry, "accumulate": by_entry, "op": by_op, "hoisted": by_hoisted}.get(self.plan, by_triton)
         got = run(self, x, operands)
-        wanted = answers(self.kernel, x, operands, "accumulate" in self.by, "fused_tile" in self.by)
+        wanted = answers(self.kernel, x, operands, "accumulate" in self.by, self.by in TILES)
         for i, (answer, y) in enumerate(zip(wanted, got, strict=True)):
             if fault := answer.fault(y):
                 return f"output {i} by {self.by}: {fault}"
