@@ -53,9 +53,10 @@ def finish(context: Context) -> None:
 
 
 def _unseen(context: Context, node: Node) -> bool:
-    """Whether it is a linear, as torch spells it, that no pass has seen."""
+    """Whether it is a linear, as torch spells it, that no pass has seen: one of the untouched graph's, and not what
+    `lower` spells of a linear that was left for a reason."""
     product = node.op == "call_function" and node.target in NEXT and of_parameters(args(node)[-1])
-    return product and context.record.linear(context.module_path(node)) is None
+    return product and node in context.copied and context.record.linear(context.module_path(node)) is None
 
 
 def _entries(context: Context, node: Node) -> list[LinearRecord]:

@@ -56,13 +56,13 @@ def read_only(*_, **__):
     raise OSError(errno.EROFS, "Read-only file system")
 
 
-def broken_emitter(spec, plans):
+def broken_emitter(*_):
     raise KeyError("broken emitter")
 
 
 INJECTED = {
     "emitter": (cpp, "emit", broken_emitter, "broken emitter"),
-    "emitter writes nonsense": (cpp, "emit", lambda spec, plans: f"int main( // {spec}", "failed on"),
+    "emitter writes nonsense": (cpp, "emit", lambda spec, *_: f"int main( // {spec}", "failed on"),
     "compiler refuses": (build, "_command", lambda *_: ["false"], "failed on"),
     "compiler vanished": (build, "_command", lambda *_: ["/no/such/compiler"], "no/such/compiler"),
     "disk full": (tempfile, "mkstemp", no_space, "No space left"),

@@ -111,7 +111,7 @@ def on_the_page() -> dict[tuple[str, str], list[str]]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| **"):
             group = cells[0].strip("*")
-        elif group:
+        elif group and line.startswith("|"):
             found[group, cells[0]] = cells[1:]
     return found
 

@@ -11,6 +11,7 @@ from gawscompile.passes import PIPELINE
 
 ROOT = Path(__file__).parent.parent
 
+HELPERS = {"activations", "context", "forms", "kept", "layouts", "matrices", "refusals", "sizes", "vectors"}
 PROGRAM = """
 import importlib, pathlib, pkgutil, torch
 import gawscompile.passes as passes
@@ -36,8 +37,9 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     sh(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT))
     (wheel,) = tmp_path.glob("*.whl")
     inside = zipfile.ZipFile(wheel).namelist()
-    kernels = [f"codegen/{name}.cpp" for name in ("vectors", "prelude", "modes")]
-    sources = ("runtime/dispatch.cpp", "passes/lower.py", *kernels)
+    kernels = [f"codegen/{name}.cpp" for name in ("vectors", "prelude", "modes", "checksum", "sums")]
+    runtime = [f"runtime/{name}.cpp" for name in ("dispatch", "hoisted", "unchanged")]
+    sources = ("passes/lower.py", *runtime, *kernels)
     for needed in (*sources, "data/lighthouse.txt", "data/dump.html"):
         assert f"gawscompile/{needed}" in inside
     assert not [name for name in inside if name.startswith(("tests/", "passes/", "benchmarks/"))]
@@ -46,7 +48,7 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     sh(python, "-m", "pip", "install", "--quiet", str(wheel))
     names = set(sh(python, "-c", PROGRAM).split())
     stages = {stage.__name__.rpartition(".")[2] for stage in PIPELINE}
-    assert names == stages | {"context", "forms", "kept", "layouts", "matrices", "vectors"}
+    assert names == stages | HELPERS
 
 
 def test_the_folder_by_its_bare_name_is_refused():
