@@ -53,28 +53,30 @@ def finish(context: Context) -> None:
 
 
 def _unseen(context: Context, node: Node) -> bool:
-    """Whether it is a linear, as torch spells it, that no pass has seen: one of the untouched graph's, and not what
-    `lower` spells of a linear that was left for a reason."""
+    """Whether it is a linear, as torch spells it, that no pass has seen."""
     product = node.op == "call_function" and node.target in NEXT and of_parameters(args(node)[-1])
-    return product and node in context.copied and context.record.linear(context.module_path(node)) is None
+    seen = "gaws_entries" in node.meta or context.record.linear(context.module_path(node)) is not None
+    return product and not seen
 
 
 def _entries(context: Context, node: Node) -> list[LinearRecord]:
     known = node.meta.get("gaws_entries")
     if known is not None or node.target is not linear:
         return known or []
-    entry = context.record.linear(context.module_path(node))
-    if entry is None:
+    path = context.module_path(node)  # that of others too, where no module tells them apart
+    entries = [entry for entry in context.record.linears if entry.path == path]
+    if not entries:
         weight = through_casts(args(node)[1])
-        entry = context.found(node, shape(weight), dtype(weight))
-    return [entry] if entry.reason in (None, Reason.FUEL.name) else []  # else a pass said why already
+        entries = [context.found(node, shape(weight), dtype(weight))]
+    # others are fused, or a pass said why not already
+    return [entry for entry in entries if entry.group is None and entry.reason in (None, Reason.FUEL.name)][:1]
 
 
 def _leave(context: Context, node: Node, entry: LinearRecord) -> None:
     stages = [stage for stage in NEXT[node.target] if stage in context.options.disable]
     failed = context.failure(node, NEXT[node.target])
-    if not (failed or stages or context.ended):
-        failed = next(iter(context.barred.values()))  # it would have been part of that
+    if not (failed or stages or context.ended):  # it would have been part of what failed, or is disabled
+        failed, stages = next(iter(context.barred.values()), None), list(context.options.disable)
     context.stage = failed.partition(",")[0] if failed else (stages or [context.ended])[0]
     if entry.group is not None:
         context.record.drop_group(entry.group)

@@ -101,6 +101,8 @@ class Values:
 
 def random(fake: Any, draw: int, generator: torch.Generator, activation: bool = False) -> Any:
     """A random value like `fake`: floats in fp64, representable in its dtype, so sized that ``W x`` is near 1."""
+    if isinstance(fake, torch.SymInt):
+        return _size(fake, draw)
     if not isinstance(fake, torch.Tensor):
         return fake
     sizes = [_size(size, draw) for size in fake.shape]

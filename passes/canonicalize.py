@@ -71,7 +71,7 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: Casts) -> N
             if context.allows(node):
                 _turn(graph, context, node, x, columns, casts)
             return
-    if not context.allows(node):
+    if _nothing_of_it(node) or not context.allows(node):
         return
     if bias is not None and not _plain(node, bias):
         node = _take_apart(graph, context, node)
@@ -176,7 +176,7 @@ def _unbatch(graph: Graph, context: Context, node: Node, casts: Casts) -> None:
     """A batched product with one matrix for all of the batch is a linear."""
     x, right = args(node)[-2:]
     weight = _one_matrix(graph, context, node, right)
-    if weight is None or not context.allows(node):
+    if weight is None or _nothing_of_it(node) or not context.allows(node):
         return
     if node.target is aten.baddbmm.default:
         with graph.inserting_before(node):
@@ -224,10 +224,17 @@ def _wide(node: Node) -> tuple[Any, ...]:
     return tuple(size for size in shape(node) if not same_size(size, 1))
 
 
+def _nothing_of_it(node: Node) -> bool:
+    """Whether a product is taken zero times: NaN and inf in it are then nothing too, where zero times them is NaN."""
+    return node.kwargs.get("alpha", 1) == 0
+
+
 def _affine(context: Context, c: Node, product: Node, node: Node) -> Node:
-    """``beta c + alpha product``."""
+    """``beta c + alpha product``; where beta is zero, c is not read, NaN or not."""
     if node.kwargs.get("alpha", 1) != 1:
         product = context.insert(aten.mul.Tensor, (product, node.kwargs["alpha"]), node, node.meta["val"])
+    if node.kwargs.get("beta", 1) == 0:
+        return product
     if node.kwargs.get("beta", 1) != 1:
         c = context.insert(aten.mul.Tensor, (c, node.kwargs["beta"]), node, c.meta["val"])
     return context.insert(aten.add.Tensor, (c, product), node, node.meta["val"])

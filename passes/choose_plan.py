@@ -121,6 +121,7 @@ def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> 
                     bias = context.insert(cast, (bias, dtype(x)), item, bias.meta["val"].to(dtype(x)))
                 reads = (*reads, bias)
             new = context.insert(linear, reads, item, empty_like(x, shape(item), dtype(item)))
+            new.meta["gaws_entries"] = []  # the group's are rejected
             if f"res{i}" in named:
                 new = context.insert(aten.add.Tensor, (named[f"res{i}"], new), item, new.meta["val"])
         context.replace(item, new)

@@ -242,8 +242,10 @@ def _folded(node: Any, forms: dict[Node, Form]) -> Form | None:
 
 def _small(product: Product) -> bool:
     """Whether a product goes through, or ends in, far fewer features than it starts from."""
-    narrowest = min((matrix.sizes[0] for matrix in product.matrices), default=None)
-    return isinstance(narrowest, int) and 4 * narrowest <= product.matrices[0].sizes[1]
+    if not product.matrices:
+        return False
+    sizes = [product.matrices[0].sizes[1], *(matrix.sizes[0] for matrix in product.matrices)]
+    return all(isinstance(size, int) for size in sizes) and 4 * min(sizes[1:]) <= sizes[0]
 
 
 def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:

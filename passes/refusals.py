@@ -106,6 +106,8 @@ def adapters_refusal(
             rank = p.matrices[0].sizes[0]
             if not 0 < rank <= min(base):
                 return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {base}"
+        elif p.matrices[-1].node.meta["val"].dim() == 1 and factors[-1].meta["val"].device.type != "cpu":
+            return Reason.DEVICE, "on a GPU no adapter ends with a vector"
         else:
             needed, dense = sum(f.multiplications for f in p.matrices), math.prod(base)
             if not 0 < needed < dense:

@@ -75,6 +75,9 @@ class Outcome:
     def failed(self) -> bool:
         return bool(self.kind)
 
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}" if self.failed else "right"
+
 
 def run(seed: int, coverage: Coverage) -> Failure | None:
     """One case. Raises only where the fuzzer itself is at fault."""
