@@ -123,11 +123,13 @@ class Checksum {
     return (Words)_mm512_aesenc_epi128((__m512i)state, (__m512i)words);
   }
 #else
-  // The turn brings the highest bits of either half of a long down to the lowest: a multiplication spreads a bit upwards
-  // alone, and sums of products would not see that two sign bits flip. Of all turns, 37 spreads a bit most evenly.
+  // The turn brings the highest bits of either half of a long down to the lowest, as a multiplication spreads a bit upwards
+  // alone; of all turns, 37 spreads a bit most evenly. The shift makes two bits of a highest one, which no multiplication
+  // spreads: it would be the sign of a number of the next line.
   static Words step(const Words& state, const Words& words, uint32_t odd) {
     const Longs longs = (Longs)state;
-    return (Words)(longs << 37 | longs >> 27) * odd + words;
+    const Words product = (Words)(longs << 37 | longs >> 27) * odd;
+    return (product ^ product >> 15) + words;
   }
 #endif
 };
