@@ -72,7 +72,8 @@ def _spell(graph: Graph, context: Context, node: Node) -> None:
             sizes = [_size(graph, context, node, x, d) for d in range(len(leading))]
             new = context.insert(aten.view.default, (new, [*sizes, n]), node, empty_like(x, shape(node), dtype(node)))
     product = args(new)[0] if len(leading) != 1 else new
-    product.meta["gaws_entries"] = node.meta.get("gaws_entries", [])  # it was seen
+    if "gaws_entries" in node.meta or context.record.linear(context.module_path(node)) is not None:
+        product.meta["gaws_entries"] = node.meta.get("gaws_entries", [])  # it was seen
     context.replace(node, new)
     context.erase(node)
 
