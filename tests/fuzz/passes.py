@@ -7,42 +7,33 @@ records tell what was fused, and now and then that a second run of a pass matche
 
 from __future__ import annotations
 
-import random
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
-import sympy
 import torch
 from torch.fx import Graph, Node
 
 from gawscompile import partial, proof
 from gawscompile.account import account
-from gawscompile.codegen import cache, triton
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile.codegen import triton
 from gawscompile.debug.records import GraphRecord, Reason
 from gawscompile.operators import linear, operator_group, operator_sum
 from gawscompile.operators.project import project
 from gawscompile.operators.recipe import hoisted
 from gawscompile.options import Options
-from gawscompile.passes import PIPELINE, choose_plan
 from gawscompile.passes.context import Context, Rewrite, verify
-from gawscompile.planning import cost, devices
-from gawscompile.planning.table import PlanTable
 from gawscompile.planning.table import Program as Planned
-from gawscompile.runtime import ops
 from gawscompile.runtime.ops import OPS
 from tests.fuzz import data, graphs, judge, reference
+from tests.fuzz.config import STAGES, Config, without_kernels
 from tests.fuzz.coverage import Coverage, Failure
 from tests.fuzz.programs import Program
 from tests.fuzz.shrink import shrink
 from tests.fuzz.structure import generate
 
 LEVEL = 1
-STAGES = {stage.__name__.rpartition(".")[2]: stage for stage in PIPELINE}
 TWICE = tuple(name for name in STAGES if name not in ("choose_plan", "recover_operators"))
 """The passes that match nothing when they run again. What has a plan cannot be planned anew; parts of a sum that was
 left as it was for one of them may be sums once that one is settled."""
@@ -70,73 +61,6 @@ MUST_REACH: dict[str, frozenset[str]] = {
     ),
 }
 """The other reasons need gradients, a missing compiler, Dynamo, or a failure."""
-
-CPUS = tuple(
-    devices._cpu(2, *kind)
-    for kind in (
-        ("AuthenticAMD", "26", "AVX512", "dot"),
-        ("AuthenticAMD", "25", "AVX512", "dot"),
-        ("GenuineIntel", "6", "AVX512", "amx"),
-        ("GenuineIntel", "6", "AVX2", ""),
-    )
-)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a program is compiled and called."""
-
-    seed: int = 0
-    device: str = "cpu"
-    plans: str = "any"
-    """``any``: a random table of the plans that can run a group; else the name of a device that it is planned for."""
-
-    symbolic: tuple[str, ...] = ()
-    shared: bool = False
-    fuel: int | None = None
-    disable: tuple[str, ...] = ()
-    barred: int | None = None
-    """Which of its rewrites may not go ahead, as one that failed (`gawscompile.containment`)."""
-
-    stored: bool = True
-    """Whether Dynamo would know parameters for what they are."""
-
-    one_module: bool = False
-    """Whether all nodes are of one module (else none has a name)."""
-
-    way: str = "plain"
-    """How numbers are drawn (`data.WAYS`)."""
-
-    twice: bool = False
-    proven: bool = False
-
-    @staticmethod
-    def of(seed: int, program: Program) -> Config:
-        rng = random.Random(f"config {seed}")
-        choice = rng.random()
-        cut = choice < 0.2  # a part of the pipeline, which is spelled out by tracing: no fake tensor computes on a GPU
-        gpu = not cut and rng.random() < 0.25
-        names = [gpu.name for gpu in devices.GPUS.values()] if gpu else [cpu.name for cpu in CPUS]
-        return Config(
-            seed=seed,
-            device="cuda" if gpu else "cpu",
-            plans=rng.choice(names) if rng.random() < 0.1 else "any",
-            symbolic=tuple(graphs.may_be_symbolic(program)) if rng.random() < 0.08 else (),
-            shared=rng.random() < 0.5,
-            fuel=rng.randrange(12) if choice < 0.08 else None,
-            disable=tuple(rng.sample(sorted(STAGES), rng.choice((1, 1, 2)))) if 0.08 < choice < 0.16 else (),
-            barred=rng.randrange(20) if 0.16 < choice < 0.2 else None,
-            stored=rng.random() < 0.95,
-            one_module=rng.random() < 0.3,
-            way=rng.choice(data.WAYS),
-            twice=rng.random() < 0.15,
-            proven=rng.random() < 0.05,
-        )
-
-    def __str__(self) -> str:
-        default = Config()
-        said = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
-        return f"Config({', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
 
 @dataclass
@@ -179,7 +103,7 @@ def check(program: Program, config: Config) -> Outcome:
         for node in traced.graph.nodes:
             node.meta["nn_module_stack"] = {"self": ("L['self']", torch.nn.Module)}
     outcome = Outcome()
-    with _without_kernels(config):
+    with without_kernels(config):
         guards = len(traced.shape_env.guards) if traced.shape_env else 0
         try:
             barred = _barred(traced, config) if config.barred is not None else {}
@@ -195,38 +119,6 @@ def check(program: Program, config: Config) -> Outcome:
             fault = f"a pass added the guard {traced.shape_env.guards[-1].expr}"
         fault = fault or compare(program, traced, context, config)
     return outcome if fault is None else replace(outcome, kind="wrong", message=fault)
-
-
-@contextmanager
-def _without_kernels(config: Config) -> Iterator[None]:
-    """Nothing is built; groups are planned as `config` says."""
-    known = devices.GPUS | {cpu.name: cpu for cpu in CPUS}
-    device = known.get(config.plans) or (devices.GPUS["H100"] if config.device == "cuda" else CPUS[0])
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ops, "prepare", lambda program: None))
-        stack.enter_context(mock.patch.object(devices, "of", lambda kind: device))
-        stack.enter_context(mock.patch.object(proof, "_kernel_fault", lambda *_: None))
-        if config.plans == "any":
-
-            def planned(spec: KernelSpec, device: Any) -> cost.Planned:
-                return _any_plans(spec, config)
-
-            stack.enter_context(mock.patch.object(choose_plan, "plan", planned))
-        yield
-
-
-def _any_plans(spec: KernelSpec, config: Config) -> cost.Planned:
-    rng = random.Random(f"{config.seed} {spec}")
-    if config.device == "cuda":
-        names = [str(plan) for plan in triton.plans(spec)]
-    else:
-        library = all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections)
-        names = ["gemv_cpp", *["gemm_accumulate"] * library]
-    chosen = rng.sample(names, min(len(names), rng.choice((1, 2, 3))))
-    bounds = sorted(rng.sample(range(1, 9), len(chosen) - 1))
-    table = PlanTable(tuple(zip(chosen, (*bounds, None), strict=True)))
-    emitter = "triton" if config.device == "cuda" else "cpp"
-    return cost.Planned(table, emitter, cache.digest(str(spec))[:12], {name: sympy.Float(1e-6) for name in names})
 
 
 # ---- the pipeline -----------------------------------------------------------------------------------------

@@ -60,6 +60,26 @@ def test_batch_and_sequence_of_one_length(name):
         right(captured)
 
 
+class Positions(torch.nn.Module):
+    """A length that seems free until something of one length is added: every symbol of it is settled then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.w = torch.nn.Parameter(make(5, K)), torch.nn.Parameter(make(K, K))
+        self.a, self.b = torch.nn.Parameter(make(R, K)), torch.nn.Parameter(make(K, R))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat = adapted(x[0], self.w, self.a, self.b) + self.positions
+        batched = torch.bmm(x, self.w.T.expand(2, K, K)) + self.positions
+        return flat, batched, self.w @ x[0].T + self.positions.T, adapted(x, self.w, self.a, self.b) * self.positions
+
+
+def test_a_length_that_is_settled_later():
+    captured = capture(Positions(), make(2, 5, K), dynamic=True)
+    context = right(captured)
+    assert sum(entry.adapters for entry in context.record.linears) == 2
+
+
 def test_sizes_that_are_equal_are_known_to_be():
     env = ShapeEnv()
     symbolic = StatelessSymbolicContext([DimDynamic.DYNAMIC] * 2)
@@ -85,14 +105,15 @@ def test_two_factors_of_a_kronecker_adapter_on_a_quantised_base():
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_kronecker_adapter_on_what_another_linear_makes(adapter):
-    def function(x, v, w, g, a, b):
-        y = adapted(x, v, a, b) if adapter else F.linear(x, v)
-        delta = 0.5 * (y.unflatten(-1, (4, 4)) @ g.T).flatten(-2)
-        return torch.bmm(y[None], w.T[None]) + delta, F.linear(y, w) - delta
+    """The sum broadcasts and stays; its parts are projections, and so is what they read."""
 
-    captured = capture(function, make(3, 16), make(16, 16), make(16, 16), make(4, 4), make(R, 16), make(16, R))
-    context = right(captured)
-    assert all(entry.status == "fused" for entry in context.record.linears)
+    def function(x, v, w, g, u, a, b):
+        y = adapted(x, v, a, b) if adapter else F.linear(x, v)
+        return (torch.bmm(y[None], w.T.T[None]) + 0.5 * (y.unflatten(-1, (4, 4)) @ g.T).flatten(-2)) @ u.T
+
+    inputs = make(3, 16), make(16, 16), make(16, 16), make(4, 4), make(16, 16), make(R, 16), make(16, R)
+    context = right(capture(function, *inputs))
+    assert len(context.record.linears) == 4 and all(entry.status == "fused" for entry in context.record.linears)
 
 
 def test_a_narrow_product_and_its_views_that_several_read():
