@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow fuzz lint bench clean
+.PHONY: demo test test-slow fuzz faults lint bench clean
 
 demo: $(STAMP)            ## real weights, a LoRA trained on the spot, three compilers side by side (about 5 minutes)
 	$(BIN)/python -m gawscompile.demo
@@ -29,6 +29,9 @@ SECONDS ?= 60
 
 fuzz: $(STAMP)            ## random programs beside eager and fp64, on all levels together for SECONDS=60
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
+
+faults: $(STAMP)          ## plants each fault of tests/faults.py, and says who notices
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.planted
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
