@@ -226,7 +226,7 @@ def _wide(node: Node) -> tuple[Any, ...]:
 
 def _nothing_of_it(node: Node) -> bool:
     """Whether a product is taken zero times: NaN and inf in it are then nothing too, where zero times them is NaN."""
-    return node.kwargs.get("alpha", 1) == 0
+    return bool(node.kwargs.get("alpha", 1) == 0)
 
 
 def _affine(context: Context, c: Node, product: Node, node: Node) -> Node:
