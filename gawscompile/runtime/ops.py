@@ -122,7 +122,7 @@ def _resolve(text: bytes) -> int | None:
     """Called by the dispatcher for a program that it does not know. Returns an error message's address, or None."""
     try:
         register(text.decode())
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too: what is raised into C++ is no answer that it can read
         message = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
         _kept.append(message)  # C++ reads it after we return
         return ctypes.addressof(message)
