@@ -1,4 +1,4 @@
-"""What `tests.fuzz` found, shrunk: each of these programs once had a wrong answer, a pass that raised, or a new guard."""
+"""What `tests.fuzz` found, shrunk: each program once had a wrong answer, a pass that raised, or a guard too many."""
 
 from __future__ import annotations
 
