@@ -184,7 +184,11 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
             assert origin is not None
             source = through_casts(origin)
             if source not in old.known:
-                old.known[source] = random(narrowest[source], draw, generator, source is x)
+                between = _determined(source, old)
+                if between is None:
+                    old.known[source] = random(narrowest[source], draw, generator, source is x)
+                else:
+                    old.run(between)
             old.known[origin] = new.known[node] = old.known[source]
         old.join()
         wanted = [context.stands_for[node] for node in rewrite.nodes]
@@ -203,6 +207,14 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
         except Exception as error:
             return f"draw {draw}: cannot be run: {type(error).__name__}: {error}"
     return None
+
+
+def _determined(source: Node, values: Values) -> list[Node] | None:
+    """The nodes that `source` is computed by from values that are known, if those determine it: a draw of its own would
+    contradict them."""
+    known = values.known
+    between, ends = cone([source], lambda n: n in known or n.op != "call_function")
+    return between if ends and all(end in known for end in ends) else None
 
 
 def _narrower(a: Any, b: Any) -> Any:

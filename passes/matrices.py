@@ -50,22 +50,21 @@ class Factor(NamedTuple):
         return self.whole and len(shape(self.node)) == 2
 
     @property
-    def sizes(self) -> tuple[Any, ...]:
-        """(rows, columns) of the whole."""
+    def own(self) -> tuple[Any, Any]:
+        """(rows, columns) of M."""
         rows, columns = (*shape(self.node), *shape(self.node))[:2] if len(shape(self.node)) == 1 else shape(self.node)
-        rows, columns = (columns, rows) if self.turned else (rows, columns)
-        return rows * self.before * self.after, columns * self.before * self.after
+        return (columns, rows) if self.turned else (rows, columns)
 
     @property
-    def columns(self) -> Any:
-        """Of M."""
-        return self.sizes[1] // (self.before * self.after)
+    def sizes(self) -> tuple[Any, ...]:
+        """(rows, columns) of the whole."""
+        return tuple(size * self.before * self.after for size in self.own)
 
     @property
     def multiplications(self) -> Any:
         """For one token."""
-        rows, columns = self.sizes
-        return columns if len(shape(self.node)) == 1 else rows * columns // (self.before * self.after)
+        rows = 1 if len(shape(self.node)) == 1 else self.own[0]
+        return rows * self.sizes[1]
 
 
 class Inverse(NamedTuple):
@@ -191,7 +190,7 @@ def _kronecker(node: Node, w1: Node, w2: Node) -> tuple[tuple[Product, ...], tup
     ]
     if len(q.matrices) > 1:  # (I_a ⊗ w2a)(w1 ⊗ I_r)(I_b ⊗ w2b)
         inner, last = q._replace(matrices=q.matrices[:-1]), q._replace(matrices=q.matrices[-1:])
-        orders.append((*modes(inner, b, 1), *modes(p, 1, last.matrices[0].columns), *modes(last, a, 1)))
+        orders.append((*modes(inner, b, 1), *modes(p, 1, last.matrices[0].own[1]), *modes(last, a, 1)))
     matrices = min(orders, key=lambda order: sum(factor.multiplications for factor in order))
     return (Product(matrices, node, p.scale.times(q.scale)),), (*left[1], *right[1], node)
 

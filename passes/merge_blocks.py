@@ -15,7 +15,8 @@ after::
 
 A' and B' are block-diagonal, the rows of A' in the order in which the permutation deals every block's ranks out to all.
 `recover_operators` makes a low-rank term of them and `hoist_weights` has them computed once. They hold k times the
-numbers of A and B, so wide ones are left alone; so are all on a GPU, where nothing is hoisted.
+numbers of A and B, so wide ones are left alone; so are all on a GPU, where nothing is hoisted. Where A or B holds inf
+or NaN, so do features of other blocks then: a zero times that is NaN.
 
 Which features end up where is followed through views and permutations axis by axis, not matched by spelling.
 """

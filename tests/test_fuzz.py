@@ -150,8 +150,10 @@ def test_symbols_are_symbols():
     for program in programs:
         names = graphs.may_be_symbolic(program)
         traced = graphs.trace(program, symbolic=names)
-        sizes = {str(size) for node in traced.graph.find_nodes(op="placeholder") for size in _shape(node)}
-        assert {str(symbol) for symbol in traced.symbols.values()} <= sizes and len(traced.symbols) == len(names)
+        inputs = list(traced.graph.find_nodes(op="placeholder"))
+        symbols = {str(node.meta["val"]) for node in inputs if isinstance(node.meta["val"], torch.SymInt)}
+        assert sorted(traced.symbols) == sorted(names) and len(symbols) == len(set(traced.symbols.values()))
+        assert symbols <= {str(size) for node in inputs for size in _shape(node)}
 
 
 def _shape(node: torch.fx.Node) -> tuple:

@@ -47,7 +47,11 @@ def _level(level: int, given: Any, seconds: float | None) -> list[Failure]:
     while (given.cases is None or cases < given.cases) and len(failures) < given.failures:
         if seconds is not None and time.monotonic() - start > seconds:
             break
-        failure = module.run(given.seed + cases, coverage)
+        try:
+            failure = module.run(given.seed + cases, coverage)
+        except Exception:
+            print(f"level {level}, seed {given.seed + cases}: the fuzzer itself is at fault", flush=True)
+            raise
         cases += 1
         if failure is not None:
             failures.append(failure)

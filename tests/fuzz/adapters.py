@@ -357,7 +357,7 @@ KINDS: list[tuple[Callable[[Draft, str, str], str], float]] = [
     (_vera, 1),
     (_hadamard, 1),
     (_kron, 2),
-    (_gaws, 2),
+    (_gaws, 3),
     (_blocks, 2),
     (_rotated, 0.5),
     (_on_a_product, 1),

@@ -213,7 +213,7 @@ SPELLINGS: list[tuple[Callable[[Draft, str, str], str], float]] = [
     (_on_columns, 1),
     (_batched, 1),
     (_cast_weight, 1),
-    (_in_fp64, 0.7),
+    (_in_fp64, 1.2),
     (_quantised, 1.5),
     (_computed, 1),
     (_strided, 0.7),

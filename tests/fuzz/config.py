@@ -67,7 +67,7 @@ class Config:
         rng = random.Random(f"config {seed}")
         choice = rng.random()
         cut = choice < 0.2  # a part of the pipeline, which is spelled out by tracing: no fake tensor computes on a GPU
-        gpu = not cut and rng.random() < 0.25
+        gpu = not cut and rng.random() < 0.35
         names = [gpu.name for gpu in devices.GPUS.values()] if gpu else [cpu.name for cpu in CPUS]
         return Config(
             seed=seed,

@@ -32,19 +32,18 @@ DECOMPOSITIONS = select_decomp_table()
 
 @dataclass
 class Traced:
-    """A program's graph. `symbols`: the sizes that are symbols in it; `inputs` counts its placeholders for tensors."""
+    """A program's graph. `symbols`: the sizes that are symbols in it, each with the number of its placeholder; those of
+    tensors come after."""
 
     graph: Graph
     module: Any
     stored: list[int]
-    symbols: dict[str, Any]
+    symbols: dict[str, int]
     shape_env: ShapeEnv | None = None
 
     def arguments(self, program: Program, tensors: Sequence[torch.Tensor], batch: dict[str, int]) -> list[Any]:
         """What the graph takes, for tensors whose symbolic sizes are those of `batch`."""
-        numbers: dict[Any, int] = {}
-        for name, symbol in self.symbols.items():
-            numbers.setdefault(symbol, batch.get(name, program.sizes[name]))
+        numbers = {place: batch.get(name, program.sizes[name]) for name, place in self.symbols.items()}
         return [*numbers.values(), *tensors]
 
 
@@ -229,8 +228,7 @@ def _whole(program: Program, device: str, symbolic: Sequence[str], shared: bool)
         for node in graph.nodes:
             node.meta["val"] = tree_map_only(torch.Tensor, functools.partial(_on, mode, device), node.meta.get("val"))
     stored = [len(numbers) + i for i, one in enumerate(program.inputs) if one.stored]
-    by_expression = {name: str(symbol) for name, symbol in symbols.items()}
-    return Traced(graph, module, stored, by_expression, shape_env)
+    return Traced(graph, module, stored, {name: places[id(s)] for name, s in symbols.items()}, shape_env)
 
 
 def _on(mode: FakeTensorMode, device: str, value: torch.Tensor) -> torch.Tensor:

@@ -85,9 +85,9 @@ class Judgement:
     errors: dict[str, _Errors] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
-    def add(self, ours: Ran, theirs: Ran, exact: Ran, spreads: bool = False) -> str | None:
-        """One more draw. Returns what is wrong however many draws there are: integers, NaN, inf. `spreads`: NaN may be
-        in more places than the original has it."""
+    def add(self, ours: Ran, theirs: Ran, exact: Ran, spread: bool = False, vanish: bool = False) -> str | None:
+        """One more draw. Returns what is wrong however many draws there are: integers, NaN, inf. `spread` and `vanish`:
+        NaN and inf may be where the original has none, and need not be where it has them."""
         for name, got, want, ref in _numbers(ours, theirs, exact):
             if not want.is_floating_point():
                 if not torch.equal(got, want):
@@ -95,8 +95,8 @@ class Judgement:
                 continue
             limit = torch.finfo(want.dtype).max
             finite = ref.isfinite() & (ref.abs() < limit)
-            lost = got.isfinite() & ~want.isfinite() & ~finite
-            made = ~got.isfinite() & want.isfinite() & finite & (not spreads)
+            lost = got.isfinite() & ~want.isfinite() & ~finite & (not vanish)
+            made = ~got.isfinite() & want.isfinite() & finite & (not spread)
             if lost.any() or made.any():
                 which = lost if lost.any() else made
                 values = (t[which].flatten()[0].item() for t in (got, want, ref))

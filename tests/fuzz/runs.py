@@ -28,7 +28,8 @@ from gawscompile.planning.table import Program as Planned
 from tests.actions import GROUPS, Call, ids, small
 from tests.fuzz import data, graphs, judge, reference
 from tests.fuzz.coverage import Coverage, Failure
-from tests.fuzz.programs import Program, generate
+from tests.fuzz.programs import Program
+from tests.fuzz.structure import generate
 from tests.passes.test_choose_plan import FAST_LIBRARY
 
 LEVEL = 3

@@ -285,7 +285,7 @@ def _outputs(draft: Draft, live: list[str]) -> list[str]:
     outputs = [live[-1]]
     tensors = [step.name for step in draft.steps if isinstance(draft.scope[step.name], torch.Tensor)]
     outputs += draft.rng.sample(tensors, min(len(tensors), draft.pick(0, 0, 0, 1, 2)))
-    if draft.chance(0.3):
+    if draft.chance(0.4):
         with draft.attempt("view returned"):
             outputs.append(_seen(draft, draft.pick(*outputs)))
     if draft.chance(0.1):
@@ -300,6 +300,7 @@ def _outputs(draft: Draft, live: list[str]) -> list[str]:
 def _seen(draft: Draft, y: str) -> str:
     return draft.let(
         draft.pick(
+            f"{y}.clone()",
             f"{y}.clone()",
             f"{y}.clone()",
             f"{y}[..., :2]",

@@ -1,4 +1,4 @@
-"""What `tests.fuzz` found, shrunk: each program once had a wrong answer, a pass that raised, or a new guard."""
+"""What `tests.fuzz` found, shrunk: each program once had a wrong answer, a pass that raised, or a guard too many."""
 
 from __future__ import annotations
 
@@ -134,7 +134,43 @@ FOUND: dict[str, tuple[Program, Config]] = {
         ),
         Config(disable=("group_siblings", "hoist_weights")),
     ),
-    # the proof of a rewrite knows the sizes that it does not compute
+    "a Kronecker product with a factor of rank zero": (
+        program(
+            {"x0": (("d1",), F32), "p1": (("6", "2"), F32), "p2": (("4", "d0"), F32), "p3": (("d0", "6"), F32)},
+            """
+            v0 = torch.kron(p1, p2 @ p3)
+            v1 = F.linear(x0, v0)
+            """,
+            "v1",
+            d0=0,
+            d1=12,
+        ),
+        Config(),
+    ),
+    # the proof of a rewrite draws what stands alone, and computes what is made of that
+    "a weight that is one linear's, and its factors another's": (
+        program(
+            {
+                "x0": (("d0", "d1"), F16),
+                "p1": (("d1", "d1"), F16),
+                "p2": (("8", "2"), F16),
+                "p3": (("1", "d0"), F16),
+                "p4": (("d0", "4"), F16),
+            },
+            """
+            v0 = F.linear(x0, p1)
+            v1 = torch.kron(p2, p3 @ p4)
+            v2 = F.linear(x0, v1)
+            v3 = v0 + v2
+            """,
+            "v2",
+            "v3",
+            d0=1,
+            d1=8,
+        ),
+        Config(device="cuda", proven=True),
+    ),
+    # … and knows the sizes that it does not compute
     "a sum over any number of tokens, proven": (
         program(
             {
