@@ -43,13 +43,13 @@ def finish(context: Context) -> None:
     for node in list(context.graph.nodes):
         if node.op == "call_function" and node.target in (linear, operator_sum, operator_group, project):
             for entry in _entries(context, node):
-                _leave(context, node, entry)
+                _leave(context, entry, _cause(context, node) or _consequence(context))
             _spell_out(context, node)
         elif node.op == "call_function" and node.target is hoisted:
             _spell_out(context, node)
-        elif _unseen(context, node):
+        elif _unseen(context, node) and (cause := _cause(context, node)):
             sizes = (shape(node)[-1], shape(args(node)[-2])[-1])
-            _leave(context, node, context.found(node, sizes, dtype(node)))
+            _leave(context, context.found(node, sizes, dtype(node)), cause)
 
 
 def _unseen(context: Context, node: Node) -> bool:
@@ -72,20 +72,33 @@ def _entries(context: Context, node: Node) -> list[LinearRecord]:
     return [entry for entry in entries if entry.group is None and entry.reason in (None, Reason.FUEL.name)][:1]
 
 
-def _leave(context: Context, node: Node, entry: LinearRecord) -> None:
-    stages = [stage for stage in NEXT[node.target] if stage in context.options.disable]
-    failed = context.failure(node, NEXT[node.target])
-    if not (failed or stages or context.ended):  # it would have been part of what failed, or is disabled
-        failed, stages = next(iter(context.barred.values()), None), list(context.options.disable)
-    context.stage = failed.partition(",")[0] if failed else (stages or [context.ended])[0]
+Cause = tuple[str, Reason, str]
+"""A stage, and why it did not go on with a node."""
+
+
+def _cause(context: Context, node: Node) -> Cause | None:
+    if failed := context.failure(node, NEXT[node.target]):
+        return failed.partition(",")[0], Reason.INTERNAL_ERROR, failed
+    if stages := [stage for stage in NEXT[node.target] if stage in context.options.disable]:
+        return stages[0], Reason.DISABLED, f"options={{'disable': {stages}}}"
+    if context.ended:
+        how = f"{context.options.fuel} rewrites went ahead, the last in {_last(context)}"
+        return context.ended, Reason.FUEL, how
+    return None
+
+
+def _consequence(context: Context) -> Cause:
+    """Where nothing was to be done with a node itself: it would have been a part of what failed, or is disabled."""
+    if failed := next(iter(context.barred.values()), None):
+        return failed.partition(",")[0], Reason.INTERNAL_ERROR, failed
+    return context.options.disable[0], Reason.DISABLED, f"options={{'disable': {list(context.options.disable)}}}"
+
+
+def _leave(context: Context, entry: LinearRecord, cause: Cause) -> None:
+    context.stage, reason, detail = cause
     if entry.group is not None:
         context.record.drop_group(entry.group)
-    if failed:
-        context.reject(entry, Reason.INTERNAL_ERROR, failed)
-    elif stages:
-        context.reject(entry, Reason.DISABLED, f"options={{'disable': {stages}}}")
-    else:
-        context.reject(entry, Reason.FUEL, f"{context.options.fuel} rewrites went ahead, the last in {_last(context)}")
+    context.reject(entry, reason, detail)
 
 
 def _last(context: Context) -> str:

@@ -1,9 +1,9 @@
 """The compiler, top to bottom. Reading `PIPELINE` is reading what happens to a graph.
 
 Each pass is a module with one function, ``run(graph, context)``, that edits the graph in place, records what it
-matched and what it rejected, and may count on what the passes before it establish. Before it applies a match it asks
-``context.allows``, so that fuel can end between any two. To add one: a file here, a test in ``tests/passes/``, a line
-below.
+matched and what it rejected, and may count on what the passes before it establish. Before it looks for a match at a
+node it asks ``context.looks_at``, before it applies one ``context.allows``, so that fuel can end between any two and
+what raises is known by name and can be left out. To add one: a file here, a test in ``tests/passes/``, a line below.
 """
 
 if __name__ == "passes":

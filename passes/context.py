@@ -240,9 +240,10 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 def is_cast(node: Any) -> bool:
     """Whether `node` is a cast that only rounds or widens. One to float8 quantises: another number comes back."""
-    if not is_call(node, *CASTS) or value(node) is None or value(args(node)[0]) is None:
+    made, source = (value(node), value(args(node)[0])) if is_call(node, *CASTS) else (None, None)
+    if made is None or source is None or made.device != source.device:
         return False
-    return {dtype(node), dtype(args(node)[0])} <= ROUNDING
+    return {made.dtype, source.dtype} <= ROUNDING
 
 
 def through_casts(node: Any) -> Any:

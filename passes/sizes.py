@@ -51,7 +51,10 @@ def _divided(expression: sympy.Expr) -> sympy.Expr:
     """The same with every division that leaves nothing over carried out: ``s**2 // s`` is s."""
 
     def quotient(over: sympy.Expr, under: sympy.Expr) -> sympy.Expr:
-        exact = sympy.cancel(over / under)
+        try:
+            exact = sympy.cancel(over / under)
+        except sympy.PolynomialError:
+            return FloorDiv(over, under)
         return exact if exact.is_integer else FloorDiv(over, under)
 
     return expression.replace(FloorDiv, quotient)
