@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__VAES__) && defined(__AVX512F__)
+#if defined(__AES__)
 #include <immintrin.h>
 #endif
 
@@ -22,32 +22,47 @@ class Checksum {
   static constexpr int64_t COLUMNS = 8;
 #endif
 
-  typedef uint32_t Words __attribute__((vector_size(STEP)));
-  typedef uint64_t Longs __attribute__((vector_size(STEP)));
+#if defined(__VAES__) && defined(__AVX512F__)
+  typedef uint32_t Words __attribute__((vector_size(64)));
+#else
+  typedef uint32_t Words __attribute__((vector_size(16)));
+#endif
+  static constexpr size_t PARTS = STEP / sizeof(Words);
+
+  struct Line {
+    Words parts[PARTS];
+  };
 
   // A unit while it is read. One to one in what a step adds: where one word differs, so does what comes of it.
   struct Unit {
-    Words chains[CHAINS];
+    Line chains[CHAINS];
 
     explicit Unit(uint64_t number) {
-      for (size_t c = 0; c < CHAINS; ++c) chains[c] = (LANES + uint32_t(c << 8)) * (ODD + 2 * uint32_t(number));
+      for (size_t c = 0; c < CHAINS; ++c) {
+        chains[c] = lanes();
+        for (Words& part : chains[c].parts) part = (part + uint32_t(c << 8)) * (ODD + 2 * uint32_t(number));
+      }
     }
     // The line at `place`: the first, second … of a unit; the bytes beyond `count` are zero.
     void line(size_t place, const void* data) {
-      Words words;
+      Line words;
       std::memcpy(&words, data, STEP);
-      chains[place % CHAINS] = step(chains[place % CHAINS], words, ODD);
+      step(chains[place % CHAINS], words, ODD);
     }
     void line(size_t place, const void* data, size_t count) {
-      Words words{};
+      Line words{};
       std::memcpy(&words, data, count);
-      chains[place % CHAINS] = step(chains[place % CHAINS], words, ODD);
+      step(chains[place % CHAINS], words, ODD);
     }
   };
 
   void add(const Unit& unit) {
-    const Words all = step(mixed(unit.chains[0]), unit.chains[1], LAST);
-    sum += (Longs)step(mixed(all), LANES, LAST);
+    Line all = unit.chains[0];
+    mix(all);
+    step(all, unit.chains[1], LAST);
+    mix(all);
+    step(all, lanes(), LAST);
+    for (size_t p = 0; p < PARTS; ++p) sums[p] += (Longs)all.parts[p];
   }
 
   __attribute__((noinline)) void add(const void* data, size_t bytes, uint64_t number) {
@@ -99,28 +114,44 @@ class Checksum {
   // As a number that adds up too: a polynomial whose coefficients are the lanes.
   uint64_t folded() const {
     uint64_t all = 0;
-    for (size_t i = 0; i < STEP / sizeof all; ++i) all = all * ODD64 + sum[i];
+    for (const Longs& sum : sums)
+      for (size_t i = 0; i < sizeof sum / sizeof all; ++i) all = all * ODD64 + sum[i];
     return all;
   }
 
  private:
+  typedef uint64_t Longs __attribute__((vector_size(sizeof(Words))));
+
   static constexpr size_t AHEAD = 4 << 10;  // bytes that are asked for into the second cache
   static constexpr uint32_t ODD = 0x9E3779B1u, LAST = 0x85EBCA6Bu;  // the last steps are none of a chain's own
   static constexpr uint64_t ODD64 = 0x9E3779B97F4A7C15u;
-  static constexpr Words LANES = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
 
-  Longs sum = {};
+  Longs sums[PARTS] = {};
 
-  // Apart by more than a few steps, so that two chains' differences do not meet as equals.
-  static Words mixed(Words state) {
-    for (int times = 0; times < 3; ++times) state = step(state, LANES, LAST);
-    return state;
+  static Line lanes() {
+    constexpr uint32_t numbers[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+    Line line;
+    std::memcpy(&line, numbers, sizeof line);
+    return line;
   }
 
-#if defined(__VAES__) && defined(__AVX512F__)
+  // Apart by more than a few steps, so that two chains' differences do not meet as equals.
+  static void mix(Line& state) {
+    for (int times = 0; times < 3; ++times) step(state, lanes(), LAST);
+  }
+
+  static void step(Line& state, const Line& words, uint32_t odd) {
+    for (size_t p = 0; p < PARTS; ++p) state.parts[p] = step(state.parts[p], words.parts[p], odd);
+  }
+
+#if defined(__AES__)
   // A round of AES, in which every byte of the state goes through a table and into four others: one instruction.
   static Words step(const Words& state, const Words& words, uint32_t) {
+#if defined(__VAES__) && defined(__AVX512F__)
     return (Words)_mm512_aesenc_epi128((__m512i)state, (__m512i)words);
+#else
+    return (Words)_mm_aesenc_si128((__m128i)state, (__m128i)words);
+#endif
   }
 #else
   // The turn brings the highest bits of either half of a long down to the lowest, as a multiplication spreads a bit upwards
