@@ -1,0 +1,46 @@
+"""The two ways in which people compile with us, for tests that try both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import gawscompile
+from gawscompile.debug.records import GraphRecord
+from gawscompile.debug.store import RECORDS
+from gawscompile.guards import inference_guards
+
+OPTIONS = {"strict": True}
+WAYS = ("torch.compile", "gawscompile.compile")
+
+
+def compiled(way: str, model: Any, **settings: Any) -> Any:
+    """A module or a function, compiled in one of the `WAYS`."""
+    if way == "torch.compile":
+        return torch.compile(model, backend="gaws", options=OPTIONS, **settings)
+    return gawscompile.compile(model, options=OPTIONS, **settings)
+
+
+def settings(way: str) -> dict[str, Any]:
+    """What others hand to torch.compile for us (`accelerate`, ``module.compile``) to have the same."""
+    more = {} if way == "torch.compile" else {"guard_filter_fn": inference_guards}
+    return {"backend": "gaws", "options": {**OPTIONS, **more}}
+
+
+@contextmanager
+def fusing(adapted: int | None = None) -> Iterator[None]:
+    """What runs inside compiles, and adapters are fused; `adapted`: so many of them in every graph that has linears
+    with one."""
+    mark = len(RECORDS)
+    yield
+    counts = [fused(record) for record in RECORDS.since(mark)]
+    assert any(counts)
+    assert adapted is None or set(counts) <= {0, adapted}, counts
+
+
+def fused(record: GraphRecord) -> int:
+    """Linears of a graph that run in a generated kernel, adapter and all."""
+    return sum(entry.status == "fused" and entry.adapters > 0 for entry in record.linears)
