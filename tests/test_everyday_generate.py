@@ -25,6 +25,7 @@ def forgetful_dynamo():
 @pytest.fixture(scope="module", params=WAYS)
 def pair(request):
     """A model and its twin whose forward is compiled. PEFT's `generate` calls the inner model, so that is what."""
+    torch._dynamo.reset()  # or the other way's code would serve it
     model = small_llama(layers=1)
     return model, twin(model, request.param)
 
@@ -73,6 +74,7 @@ def test_scores(pair):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_attentions_and_hidden_states(way):
+    torch._dynamo.reset()
     model = small_llama(layers=2, attn_implementation="eager")  # others have no attentions to give
     settings = {"output_attentions": True, "output_hidden_states": True}
     with fusing(2 * LINEARS):
@@ -106,9 +108,9 @@ def test_quantised_caches(pair, library):
 
 
 def test_offloaded_cache(pair):
-    """Needs a stream of an accelerator, compiled or not: the error is transformers'."""
+    """Needs a stream of an accelerator, compiled or not: the error is torch's."""
     for each in pair:
-        with pytest.raises(RuntimeError, match="accelerator"):
+        with pytest.raises((RuntimeError, AssertionError), match="accelerator|CUDA"):
             generated(each, do_sample=False, cache_implementation="offloaded")
 
 
@@ -116,6 +118,7 @@ def test_offloaded_cache(pair):
 @pytest.mark.parametrize("way", WAYS)
 def test_sliding_windows(way, cache):
     """A window of four tokens: the cache is full before the prompt ends."""
+    torch._dynamo.reset()
     model = ARCHITECTURES["Mistral"].build()
     with fusing(2 * LINEARS):
         found = [generated(each, do_sample=False, cache_implementation=cache) for each in (model, twin(model, way))]

@@ -1,4 +1,4 @@
-"""The two ways in which people compile with us, for tests that try both."""
+"""The two ways in which people compile with us: ``torch.compile`` and ``gawscompile.compile``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 import gawscompile
@@ -14,11 +15,12 @@ from gawscompile.debug.store import RECORDS
 from gawscompile.guards import inference_guards
 
 OPTIONS = {"strict": True}
-WAYS = ("torch.compile", "gawscompile.compile")
+WAYS = [pytest.param("torch.compile", marks=pytest.mark.slow), "gawscompile.compile"]
+"""The second leaves guards out; without these both are the same, and one of them will do among the fast tests."""
 
 
 def compiled(way: str, model: Any, **settings: Any) -> Any:
-    """A module or a function, compiled in one of the `WAYS`."""
+    """A module or a function, compiled in one of the two ways."""
     if way == "torch.compile":
         return torch.compile(model, backend="gaws", options=OPTIONS, **settings)
     return gawscompile.compile(model, options=OPTIONS, **settings)
