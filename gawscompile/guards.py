@@ -1,9 +1,10 @@
 """``gawscompile.compile``: torch.compile for serving, whose guards cost least while nothing changes.
 
 Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to it.
-Most of these checks are of torch's own modules: that an ``nn.Linear`` inside an adapter is still one and holds a
-parameter of the same shape. `inference_guards` has them checked only once something changed, and finds out whether
-anything did in one call (`runtime/unchanged.py`). All that PEFT keeps in modules of its own stays guarded as ever.
+Nearly all of these checks look at attributes of modules: that an ``nn.Linear`` inside an adapter is still one and holds
+a parameter of the same shape, that an adapter's scaling is what it was. `inference_guards` has them checked only once
+something changed, and finds out whether anything did in one call (`runtime/unchanged.py`). Guards on what that cannot
+see (what lies in globals, in closures, in objects with attribute access of their own) are checked before every call.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
 
 
 def inference_guards(entries: Sequence[Any]) -> list[bool]:
-    """A ``guard_filter_fn``: guards on torch's own modules and parameters are checked only once something changed.
+    """A ``guard_filter_fn``: guards on modules and parameters are checked only once something changed.
 
     One guard in their place, `gawscompile.runtime.unchanged.Unchanged`, sees whether anything did. With gradients all
     guards stay: a parameter's ``requires_grad`` decides what the graph computes then. So do they where changes cannot
@@ -58,7 +59,12 @@ def inference_guards(entries: Sequence[Any]) -> list[bool]:
         return everything
     builtin = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(entries)
     guards = [entry.orig_guard for entry in entries]
-    keep = [kept or not unchanged.followable(g.originating_source) for kept, g in zip(builtin, guards, strict=True)]
+    known = unchanged.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
+    keep = [
+        not unchanged.followable(entry.orig_guard.originating_source)
+        or (kept and not known.sees(entry.guard_type, entry.orig_guard, entry.value))
+        for kept, entry in zip(builtin, entries, strict=True)
+    ]
     carrier = next((guard for guard, kept in zip(guards, keep, strict=True) if kept), None)
     replaced = [guard for guard, kept in zip(guards, keep, strict=True) if not kept]
     if carrier is None or not replaced:
@@ -90,7 +96,7 @@ def _also(create: Callable[[Any, Any], Any], replaced: list[Any]) -> Callable[[A
 def _install(builder: Any, replaced: list[Any]) -> None:
     manager = builder.check_fn_manager
     _, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
-    sources = [guard.originating_source for guard in replaced]
+    sources = [source for guard in replaced for source in unchanged.looks_at(guard)]
     guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"])
-    said = [f"{len(replaced)} guards on torch's own modules and their parameters (gawscompile.compile)"]
+    said = [f"{len(replaced)} guards on modules and their parameters (gawscompile.compile)"]
     builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)

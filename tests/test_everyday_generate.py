@@ -110,7 +110,7 @@ def test_quantised_caches(pair, library):
 def test_offloaded_cache(pair):
     """Needs a stream of an accelerator, compiled or not: the error is torch's."""
     for each in pair:
-        with pytest.raises((RuntimeError, AssertionError), match="accelerator|CUDA"):
+        with pytest.raises((RuntimeError, AssertionError), match=r"accelerator|CUDA"):
             generated(each, do_sample=False, cache_implementation="offloaded")
 
 

@@ -1,10 +1,11 @@
-"""gawscompile.compile: fewer guards, and everything that PEFT lets one change still shows in the next call."""
+"""gawscompile.compile: few guards are checked, and whatever one changes still shows in the next call."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import weakref
+from unittest import mock
 
 import peft
 import pytest
@@ -278,6 +279,73 @@ def test_one_graph_serves_many_modules_and_keeps_none_alive():
     del layers, layer, call, compiled
     gc.collect()
     assert alive() is None
+
+
+class Settings:
+    def __init__(self):
+        self.factor = 2.0
+
+
+class Custom(torch.nn.Module):
+    """Everything that a guard of a module of one's own looks at decides what it returns."""
+
+    shift = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.names, self.scales, self.negative, self.settings = ["a"], {"a": 2.0, "b": 3.0}, False, Settings()
+
+    def forward(self, x):
+        y = self.linear(x) * self.settings.factor
+        for name in self.names:
+            y = y * self.scales[name]
+        if hasattr(self, "extra"):
+            y = y + self.extra
+        return (-y if self.negative else y) + self.shift
+
+
+class Another(Custom):
+    shift = 4.0
+
+
+EDITS = {
+    "a list, longer": lambda one: one.names.append("b"),
+    "a list, an item": lambda one: one.names.__setitem__(0, "b"),
+    "a list, another": lambda one: setattr(one, "names", ["b"]),
+    "a dictionary's item": lambda one: one.scales.__setitem__("a", 5.0),
+    "a dictionary, another": lambda one: setattr(one, "scales", {"a": 7.0}),
+    "an attribute": lambda one: setattr(one, "negative", True),
+    "an attribute that was not there": lambda one: setattr(one, "extra", 2.5),
+    "a parameter that was not there": lambda one: one.register_parameter("extra", torch.nn.Parameter(torch.ones(8))),
+    "an attribute of an object": lambda one: setattr(one.settings, "factor", 3.0),
+    "an object, another": lambda one: setattr(one, "settings", mock.Mock(spec=Settings, factor=4.0)),
+    "a class's attribute": lambda one: setattr(type(one), "shift", 2.0),
+    "a class's attribute that was not there": lambda one: setattr(type(one), "extra", 1.5),
+    "the class": lambda one: setattr(one, "__class__", Another),
+    "an attribute in the place of a class's": lambda one: setattr(one, "shift", 3.0),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_other_libraries_keep_in_modules_is_seen(edit, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(Custom, "shift", 1.0)
+    monkeypatch.setattr(Custom, "extra", None, raising=False)
+    monkeypatch.delattr(Custom, "extra")  # put back as it was: not there
+    made = []
+    model, x = Custom().eval(), torch.randn(2, 8)
+    with patched(Unchanged, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
+        compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+        compiled(x)
+        (guard,) = made
+        guard.guards = Counting(guard.guards, checks := [])
+        before = compiled(x)
+        assert not checks
+        EDITS[edit](model)
+        want = model(x)
+        assert not torch.allclose(want, before)
+        torch.testing.assert_close(compiled(x), want)
 
 
 def test_all_guards_stay_where_changes_cannot_be_seen(monkeypatch, caplog):

@@ -2,7 +2,7 @@
 // ---- whether anything changed in a model since its guards last held (`unchanged.py`) ---------------------------------
 //
 // A watch holds addresses, and no references. Its dictionaries come in the order in which one reaches them from the
-// root: while all before it are unchanged, a dictionary is alive, and so is each tensor once all dictionaries are.
+// root: while all before it are unchanged, a dictionary is alive, and so is all else once all dictionaries are.
 
 #include <c10/core/TensorImpl.h>
 
@@ -17,8 +17,20 @@ struct Metadata {
   std::array<char, sizeof(c10::TensorImpl)> fields;
 };
 
+// CPython's list: what it holds can be exchanged, and so can the array that holds it.
+struct List {
+  uint64_t references, type, size;
+  const uint64_t* items;
+};
+
+struct Items {
+  const List* list;
+  std::vector<uint64_t> now;
+};
+
 struct Watch {
-  std::vector<std::pair<const uint64_t*, uint64_t>> versions;  // of dictionaries, and where each is kept
+  std::vector<std::pair<const uint64_t*, uint64_t>> words;  // versions of dictionaries, then classes of objects
+  std::vector<Items> lists;
   std::vector<Metadata> tensors;
   size_t from;  // where the fields begin
 };
@@ -42,10 +54,15 @@ constexpr size_t DISTANCE = 24;  // entries ahead of which memory is asked for: 
 
 }  // namespace
 
-// A watch over the versions at `tags` and the tensors at `slots`, as they are now; null where a tensor cannot be one's.
-extern "C" void* gaws_watch(int64_t n, const uint64_t* const* tags, int64_t m, const void* const* slots) {
+// A watch over `words`, the tensors at `slots` and `lists`, as they are now; null where a tensor cannot be one's.
+extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, const void* const* slots, int64_t k,
+                            const void* const* lists) {
   auto watch = std::make_unique<Watch>();
-  for (int64_t i = 0; i < n; ++i) watch->versions.emplace_back(tags[i], *tags[i]);
+  for (int64_t i = 0; i < n; ++i) watch->words.emplace_back(words[i], *words[i]);
+  for (int64_t i = 0; i < k; ++i) {
+    const auto list = static_cast<const List*>(lists[i]);
+    watch->lists.push_back({list, {list->items, list->items + list->size}});
+  }
   for (int64_t i = 0; i < m; ++i) {
     const auto slot = static_cast<const c10::TensorImpl* const*>(slots[i]);
     const c10::TensorImpl& t = **slot;
@@ -60,9 +77,13 @@ extern "C" void* gaws_watch(int64_t n, const uint64_t* const* tags, int64_t m, c
 // Whether all is as it was. The caller holds the GIL.
 extern "C" int gaws_unchanged(const void* handle) {
   const Watch& watch = *static_cast<const Watch*>(handle);
-  for (size_t i = 0; i < watch.versions.size(); ++i) {
-    if (i + DISTANCE < watch.versions.size()) __builtin_prefetch(watch.versions[i + DISTANCE].first);
-    if (*watch.versions[i].first != watch.versions[i].second) return 0;
+  for (size_t i = 0; i < watch.words.size(); ++i) {
+    if (i + DISTANCE < watch.words.size()) __builtin_prefetch(watch.words[i + DISTANCE].first);
+    if (*watch.words[i].first != watch.words[i].second) return 0;
+  }
+  for (const Items& one : watch.lists) {
+    if (one.list->size != one.now.size()) return 0;
+    if (!std::equal(one.now.begin(), one.now.end(), one.list->items)) return 0;
   }
   for (size_t i = 0; i < watch.tensors.size(); ++i) {
     if (i + DISTANCE < watch.tensors.size()) {

@@ -1,10 +1,11 @@
 """Guards that are checked again only once something changed.
 
 Dynamo's guards on the modules and parameters of a model walk through all of it before every call. Most of what they
-look at lies in dictionaries (a module's attributes, ``_modules``, ``_parameters``) and in tensors' metadata. CPython
-gives a dictionary another version whenever it is written to, so "nothing changed since these guards last held" is a
-comparison of versions, and of metadata, which a tensor changes in place (``p.data = x``, ``module.to(dtype)``). Where
-something did change, Dynamo's own guards decide (`Unchanged.__call__`). No guard is lost, and most calls check none.
+look at lies in dictionaries (a module's attributes, ``_modules``, ``_parameters``, PEFT's ``scaling``), in lists of
+names and in tensors' metadata. CPython gives a dictionary another version whenever it is written to, so "nothing
+changed since these guards last held" is a comparison of versions, of lists' items, of objects' classes, and of
+metadata, which a tensor changes in place (``p.data = x``, ``module.to(dtype)``). Where something did change, Dynamo's
+own guards decide (`Unchanged.__call__`). No guard is lost, and most calls check none.
 
 Where CPython's dictionaries have no such version (`available` tries it out), guards stay as Dynamo made them.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
+import itertools
 import logging
 import sys
 import weakref
@@ -20,13 +23,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._dynamo.source import AttrSource
 from torch.utils.hooks import RemovableHandle
 
 from gawscompile.runtime import ops
 
 log = logging.getLogger("gawscompile")
 
-VERSION = 24  # where a dictionary keeps its version: after its reference count, type and number of items
+TYPE, VERSION = 8, 24  # where an object keeps its type, and a dictionary its version
 MOST = 64  # states that are kept of one graph: one for each model, or layer, that it serves
 
 
@@ -38,7 +42,7 @@ class Unwatchable(Exception):
 def available() -> bool:
     """Whether changes can be seen here: CPython with versions of dictionaries, and a C++ compiler."""
     try:
-        return sys.implementation.name == "cpython" and _versions_move() and bool(_library())
+        return sys.implementation.name == "cpython" and _versions_move() and _lists_lie_open() and bool(_library())
     except Exception as error:
         log.info("gaws: all guards stay: %s: %s", type(error).__name__, error)
         return False
@@ -53,7 +57,7 @@ def _library() -> ctypes.PyDLL:
 
 
 def _version(dictionary: dict[Any, Any]) -> int:
-    return ctypes.c_uint64.from_address(id(dictionary) + VERSION).value
+    return _word(id(dictionary) + VERSION)
 
 
 def _versions_move() -> bool:
@@ -87,10 +91,25 @@ def _versions_move() -> bool:
     return True
 
 
+def _word(address: int) -> int:
+    return ctypes.c_uint64.from_address(address).value
+
+
+def _lists_lie_open() -> bool:
+    """Whether a list is its size and an array of addresses, and an object's type is where it is expected."""
+    items = [object(), "a name", 3.5]
+    size, array = _word(id(items) + 16), _word(id(items) + 24)
+    return (
+        size == len(items)
+        and all(_word(array + 8 * i) == id(item) for i, item in enumerate(items))
+        and _word(id(items) + TYPE) == id(list)
+    )
+
+
 def _slot(tensor: torch.Tensor) -> int:
     """The address at which a Python tensor holds its implementation. Raises `Unwatchable` where that is not known."""
     for offset in (16, 24):  # behind its reference count and type; torch before 2.12 keeps a flag in between
-        if ctypes.c_uint64.from_address(id(tensor) + offset).value == tensor._cdata:
+        if _word(id(tensor) + offset) == tensor._cdata:
             return id(tensor) + offset
     raise Unwatchable("a tensor whose implementation is not where it is expected")
 
@@ -111,7 +130,7 @@ def followable(source: Any) -> bool:
         if name == "DictGetItemSource":
             if not isinstance(source.index, (str, int)):
                 return False
-        elif not _is_attribute(source) and not _is_module(source):
+        elif name != "TypeSource" and not _is_attribute(source) and not _is_module(source):
             return False
         source = base
     return type(source).__name__ in ("LocalSource", "GlobalSource")
@@ -125,12 +144,124 @@ def _is_module(source: Any) -> bool:
     return type(source).__name__.endswith("NNModuleSource")
 
 
+PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+"""Types of which no value changes."""
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether it is a module, or an object whose attributes are where every object's are."""
+    usual = type(value).__getattribute__ is object.__getattribute__ and not isinstance(value, (type, *PLAIN))
+    return usual and type(getattr(value, "__dict__", None)) is dict
+
+
+class Known:
+    """What sources name, as far as that is in modules' own attributes and in dictionaries."""
+
+    def __init__(self, named: Iterable[tuple[Any, Any]]) -> None:
+        self._values: dict[Any, Any] = {}
+        for source, value in named:
+            while _is_module(source):
+                source = source.base
+            if getattr(source, "base", None) is None and isinstance(value, torch.nn.Module):  # a variable that lasts
+                self._values[source] = value
+
+    def sees(self, kind: str, guard: Any, value: Any) -> bool:
+        """Whether a watch over `looks_at(guard)` sees every change that a guard of a `kind` could be about.
+
+        Its source must be `followable`; `value` is what that names.
+        """
+        if self._value(guard.originating_source) is not value:
+            return False
+        if kind == "TYPE_MATCH":
+            return type(value) in (*PLAIN, dict, list) or _is_plain_object(value)
+        if kind == "CLASS_MATCH":
+            return isinstance(value, type) and type(guard.originating_source).__name__ == "TypeSource"
+        if kind in ("CONSTANT_MATCH", "EQUALS_MATCH"):
+            return type(value) in PLAIN
+        if kind in ("DICT_KEYS_MATCH", "DICT_CONTAINS", "DICT_NOT_CONTAINS"):
+            return type(value) is dict
+        if kind == "SEQUENCE_LENGTH":
+            return type(value) is list
+        if kind == "NOT_PRESENT_IN_GENERIC_DICT":
+            return _is_plain_object(value)
+        if kind == "HASATTR":
+            return isinstance(value, torch.nn.Module) and type(value).__getattr__ is torch.nn.Module.__getattr__
+        if kind == "DUPLICATE_INPUT":
+            return all(followable(source) and self._value(source) is value for source in looks_at(guard))
+        return kind == "TENSOR_MATCH" and type(value) in (torch.Tensor, torch.nn.Parameter)
+
+    def _value(self, source: Any) -> Any:
+        if source not in self._values:
+            self._values[source] = self._found(source)
+        return self._values[source]
+
+    def _found(self, source: Any) -> Any:
+        if getattr(source, "base", None) is None:
+            return UNKNOWN
+        before = self._value(source.base)
+        if _is_module(source):
+            return before
+        if type(source).__name__ == "TypeSource":
+            return type(before) if _is_plain_object(before) or isinstance(before, torch.Tensor) else UNKNOWN
+        if _is_attribute(source):
+            attributes = vars(before) if _is_plain_object(before) else {}
+            return attributes if source.member == "__dict__" else attributes.get(source.member, UNKNOWN)
+        return before.get(source.index, UNKNOWN) if type(before) is dict else UNKNOWN
+
+
+UNKNOWN = object()
+
+
+def looks_at(guard: Any) -> list[Any]:
+    """The sources that a guard looks at."""
+    kind, source = guard.create_fn_name(), guard.originating_source
+    if kind == "EMPTY_NN_MODULE_HOOKS_DICT" and torch._dynamo.config.skip_nnmodule_hook_guards:
+        return []
+    if kind == "HASATTR":
+        return [source, *(AttrSource(source, name) for name in ("_parameters", "_buffers", "_modules"))]
+    if kind == "DUPLICATE_INPUT":
+        return [source, guard.create_fn.keywords["source_b"]]
+    return [source]
+
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooks_of(module: torch.nn.Module) -> list[dict[Any, Any]]:
     """A module's dictionaries of hooks that hold any."""
     return [hooks for name in HOOKS if (hooks := vars(module).get(name))]
+
+
+class Found:
+    """What a watch looks at, in an order in which each is reached. By address, as no two of them may be one."""
+
+    def __init__(self) -> None:
+        self.dictionaries: dict[int, dict[Any, Any]] = {}
+        self.objects: dict[int, Any] = {}  # modules, mostly
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.lists: dict[int, list[Any]] = {}
+        self._classes: set[type] = set()
+
+    def add(self, value: Any) -> None:
+        """Keep `value`, if it is something that can change."""
+        if isinstance(value, dict):
+            self.dictionaries.setdefault(id(value), value)
+        elif isinstance(value, torch.Tensor):
+            self.tensors.setdefault(id(value), value)
+        elif type(value) is list:
+            self.lists.setdefault(id(value), value)
+        elif id(value) not in self.objects and _is_plain_object(value):
+            self.objects[id(value)] = value
+            hooks = hooks_of(value) if isinstance(value, torch.nn.Module) else []
+            for attributes in (*self._of_class(type(value)), vars(value), *hooks):
+                self.dictionaries.setdefault(id(attributes), attributes)
+
+    def _of_class(self, kind: type) -> list[dict[Any, Any]]:
+        """The attributes of a class that was not met before, and of those that it derives from."""
+        if kind in self._classes:
+            return []
+        self._classes.add(kind)
+        return [gc.get_referents(vars(one))[0] for one in kind.__mro__]  # behind a proxy
 
 
 class Paths:
@@ -153,54 +284,47 @@ class Paths:
             for root in self.roots
         ]
 
-    def follow(self, variables: list[Any]) -> tuple[list[dict[Any, Any]], list[torch.Tensor], list[torch.nn.Module]]:
-        """The dictionaries and tensors on the way, in an order in which each is reached, and the modules.
-
-        Raises `Unwatchable`.
-        """
+    def follow(self, variables: list[Any]) -> Found:
+        """What is on the way. Raises `Unwatchable`."""
         values = dict(zip(self.roots, variables, strict=True))
-        modules: dict[int, torch.nn.Module] = {}
-        dictionaries: dict[int, dict[Any, Any]] = {}
-        tensors: dict[int, torch.Tensor] = {}
+        found = Found()
         for source, base in self.steps.items():
             if base is None:
                 continue
             before = values[base]
-            if _is_module(source):
+            if _is_module(source) or type(source).__name__ == "TypeSource":
                 values[source] = before
-                if isinstance(before, torch.nn.Module) and modules.setdefault(id(before), before):
-                    dictionaries.update((id(hooks), hooks) for hooks in hooks_of(before))
+                found.add(before)
                 continue
             if _is_attribute(source):
                 attributes: Any = getattr(before, "__dict__", None)
                 if type(attributes) is not dict:
                     raise Unwatchable(f"{source.name}: {type(before).__name__} has no attributes of its own")
-                dictionaries.setdefault(id(attributes), attributes)
+                found.add(attributes)
                 values[source] = getattr(before, source.member, None)
             else:
                 if not isinstance(before, dict):
                     raise Unwatchable(f"{source.name}: {type(before).__name__} is no dictionary")
-                dictionaries.setdefault(id(before), before)
+                found.add(before)
                 values[source] = before.get(source.index)
-            if isinstance(values[source], torch.Tensor):
-                tensors.setdefault(id(values[source]), values[source])
-        return list(dictionaries.values()), list(tensors.values()), list(modules.values())
+            found.add(values[source])
+        return found
 
 
 class State:
     """What was there when the guards of a graph last held for certain variables: models, mostly."""
 
-    def __init__(self, variables: list[Any], dictionaries: list[dict[Any, Any]], tensors: list[torch.Tensor]) -> None:
+    def __init__(self, variables: list[Any], found: Found) -> None:
         self.variables = [weakref.ref(variable) for variable in variables]
         self.hooks = RemovableHandle.next_id
-        tags = [id(dictionary) + VERSION for dictionary in dictionaries]
-        slots = [_slot(tensor) for tensor in tensors]
-        handle = _library().gaws_watch(
-            ctypes.c_int64(len(tags)),
-            (ctypes.c_void_p * len(tags))(*tags),
-            ctypes.c_int64(len(slots)),
-            (ctypes.c_void_p * len(slots))(*slots),
-        )
+        words = [address + VERSION for address in found.dictionaries]
+        words += [address + TYPE for address in itertools.chain(found.objects, found.tensors)]
+        slots = [_slot(tensor) for tensor in found.tensors.values()]
+        arrays = [
+            (ctypes.c_int64(len(addresses)), (ctypes.c_void_p * len(addresses))(*addresses))
+            for addresses in (words, slots, list(found.lists))
+        ]
+        handle = _library().gaws_watch(*itertools.chain(*arrays))
         if not handle:
             raise Unwatchable("a tensor whose sizes are no numbers, or that has no storage")
         self.handle = ctypes.c_void_p(handle)
@@ -241,16 +365,17 @@ class Unchanged:
         if not self.guards.check(scope):
             return False
         try:
-            dictionaries, tensors, modules = self.paths.follow(variables)
-            if any(map(missing, tensors)):
+            found = self.paths.follow(variables)
+            if any(map(missing, found.tensors.values())):
                 return False  # no guard of Dynamo's sees it, and memory behind the end would be read
+            modules = [one for one in found.objects.values() if isinstance(one, torch.nn.Module)]
             hooked = [sum(map(len, hooks_of(module))) for module in modules]
             if self.hooked is not None and hooked != self.hooked:
                 return False  # nor does one see hooks, by torch's default
             self.hooked = hooked
             if len(self.states) >= MOST:
                 self.states.clear()
-            self.states[key] = State(variables, dictionaries, tensors)
+            self.states[key] = State(variables, found)
         except (Unwatchable, TypeError) as error:  # right all the same: all the guards are checked in every call
             log.info("gaws: guards are checked in every call: %s", error)
         return True
