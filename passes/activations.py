@@ -11,6 +11,8 @@ def base_activation(node: Node) -> Node:
     """`node` before the views that only merge or split its leading dimensions."""
     found, source = node, reinterpreted(node)
     features = shape(node)[-1]
+    if same_size(features, 0):
+        return node  # of nothing there may be any number of rows
     while source is not None and shape(source):
         if same_size(shape(source)[-1], features):
             found = source

@@ -237,4 +237,5 @@ def _affine(context: Context, c: Node, product: Node, node: Node) -> Node:
         return product
     if node.kwargs.get("beta", 1) != 1:
         c = context.insert(aten.mul.Tensor, (c, node.kwargs["beta"]), node, c.meta["val"])
-    return context.insert(aten.add.Tensor, (c, product), node, node.meta["val"])
+    # the first is the one whose layout the sum has, and the product's is the node's
+    return context.insert(aten.add.Tensor, (product, c), node, node.meta["val"])

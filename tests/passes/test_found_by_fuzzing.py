@@ -44,6 +44,35 @@ FOUND: dict[str, tuple[Program, Config]] = {
         ),
         Config(seed=0, way="nan"),
     ),
+    # a sum's layout is that of its first operand, and addmm's that of a product
+    "addmm on a bias that lies by columns": (
+        program(
+            {"x0": (("d1", "d2"), F16), "p1": (("d2", "d1"), F16), "p3": (("d2", "d1"), F16)},
+            """
+            v0 = x0.mT
+            v2 = (p1 @ v0.T).T
+            v3 = v2.addmm(v0, p3.t(), alpha=-1, beta=0.5).unflatten(0, v0.shape[:-1])
+            """,
+            "v3",
+            d1=1,
+            d2=2,
+        ),
+        Config(seed=10955),
+    ),
+    # nothing has any number of rows
+    "rows of nothing": (
+        program(
+            {"x0": (("d0",), F32), "p1": (("d1", "d0"), F32)},
+            """
+            v0 = x0.unflatten(-1, (2, -1))
+            v1 = F.linear(v0, p1)
+            """,
+            "v1",
+            d0=0,
+            d1=1,
+        ),
+        Config(seed=9278),
+    ),
     # on columns, the activation is what a product of factors is multiplied by: its size is a symbol
     "a chain of factors on columns of any number": (
         program(
