@@ -59,7 +59,10 @@ def test_all_adapters_are_fused(pair):
         assert torch.equal(*(generated(each, do_sample=False) for each in pair))
 
 
-@pytest.mark.parametrize("search", SEARCHES)
+FEW = ("top-k", "beams", "penalties")
+
+
+@pytest.mark.parametrize("search", [one if one in FEW else pytest.param(one, marks=pytest.mark.slow) for one in SEARCHES])
 def test_searches(pair, search):
     assert torch.equal(*(generated(each, **SEARCHES[search]) for each in pair))
 
@@ -72,6 +75,7 @@ def test_scores(pair):
     torch.testing.assert_close(got.scores + got.logits, want.scores + want.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_attentions_and_hidden_states(way):
     torch._dynamo.reset()
@@ -97,6 +101,7 @@ QUANTISED = {"cache_implementation": "quantized"}
 GROUPS = {"nbits": 4, "q_group_size": 16, "residual_length": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["fp8", "quanto", "hqq"])
 def test_quantised_caches(pair, library):
     """Keys and values are quantised in the forward; fp8 is transformers' own."""
@@ -114,6 +119,7 @@ def test_offloaded_cache(pair):
             generated(each, do_sample=False, cache_implementation="offloaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("way", WAYS)
 def test_sliding_windows(way, cache):

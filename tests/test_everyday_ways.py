@@ -32,6 +32,7 @@ def close(got, want, loose=1e-4):
     torch.testing.assert_close(got, want, rtol=loose, atol=loose)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @both
 def test_inductor_modes(way, mode):
@@ -58,7 +59,7 @@ def test_regions(way):
     assert [fused(record) for record in RECORDS.since(mark)].count(LINEARS) == 1
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.slow), True])
 @both
 def test_each_layer(way, in_place):
     model = small_llama(layers=3)
@@ -121,6 +122,7 @@ def test_hooks_that_change_what_a_module_returns(way):
         close(logits(compiled(way, model)), want)
 
 
+@pytest.mark.slow
 @both
 def test_a_dispatched_model_is_right_and_left_to_eager(way):
     """`dispatch_model` puts a hook on every module, and forbids Dynamo to trace it: no linear is left in a graph."""
@@ -132,6 +134,7 @@ def test_a_dispatched_model_is_right_and_left_to_eager(way):
     assert not any(fused(record) for record in RECORDS.since(mark))
 
 
+@pytest.mark.slow
 @both
 def test_device_map(way, tiny_llama_dir):
     from transformers import AutoModelForCausalLM
@@ -143,6 +146,7 @@ def test_device_map(way, tiny_llama_dir):
         close(logits(compiled(way, model)), logits(model))
 
 
+@pytest.mark.slow
 @both
 def test_modes_of_torch_in_turns(way):
     """no_grad, inference_mode and autocast over one compiled model."""
@@ -158,7 +162,7 @@ def test_modes_of_torch_in_turns(way):
     assert (got - want).norm() <= 1.25 * (eager - want).norm() + 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 @both
 def test_models_of_another_dtype(way, dtype):
     """`model.half()` and `.bfloat16()`, adapters too, before compiling."""
@@ -240,6 +244,7 @@ def test_save_pretrained(served, tmp_path):
         close(logits(peft.PeftModel.from_pretrained(base, tmp_path / str(number)).eval()), want)
 
 
+@pytest.mark.slow
 @both
 def test_threads(way):
     """One compiled model, called by six threads with lengths of their own; some of them compile."""

@@ -373,7 +373,12 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     return lines
 
 
-@pytest.mark.parametrize("case", cases.CASES)
+LONG = ("many_rows-m1",)  # a minute in the interpreter
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=pytest.mark.slow) if one in LONG else one for one in cases.CASES]
+)
 def test_numbers(interpreted: dict[str, list[dict]], case: str):
     text, m = cases.CASES[case]
     spec = KernelSpec.parse(text)
