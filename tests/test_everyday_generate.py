@@ -62,7 +62,9 @@ def test_all_adapters_are_fused(pair):
 FEW = ("top-k", "beams", "penalties")
 
 
-@pytest.mark.parametrize("search", [one if one in FEW else pytest.param(one, marks=pytest.mark.slow) for one in SEARCHES])
+@pytest.mark.parametrize(
+    "search", [one if one in FEW else pytest.param(one, marks=pytest.mark.slow) for one in SEARCHES]
+)
 def test_searches(pair, search):
     assert torch.equal(*(generated(each, **SEARCHES[search]) for each in pair))
 
