@@ -199,7 +199,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "a module's change goes unseen": Fault(
         "runtime/unchanged.cpp",
-        "    if (*watch.versions[i].first != watch.versions[i].second) return 0;\n",
+        "    if (*watch.words[i].first != watch.words[i].second) return 0;\n",
         "",
         "tests/test_guarantees.py",
         unproven=A_CHANGE,
