@@ -105,6 +105,7 @@ def test_parameters_are_live_and_nothing_recompiles():
     assert graphs_compiled() == graphs
 
 
+@pytest.mark.slow
 def test_switching_adapters_off_and_over_gives_eagers_answers():
     from peft import LoraConfig
 

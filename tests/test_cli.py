@@ -412,7 +412,14 @@ def save(kind: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("t5", "encoder decoder"), ("vit", "vit"), ("clip", "text vision")])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("t5", "encoder decoder"),
+        pytest.param("vit", "vit", marks=pytest.mark.slow),
+        pytest.param("clip", "text vision", marks=pytest.mark.slow),
+    ],
+)
 def test_encoder_decoders_and_models_that_see(kind, parts, tmp_path, capsys):
     """What explain calls is the whole model, with inputs that it takes, and an adapter on every linear."""
     folder = save(kind, tmp_path / kind)
@@ -490,6 +497,7 @@ def test_denoisers_can_be_called(name, tmp_path):
     assert any("lora_A" in weight for weight, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_denoiser_is_explained(tmp_path, capsys):
     pytest.importorskip("diffusers")
     kind, sizes = denoiser("FluxTransformer2DModel")

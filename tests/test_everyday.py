@@ -53,6 +53,7 @@ def test_decorator_and_fullgraph(model):
         close(call(IDS), logits(model))
 
 
+@pytest.mark.slow
 def test_one_graph_for_any_length_and_batch(model):
     compiled = torch.compile(model, backend="gaws", dynamic=True, options=OPTIONS)
     logits(compiled, tokens(2, 3))
@@ -78,6 +79,7 @@ def test_weights_made_in_inference_mode():
         close(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
 
 
+@pytest.mark.slow
 def test_autocast(model):
     compiled = torch.compile(model, backend="gaws", options=OPTIONS)
     reference = logits(model)
@@ -86,6 +88,7 @@ def test_autocast(model):
     assert (got - reference).norm() <= 1.25 * (eager - reference).norm() + 1e-6
 
 
+@pytest.mark.slow
 def test_hooks_still_run():
     model = small_llama(layers=1)
     seen = []
@@ -114,6 +117,7 @@ def test_modules_to_save():
     close(logits(torch.compile(model, backend="gaws", options=OPTIONS)), logits(model))
 
 
+@pytest.mark.slow
 def test_switching_adapters_recompiles_only_where_torch_does():
     from peft import LoraConfig
 
@@ -134,11 +138,13 @@ def test_switching_adapters_recompiles_only_where_torch_does():
     assert counts[0] == counts[1] <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_modes(model, mode):
     close(logits(torch.compile(model, backend="gaws", mode=mode)), logits(model))
 
 
+@pytest.mark.slow
 def test_scaling_after_compile_recompiles_only_where_torch_does():
     model = small_llama(layers=1)
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
@@ -154,6 +160,7 @@ def test_scaling_after_compile_recompiles_only_where_torch_does():
     assert counts[0] == counts[1] <= 3
 
 
+@pytest.mark.slow
 def test_parameters_that_train_are_fused_under_no_grad_and_left_alone_without():
     model = small_llama(layers=1)
     assert any(parameter.requires_grad for parameter in model.parameters())
@@ -166,6 +173,7 @@ def test_parameters_that_train_are_fused_under_no_grad_and_left_alone_without():
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [{"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3}])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate(model, search, cache):

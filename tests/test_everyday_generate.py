@@ -59,7 +59,7 @@ def test_all_adapters_are_fused(pair):
         assert torch.equal(*(generated(each, do_sample=False) for each in pair))
 
 
-FEW = ("top-k", "beams", "penalties")
+FEW = ("top-k", "penalties")
 
 
 @pytest.mark.parametrize(

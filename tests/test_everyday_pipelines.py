@@ -31,6 +31,7 @@ def bert_dir(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @both
 def test_text_generation(way, tiny_llama_dir):
     """A pipeline over a PEFT model whose inner forward is compiled: `generate` calls that."""

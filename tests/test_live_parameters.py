@@ -80,6 +80,7 @@ def test_replaced_parameter_objects_show(pair):
     assert (after - before).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_another_dtype_or_rank_is_compiled_anew():
     model = small_llama(layers=1)
     compiled = torch.compile(model, backend="gaws", options={"strict": True})

@@ -47,6 +47,7 @@ def named():
     return names
 
 
+@pytest.mark.slow
 def test_a_hundred_hostile_names(named, tmp_path, monkeypatch):
     monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path / "cache"))
     build._pending.clear()

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from gawscompile.passes import PIPELINE
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +30,7 @@ print(*names)
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     def sh(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

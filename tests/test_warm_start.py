@@ -73,6 +73,7 @@ def test_a_lost_record_is_made_again_and_kernels_are_rebuilt(caches, cold):
         assert alone[key] == cold[key], key
 
 
+@pytest.mark.slow
 def test_an_edited_pass_changes_the_result_at_once(caches, cold, tmp_path):
     package = tmp_path / "edited"
     shutil.copytree(ROOT / "gawscompile", package / "gawscompile", ignore=shutil.ignore_patterns("__pycache__"))
