@@ -282,6 +282,9 @@ def test_one_graph_serves_many_modules_and_keeps_none_alive():
     assert alive() is None
 
 
+COUNTRY = {"large": False}  # of no module
+
+
 class Settings:
     def __init__(self):
         self.factor = 2.0
@@ -291,6 +294,12 @@ class Custom(torch.nn.Module):
     """Everything that a guard of a module of one's own looks at decides what it returns."""
 
     shift = 1.0
+
+    @property
+    def asked(self):
+        if not COUNTRY["large"]:
+            raise AttributeError("asked")
+        return 1.0
 
     def __init__(self):
         super().__init__()
@@ -303,6 +312,8 @@ class Custom(torch.nn.Module):
             y = y * self.scales[name]
         if hasattr(self, "extra"):
             y = y + self.extra
+        if hasattr(self, "asked"):
+            y = y * 3.0
         return (-y if self.negative else y) + self.shift
 
 
@@ -324,6 +335,7 @@ EDITS = {
     "a class's attribute": lambda one: setattr(type(one), "shift", 2.0),
     "a class's attribute that was not there": lambda one: setattr(type(one), "extra", 1.5),
     "the class": lambda one: setattr(one, "__class__", Another),
+    "what a property looks at": lambda one: COUNTRY.update(large=True),
     "an attribute in the place of a class's": lambda one: setattr(one, "shift", 3.0),
 }
 
@@ -331,6 +343,7 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_what_other_libraries_keep_in_modules_is_seen(edit, monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setitem(COUNTRY, "large", False)
     monkeypatch.setattr(Custom, "shift", 1.0)
     monkeypatch.setattr(Custom, "extra", None, raising=False)
     monkeypatch.delattr(Custom, "extra")  # put back as it was: not there

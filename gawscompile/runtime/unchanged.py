@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import inspect
 import itertools
 import logging
 import sys
@@ -184,8 +185,11 @@ class Known:
             return type(value) is list
         if kind == "NOT_PRESENT_IN_GENERIC_DICT":
             return _is_plain_object(value)
-        if kind == "HASATTR":
-            return isinstance(value, torch.nn.Module) and type(value).__getattr__ is torch.nn.Module.__getattr__
+        if kind == "HASATTR":  # a property may look at anything
+            usual = isinstance(value, torch.nn.Module) and type(value).__getattr__ is torch.nn.Module.__getattr__
+            return usual and not isinstance(
+                inspect.getattr_static(type(value), guard.create_fn.keywords["attr"], None), property
+            )
         if kind == "DUPLICATE_INPUT":
             return all(followable(source) and self._value(source) is value for source in looks_at(guard))
         return kind == "TENSOR_MATCH" and type(value) in (torch.Tensor, torch.nn.Parameter)
