@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gawscompile.debug.records import Reason, plain
 from gawscompile.operators import recipe
 from gawscompile.operators.project import project
-from gawscompile.passes.context import Context, args, aten, is_call, is_cast, through_casts
+from gawscompile.passes.context import Context, args, aten, is_call, is_cast, reinterpreted, through_casts
 from gawscompile.planning.table import PlanTable, Program
 from gawscompile.runtime.ops import OPS
 
@@ -176,17 +176,23 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
         old, new = Values(draw, generator), Values(draw, generator)
         narrowest: dict[Node, Any] = {}  # casts of one value must be one number, which all of them can hold
         for node in edge:
-            source: Node = through_casts(context.original(node))
-            narrowest[source] = _narrower(narrowest.get(source, source.meta.get("val")), node.meta.get("val"))
-        x = through_casts(context.original(args(rewrite.call)[0])) if rewrite.call else None
+            origin = context.original(node)
+            assert origin is not None
+            base = _base(origin)
+            narrowest[base] = _narrower(narrowest.get(base, base.meta.get("val")), node.meta.get("val"))
+        read = context.original(args(rewrite.call)[0]) if rewrite.call else None
+        x = _base(read) if read else None
         for node in edge:
             origin = context.original(node)
             assert origin is not None
             source = through_casts(origin)
             if source not in old.known:
+                base = _base(source)
+                if _determined(source, old) is None:
+                    old.known[base] = random(narrowest[base], draw, generator, base is x)
                 between = _determined(source, old)
                 if between is None:
-                    old.known[source] = random(narrowest[source], draw, generator, source is x)
+                    old.known[source] = random(source.meta.get("val"), draw, generator, base is x)
                 else:
                     old.run(between)
             old.known[origin] = new.known[node] = old.known[source]
@@ -214,13 +220,22 @@ def _determined(source: Node, values: Values) -> list[Node] | None:
     contradict them."""
     known = values.known
     between, ends = cone([source], lambda n: n in known or n.op != "call_function")
-    return between if ends and all(end in known for end in ends) else None
+    sizes = [end for end in ends if isinstance(end.meta.get("val"), torch.SymInt)]  # the draw says what they are
+    others = [end for end in ends if end not in sizes]
+    return [*sizes, *between] if others and all(end in known for end in others) else None
+
+
+def _base(node: Node) -> Node:
+    """What `node` is a view or a cast of: drawn in its place, as others may read other views of it."""
+    while (below := reinterpreted(through_casts(node))) is not None:
+        node = below
+    return through_casts(node)
 
 
 def _narrower(a: Any, b: Any) -> Any:
-    """Of two values that are casts of each other, the one whose numbers both can hold."""
+    """Of two values that are views and casts of each other, the first with numbers that both can hold."""
     both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    return b if both and b.dtype.itemsize < a.dtype.itemsize else a
+    return a.to(b.dtype) if both and b.dtype.itemsize < a.dtype.itemsize else a
 
 
 def _difference(what: str, got: Any, want: Any, tolerance: float) -> str | None:

@@ -90,6 +90,8 @@ def adapters_refusal(
         starts = (*(f.sizes[1] for f in p.matrices), base[0])
         if not all(isinstance(n, int) for n in (*ends, *starts)) or ends != starts:
             return Reason.FACTOR_SHAPE, f"features go through {ends} and {starts}, of symbolic sizes or not the same"
+        if 0 in ends:
+            return Reason.FACTOR_SHAPE, f"a factor is empty: features go through {ends}"
         if not math.isfinite(p.scale.number):
             return Reason.SCALE, f"the adapter is scaled by {p.scale.number}"
         factors = [stored(f.node) for f in p.matrices]

@@ -59,6 +59,43 @@ FOUND: dict[str, tuple[Program, Config]] = {
         ),
         Config(seed=10955),
     ),
+    # a proof draws what two views are of, not each of them
+    "a product and its view, both returned": (
+        program(
+            {"x0": (("d0", "d1", "d2"), BF16), "p3": (("d2", "d2"), BF16), "p4": (("d2",), BF16)},
+            """
+            v1 = x0.flatten(0, -2)
+            v2 = torch.addmm(p4, v1, p3)
+            v3 = v2.unflatten(0, x0.shape[:-1])
+            """,
+            "v2",
+            "v3",
+            d0=1,
+            d1=2,
+            d2=1,
+        ),
+        Config(seed=13811, proven=True),
+    ),
+    "an adapter of rank zero behind a vector, on a GPU": (
+        program(
+            {
+                "x0": (("d3",), F32),
+                "p1": (("d3", "d3"), F32),
+                "p2": (("d3",), F32),
+                "p3": (("d4", "d3"), F32),
+                "p4": (("d3", "d4"), F32),
+            },
+            """
+            v0 = F.linear(x0, p1)
+            v3 = F.linear(F.linear(x0 * p2, p3), p4)
+            v4 = v0.add(v3)
+            """,
+            "v4",
+            d3=2,
+            d4=0,
+        ),
+        Config(seed=12644, device="cuda"),
+    ),
     # nothing has any number of rows
     "rows of nothing": (
         program(

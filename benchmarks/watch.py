@@ -1,0 +1,106 @@
+"""What `gawscompile.compile` asks before a call: whether anything changed in the model since its guards last held.
+
+    python -m benchmarks.watch --markdown benchmarks/results/watch.md
+
+One compiled decode step of SmolLM2 with adapters. The check is timed apart, in a loop, and within steps, which leave
+nothing of what it reads in a cache; beside them is what Dynamo's own guards take, under ``torch.compile`` and under
+``gawscompile.compile`` (`gawscompile.measure.guard_seconds` explains how).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import common
+from benchmarks.common import PAST, Setup
+from gawscompile import measure
+from gawscompile.decoding import Decoder
+from gawscompile.runtime.unchanged import State, Unchanged
+
+APART, STEPS = 1000, 60
+
+
+def decoder(model: Any, backend: str) -> Decoder:
+    """A compiled step of `model` after `PAST` tokens."""
+    made = Decoder(model, measure.compiled(model, backend, dynamic=False), 2 * PAST)
+    made.fill(common._ids(model, PAST)[0].tolist())
+    for _ in range(2):
+        made.seek()
+        made.timed_step()
+    return made
+
+
+def step(one: Decoder) -> Callable[[], object]:
+    def again() -> None:
+        one.seek()
+        one.timed_step()
+
+    return again
+
+
+def row(base: Any, setup: Setup, kind: str) -> list[str]:
+    """Microseconds and what is compared, of one kind of adapter."""
+    model = common.with_adapter(base, setup, kind)
+    plain = decoder(model, "gaws")
+    states: list[State] = []
+    made, call, spent = State.__init__, Unchanged.__call__, []
+
+    def noted(self: State, variables: list[Any], found: Any) -> None:
+        made(self, variables, found)
+        states.append(self)
+        others = len(found.objects) + len(found.lists)
+        sizes.update(dictionaries=len(found.dictionaries), tensors=len(found.tensors), others=others)
+
+    def timed(self: Unchanged, scope: Any) -> bool:
+        start = time.perf_counter()
+        answer = call(self, scope)
+        spent.append(time.perf_counter() - start)
+        return answer
+
+    sizes: dict[str, int] = {}
+    with mock.patch.object(State, "__init__", noted), mock.patch.object(Unchanged, "__call__", timed):
+        serving = decoder(model, "gawscompile.compile")
+        spent.clear()
+        for _ in range(STEPS):
+            serving.seek()
+            serving.timed_step()
+    variables = [variable() for variable in states[-1].variables]
+    start = time.perf_counter()
+    for _ in range(APART):
+        assert states[-1].same(variables)
+    apart = (time.perf_counter() - start) / APART
+    numbers = [apart, statistics.median(spent), *(measure.guard_seconds(step(one)) for one in (plain, serving))]
+    return [kind, *(f"{number * 1e6:.1f}" for number in numbers), *(str(size) for size in sizes.values())]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.watch", description=__doc__)
+    parser.add_argument("--adapters", nargs="+", default=["lora", "dora"])
+    parser.add_argument("--markdown", type=Path)
+    given = parser.parse_args(arguments)
+    setup = Setup("smollm2", "float32", 16)
+    base = common.load_base(setup)
+    heads = ["", "apart µs", "in a step µs", "guards µs, torch.compile", "guards µs, gawscompile.compile"]
+    heads += ["dictionaries", "tensors", "objects and lists"]
+    with torch.no_grad():
+        rows = [row(base, setup, kind) for kind in given.adapters]
+    facts = measure.describe(measure.machine())
+
+    def report(markdown: bool) -> str:
+        return f"{facts}\n\n{measure.table(heads, rows, markdown)}\n"
+
+    argv = sys.argv[1:] if arguments is None else arguments
+    common.publish("What is asked before a call", "watch", argv, given.markdown, report)
+
+
+if __name__ == "__main__":
+    main()
