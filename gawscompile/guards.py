@@ -57,13 +57,12 @@ def inference_guards(entries: Sequence[Any]) -> list[bool]:
     everything = [True] * len(entries)
     if torch.is_grad_enabled() or torch._dynamo.config.caching_precompile or not unchanged.available():
         return everything
-    builtin = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(entries)
     guards = [entry.orig_guard for entry in entries]
     known = unchanged.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
     keep = [
         not unchanged.followable(entry.orig_guard.originating_source)
-        or (kept and not known.sees(entry.guard_type, entry.orig_guard, entry.value))
-        for kept, entry in zip(builtin, entries, strict=True)
+        or not known.sees(entry.guard_type, entry.orig_guard, entry.value)
+        for entry in entries
     ]
     carrier = next((guard for guard, kept in zip(guards, keep, strict=True) if kept), None)
     replaced = [guard for guard, kept in zip(guards, keep, strict=True) if not kept]

@@ -285,6 +285,9 @@ def test_one_graph_serves_many_modules_and_keeps_none_alive():
 COUNTRY = {"large": False}  # of no module
 
 
+OLD = []  # so that it is no other's memory
+
+
 class Settings:
     def __init__(self):
         self.factor = 2.0
@@ -304,6 +307,7 @@ class Custom(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(8, 8)
+        self.linear.marks = {"a"}  # on a module of torch's
         self.names, self.scales, self.negative, self.settings = ["a"], {"a": 2.0, "b": 3.0}, False, Settings()
 
     def forward(self, x):
@@ -312,6 +316,10 @@ class Custom(torch.nn.Module):
             y = y * self.scales[name]
         if hasattr(self, "extra"):
             y = y + self.extra
+        if self.linear.marks:
+            y = y + 0.25
+        if self.linear.weight.requires_grad:
+            y = y * 1.5
         if hasattr(self, "asked"):
             y = y * 3.0
         return (-y if self.negative else y) + self.shift
@@ -335,6 +343,12 @@ EDITS = {
     "a class's attribute": lambda one: setattr(type(one), "shift", 2.0),
     "a class's attribute that was not there": lambda one: setattr(type(one), "extra", 1.5),
     "the class": lambda one: setattr(one, "__class__", Another),
+    "what a module of torch's holds": lambda one: one.linear.marks.clear(),
+    "requires_grad": lambda one: one.requires_grad_(False),
+    "all attributes at once": lambda one: (
+        OLD.append(vars(one)),
+        setattr(one, "__dict__", {**vars(one), "negative": True}),
+    ),
     "what a property looks at": lambda one: COUNTRY.update(large=True),
     "an attribute in the place of a class's": lambda one: setattr(one, "shift", 3.0),
 }
@@ -360,6 +374,55 @@ def test_what_other_libraries_keep_in_modules_is_seen(edit, monkeypatch):
         want = model(x)
         assert not torch.allclose(want, before)
         torch.testing.assert_close(compiled(x), want)
+
+
+class Buffered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.register_buffer("b", torch.randn(2, 8))
+
+    def forward(self, x):
+        self.last = x
+        return self.linear(x) * (2.0 if x is self.b else 3.0)
+
+
+def test_an_input_that_is_a_buffer():
+    torch._dynamo.reset()
+    model, x = Buffered().eval(), torch.randn(2, 8)
+    compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+    with torch.no_grad():
+        for given in (x, model.b, x):
+            torch.testing.assert_close(compiled(given), model(given))
+
+
+def test_modules_that_write_in_every_call_are_left_to_the_guards(monkeypatch):
+    torch._dynamo.reset()
+    model, made = Buffered().eval(), []
+    with patched(unchanged.State, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
+        compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+        for _ in range(200):
+            x = torch.randn(2, 8)
+            torch.testing.assert_close(compiled(x), model(x))
+        assert 0 < len(made) < 25
+        model.linear.bias = None
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_what_a_decorator_calls():
+    """transformers wraps a model's forward: what is compiled is called with ``*args``."""
+    torch._dynamo.reset()
+    model, x, made = Custom().eval(), torch.randn(2, 8), []
+
+    def wrapped(*args, **keywords):
+        return Custom.forward(*args, **keywords)
+
+    with patched(Unchanged, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
+        compiled = torch.compile(wrapped, backend="eager", options={"guard_filter_fn": inference_guards})
+        for factor in (2.0, 2.0, 5.0):
+            model.settings.factor = factor
+            torch.testing.assert_close(compiled(model, x), model(x))
+    assert made
 
 
 def test_all_guards_stay_where_changes_cannot_be_seen(monkeypatch, caplog):

@@ -1,8 +1,8 @@
 
 // ---- whether anything changed in a model since its guards last held (`unchanged.py`) ---------------------------------
 //
-// A watch holds addresses, and no references. Its dictionaries come in the order in which one reaches them from the
-// root: while all before it are unchanged, a dictionary is alive, and so is all else once all dictionaries are.
+// A watch holds addresses, and no references. Its words come in the order in which one reaches them from the root: while
+// all before it are unchanged, a dictionary or an object is alive, and so is all else once all words are.
 
 #include <c10/core/TensorImpl.h>
 
@@ -14,6 +14,7 @@ struct Metadata {
   const c10::TensorImpl* const* slot;  // where the Python tensor keeps its implementation
   const c10::TensorImpl* tensor;
   size_t bytes;  // that its storage must hold
+  bool gradient;
   std::array<char, sizeof(c10::TensorImpl)> fields;
 };
 
@@ -29,7 +30,7 @@ struct Items {
 };
 
 struct Watch {
-  std::vector<std::pair<const uint64_t*, uint64_t>> words;  // versions of dictionaries, then classes of objects
+  std::vector<std::pair<const uint64_t*, uint64_t>> words;  // versions of dictionaries; classes of objects, and which dictionary each has
   std::vector<Items> lists;
   std::vector<Metadata> tensors;
   size_t from;  // where the fields begin
@@ -68,7 +69,7 @@ extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, 
     const c10::TensorImpl& t = **slot;
     if (!comparable(t) || t.unsafe_storage().nbytes() < needed(t)) return nullptr;
     watch->from = fields_of(t);
-    watch->tensors.push_back({slot, &t, needed(t), {}});
+    watch->tensors.push_back({slot, &t, needed(t), t.requires_grad(), {}});
     std::memcpy(watch->tensors.back().fields.data(), &t, sizeof t);
   }
   return watch.release();
@@ -98,7 +99,7 @@ extern "C" int gaws_unchanged(const void* handle) {
     if (*one.slot != t) return 0;
     const char* now = reinterpret_cast<const char*>(t);
     if (std::memcmp(now + watch.from, one.fields.data() + watch.from, sizeof *t - watch.from) != 0) return 0;
-    if (t->unsafe_storage().nbytes() < one.bytes) return 0;
+    if (t->unsafe_storage().nbytes() < one.bytes || t->requires_grad() != one.gradient) return 0;
   }
   return 1;
 }

@@ -15,12 +15,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import inspect
 import itertools
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ from gawscompile.runtime import ops
 log = logging.getLogger("gawscompile")
 
 TYPE, VERSION = 8, 24  # where an object keeps its type, and a dictionary its version
-MOST = 64  # states that are kept of one graph: one for each model, or layer, that it serves
+MOST = 1024  # states that are kept of one graph: one for each model, or layer, that it serves
+PATIENCE = 8  # changes in a row
 
 
 class Unwatchable(Exception):
@@ -126,7 +127,7 @@ def missing(tensor: torch.Tensor) -> int:
 
 def followable(source: Any) -> bool:
     """Whether `Paths` can follow one of Dynamo's sources: a variable, then modules, attributes, dictionaries."""
-    while (base := getattr(source, "base", None)) is not None:
+    while (base := _below(source)) is not None:
         name = type(source).__name__
         if name == "DictGetItemSource":
             if not isinstance(source.index, (str, int)):
@@ -134,7 +135,20 @@ def followable(source: Any) -> bool:
         elif name != "TypeSource" and not _is_attribute(source) and not _is_module(source):
             return False
         source = base
-    return type(source).__name__ in ("LocalSource", "GlobalSource")
+    return _is_variable(source)
+
+
+def _below(source: Any) -> Any:
+    """The source that one is based on, None for a variable."""
+    return None if _is_variable(source) else getattr(source, "base", None)
+
+
+def _is_variable(source: Any) -> bool:
+    """A local or a global, or one of ``*args``: what decorators call a method's self."""
+    name = type(source).__name__
+    if name == "GetItemSource":
+        return type(source.base).__name__ == "LocalSource" and type(source.index) is int
+    return name in ("LocalSource", "GlobalSource")
 
 
 def _is_attribute(source: Any) -> bool:
@@ -155,6 +169,14 @@ def _is_plain_object(value: Any) -> bool:
     return usual and type(getattr(value, "__dict__", None)) is dict
 
 
+def _is_property(value: Any, name: str) -> bool:
+    """Whether an object's class gets `name` in a way of its own, whatever the object holds."""
+    if name == "__dict__":
+        return False
+    found = next((vars(one)[name] for one in type(value).__mro__ if name in vars(one)), None)
+    return hasattr(type(found), "__set__")
+
+
 class Known:
     """What sources name, as far as that is in modules' own attributes and in dictionaries."""
 
@@ -163,7 +185,7 @@ class Known:
         for source, value in named:
             while _is_module(source):
                 source = source.base
-            if getattr(source, "base", None) is None and isinstance(value, torch.nn.Module):  # a variable that lasts
+            if _is_variable(source) and isinstance(value, torch.nn.Module):  # which lasts
                 self._values[source] = value
 
     def sees(self, kind: str, guard: Any, value: Any) -> bool:
@@ -173,6 +195,8 @@ class Known:
         """
         if self._value(guard.originating_source) is not value:
             return False
+        if kind == "EMPTY_NN_MODULE_HOOKS_DICT":  # hooks are counted
+            return torch._dynamo.config.skip_nnmodule_hook_guards
         if kind == "TYPE_MATCH":
             return type(value) in (*PLAIN, dict, list) or _is_plain_object(value)
         if kind == "CLASS_MATCH":
@@ -188,11 +212,12 @@ class Known:
         if kind == "HASATTR":  # a property may look at anything
             usual = isinstance(value, torch.nn.Module) and type(value).__getattr__ is torch.nn.Module.__getattr__
             return usual and not isinstance(
-                inspect.getattr_static(type(value), guard.create_fn.keywords["attr"], None), property
+                getattr_static(type(value), guard.create_fn.keywords["attr"], None), property
             )
         if kind == "DUPLICATE_INPUT":
             return all(followable(source) and self._value(source) is value for source in looks_at(guard))
-        return kind == "TENSOR_MATCH" and type(value) in (torch.Tensor, torch.nn.Parameter)
+        # buffers keep theirs: Dynamo's guard against aliasing inputs is over those that it guards
+        return kind == "TENSOR_MATCH" and type(value) is torch.nn.Parameter
 
     def _value(self, source: Any) -> Any:
         if source not in self._values:
@@ -200,7 +225,7 @@ class Known:
         return self._values[source]
 
     def _found(self, source: Any) -> Any:
-        if getattr(source, "base", None) is None:
+        if _below(source) is None:
             return UNKNOWN
         before = self._value(source.base)
         if _is_module(source):
@@ -208,7 +233,7 @@ class Known:
         if type(source).__name__ == "TypeSource":
             return type(before) if _is_plain_object(before) or isinstance(before, torch.Tensor) else UNKNOWN
         if _is_attribute(source):
-            attributes = vars(before) if _is_plain_object(before) else {}
+            attributes = vars(before) if _is_plain_object(before) and not _is_property(before, source.member) else {}
             return attributes if source.member == "__dict__" else attributes.get(source.member, UNKNOWN)
         return before.get(source.index, UNKNOWN) if type(before) is dict else UNKNOWN
 
@@ -237,35 +262,45 @@ def hooks_of(module: torch.nn.Module) -> list[dict[Any, Any]]:
 
 
 class Found:
-    """What a watch looks at, in an order in which each is reached. By address, as no two of them may be one."""
+    """What a watch looks at. No thing twice."""
 
     def __init__(self) -> None:
-        self.dictionaries: dict[int, dict[Any, Any]] = {}
-        self.objects: dict[int, Any] = {}  # modules, mostly
+        self.words: list[int] = []  # addresses, each after those by which it is known to be there
+        self.modules: list[torch.nn.Module] = []
         self.tensors: dict[int, torch.Tensor] = {}
         self.lists: dict[int, list[Any]] = {}
-        self._classes: set[type] = set()
+        self._seen: set[int] = set()
 
     def add(self, value: Any) -> None:
-        """Keep `value`, if it is something that can change."""
-        if isinstance(value, dict):
-            self.dictionaries.setdefault(id(value), value)
-        elif isinstance(value, torch.Tensor):
+        """Keep `value`, if it is something that can change. Raises `Unwatchable`."""
+        if isinstance(value, torch.Tensor):
             self.tensors.setdefault(id(value), value)
         elif type(value) is list:
             self.lists.setdefault(id(value), value)
-        elif id(value) not in self.objects and _is_plain_object(value):
-            self.objects[id(value)] = value
-            hooks = hooks_of(value) if isinstance(value, torch.nn.Module) else []
-            for attributes in (*self._of_class(type(value)), vars(value), *hooks):
-                self.dictionaries.setdefault(id(attributes), attributes)
+        elif id(value) in self._seen:
+            return
+        elif isinstance(value, dict):
+            self._seen.add(id(value))
+            self.words.append(id(value) + VERSION)
+        elif _is_plain_object(value):
+            self._seen.add(id(value))
+            self.words += [id(value) + TYPE, _place_of_attributes(value)]
+            for one in type(value).__mro__:
+                self.add(gc.get_referents(vars(one))[0])  # the dictionary behind a proxy
+            self.add(vars(value))
+            if isinstance(value, torch.nn.Module):
+                self.modules.append(value)
+                for hooks in hooks_of(value):
+                    self.add(hooks)
 
-    def _of_class(self, kind: type) -> list[dict[Any, Any]]:
-        """The attributes of a class that was not met before, and of those that it derives from."""
-        if kind in self._classes:
-            return []
-        self._classes.add(kind)
-        return [gc.get_referents(vars(one))[0] for one in kind.__mro__]  # behind a proxy
+
+def _place_of_attributes(value: Any) -> int:
+    """The address at which an object keeps its dictionary. Raises `Unwatchable` where that is not known."""
+    attributes = id(vars(value))
+    for place in (-24, -32, -16, -8, 16, 24, 32):
+        if _word(id(value) + place) == attributes:
+            return id(value) + place
+    raise Unwatchable(f"{type(value).__name__}, whose attributes are not where they are expected")
 
 
 class Paths:
@@ -275,44 +310,50 @@ class Paths:
         self.steps: dict[Any, Any] = {}  # source → the one before it, None for a variable
         for source in sources:
             chain = [source]
-            while (base := getattr(chain[-1], "base", None)) is not None and base not in self.steps:
+            while (base := _below(chain[-1])) is not None and base not in self.steps:
                 chain.append(base)
             for one in reversed(chain):
-                self.steps.setdefault(one, getattr(one, "base", None))
+                self.steps.setdefault(one, _below(one))
         self.roots = [source for source, base in self.steps.items() if base is None]
 
     def variables(self, scope: dict[str, Any], names: dict[str, Any]) -> list[Any]:
-        """What the roots are: locals of a call, or globals."""
-        return [
-            scope[root.local_name] if type(root).__name__ == "LocalSource" else names[root.global_name]
-            for root in self.roots
-        ]
+        """What the roots are. Raises `KeyError` and `IndexError` where there are none."""
+        values = []
+        for root in self.roots:
+            if type(root).__name__ == "GetItemSource":
+                values.append(scope[root.base.local_name][root.index])
+            elif type(root).__name__ == "LocalSource":
+                values.append(scope[root.local_name])
+            else:
+                values.append(names[root.global_name])
+        return values
 
     def follow(self, variables: list[Any]) -> Found:
         """What is on the way. Raises `Unwatchable`."""
         values = dict(zip(self.roots, variables, strict=True))
         found = Found()
+        for value in variables:
+            found.add(value)
         for source, base in self.steps.items():
             if base is None:
                 continue
-            before = values[base]
-            if _is_module(source) or type(source).__name__ == "TypeSource":
-                values[source] = before
-                found.add(before)
-                continue
-            if _is_attribute(source):
-                attributes: Any = getattr(before, "__dict__", None)
-                if type(attributes) is not dict:
-                    raise Unwatchable(f"{source.name}: {type(before).__name__} has no attributes of its own")
-                found.add(attributes)
-                values[source] = getattr(before, source.member, None)
-            else:
-                if not isinstance(before, dict):
-                    raise Unwatchable(f"{source.name}: {type(before).__name__} is no dictionary")
-                found.add(before)
-                values[source] = before.get(source.index)
+            values[source] = self._step(source, values[base])
             found.add(values[source])
         return found
+
+    def _step(self, source: Any, before: Any) -> Any:
+        if _is_module(source) or type(source).__name__ == "TypeSource":
+            return before
+        if not _is_attribute(source):
+            if not isinstance(before, dict):
+                raise Unwatchable(f"{source.name}: {type(before).__name__} is no dictionary")
+            return before.get(source.index)
+        if not _is_plain_object(before) or _is_property(before, source.member):
+            raise Unwatchable(f"{source.name}: {type(before).__name__} says itself what its attributes are")
+        attributes = vars(before)
+        if source.member != "__dict__" and source.member not in attributes:
+            raise Unwatchable(f"{source.name}: it is no attribute of its own")
+        return attributes if source.member == "__dict__" else attributes[source.member]
 
 
 class State:
@@ -321,8 +362,7 @@ class State:
     def __init__(self, variables: list[Any], found: Found) -> None:
         self.variables = [weakref.ref(variable) for variable in variables]
         self.hooks = RemovableHandle.next_id
-        words = [address + VERSION for address in found.dictionaries]
-        words += [address + TYPE for address in itertools.chain(found.objects, found.tensors)]
+        words = found.words + [address + TYPE for address in found.tensors]
         slots = [_slot(tensor) for tensor in found.tensors.values()]
         arrays = [
             (ctypes.c_int64(len(addresses)), (ctypes.c_void_p * len(addresses))(*addresses))
@@ -354,32 +394,50 @@ class Unchanged:
         self.paths = Paths(sources)
         self.hooked: list[int] | None = None  # how many hooks each of its modules has
         self.states: dict[tuple[int, ...], State] = {}
+        self.missed: dict[tuple[int, ...], int] = {}  # how often in a row something had changed
+        self.waits: dict[tuple[int, ...], int] = {}  # calls until the next state is made
 
     def __call__(self, scope: Any) -> bool:
-        """Whether the guards hold. `scope`: the locals of the call."""
+        """Whether the guards hold. `scope`: the locals of the call.
+
+        Where something changes in call after call (a module that counts its calls, say) a state is worth less than it
+        costs: the guards alone decide then, as they do without us, and a state is tried less and less often.
+        """
         try:
             variables = self.paths.variables(scope, self.names)
-        except KeyError:
+        except (KeyError, IndexError):
             return False
         key = tuple(map(id, variables))
         state = self.states.get(key)
         if state is not None and state.same(variables):
+            self.missed.pop(key, None)
             return True
         self.states.pop(key, None)
         if not self.guards.check(scope):
             return False
+        if waits := self.waits.get(key, 0):
+            self.waits[key] = waits - 1
+            return True
+        missed = self.missed[key] = self.missed.get(key, 0) + 1
+        if missed > PATIENCE:
+            self.waits[key] = min(2 ** (missed - PATIENCE), MOST)
         try:
             found = self.paths.follow(variables)
             if any(map(missing, found.tensors.values())):
                 return False  # no guard of Dynamo's sees it, and memory behind the end would be read
-            modules = [one for one in found.objects.values() if isinstance(one, torch.nn.Module)]
-            hooked = [sum(map(len, hooks_of(module))) for module in modules]
+            hooked = [sum(map(len, hooks_of(module))) for module in found.modules]
             if self.hooked is not None and hooked != self.hooked:
                 return False  # nor does one see hooks, by torch's default
             self.hooked = hooked
             if len(self.states) >= MOST:
-                self.states.clear()
+                self._forget()
             self.states[key] = State(variables, found)
         except (Unwatchable, TypeError) as error:  # right all the same: all the guards are checked in every call
             log.info("gaws: guards are checked in every call: %s", error)
         return True
+
+    def _forget(self) -> None:
+        """The states of models that are gone; all, where none is."""
+        alive = {key: state for key, state in self.states.items() if all(one() is not None for one in state.variables)}
+        self.states = alive if len(alive) < MOST else {}
+        self.missed, self.waits = {}, {}
