@@ -53,6 +53,7 @@ def test_one_direction_alone(direction, own):
     torch.testing.assert_close(got, run(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_factors_in_fp32_beside_a_base_in_bf16():
     model = randomise(peft.get_peft_model(base().bfloat16(), ZFLoRAConfig(r=4)).eval())
     groups, got = groups_of(model, "Llama")

@@ -66,7 +66,12 @@ def _checked(compiled: Compiled, registers: int | None) -> None:
     assert registers is None or compiled.registers <= registers
 
 
-@pytest.mark.parametrize("target", TARGETS)
+FAST = ("cuda:90", "hip:gfx942")
+
+
+@pytest.mark.parametrize(
+    "target", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in TARGETS]
+)
 @pytest.mark.parametrize(
     ("spec", "plan"),
     [

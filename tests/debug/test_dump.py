@@ -91,7 +91,10 @@ def test_a_warm_start_writes_the_same(tmp_path, monkeypatch):
     torch._dynamo.reset()
     explain(model, x, options={"dump": str(tmp_path / "lost")})
     (lost,) = (tmp_path / "lost").iterdir()
-    assert files(lost) == said[0]
+    again = files(lost)
+    assert again.keys() == said[0].keys()
+    for name in again.keys() - {"index.html"}:  # which says how long the passes took
+        assert again[name] == said[0][name], name
 
 
 def test_what_is_left_alone_is_dumped_with_its_reason(tmp_path):

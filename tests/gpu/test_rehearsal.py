@@ -36,6 +36,7 @@ def rehearse(*command: str, cache: Path, timeout: int = 600) -> subprocess.Compl
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_the_suite(tmp_path: Path):
     report = tmp_path / "report.xml"
     ignored = f"--ignore={HERE / 'test_rehearsal.py'}"

@@ -267,7 +267,9 @@ def adapted(model, kind):
 
 
 @pytest.mark.parametrize("kind", ["gaws", "gawsd", "lokr"])
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "RoBERTa", "T5"])
+@pytest.mark.parametrize(
+    "name", ["Llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("GPT-2", "RoBERTa", "T5"))]
+)
 def test_every_adapter_of_a_model_is_fused(name, kind):
     architecture = ARCHITECTURES[name]
     if (name, kind) == ("GPT-2", "lokr"):
