@@ -225,8 +225,10 @@ def _wide(node: Node) -> tuple[Any, ...]:
 
 
 def _nothing_of_it(node: Node) -> bool:
-    """Whether a product is taken zero times: NaN and inf in it are then nothing too, where zero times them is NaN."""
-    return bool(node.kwargs.get("alpha", 1) == 0)
+    """Whether a product is taken zero times: NaN and inf in it are then nothing too, where zero times them is NaN. Or
+    of no numbers at all, so that even two dtypes may be multiplied.
+    """
+    return bool(node.kwargs.get("alpha", 1) == 0) or dtype(args(node)[-2]) != dtype(args(node)[-1])
 
 
 def _affine(context: Context, c: Node, product: Node, node: Node) -> Node:

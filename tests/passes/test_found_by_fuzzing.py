@@ -96,6 +96,22 @@ FOUND: dict[str, tuple[Program, Config]] = {
         ),
         Config(seed=12644, device="cuda"),
     ),
+    # of no tokens even two dtypes have a product
+    "two dtypes and no tokens": (
+        program(
+            {"x0": (("d4", "d0", "d1", "d3"), F32), "p6": (("d0", "d3"), F32), "p8": (("d1",), torch.float64)},
+            """
+            v7 = (p8 * 2) * p6
+            v8 = torch.einsum('...k,rk->...r', x0, v7)
+            """,
+            "v8",
+            d0=1,
+            d1=1,
+            d3=2,
+            d4=0,
+        ),
+        Config(seed=18676),
+    ),
     # nothing has any number of rows
     "rows of nothing": (
         program(
