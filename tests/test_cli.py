@@ -338,8 +338,16 @@ def test_calibrate_asks_before_it_measures_whether_it_can_keep_anything(timed, c
     one_line_of(capsys, "cannot write to the cache folder")
 
 
+@pytest.fixture
+def interruptible():
+    """Jobs in the background start with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("when", ["measuring", "writing"])
-def test_an_interrupted_calibration_leaves_no_file_and_the_former_one(when, timed, capsys, monkeypatch):
+def test_an_interrupted_calibration_leaves_no_file_and_the_former_one(when, timed, capsys, monkeypatch, interruptible):
     assert cli.main(["calibrate", "--device", "cpu"]) == 0
     before, times, replace = (timed / devices.CALIBRATIONS).read_text(), calibrate._time, os.replace
 

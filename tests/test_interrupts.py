@@ -23,6 +23,7 @@ from gawscompile.runtime import ops
 
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
 
 
 def ctrl_c():
