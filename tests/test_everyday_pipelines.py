@@ -49,6 +49,7 @@ def test_text_generation(way, tiny_llama_dir):
         assert write(TEXTS, **greedy) == want
 
 
+@pytest.mark.slow
 @both
 def test_feature_extraction(way, bert_dir):
     """The compiled model itself goes into the pipeline."""

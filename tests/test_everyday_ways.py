@@ -88,6 +88,7 @@ def test_data_parallel(way):
         close(logits(torch.nn.DataParallel(compiled(way, model))), want)
 
 
+@pytest.mark.slow
 @both
 def test_mixed_adapters(way):
     """LoRA, LoKr and LoHa at once, switched; a LoHa beside another's base is a second full matrix, and is left."""

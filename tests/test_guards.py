@@ -59,6 +59,7 @@ def scaled(model, factor):
             module.scaling["default"] *= factor
 
 
+@pytest.mark.slow
 def test_set_adapter(pair):
     model, compiled = pair
     first = logits(compiled)

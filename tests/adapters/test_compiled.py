@@ -34,6 +34,7 @@ def test_compiled_equals_eager_and_a_base_with_the_dense_product(kind, diag):
     assert sum(spec.count("kron(") for spec in specs) == ARCHITECTURES["Llama"].adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPILED)
 def test_new_numbers_and_other_adapters_show_in_the_next_call(kind):
     model = adapted(kind)

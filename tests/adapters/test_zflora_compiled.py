@@ -61,6 +61,7 @@ def test_factors_in_fp32_beside_a_base_in_bf16():
     torch.testing.assert_close(got, run(model), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_switching_disabling_fusing_and_new_numbers_show_in_the_next_call():
     model = adapted()
     model.add_adapter("other", ZFLoRAConfig(r=6))

@@ -113,6 +113,7 @@ def test_a_folder_without_a_dump_and_with_several(tmp_path):
         repro(tmp_path)
 
 
+@pytest.mark.slow
 def test_names_constants_and_symbolic_sizes_come_along(tmp_path):
     class Odd(torch.nn.Module):
         def __init__(self) -> None:

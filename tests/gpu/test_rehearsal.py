@@ -78,6 +78,7 @@ def inductor_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 def test_inductor_makes_code_of_the_op(inductor_code: dict[str, dict]):
     found = inductor_code["opaque"]
     ast.parse(found["code"])
