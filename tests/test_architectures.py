@@ -13,7 +13,13 @@ from tests.graphs import capture, tokens
 from tests.numerics import error_ratio
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+FEW = ("Llama", "GPT-2", "Gemma 3", "RoBERTa", "T5")
+"""Of each family one; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [one if one in FEW else pytest.param(one, marks=pytest.mark.slow) for one in ARCHITECTURES]
+)
 def test_every_adapter_is_fused_or_rejected_for_a_true_reason(name):
     architecture = ARCHITECTURES[name]
     model = architecture.build()
