@@ -130,6 +130,7 @@ def test_switching_adapters_off_and_over_gives_eagers_answers():
     torch.testing.assert_close(output(compiled), output(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_left_to_inductor(caplog):
     model = small_llama(layers=1)
     twin = copy.deepcopy(model)

@@ -59,7 +59,7 @@ def test_all_adapters_are_fused(pair):
         assert torch.equal(*(generated(each, do_sample=False) for each in pair))
 
 
-FEW = ("top-k", "penalties")
+FEW = ("top-k",)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,7 @@ def test_searches(pair, search):
     assert torch.equal(*(generated(each, **SEARCHES[search]) for each in pair))
 
 
+@pytest.mark.slow
 def test_scores(pair):
     """What is returned beside tokens is eager's too."""
     settings = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}

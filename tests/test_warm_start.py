@@ -60,6 +60,7 @@ def test_warm_is_cold_without_the_work(caches, cold):
     assert cold["report"]["summary"].startswith("8 linears in 1 graph(s): 8 fused")
 
 
+@pytest.mark.slow
 def test_a_lost_record_is_made_again_and_kernels_are_rebuilt(caches, cold):
     """Our half of the cache is gone, Inductor's is not: the passes run once more, for the record alone."""
     kept = shutil.move(caches / "gaws", caches / "kept")

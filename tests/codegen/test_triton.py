@@ -375,7 +375,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
 
 def takes_long(case: str) -> bool:
     """Whether the interpreter is long at it, and others try what it does."""
-    return case == "many_rows-m1" or case.endswith(("-m3", "-m70"))
+    return case == "many_rows-m1" or case.endswith(("-m3", "-m5", "-m70"))
 
 
 @pytest.mark.parametrize(
