@@ -43,6 +43,7 @@ def test_training_changes_only_the_adapter_and_is_repeatable(tiny_llama_dir):
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_tiny_model_goes_all_the_way(tiny_llama_dir, capsys):
     assert run(tiny_llama_dir, "--backends", "eager,gaws") == 0
     out = capsys.readouterr().out

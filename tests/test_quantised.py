@@ -73,6 +73,7 @@ def swapped(model, by):
                 parameter.mul_(by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_are_fused_and_live(kind):
     model = quantised(kind)

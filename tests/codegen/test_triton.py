@@ -373,9 +373,16 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     return lines
 
 
+CORE = frozenset(
+    "qkv swiglu gaws gawsd lokr rowscale residual bias given two_adapters everything transposed f16 long_k odd_n_and_k"
+    " bf16_with_f32_adapters".split()
+)
+
+
 def takes_long(case: str) -> bool:
     """Whether the interpreter is long at it, and others try what it does."""
-    return case == "many_rows-m1" or case.endswith(("-m3", "-m5", "-m70"))
+    spec, _, tokens = case.rpartition("-m")
+    return tokens in ("3", "5", "70") or (tokens == "1" and spec not in CORE)
 
 
 @pytest.mark.parametrize(
