@@ -374,7 +374,24 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
 
 
 CORE = frozenset(
-    ["qkv", "swiglu", "gaws", "gawsd", "lokr", "rowscale", "residual", "bias", "given", "two_adapters", "everything", "transposed", "f16", "long_k", "odd_n_and_k", "bf16_with_f32_adapters"]
+    [
+        "qkv",
+        "swiglu",
+        "gaws",
+        "gawsd",
+        "lokr",
+        "rowscale",
+        "residual",
+        "bias",
+        "given",
+        "two_adapters",
+        "everything",
+        "transposed",
+        "f16",
+        "long_k",
+        "odd_n_and_k",
+        "bf16_with_f32_adapters",
+    ]
 )
 
 
