@@ -57,8 +57,7 @@ def row(base: Any, setup: Setup, kind: str) -> list[str]:
     def noted(self: State, variables: list[Any], found: Any) -> None:
         made(self, variables, found)
         states.append(self)
-        others = len(found.objects) + len(found.lists)
-        sizes.update(dictionaries=len(found.dictionaries), tensors=len(found.tensors), others=others)
+        sizes.update(words=len(found.words), tensors=len(found.tensors), lists=len(found.lists))
 
     def timed(self: Unchanged, scope: Any) -> bool:
         start = time.perf_counter()
@@ -90,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     setup = Setup("smollm2", "float32", 16)
     base = common.load_base(setup)
     heads = ["", "apart µs", "in a step µs", "guards µs, torch.compile", "guards µs, gawscompile.compile"]
-    heads += ["dictionaries", "tensors", "objects and lists"]
+    heads += ["words", "tensors", "lists"]
     with torch.no_grad():
         rows = [row(base, setup, kind) for kind in given.adapters]
     facts = measure.describe(measure.machine())

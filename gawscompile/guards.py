@@ -18,7 +18,7 @@ import torch
 from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.backend import register
-from gawscompile.runtime import unchanged
+from gawscompile.runtime import unchanged, watched
 
 log = logging.getLogger("gawscompile")
 
@@ -58,9 +58,9 @@ def inference_guards(entries: Sequence[Any]) -> list[bool]:
     if torch.is_grad_enabled() or torch._dynamo.config.caching_precompile or not unchanged.available():
         return everything
     guards = [entry.orig_guard for entry in entries]
-    known = unchanged.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
+    known = watched.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
     keep = [
-        not unchanged.followable(entry.orig_guard.originating_source)
+        not watched.followable(entry.orig_guard.originating_source)
         or not known.sees(entry.guard_type, entry.orig_guard, entry.value)
         for entry in entries
     ]
@@ -95,7 +95,7 @@ def _also(create: Callable[[Any, Any], Any], replaced: list[Any]) -> Callable[[A
 def _install(builder: Any, replaced: list[Any]) -> None:
     manager = builder.check_fn_manager
     _, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
-    sources = [source for guard in replaced for source in unchanged.looks_at(guard)]
+    sources = [source for guard in replaced for source in watched.looks_at(guard)]
     guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"])
     said = [f"{len(replaced)} guards on modules and their parameters (gawscompile.compile)"]
     builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)
