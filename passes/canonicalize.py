@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from gawscompile.debug.records import Reason
 from gawscompile.operators import linear
 from gawscompile.passes.activations import base_activation
 from gawscompile.passes.context import (
@@ -71,7 +72,7 @@ def _canonicalize(graph: Graph, context: Context, node: Node, casts: Casts) -> N
             if context.allows(node):
                 _turn(graph, context, node, x, columns, casts)
             return
-    if _nothing_of_it(node) or not context.allows(node):
+    if _refused(context, node) or not context.allows(node):
         return
     if bias is not None and not _plain(node, bias):
         node = _take_apart(graph, context, node)
@@ -176,7 +177,7 @@ def _unbatch(graph: Graph, context: Context, node: Node, casts: Casts) -> None:
     """A batched product with one matrix for all of the batch is a linear."""
     x, right = args(node)[-2:]
     weight = _one_matrix(graph, context, node, right)
-    if weight is None or _nothing_of_it(node) or not context.allows(node):
+    if weight is None or _refused(context, node) or not context.allows(node):
         return
     if node.target is aten.baddbmm.default:
         with graph.inserting_before(node):
@@ -224,11 +225,17 @@ def _wide(node: Node) -> tuple[Any, ...]:
     return tuple(size for size in shape(node) if not same_size(size, 1))
 
 
-def _nothing_of_it(node: Node) -> bool:
-    """Whether a product is taken zero times: NaN and inf in it are then nothing too, where zero times them is NaN. Or
-    of no numbers at all, so that even two dtypes may be multiplied.
-    """
-    return bool(node.kwargs.get("alpha", 1) == 0) or dtype(args(node)[-2]) != dtype(args(node)[-1])
+def _refused(context: Context, node: Node) -> bool:
+    """Whether a linear must stay as torch spells it; then it is recorded, with the reason."""
+    x, right = args(node)[-2:]
+    if node.kwargs.get("alpha", 1) == 0:  # NaN and inf in a product that is taken zero times are nothing
+        reason, detail = Reason.SCALE, "its product is taken zero times"
+    elif dtype(x) != dtype(right):  # of no tokens torch multiplies even these
+        reason, detail = Reason.MIXED_DTYPES, f"{dtype(x)} activation, {dtype(right)} weight"
+    else:
+        return False
+    context.reject(context.found(node, (shape(node)[-1], shape(x)[-1]), dtype(right)), reason, detail)
+    return True
 
 
 def _affine(context: Context, c: Node, product: Node, node: Node) -> Node:

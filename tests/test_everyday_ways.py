@@ -33,7 +33,7 @@ def close(got, want, loose=1e-4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 @both
 def test_inductor_modes(way, mode):
     """On a CPU there are no CUDA graphs, and nothing to tune: both run as the default does, whatever lengths come."""

@@ -129,7 +129,6 @@ def test_an_adapter_that_came_later_and_one_that_went(pair):
     same(compiled, model)
 
 
-@pytest.mark.slow
 def test_gradients_get_all_their_guards(pair):
     model, compiled = pair
     frozen = [p for p in model.parameters() if p.requires_grad]

@@ -16,7 +16,7 @@ from gawscompile.guards import inference_guards
 
 OPTIONS = {"strict": True}
 WAYS = [pytest.param("torch.compile", marks=pytest.mark.slow), "gawscompile.compile"]
-"""The second leaves guards out; without these both are the same, and one of them will do among the fast tests."""
+"""They differ in when guards are checked, and nothing else: the fast tests take the second alone."""
 
 
 def compiled(way: str, model: Any, **settings: Any) -> Any:

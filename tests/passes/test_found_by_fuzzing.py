@@ -285,3 +285,12 @@ FOUND: dict[str, tuple[Program, Config]] = {
 def test_it_is_right_now(name):
     outcome = check(*FOUND[name])
     assert not outcome.failed, str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("addmm that takes its product zero times", "SCALE"), ("two dtypes and no tokens", "MIXED_DTYPES")],
+)
+def test_what_is_left_says_why(name, reason):
+    record = check(*FOUND[name]).record
+    assert [(entry.status, entry.reason) for entry in record.linears] == [("rejected", reason)]
