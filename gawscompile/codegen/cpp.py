@@ -222,7 +222,7 @@ def _low_ranks(
         at, seen = f"u[(t0 + t) * LDU + {ranks.offsets[i, j]} + row + r]", streamed(f"a{i}_{j}", summed)
         lines += [
             f"    shrink.piece(blocks({term.rank}, ROWS) * tiles, {cost}, [&](int64_t piece) {{",
-            "      const int64_t lo = piece % tiles * 4 * TOKENS, hi = std::min(m, lo + 4 * TOKENS);",
+            "      const int64_t lo = piece % tiles * 4 * TOKENS, hi = min(m, lo + 4 * TOKENS);",
             f"      for_rows<{term.rank}>(piece / tiles, [&](auto rows, int64_t row) {{",
             "        for_tokens(lo, hi, [&](auto width, int64_t t0) {",
             "          constexpr int R = decltype(rows)::value, T = decltype(width)::value;",
@@ -270,7 +270,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
         body += [
             f"    rows.range(blocks(N{i}, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
             f"      for (int64_t panel = first; panel < last; panel += {panel}) {{",
-            f"        const int64_t end = std::min<int64_t>(last, panel + {panel});",
+            f"        const int64_t end = min<int64_t>(last, panel + {panel});",
             "        for_tokens(0, m, [&](auto t, int64_t t0) {",
             *each_block(
                 "panel; block < end",
@@ -304,7 +304,7 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int, summed: Sequence[Operand
     return [
         f"    rows.range(blocks(N0, ROWS), {cost}, [&](int64_t first, int64_t last) {{",
         "      for (int64_t panel = first; panel < last; panel += PANEL / ROWS) {",
-        "        const int64_t end = std::min<int64_t>(last, panel + PANEL / ROWS), row0 = panel * ROWS;",
+        "        const int64_t end = min<int64_t>(last, panel + PANEL / ROWS), row0 = panel * ROWS;",
         "        for_tokens(0, m, [&](auto t, int64_t t0) {",
         "          float gate[decltype(t)::value * PANEL], up[decltype(t)::value * PANEL];",
         *each_block(
@@ -312,7 +312,7 @@ def _gated(spec: KernelSpec, ranks: Scratch, cost: int, summed: Sequence[Operand
             ["            for_rows<N0>(block, [&](auto r, int64_t row) {", *calls, "            });"],
             [*sum_blocks(0, summed), *sum_blocks(1, summed)],
         ),
-        "          multiply(decltype(t)::value, std::min(N0, end * ROWS) - row0, gate, up, PANEL, y + t0 * N0 + row0);",
+        "          multiply(decltype(t)::value, min(N0, end * ROWS) - row0, gate, up, PANEL, y + t0 * N0 + row0);",
         "        });",
         "      }",
         "    });",
@@ -329,9 +329,9 @@ def _columns(i: int, cost: int, call: str, names: str, summed: Sequence[Operand]
     """A share of a ``[k, n]`` weight: blocks of its columns are added up in z, then meet the epilogue."""
     return [
         f"    rows.range(blocks(N{i}, 2 * V), (V / 2) * {cost}, [&](int64_t first, int64_t last) {{",
-        f"      const int64_t end = std::min(N{i}, last * 2 * V), ldz = columns_for(m);",
+        f"      const int64_t end = min(N{i}, last * 2 * V), ldz = columns_for(m);",
         "      for (int64_t n = first * 2 * V; n < end; n += ldz) {",
-        "        const int64_t count = std::min(ldz, end - n);",
+        "        const int64_t count = min(ldz, end - n);",
         f"        const float* z = columns<K>(w{i} + n, N{i}, count, x, m, ldz{by_columns(f'w{i}', summed)});",
         "        for_tokens(0, m, [&](auto t, int64_t t0) {",
         *each_block(
@@ -355,7 +355,7 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     pieces = [(i, _added(spec, i, ranks)) for i in added]
     if spec.swiglu:  # one piece of both, and of their product
         together = [line for _, lines in pieces for line in lines]
-        count = "std::min<int64_t>(2 * V, N0 - b * 2 * V)"
+        count = "min<int64_t>(2 * V, N0 - b * 2 * V)"
         product = f"      multiply(m, {count}, y0 + b * 2 * V, y1 + b * 2 * V, N0, y + b * 2 * V);"
         pieces = [(0, [*together, product])]
     total = " + ".join(f"blocks(N{i}, 2 * V)" for i, _ in pieces)
@@ -383,7 +383,7 @@ def _added(spec: KernelSpec, i: int, ranks: Scratch) -> list[str]:
     names = "".join(f"{o.name}, " for o in arguments(spec, i, EPILOGUE))
     return [
         "      for_tokens(0, m, [&](auto t, int64_t t0) {",
-        f"        const int64_t end = std::min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS);",
+        f"        const int64_t end = min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS);",
         "        for (int64_t block = b * 2 * V / ROWS; block < end; ++block)",
         f"          for_rows<N{i}>(block, [&](auto r, int64_t row) {{",
         f"            spread{i}<decltype(r)::value, decltype(t)::value>(row, t0, {names}{reads}y{i});",

@@ -22,7 +22,7 @@ def add(spec: KernelSpec, i: int, p: ProjectionSpec, ranks: Scratch) -> list[str
     lines = [
         f"inline void add{i}(int64_t n, int64_t m, {parameters(operands)}{u}{out}* y{i}) {{",
         "  constexpr int W = 2 * V;",
-        f"  const int count = int(std::min<int64_t>(W, N{i} - n));",
+        f"  const int count = int(min<int64_t>(W, N{i} - n));",
     ]
     if terms:
         lines.append(f"  float bt[{sum(rank for rank, _, _ in terms)}][W] = {{}};")

@@ -99,12 +99,12 @@ def step_code(step: Step, share: str) -> list[str]:
     lines = [
         f"    {share}.piece({pieces} * tiles, {cost}, [&, tile = int64_t(-1)](int64_t piece) mutable {{",
         f"      const int64_t at = piece % ({pieces}), own = piece / ({pieces});",
-        "      const int64_t lo = own * 4 * TOKENS, hi = std::min(m, lo + 4 * TOKENS);",
+        "      const int64_t lo = own * 4 * TOKENS, hi = min(m, lo + 4 * TOKENS);",
     ]
     if mode is None or mode.rows is None:
         sizes = f"<{mode.columns}, {mode.after}>" if mode else "<1, 1>"
         factor = step.factor or "(const float*)nullptr"
-        ends = f"at * {_CHUNK}, std::min<int64_t>({step.width}, (at + 1) * {_CHUNK})"
+        ends = f"at * {_CHUNK}, min<int64_t>({step.width}, (at + 1) * {_CHUNK})"
         where = f"{source.pointer}, LDU, {source.stride}, {ends}"
         lines.append(f"      diagonal{sizes}(u + {step.offset}, {factor}, {where}, lo, hi, {step.scale});")
     else:
@@ -117,10 +117,10 @@ def step_code(step: Step, share: str) -> list[str]:
             sizes = f"{mode.before}, {mode.columns}, {mode.after}"
             lines += [
                 f"      if constexpr (turns<{mode.after}>) {{",
-                "        static thread_local std::vector<float> turned;",
+                "        static thread_local Buffer turned;",
                 f"        if (tile != own) turn<{sizes}>(turned, {source.pointer}, {source.stride}, lo, hi);",
                 "        tile = own;",
-                f"        {call}, turned.data(), LDU, 0, {rest}",
+                f"        {call}, turned.of(0), LDU, 0, {rest}",
                 "      } else {",
                 f"        {straight}",
                 "      }",

@@ -52,9 +52,8 @@ def scratch(ranks: Scratch) -> list[str]:
     if not ranks.width:
         return []
     return [
-        "  static thread_local std::vector<float> scratch;  // of the calling thread",
-        "  if (scratch.size() < size_t(m * LDU)) scratch.resize(m * LDU);",
-        "  float* u = scratch.data();",
+        "  static thread_local Buffer scratch;  // of the calling thread",
+        "  float* u = scratch.of(m * LDU);",
     ]
 
 

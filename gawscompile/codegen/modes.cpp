@@ -7,9 +7,8 @@ constexpr bool turns = A > 1 && A < NARROW;
 
 // x[t, (b, i, a)] as [t, (b, a, i)] for tokens [lo, hi), as this thread alone will read it.
 template <int64_t B, int64_t I, int64_t A, class TX>
-inline void turn(std::vector<float>& turned, const TX* x, int64_t ldx, int64_t lo, int64_t hi) {
-  if (turned.size() < size_t((hi - lo) * B * I * A)) turned.resize((hi - lo) * B * I * A);
-  float* to = turned.data();
+inline void turn(Buffer& turned, const TX* x, int64_t ldx, int64_t lo, int64_t hi) {
+  float* to = turned.of((hi - lo) * B * I * A);
   for (int64_t t = lo; t < hi; ++t)
     for (int64_t b = 0; b < B; ++b)
       for (int64_t a = 0; a < A; ++a)

@@ -15,7 +15,7 @@ inline Pair load_pair(const float* p) { return {F::loadu(p), F::loadu(p + V)}; }
 template <class T>
 inline Pair load_pair(const T* p, int count) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return {widened(p, std::min(count, V)), count > V ? widened(p + V, count - V) : F(0)};
+  return {widened(p, min(count, V)), count > V ? widened(p + V, count - V) : F(0)};
 #else
   T padded[2 * V] = {};
   std::memcpy(padded, p, count * sizeof(T));
@@ -309,13 +309,12 @@ template <int64_t K, class TW, class TX, class Sum = NoSum>
 inline const float* columns(
     const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz, Sum sum = {}) {
   using O = Outer<TW, TX>;
-  const int64_t rows = std::max<int64_t>(16, (int64_t(1) << 17) / int64_t(ldz * sizeof(TW)) / 16 * 16);
-  static thread_local std::vector<float> sums;
-  if (sums.size() < size_t(m * ldz)) sums.resize(m * ldz);
-  float* z = sums.data();
+  const int64_t rows = max<int64_t>(16, (int64_t(1) << 17) / int64_t(ldz * sizeof(TW)) / 16 * 16);
+  static thread_local Buffer sums;
+  float* z = sums.of(m * ldz);
   std::memset(z, 0, m * ldz * sizeof(float));
   for (int64_t panel = 0; panel < K; panel += rows) {
-    const int64_t end = std::min<int64_t>(K, panel + rows);
+    const int64_t end = min<int64_t>(K, panel + rows);
     for_tokens(0, m, [&](auto width, int64_t t0) {
       constexpr int T = decltype(width)::value;
       int64_t k = panel;
@@ -343,7 +342,7 @@ struct Share {
   Share(int64_t total, int64_t id, int64_t count) : lo(total * id / count), hi(total * (id + 1) / count) {}
   template <class Fn>
   void range(int64_t length, int64_t cost, Fn&& f) {
-    const auto at = [&](int64_t w) { return std::clamp<int64_t>((w - base + cost - 1) / cost, 0, length); };
+    const auto at = [&](int64_t w) { return min<int64_t>(max<int64_t>((w - base + cost - 1) / cost, 0), length); };
     const int64_t first = lo <= base ? 0 : at(lo), last = hi <= base ? 0 : at(hi);
     if (first < last) f(first, last);
     base += length * cost;

@@ -1,7 +1,5 @@
-// The vectors of fp32 that kernels are written in: on x86 intrinsics and no more, as ATen's headers take longer to read
-// than a kernel takes to compile; on other machines ATen's.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+// The vectors of fp32 that kernels are written in: on x86 intrinsics and no more, on other machines ATen's. Each header
+// is read again for every kernel: torch's numbers of 16 bits and two of the standard library's took a third of a build.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
 #else
@@ -10,11 +8,9 @@
 #endif
 #include <omp.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 extern "C" {  // of libtorch_cpu
 #if defined(CPU_CAPABILITY_AVX512)
@@ -26,8 +22,29 @@ __m256 Sleef_expf8_u10(__m256);
 
 namespace {
 
-using bf16 = c10::BFloat16;
-using f16 = c10::Half;
+template <class T>
+constexpr T min(T a, T b) { return b < a ? b : a; }
+
+template <class T>
+constexpr T max(T a, T b) { return a < b ? b : a; }
+
+// A thread's own memory, which only grows. What it held is lost then.
+class Buffer {
+ public:
+  float* of(size_t count) {
+    if (count > size_) {
+      delete[] numbers_;
+      numbers_ = nullptr;
+      numbers_ = new float[size_ = count];
+    }
+    return numbers_;
+  }
+  ~Buffer() { delete[] numbers_; }
+
+ private:
+  float* numbers_ = nullptr;
+  size_t size_ = 0;
+};
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
@@ -38,6 +55,31 @@ using Halves = __m256i;  // as many numbers of 16 bits
 using Lanes = __m256;
 using Halves = __m128i;
 #endif
+
+struct bf16 {
+  uint16_t x;
+
+  bf16() = default;
+  explicit bf16(float v) {  // rounded to the nearest, ties to even; every NaN becomes one NaN
+    uint32_t wide;
+    std::memcpy(&wide, &v, sizeof v);
+    x = v != v ? 0x7fc0 : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+  }
+  operator float() const {
+    const uint32_t wide = uint32_t(x) << 16;
+    float v;
+    std::memcpy(&v, &wide, sizeof v);
+    return v;
+  }
+};
+
+struct f16 {
+  uint16_t x;
+
+  f16() = default;
+  explicit f16(float v) : x(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) {}
+  operator float() const { return _cvtsh_ss(x); }
+};
 
 struct F {
   Lanes lanes;
@@ -153,6 +195,8 @@ inline void store_pair(T* p, const Pair& v) {
 
 #else
 
+using bf16 = c10::BFloat16;
+using f16 = c10::Half;
 using F = at::vec::Vectorized<float>;
 using at::vec::fmadd;
 
