@@ -37,7 +37,7 @@ def test_every_adapter_is_fused_or_rejected_for_a_true_reason(name):
 CACHED = [name for name, architecture in ARCHITECTURES.items() if architecture.calls]
 
 
-GROWING = ("Llama", "Gemma 3", "GPT-2", "Bloom", "T5")  # the others are for the slow ones
+GROWING = ("Llama", "T5")  # the others are for the slow ones
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_memory_counts_every_storage_once(tiny_llama_dir):
     assert found["tensors_after"] < 4 * found["tensors_before"]
 
 
+@pytest.mark.slow
 def test_account_of_a_layer_and_its_kernels(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -189,6 +190,7 @@ def test_floors_and_multiples_of_them(tiny_llama_dir, monkeypatch, tmp_path):
     assert (tmp_path / "limits.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_growth_beside_its_prediction(tmp_path):
     start = growth.Stack(width=48, layers=1, rank=2)
     points = growth.sweep("adapters", "float32", 1, (1,), start)

@@ -59,12 +59,8 @@ SEARCHES = {
 }
 
 
-FEW = ("top-k",)
-
-
-@pytest.mark.parametrize(
-    "search", [one if one in FEW else pytest.param(one, marks=pytest.mark.slow) for one in SEARCHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("search", SEARCHES)
 def test_searches(pair, search):
     assert torch.equal(*(generated(each, **SEARCHES[search]) for each in pair))
 

@@ -47,6 +47,7 @@ def test_inductor_modes(way, mode):
             close(logits(call, ids), logits(model, ids))
 
 
+@pytest.mark.slow
 @both
 def test_regions(way):
     """accelerate compiles every decoder layer by itself; all of them share one graph."""
@@ -59,7 +60,8 @@ def test_regions(way):
     assert [fused(record) for record in RECORDS.since(mark)].count(LINEARS) == 1
 
 
-@pytest.mark.parametrize("in_place", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [False, True])
 @both
 def test_each_layer(way, in_place):
     model = small_llama(layers=3)

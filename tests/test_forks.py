@@ -174,7 +174,7 @@ def run(program: str, *arguments: str, timeout: float) -> str:
 
 
 @pytest.mark.parametrize("program", [MANY, WHILE_ANOTHER_REGISTERS], ids=["many", "while_another_registers"])
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_children_end(program, count):
     """Threads, vmap and jvp over compiled models come first. In a child Inductor's pool, which built kernels before the
     fork, has no threads, nor has GNU OpenMP's, and a lock that another thread held would stay held."""

@@ -10,12 +10,14 @@ from gawscompile.debug.explain import assemble
 from gawscompile.debug.store import RECORDS
 from gawscompile.decoding import Decoder
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 64
 OPTIONS = {"strict": True, "verify": True}
 QUESTION = "Tell me about the sea."
 
 
-@pytest.fixture(scope="module", params=[10, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[10, 30])
 def adapted(smollm2_dir, request):
     """The model, or its first layers, with a random LoRA (r = 16, all linears) that changes what it says."""
     from peft import LoraConfig, get_peft_model
@@ -83,7 +85,6 @@ def test_static_cache_every_linear_fused_and_live(adapted, prompt):
     assert measure.graphs_compiled() == graphs
 
 
-@pytest.mark.slow
 def test_generate_with_dynamic_cache(adapted, prompt):
     change_adapters(adapted, 0)
     wanted = generate(adapted, prompt, "dynamic")

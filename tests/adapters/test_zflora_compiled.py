@@ -44,6 +44,7 @@ def test_as_many_launches_as_the_base(name):
     torch.testing.assert_close(got, run(model, name), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("direction", "own"), [("forward", 1), ("backward", 2)])
 def test_one_direction_alone(direction, own):
     """M is a group of its own; so are E, and the first block's B E h, a chain on h and not on norm(h)."""

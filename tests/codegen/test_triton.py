@@ -422,6 +422,7 @@ def test_numbers(interpreted: dict[str, list[dict]], case: str):
                 assert distance > tolerance, f"the tolerance would not notice that {part} is missing"
 
 
+@pytest.mark.slow
 def test_error_over_seeds(interpreted: dict[str, list[dict]]):
     """Against fp64, over many draws: at most a quarter more than the segment-by-segment sum errs in that dtype."""
     assert len(interpreted["seeds"]) == 38
