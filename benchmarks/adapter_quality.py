@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from gawscompile import measure, persona
 from gawscompile.adapters import GAWSConfig, GAWSDConfig, approximate
 from gawscompile.adapters.approximate import Target
-from gawscompile.decoding import Decoder
+from gawscompile.calibration import measure
+from gawscompile.demo import persona
+from gawscompile.demo.decoding import Decoder
 
 HELD_OUT = 3
 """The last pairs of the text, which no adapter is trained on."""

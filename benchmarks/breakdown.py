@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import common, limits
 from benchmarks.common import PAST, Setup
-from gawscompile import guards, measure
 from gawscompile.backend import gaws
-from gawscompile.decoding import Decoder
+from gawscompile.calibration import measure
+from gawscompile.demo.decoding import Decoder
+from gawscompile.serving import guards
 
 PARTS = ("guards", "Dynamo's bytecode", "Inductor: wrapper, attention, norms", "our projections")
 

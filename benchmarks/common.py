@@ -1,6 +1,6 @@
 """What every benchmark shares: models with adapters, cases, fresh processes, output files.
 
-Timing in turns, the machine's description and tables are `gawscompile.measure`'s, which the demo uses too.
+Timing in turns, the machine's description and tables are `gawscompile.calibration.measure`'s, which the demo uses too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 
 import gawscompile
 from benchmarks.shapes import SHAPES
-from gawscompile import measure, models
-from gawscompile.decoding import CacheKind, Decoder
+from gawscompile.calibration import measure
+from gawscompile.demo import packaged
+from gawscompile.demo.decoding import CacheKind, Decoder
 
 BACKENDS = ("eager", "inductor", "gaws")
 LLAMA_CPP = "llama.cpp"
@@ -75,7 +76,7 @@ def is_causal(architectures: list[str] | None) -> bool:
 
 def folder_of(model: str) -> Path:
     """The directory of ``smollm2`` or ``minilm`` (fetched if need be), or `model` itself as a directory."""
-    named = {"smollm2": models.smollm2, "minilm": models.minilm}
+    named = {"smollm2": packaged.smollm2, "minilm": packaged.minilm}
     if model in named:
         return named[model]()
     if not (Path(model) / "config.json").is_file():

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common, memory
-from gawscompile import measure
-from gawscompile.decoding import Decoder
+from gawscompile.calibration import measure
+from gawscompile.demo.decoding import Decoder
 
 LAYERS = (4, 8, 16, 30, 64)
 SMOLLM2 = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import common, runtime
 from benchmarks.common import BACKENDS, Setup
-from gawscompile import measure
+from gawscompile.calibration import measure
 
 MODELS = ("t5-3b", "gpt2-large", "llama-3.2-3b", "roberta-large")
 KINDS = ("gaws", "gawsd")

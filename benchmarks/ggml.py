@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gawscompile import measure
+from gawscompile.calibration import measure
 
 LAYER = {
     "self_attn.q_proj": "attn_q",

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import gpu_report
 from benchmarks.common import write
-from gawscompile import measure
+from gawscompile.calibration import measure
 
 Row = dict[str, Any]
 
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.worker:
         work(options)
         return 0
-    from gawscompile import gpu_timing
+    from gawscompile.calibration import gpu_timing
 
     if gpu_timing.DEVICE == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no GPU; python -m tests.gpu.rehearse runs this without", file=sys.stderr)

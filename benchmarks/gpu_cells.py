@@ -20,11 +20,11 @@ import torch
 from benchmarks import common
 from benchmarks.common import MERGED, Setup
 from benchmarks.shapes import SHAPES
-from gawscompile import calibrate_gpu, gpu_timing, measure
+from gawscompile.calibration import fit_gpu, gpu_timing, measure
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec
 from gawscompile.debug.store import RECORDS
-from gawscompile.decoding import Decoder
+from gawscompile.demo.decoding import Decoder
+from gawscompile.ir.spec import KernelSpec, LowRankSpec
 from gawscompile.planning import cost, devices, gpu_cost
 
 Row = dict[str, Any]
@@ -227,7 +227,7 @@ class Kernels(Cell):
                 yield row | {"kind": "skipped", "why": "the time for this cell was over"}
                 continue
             try:
-                taken = calibrate_gpu.cold(spec, self.tokens, call)(ROUNDS)
+                taken = fit_gpu.cold(spec, self.tokens, call)(ROUNDS)
                 plan = None if row["what"] in TORCH else triton.Plan.parse(row["what"])
                 yield row | {
                     "us": asdict(measure.Timing.of([1e3 * sample for sample in taken])),

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from benchmarks import gpu_cells
-from gawscompile import measure
+from gawscompile.calibration import measure
 
 Row = dict[str, Any]
 

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.projections import NAMES, forward, operands
-from gawscompile import measure
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.calibration import measure
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.planning import cost, devices
 from gawscompile.runtime import ops
 

@@ -27,10 +27,11 @@ from torch.fx import Node
 
 from benchmarks.common import ADAPTERS, Setup, load_base, with_adapter, write
 from benchmarks.shapes import SHAPES
-from gawscompile import ahead, measure
+from gawscompile import ahead
+from gawscompile.calibration import measure
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import DTYPES, KernelSpec
 from gawscompile.codegen.triton_aot import TARGETS, compile_plan
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.planning import cost
 from gawscompile.planning.devices import GPUS, Gpu
 from gawscompile.planning.table import Program

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import common, runtime
 from benchmarks.common import MERGED, PAST, PREFILL, Setup
-from gawscompile import measure
+from gawscompile.calibration import measure
 from gawscompile.codegen import build
 from gawscompile.runtime import pages
 

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import PAST, Setup
-from gawscompile import measure
-from gawscompile.decoding import Decoder
+from gawscompile.calibration import measure
+from gawscompile.demo.decoding import Decoder
 from gawscompile.runtime import pages
 
 KINDS = ("mapped from the file", "own, 4 KiB pages", "own, 2 MiB pages")

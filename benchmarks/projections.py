@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, limits
-from gawscompile import measure
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.calibration import measure
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.runtime import ops, pages
 
 LAYERS = 30

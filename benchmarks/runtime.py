@@ -28,7 +28,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import BACKENDS, Setup
 from benchmarks.shapes import SHAPES
-from gawscompile import measure
+from gawscompile.calibration import measure
 
 Row = dict[str, Any]
 """One variant in one case: what was measured, as it goes into the JSON file (times in ms)."""

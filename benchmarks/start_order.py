@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gawscompile import gpu_timing
+from gawscompile.calibration import gpu_timing
 
 READ = 4096
 """Elements that a program reads before it ends, so that it keeps its seat for a while."""

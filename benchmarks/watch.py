@@ -5,7 +5,7 @@
 One compiled decode step of SmolLM2 with adapters. The check is timed apart, in a loop: the metadata of parameters
 alone, then all of it. It is timed within steps too, which leave nothing of what it reads in a cache. Beside these is
 what Dynamo's own guards take, under ``torch.compile`` and under ``gawscompile.compile``
-(`gawscompile.measure.guard_seconds` explains how).
+(`gawscompile.calibration.measure.guard_seconds` explains how).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import PAST, Setup
-from gawscompile import measure
-from gawscompile.decoding import Decoder
-from gawscompile.runtime.unchanged import State, Unchanged
-from gawscompile.runtime.watched import Found
+from gawscompile.calibration import measure
+from gawscompile.demo.decoding import Decoder
+from gawscompile.serving.unchanged import State, Unchanged
+from gawscompile.serving.watched import Found
 
 APART, STEPS = 200, 60
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gawscompile.debug.explain import Report, explain
-    from gawscompile.guards import compile
     from gawscompile.runtime.pages import own_memory
+    from gawscompile.serving.guards import compile
 
 __version__ = "0.1.0"
 __all__ = ["Report", "__version__", "compile", "explain", "own_memory"]
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(module, name)
     if name == "compile":
-        from gawscompile import guards
+        from gawscompile.serving import guards
 
         return guards.compile
     if name == "own_memory":

@@ -22,21 +22,23 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gawscompile import checks, forks, lost, partial, polyfills, watch
-from gawscompile.account import account
-from gawscompile.codegen import build, cache
-from gawscompile.containment import Attempts, said
+from gawscompile import cache
+from gawscompile.codegen import build
+from gawscompile.debug import observer
 from gawscompile.debug.dump import Dump
 from gawscompile.debug.progress import Progress
-from gawscompile.debug.records import GraphRecord, Reason, plain
 from gawscompile.debug.store import RECORDS
-from gawscompile.limits import LIMITS
+from gawscompile.ir.records import GraphRecord, Reason, plain
 from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, Rewrite, VerifierError, verify
 from gawscompile.planning import devices
-from gawscompile.proof import verify_rewrites
-from gawscompile.runtime import gpu, ops, pages
+from gawscompile.runtime import forks, gpu, lost_records, operand_checks, ops, pages, polyfills
+from gawscompile.runtime.recompile_limits import LIMITS
+from gawscompile.verify import unfinished
+from gawscompile.verify.containment import Attempts, said
+from gawscompile.verify.proof import verify_rewrites
+from gawscompile.verify.work import account
 
 log = logging.getLogger("gawscompile")
 
@@ -71,27 +73,27 @@ def gaws(
     if inductor.get("max_autotune"):
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
-    traced = watch.wanted(ours)
+    traced = observer.wanted(ours)
     key = _key(gm, example_inputs, ours.key(traced), inductor, kind)
     stored = stored_inputs(gm, example_inputs)
     hook = GawsPass(ours, key, kind, traced, stored)
     hook.unavailable = hook.unavailable or _cpp_wrapper(inductor)
     weights = [example_inputs[i] for i in stored] if ours.huge_pages and kind == "cpu" else []
-    hook.names = watch.names(gm) if traced else []
+    hook.names = observer.names(gm) if traced else []
     number = len(RECORDS)
-    with Progress(f"graph {number}") as progress, pages.beside(weights), checks.without_ours(hook.operands):
+    with Progress(f"graph {number}") as progress, pages.beside(weights), operand_checks.without_ours(hook.operands):
         hook.say = progress.say
         progress.say("torch's passes")
         try:
             compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
         except Exception:
             if hook.record and hook.dumps:  # what there is, up to the pass that failed
-                watch.show(number, hook.record, hook.dumps, ours)
+                observer.show(number, hook.record, hook.dumps, ours)
             raise
         if hook.record is None and RECORDS.lacks(hook.key, traced):
-            lost.passes_alone(gm, example_inputs, _with_hook(inductor, hook), hook)
+            lost_records.passes_alone(gm, example_inputs, _with_hook(inductor, hook), hook)
         record = RECORDS.compiled(hook.key, hook.record)
-        watch.show(number, record, hook.dumps, ours, traced)
+        observer.show(number, record, hook.dumps, ours, traced)
         try:
             _build(record, progress)
         except Exception as error:  # as above, and a disk that is full by now
@@ -240,11 +242,11 @@ class GawsPass(CustomGraphPass):
                         verify(context)
             finally:  # also the graph in which a pass failed
                 if dump:
-                    dump.step(name, work, record, watch.matches(context), name not in self.options.disable)
+                    dump.step(name, work, record, observer.matches(context), name not in self.options.disable)
         record.notes += [f"undone: {how}" for how in barred.values()]
         if self.options.disable or context.ended or barred:
             context.stage = "spelled_out"
-            partial.finish(context)
+            unfinished.finish(context)
             verify(context)
             if dump:
                 dump.step("spelled_out", work, record)
@@ -258,7 +260,7 @@ class GawsPass(CustomGraphPass):
         gpu.inline(work)
         work.eliminate_dead_code()
         _take_over(graph, work)
-        self.operands |= checks.only_operands(graph)
+        self.operands |= operand_checks.only_operands(graph)
 
     def _account(self, context: Context) -> None:
         """Numbers for `explain` alone: where they cannot be had, the graph is as good without."""

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gawscompile.arguments import Parser, new_file, new_folder, one_line, path, whole
-from gawscompile.codegen import cache
-from gawscompile.codegen.cache import CacheError
-from gawscompile.codegen.spec import SpecError
-from gawscompile.models import ModelError
+from gawscompile import cache
+from gawscompile.cache import CacheError
+from gawscompile.demo.packaged import ModelError
+from gawscompile.ir.spec import SpecError
+from gawscompile.loading.arguments import Parser, new_file, new_folder, one_line, path, whole
 from gawscompile.options import OptionError
 
 
@@ -132,15 +132,15 @@ def _emit(arguments: argparse.Namespace) -> str:
 def _calibrate(arguments: argparse.Namespace) -> str:
     import torch
 
-    from gawscompile import calibrate, calibrate_gpu
+    from gawscompile.calibration import fit_cpu, fit_gpu
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
         raise ValueError("--device cuda: torch sees no GPU here (torch.cuda.is_available() is False)")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    found = [calibrate.calibrate().summary()] if arguments.device != "cuda" else []
-    found += [calibrate_gpu.calibrate().summary()] if gpu and arguments.device != "cpu" else []
+    found = [fit_cpu.calibrate().summary()] if arguments.device != "cuda" else []
+    found += [fit_gpu.calibrate().summary()] if gpu and arguments.device != "cpu" else []
     return "\n\n\n".join(found)
 
 
@@ -180,12 +180,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model, and the inputs of one call."""
     import torch
 
-    from gawscompile import loading, models
+    from gawscompile.demo import packaged
+    from gawscompile.loading import folders
 
     dtype = getattr(torch, arguments.dtype)
-    folder = arguments.model or models.smollm2()
-    model = loading.load(folder, dtype, arguments.adapter, arguments.rank, arguments.splits)
-    return model, loading.example(model, arguments.tokens)
+    folder = arguments.model or packaged.smollm2()
+    model = folders.load(folder, dtype, arguments.adapter, arguments.rank, arguments.splits)
+    return model, folders.example(model, arguments.tokens)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class Options:
     """Raise where the default is to warn and leave the graph to Inductor. ``GAWS_STRICT=1`` sets the default."""
 
     verify: bool = False
-    """Prove every rewrite on random inputs at compile time (`gawscompile.proof`). ``GAWS_VERIFY=1``: the default."""
+    """Prove every rewrite on random inputs at compile time (`verify/proof.py`). ``GAWS_VERIFY=1``: the default."""
 
     autotune: bool = False
     """On a GPU, let Triton's autotuner choose warps and stages at the first launch; so does ``mode="max-autotune"``."""
@@ -38,7 +38,7 @@ class Options:
     """A folder for what the compiler did (`gawscompile.debug.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
 
     disable: tuple[str, ...] = ()
-    """Passes that do not run, by name. What they leave unfinished is spelled out for Inductor (`gawscompile.partial`).
+    """Passes that do not run, by name. What they leave unfinished is spelled out for Inductor (`verify/unfinished.py`).
     ``GAWS_DISABLE=name,name``."""
 
     fuel: int | None = None

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.debug.records import Reason
-from gawscompile.operators import linear
+from gawscompile.ir import linear
+from gawscompile.ir.records import Reason
 from gawscompile.passes.activations import base_activation
 from gawscompile.passes.context import (
     ONES,

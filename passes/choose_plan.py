@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.codegen.spec import KernelSpec
-from gawscompile.debug.records import GroupRecord, Reason
-from gawscompile.operators import linear
-from gawscompile.operators.project import project
+from gawscompile.ir import linear
+from gawscompile.ir.project import project
+from gawscompile.ir.records import GroupRecord, Reason
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.passes.context import Context, args, aten, dtype, empty_like, prims, shape
 from gawscompile.passes.hoist_weights import arguments
 from gawscompile.planning import devices

@@ -14,9 +14,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
-from gawscompile.debug.records import GraphRecord, LinearRecord, Reason
-from gawscompile.operators import algebra, linear
-from gawscompile.operators.recipe import hoisted
+from gawscompile.ir import linear, operators
+from gawscompile.ir.recipe import hoisted
+from gawscompile.ir.records import GraphRecord, LinearRecord, Reason
 from gawscompile.options import Options
 from gawscompile.passes.sizes import plain_sizes, same_size, same_sizes, settled
 from gawscompile.passes.sizes import same_strides as same_strides
@@ -336,7 +336,7 @@ def empty_like(x: Node, sizes: tuple[Any, ...], out: torch.dtype) -> torch.Tenso
         return torch.empty(sizes, dtype=out, device=fake.device)
 
 
-def leaves(terms: tuple[algebra.Operator, ...]) -> list[Node]:
+def leaves(terms: tuple[operators.Operator, ...]) -> list[Node]:
     """The nodes that a sum reads beside its activation."""
     return [leaf for leaf in pytree.tree_leaves(terms) if isinstance(leaf, Node)]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES
-from gawscompile.operators import linear
+from gawscompile.ir import linear
+from gawscompile.ir.spec import DTYPE_NAMES
 from gawscompile.passes.activations import source_of, widens
 from gawscompile.passes.context import (
     CASTS,

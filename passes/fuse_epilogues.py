@@ -33,8 +33,8 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES, KernelSpec
-from gawscompile.operators.project import project
+from gawscompile.ir.project import project
+from gawscompile.ir.spec import DTYPE_NAMES, KernelSpec
 from gawscompile.passes.context import (
     Context,
     args,

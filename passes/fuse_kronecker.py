@@ -19,8 +19,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES, KroneckerSpec, ModeSpec, ProjectionSpec
-from gawscompile.operators import Kronecker, Mode, operator_group
+from gawscompile.ir import Kronecker, Mode, operator_group
+from gawscompile.ir.spec import DTYPE_NAMES, KroneckerSpec, ModeSpec, ProjectionSpec
 from gawscompile.passes.context import Context, args, dtype, shape
 from gawscompile.passes.fuse_zflora import fuse, projection, scale_of
 

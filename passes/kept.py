@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES
-from gawscompile.debug.records import Reason
+from gawscompile.ir.records import Reason
+from gawscompile.ir.spec import DTYPE_NAMES
 from gawscompile.passes.activations import source_of
 from gawscompile.passes.context import (
     Context,

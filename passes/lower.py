@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.operators import linear
-from gawscompile.operators.project import project
+from gawscompile.ir import linear
+from gawscompile.ir.project import project
 from gawscompile.passes.context import Context, args, aten, dtype, empty_like, shape
 from gawscompile.planning.table import Program
 from gawscompile.runtime import ops

@@ -28,9 +28,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES
-from gawscompile.debug.records import LinearRecord, Reason
-from gawscompile.operators import (
+from gawscompile.ir import (
     Bias,
     Dense,
     Given,
@@ -44,6 +42,8 @@ from gawscompile.operators import (
     linear,
     operator_sum,
 )
+from gawscompile.ir.records import LinearRecord, Reason
+from gawscompile.ir.spec import DTYPE_NAMES
 from gawscompile.passes.activations import widens
 from gawscompile.passes.context import (
     Context,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES
-from gawscompile.debug.records import Reason
+from gawscompile.ir.records import Reason
+from gawscompile.ir.spec import DTYPE_NAMES
 from gawscompile.passes.context import (
     Context,
     dtype,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from gawscompile.codegen.spec import DTYPE_NAMES
+from gawscompile.ir.spec import DTYPE_NAMES
 from gawscompile.passes.context import (
     args,
     aten,

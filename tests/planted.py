@@ -125,7 +125,7 @@ def _environment(folder: Path, fault: Fault | None) -> dict[str, str]:
     """Of a copy: its graphs are kept in it, and its kernels too if it has a fault in the keeping."""
     if not (folder / "inductor").exists():
         shutil.copytree(_shared() / "inductor", folder / "inductor")
-    apart = fault is None or fault.file in ("codegen/cache.py", "codegen/build.py")
+    apart = fault is None or fault.file in ("cache.py", "codegen/build.py")
     kernels = (folder if apart else _shared()) / "gaws"
     places = {"GAWS_CACHE_DIR": kernels, "TORCHINDUCTOR_CACHE_DIR": folder / "inductor", "PYTHONPATH": folder}
     return {**os.environ, **{name: str(place) for name, place in places.items()}}

@@ -12,7 +12,7 @@ from torch.fx import Graph
 from benchmarks.common import ADAPTERS, Setup, with_adapter
 from gawscompile import ahead, cli
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import SpecError
+from gawscompile.ir.spec import SpecError
 from gawscompile.planning import cost
 from gawscompile.planning.devices import GPUS
 from gawscompile.planning.table import Program

@@ -47,7 +47,7 @@ def test_decode_over_a_growing_cache(name):
     """One more token after a prefill: the graph of a decode step has every adapter that the model has there."""
     from transformers import DynamicCache, EncoderDecoderCache
 
-    from gawscompile.decoding import cache_keyword
+    from gawscompile.demo.decoding import cache_keyword
 
     architecture = ARCHITECTURES[name]
     model = architecture.build()
@@ -73,7 +73,7 @@ def test_decode_over_a_growing_cache(name):
 def test_decode_with_a_static_cache(name):
     from transformers import StaticCache
 
-    from gawscompile.decoding import cache_keyword
+    from gawscompile.demo.decoding import cache_keyword
 
     architecture = ARCHITECTURES[name]
     model = architecture.build()

@@ -12,9 +12,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gawscompile import backend, explain
+from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.codegen import build
 from gawscompile.debug.store import RECORDS
-from gawscompile.measure import graphs_compiled
 from gawscompile.passes import PIPELINE, group_siblings
 from gawscompile.runtime import ops
 from tests.graphs import randomise, small_bert, small_llama, tokens

@@ -14,7 +14,7 @@ import transformers
 from benchmarks import common, compile_time, gaws_gap, growth, kernels, limits, memory, runtime, zflora
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
-from gawscompile import measure
+from gawscompile.calibration import measure
 
 
 def test_tables_and_files(tiny_llama_dir, tmp_path, capsys):

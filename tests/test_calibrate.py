@@ -1,4 +1,4 @@
-"""gawscompile.calibrate: constants are recovered from times that they make, kept, named in keys, and distrusted."""
+"""calibration/fit_cpu.py: constants are recovered from times that they make, kept, named in keys, and distrusted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gawscompile import calibrate, cli
-from gawscompile.calibrate import Sample
-from gawscompile.codegen import cache
+from gawscompile import cache, cli
+from gawscompile.calibration import fit_cpu
+from gawscompile.calibration.fit_cpu import Sample
 from gawscompile.planning import cost, devices
 
 
@@ -26,9 +26,9 @@ def times(device: devices.Device, noise: float = 0.0) -> list[Sample]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for dtype in ("f32", "bf16"):
-        for plan in calibrate.PLANS:
-            for shape in calibrate.SHAPES:
-                for tokens in calibrate.TOKENS:
+        for plan in fit_cpu.PLANS:
+            for shape in fit_cpu.SHAPES:
+                for tokens in fit_cpu.TOKENS:
                     sample = Sample(dtype, plan, shape, tokens, 0.0)
                     seconds = cost.plan(sample.spec, device).seconds(plan, tokens)
                     factor = 1 + noise * float(torch.randn((), generator=generator))
@@ -52,8 +52,8 @@ def another_machine() -> devices.Device:
 @pytest.mark.parametrize(("noise", "off"), [(0.0, 1e-3), (0.03, 0.15)])
 def test_constants_are_recovered(noise: float, off: float):
     wanted = another_machine()
-    found = calibrate.fitted(devices.default_cpu(), times(wanted, noise))
-    for _, _, (got, want) in calibrate._constants(found, wanted):
+    found = fit_cpu.fitted(devices.default_cpu(), times(wanted, noise))
+    for _, _, (got, want) in fit_cpu._constants(found, wanted):
         if want > 1e-4:  # a few microseconds drown in the noise
             assert got == pytest.approx(want, rel=off)
     assert found.kernel_rate["f16"] == devices.default_cpu().kernel_rate["f16"]
@@ -62,7 +62,7 @@ def test_constants_are_recovered(noise: float, off: float):
 def test_what_the_times_do_not_show_keeps_its_default():
     default = devices.default_cpu()
     flat = [dataclasses.replace(sample, seconds=1e-3) for sample in times(default)]
-    found = calibrate.fitted(default, flat)
+    found = fit_cpu.fitted(default, flat)
     assert found.launch == pytest.approx(1e-3) and found.bandwidth == default.bandwidth
     assert found.kernel_rate["f32"] == default.kernel_rate["f32"]
 
@@ -70,7 +70,7 @@ def test_what_the_times_do_not_show_keeps_its_default():
 def test_a_calibration_is_kept_used_and_moves_the_keys():
     default = devices.cpu()
     assert default == devices.default_cpu()
-    made = calibrate.calibrate(rounds=1, shapes=[(64, 32), (32, 96)], tokens=(1, 8), cold=1 << 14)
+    made = fit_cpu.calibrate(rounds=1, shapes=[(64, 32), (32, 96)], tokens=(1, 8), cold=1 << 14)
     assert devices.cpu() == made.after and made.after.name.startswith(f"{default.name}:calibrated=")
     assert len(made.samples) == 16 and all(sample.seconds > 0 for sample in made.samples)
     for text in ("bandwidth, GB/s", "gemv_cpp, bf16", "16 timings"):
@@ -121,8 +121,8 @@ def test_a_folder_that_is_refused_leaves_the_defaults(monkeypatch: pytest.Monkey
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    made = calibrate.Calibration(devices.default_cpu(), another_machine(), tuple(times(another_machine())))
-    monkeypatch.setattr(calibrate, "calibrate", lambda: made)
+    made = fit_cpu.Calibration(devices.default_cpu(), another_machine(), tuple(times(another_machine())))
+    monkeypatch.setattr(fit_cpu, "calibrate", lambda: made)
     assert cli.main(["calibrate"]) == 0
     printed = capsys.readouterr().out
     assert "fitted" in printed and "gemm_accumulate, f32" in printed and "1.00" in printed

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gawscompile import calibrate_gpu, cli
-from gawscompile.calibrate_gpu import Sample
+from gawscompile import cli
+from gawscompile.calibration import fit_gpu
+from gawscompile.calibration.fit_gpu import Sample
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.planning import cost, devices, gpu_cost
 from gawscompile.planning.devices import GPUS, Gpu
 
@@ -29,9 +30,9 @@ def times(gpu: Gpu) -> list[Sample]:
     """What the cost model says that the calibration's groups take on `gpu`."""
     return [
         Sample(text, str(plan), tokens, float(gpu_cost.seconds(KernelSpec.parse(text), plan, gpu, tokens)))
-        for text in calibrate_gpu.SPECS
-        for plan in calibrate_gpu.plans_of(KernelSpec.parse(text))
-        for tokens in (calibrate_gpu.FEW if plan.rows else calibrate_gpu.MANY)
+        for text in fit_gpu.SPECS
+        for plan in fit_gpu.plans_of(KernelSpec.parse(text))
+        for tokens in (fit_gpu.FEW if plan.rows else fit_gpu.MANY)
     ]
 
 
@@ -42,7 +43,7 @@ ANOTHER = dataclasses.replace(
 
 def test_constants_are_recovered():
     samples = times(ANOTHER)
-    made = calibrate_gpu.Calibration(GPUS["H100"], calibrate_gpu.fitted(GPUS["H100"], samples, 2.5e12), tuple(samples))
+    made = fit_gpu.Calibration(GPUS["H100"], fit_gpu.fitted(GPUS["H100"], samples, 2.5e12), tuple(samples))
     for plan in ("stream", "single_launch", "two_launch", "redundant_shrink", "fused_tile", "gemm_accumulate"):
         assert made.error(made.after, plan) < 1.03 < made.error(made.before, plan), plan
     for name in ("bandwidth", "launch", "tensor_share"):
@@ -55,7 +56,7 @@ def test_constants_are_recovered():
 def test_what_no_time_shows_stays_where_it_was():
     default = GPUS["A100"]
     bare = [sample for sample in times(default) if sample.plan.startswith("stream")]
-    found = calibrate_gpu.fitted(default, [dataclasses.replace(s, seconds=1.5 * s.seconds) for s in bare])
+    found = fit_gpu.fitted(default, [dataclasses.replace(s, seconds=1.5 * s.seconds) for s in bare])
     assert found.bandwidth < default.bandwidth
     for name in ("publish", "tensor_share", "tile_share", "library_share", "matrix_rate", "multiprocessors"):
         assert getattr(found, name) == getattr(default, name)
@@ -121,10 +122,10 @@ def test_a_damaged_calibration_is_said_and_not_used(
 
 
 def test_every_timed_plan_is_one_that_the_table_may_choose():
-    for text in calibrate_gpu.SPECS:
+    for text in fit_gpu.SPECS:
         spec = KernelSpec.parse(text)
-        assert set(calibrate_gpu.plans_of(spec)) < set(triton.plans(spec))
-        names = {plan.name for plan in calibrate_gpu.plans_of(spec)}
+        assert set(fit_gpu.plans_of(spec)) < set(triton.plans(spec))
+        names = {plan.name for plan in fit_gpu.plans_of(spec)}
         assert names == {plan.name for plan in triton.plans(spec)}
 
 
@@ -136,9 +137,9 @@ def test_the_command_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_the_command_with_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     failed = ("stream[4], 1 tokens: out of memory",)
-    made = calibrate_gpu.Calibration(GPUS["H100"], ANOTHER, tuple(times(ANOTHER)), failed)
+    made = fit_gpu.Calibration(GPUS["H100"], ANOTHER, tuple(times(ANOTHER)), failed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(calibrate_gpu, "calibrate", lambda: made)
+    monkeypatch.setattr(fit_gpu, "calibrate", lambda: made)
     assert cli.main(["calibrate", "--device", "cuda"]) == 0
     printed = capsys.readouterr().out
     assert "publish, µs" in printed and "not timed: stream[4], 1 tokens: out of memory" in printed

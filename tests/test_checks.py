@@ -9,7 +9,7 @@ import torch
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.utils import run_and_get_code
 
-from gawscompile.checks import HOOK
+from gawscompile.runtime.operand_checks import HOOK
 
 
 class Block(torch.nn.Module):

@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gawscompile import calibrate, cli, demo, loading
-from gawscompile.calibrate import Sample
-from gawscompile.codegen import cache
+from gawscompile import cache, cli
+from gawscompile.calibration import fit_cpu
+from gawscompile.calibration.fit_cpu import Sample
+from gawscompile.demo import __main__ as demo
+from gawscompile.loading import folders
 from gawscompile.planning import devices
 from tests.graphs import randomise
 
@@ -307,7 +309,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache folder of its own, and times out of thin air."""
     monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("gawscompile.runtime.ops.ensure_loaded", lambda: None)
-    monkeypatch.setattr(calibrate, "_time", lambda d, p, f, m, *_: Sample(d, p, f, m, 1e-5 * m))
+    monkeypatch.setattr(fit_cpu, "_time", lambda d, p, f, m, *_: Sample(d, p, f, m, 1e-5 * m))
     devices._stored.cache_clear()
     yield tmp_path / "cache"
     devices._stored.cache_clear()
@@ -333,7 +335,7 @@ def test_calibrate_asks_before_it_measures_whether_it_can_keep_anything(timed, c
         raise AssertionError("it measures first")
 
     monkeypatch.setattr(cache.tempfile, "TemporaryFile", full)
-    monkeypatch.setattr(calibrate, "_time", measures)
+    monkeypatch.setattr(fit_cpu, "_time", measures)
     assert cli.main(["calibrate", "--device", "cpu"]) == 2
     one_line_of(capsys, "cannot write to the cache folder")
 
@@ -349,13 +351,13 @@ def interruptible():
 @pytest.mark.parametrize("when", ["measuring", "writing"])
 def test_an_interrupted_calibration_leaves_no_file_and_the_former_one(when, timed, capsys, monkeypatch, interruptible):
     assert cli.main(["calibrate", "--device", "cpu"]) == 0
-    before, times, replace = (timed / devices.CALIBRATIONS).read_text(), calibrate._time, os.replace
+    before, times, replace = (timed / devices.CALIBRATIONS).read_text(), fit_cpu._time, os.replace
 
     def stopped(*arguments: object) -> object:
         signal.raise_signal(signal.SIGINT)
         return (times if when == "measuring" else replace)(*arguments)
 
-    monkeypatch.setattr(*((calibrate, "_time") if when == "measuring" else (os, "replace")), stopped)
+    monkeypatch.setattr(*((fit_cpu, "_time") if when == "measuring" else (os, "replace")), stopped)
     capsys.readouterr()
     assert cli.main(["calibrate", "--device", "cpu"]) == 130
     one_line_of(capsys, "calibrate was interrupted")
@@ -431,8 +433,8 @@ def save(kind: str, folder: Path) -> Path:
 def test_encoder_decoders_and_models_that_see(kind, parts, tmp_path, capsys):
     """What explain calls is the whole model, with inputs that it takes, and an adapter on every linear."""
     folder = save(kind, tmp_path / kind)
-    model = loading.load(folder, adapter="lora", rank=4)
-    inputs = loading.example(model, 3)
+    model = folders.load(folder, adapter="lora", rank=4)
+    inputs = folders.example(model, 3)
     with torch.no_grad():
         wanted = model(**inputs)
     text, image = inputs.get("input_ids"), inputs.get("pixel_values")
@@ -456,7 +458,7 @@ def test_an_adapter_brings_the_head_that_it_was_trained_with(tmp_path):
     model = t.BertForSequenceClassification.from_pretrained(tmp_path / "bert")
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
     randomise(peft.get_peft_model(model, config)).save_pretrained(tmp_path / "lora")
-    loaded = loading.load(tmp_path / "bert", adapter=str(tmp_path / "lora"))
+    loaded = folders.load(tmp_path / "bert", adapter=str(tmp_path / "lora"))
     assert type(loaded.get_base_model()) is t.BertForSequenceClassification
     wanted = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     got = peft.get_peft_model_state_dict(loaded)
@@ -498,9 +500,9 @@ def test_denoisers_can_be_called(name, tmp_path):
     kind, sizes = denoiser(name)
     kind(**sizes).save_pretrained(tmp_path / "transformer")
     (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", name]}))
-    model = loading.load(tmp_path, torch.bfloat16, "lora", 4)
+    model = folders.load(tmp_path, torch.bfloat16, "lora", 4)
     with torch.no_grad():
-        (sample,) = model(**loading.example(model, 5), return_dict=False)
+        (sample,) = model(**folders.example(model, 5), return_dict=False)
     assert sample.isfinite().all() and sample.dtype == torch.bfloat16
     assert any("lora_A" in weight for weight, _ in model.named_parameters())
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from gawscompile import measure
+from gawscompile.calibration import measure
 from gawscompile.codegen import build
 from gawscompile.passes import PIPELINE
 from gawscompile.planning.table import Program

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from gawscompile import backend, containment
+from gawscompile import backend
 from gawscompile.backend import STAGES, GawsPass
-from gawscompile.debug.records import GraphRecord
+from gawscompile.ir.records import GraphRecord
 from gawscompile.options import Options
 from gawscompile.passes import recover_operators
 from gawscompile.passes.context import Context, Rewrite
 from gawscompile.runtime import ops
+from gawscompile.verify import containment
 from tests.graphs import Captured, capture
 from tests.planted import Zoo
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from gawscompile import demo, persona
-from gawscompile.decoding import Decoder
+from gawscompile.demo import __main__ as demo
+from gawscompile.demo import persona
+from gawscompile.demo.decoding import Decoder
 
 
 def run(folder, *more: str) -> int:

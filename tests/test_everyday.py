@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.debug.store import RECORDS
-from gawscompile.measure import graphs_compiled
 from tests.graphs import randomise, small_llama, tokens
 
 IDS = tokens(1, 5)

@@ -13,8 +13,8 @@ import torch
 from torch._inductor import list_mode_options
 
 import gawscompile
+from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.debug.store import RECORDS
-from gawscompile.measure import graphs_compiled
 from tests.graphs import randomise, small_llama, tokens
 from tests.ways import OPTIONS, WAYS, compiled, fused, fusing, settings
 

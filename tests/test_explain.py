@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch._dynamo.utils import clear_compilation_metrics
 
-from gawscompile import explain
+from gawscompile import cache, explain
+from gawscompile.calibration.measure import cache_hits
 from gawscompile.cli import main
-from gawscompile.codegen import cache
-from gawscompile.codegen.spec import KernelSpec
 from gawscompile.debug.explain import assemble
-from gawscompile.debug.records import GraphRecord, Reason
 from gawscompile.debug.report import predict
 from gawscompile.debug.store import RECORDS
-from gawscompile.measure import cache_hits
+from gawscompile.ir.records import GraphRecord, Reason
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.planning import cost
 from gawscompile.planning.table import PlanTable
 from tests.graphs import Pair, small_llama, tokens

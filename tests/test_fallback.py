@@ -12,11 +12,11 @@ import tempfile
 import pytest
 import torch
 
-from gawscompile import explain
+from gawscompile import cache, explain
 from gawscompile.cli import main
-from gawscompile.codegen import build, cache, cpp
+from gawscompile.codegen import build, cpp
 from gawscompile.codegen import triton as triton_emitter
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile.ir.spec import KernelSpec
 
 SIZES = itertools.count(40)
 
@@ -162,8 +162,8 @@ def test_inductors_cpp_wrapper_is_left_alone(model, caplog):
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, forget_sum, remove])
 def test_a_damaged_record_is_said_and_not_believed(damage):
-    from gawscompile.debug.records import GraphRecord
     from gawscompile.debug.store import Store
+    from gawscompile.ir.records import GraphRecord
 
     Store().compiled("k" * 32, GraphRecord("k" * 32, notes=["true"]))
     damage(cache.folder("records") / f"{'k' * 32}.json")

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu, gpu_cells, gpu_report
 from benchmarks.shapes import SHAPES
-from gawscompile import measure
+from gawscompile.calibration import measure
 from gawscompile.codegen import triton
 
 FACTS = {**measure.machine(), "load": "0.0"}
@@ -204,9 +204,9 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_torch_does_what_the_kernels_do():
     for name, spec in gpu_cells.groups("gpt2-large")[:1]:
         small = type(spec).parse(str(spec).replace("1280", "8").replace("3840", "24").replace("bf16", "f32"))
-        from gawscompile import calibrate_gpu
+        from gawscompile.calibration import fit_gpu
 
-        x, operands = calibrate_gpu.tensors(small, 3, "cpu")
+        x, operands = fit_gpu.tensors(small, 3, "cpu")
         w, _, a, b = operands
         (y,) = gpu_cells.TORCH[gpu_cells.SHRINK_EXPAND](small, x, operands)
         torch.testing.assert_close(y, x @ (w + 2.0 * (b @ a).t()), rtol=1e-4, atol=1e-5)

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from gawscompile.guards import inference_guards
-from gawscompile.measure import graphs_compiled
+from gawscompile.calibration.measure import graphs_compiled
+from gawscompile.serving.guards import inference_guards
 from tests.actions import GROUPS, NUMBERS, Call, ids, small
 from tests.graphs import rewriting
 

@@ -8,8 +8,8 @@ import torch
 from peft.utils.hotswap import hotswap_adapter
 
 import gawscompile
+from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.debug.store import RECORDS
-from gawscompile.measure import graphs_compiled
 from tests.graphs import randomise, small_llama, tokens
 
 IDS = tokens(1, 5)

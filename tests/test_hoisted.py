@@ -8,9 +8,9 @@ import peft
 import pytest
 import torch
 
+from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.debug.explain import explain
-from gawscompile.measure import graphs_compiled
-from gawscompile.operators.recipe import hoisted
+from gawscompile.ir.recipe import hoisted
 from gawscompile.runtime import ops
 from tests.changes import (
     assigned_data,
@@ -261,7 +261,7 @@ def test_large_factors_and_tensors_of_inference_mode():
 
 
 def test_two_adapters_on_one_base_do_not_share_what_is_hoisted():
-    from gawscompile.measure import sharing_copy
+    from gawscompile.calibration.measure import sharing_copy
 
     torch._dynamo.reset()
     base = small_llama(layers=1, lora=None)

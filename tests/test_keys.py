@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from gawscompile import backend
-from gawscompile.codegen import build, cache
+from gawscompile import backend, cache
+from gawscompile.codegen import build
 from gawscompile.options import Options
 
 OTHER: dict[str, Any] = {

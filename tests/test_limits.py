@@ -11,7 +11,7 @@ from torch._inductor import compile_fx
 
 import gawscompile
 from gawscompile import explain
-from gawscompile.limits import LIMITS
+from gawscompile.runtime.recompile_limits import LIMITS
 from tests.graphs import Pair, randomise, small_llama, tokens
 
 IDS = tokens(1, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gawscompile.measure import graphs_compiled
+from gawscompile.calibration.measure import graphs_compiled
 from tests.changes import (
     assigned_data_of_all,
     from_inference_mode,
@@ -99,7 +99,7 @@ def test_another_dtype_or_rank_is_compiled_anew():
 def test_two_models_share_base_weights_and_differ_in_adapters():
     from peft import LoraConfig, get_peft_model
 
-    from gawscompile.measure import sharing_copy
+    from gawscompile.calibration.measure import sharing_copy
 
     base = small_llama(layers=1, lora=None)
     config = LoraConfig(r=8, target_modules="all-linear")

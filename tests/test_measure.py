@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gawscompile import measure
+from gawscompile.calibration import measure
 
 
 def test_timing_summarises_and_refuses_nothing():

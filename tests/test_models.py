@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gawscompile import models
-from gawscompile.models import ModelError, PackagedModel
+from gawscompile.demo import packaged
+from gawscompile.demo.packaged import ModelError, PackagedModel
 
 
 def unpack_config(contents: Path, target: Path) -> None:
@@ -46,20 +46,20 @@ def fail_to_run(command: list[str], **_: object) -> subprocess.CompletedProcess[
 
 def test_cache_dir_is_the_variable_or_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path))
-    assert models.cache_dir() == tmp_path / "models"
+    assert packaged.cache_dir() == tmp_path / "models"
     monkeypatch.delenv("GAWS_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.cache_dir() == tmp_path / "gawscompile" / "models"
+    assert packaged.cache_dir() == tmp_path / "gawscompile" / "models"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert models.cache_dir() == Path.home() / ".cache" / "gawscompile" / "models"
+    assert packaged.cache_dir() == Path.home() / ".cache" / "gawscompile" / "models"
 
 
 def test_first_call_fetches_and_second_needs_no_index(index, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    folder = models._obtain(index, cache, progress=False)
+    folder = packaged._obtain(index, cache, progress=False)
     assert [path.name for path in cache.iterdir()] == ["toy"]
     monkeypatch.setattr(subprocess, "run", fail_to_run)
-    assert models._obtain(index, cache, progress=True) == folder == cache / "toy"
+    assert packaged._obtain(index, cache, progress=True) == folder == cache / "toy"
 
 
 def test_a_failed_conversion_leaves_nothing(index, tmp_path):
@@ -68,7 +68,7 @@ def test_a_failed_conversion_leaves_nothing(index, tmp_path):
         raise ModelError("cannot convert")
 
     with pytest.raises(ModelError, match="cannot convert"):
-        models._obtain(dataclasses.replace(index, unpack=fail), tmp_path / "cache", progress=False)
+        packaged._obtain(dataclasses.replace(index, unpack=fail), tmp_path / "cache", progress=False)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -80,25 +80,26 @@ def test_the_slower_of_two_processes_uses_the_others_model(index, tmp_path):
         (cache / "toy" / "config.json").write_text('{"by": "the other"}')
         unpack_config(contents, target)
 
-    folder = models._obtain(dataclasses.replace(index, unpack=overtaken), cache, progress=False)
+    folder = packaged._obtain(dataclasses.replace(index, unpack=overtaken), cache, progress=False)
     assert json.loads((folder / "config.json").read_text()) == {"by": "the other"}
     assert [path.name for path in cache.iterdir()] == ["toy"]
 
 
 def test_another_file_than_the_pinned_one_is_refused(index, tmp_path):
     with pytest.raises(ModelError, match="SHA-256"):
-        models._obtain(TOY, tmp_path / "cache", progress=False)
+        packaged._obtain(TOY, tmp_path / "cache", progress=False)
 
 
 def test_no_network_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", fail_to_run)
     with pytest.raises(ModelError, match=r"no network.*GAWS_CACHE_DIR.*--model"):
-        models._obtain(TOY, tmp_path / "cache", progress=False)
+        packaged._obtain(TOY, tmp_path / "cache", progress=False)
 
 
 def test_fetching_leaves_setuptools_importable(tmp_path):
-    code = "from gawscompile import models\n"
-    code += "try:\n    models._download(models.MINILM, models.Path('.'), False)\nexcept models.ModelError:\n    pass\n"
+    code = "from gawscompile.demo import packaged\n"
+    code += "try:\n    packaged._download(packaged.MINILM, packaged.Path('.'), False)\n"
+    code += "except packaged.ModelError:\n    pass\n"
     code += "import setuptools"
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
@@ -109,23 +110,24 @@ def test_fetching_leaves_setuptools_importable(tmp_path):
 def test_missing_extra_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"transformers, gguf, safetensors.*gawscompile\[models\]"):
-        models._unpack_smollm2(tmp_path, tmp_path)
+        packaged._unpack_smollm2(tmp_path, tmp_path)
 
 
 def test_a_full_disk_is_said_before_the_download(index, tmp_path):
     with pytest.raises(ModelError, match="MB free"):
-        models._obtain(dataclasses.replace(index, needs_mb=10**12), tmp_path / "cache", progress=False)
+        packaged._obtain(dataclasses.replace(index, needs_mb=10**12), tmp_path / "cache", progress=False)
 
 
 def test_a_cache_that_cannot_be_written_is_said(index, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="GAWS_CACHE_DIR"):
-        models._obtain(index, tmp_path / "file" / "cache", progress=False)
+        packaged._obtain(index, tmp_path / "file" / "cache", progress=False)
 
 
 def test_import_needs_neither_transformers_nor_peft():
     code = "import sys; sys.modules.update(transformers=None, peft=None, gguf=None)\n"
-    code += "import gawscompile, gawscompile.models, gawscompile.measure, gawscompile.persona, gawscompile.demo"
+    names = ("calibration.measure", "demo", "demo.packaged", "demo.persona", "demo.__main__")
+    code += "import " + ", ".join(["gawscompile", *(f"gawscompile.{name}" for name in names)])
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -134,7 +136,7 @@ def test_smollm2_is_a_plain_llama(smollm2_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     began = time.perf_counter()
-    assert models.smollm2() == smollm2_dir
+    assert packaged.smollm2() == smollm2_dir
     assert time.perf_counter() - began < 0.1
     assert "quantization_config" not in json.loads((smollm2_dir / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir)
@@ -152,7 +154,7 @@ def test_minilm_is_an_encoder_that_knows_similar_sentences():
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    folder = models.minilm()
+    folder = packaged.minilm()
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     vectors = []
     for sentence in ("A cat sits on the sofa.", "A kitten rests on a couch.", "Interest rates rose in May."):

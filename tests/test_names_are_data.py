@@ -9,9 +9,9 @@ import re
 import pytest
 import torch
 
-from gawscompile import explain
-from gawscompile.codegen import build, cache, cpp
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile import cache, explain
+from gawscompile.codegen import build, cpp
+from gawscompile.ir.spec import KernelSpec
 
 POISON = [
     "\n",

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gawscompile import explain, partial
+from gawscompile import explain
 from gawscompile.backend import STAGES
-from gawscompile.debug.records import GraphRecord, Reason
+from gawscompile.ir.records import GraphRecord, Reason
 from gawscompile.options import OptionError, Options
 from gawscompile.passes.context import Context, verify
 from gawscompile.runtime import ops
+from gawscompile.verify import unfinished
 from tests.graphs import Pair, capture
 from tests.planted import FAULTS, Zoo
 
@@ -36,7 +37,7 @@ def cut(captured, **options) -> Context:
         if name not in context.options.disable:
             stage.run(work, context)
             verify(context)
-    partial.finish(context)
+    unfinished.finish(context)
     verify(context)
     work.eliminate_dead_code()
     work.lint()

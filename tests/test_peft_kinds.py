@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gawscompile.debug.records import GraphRecord, Reason
+from gawscompile.ir.records import GraphRecord, Reason
 from tests.graphs import rewriting, small_bert, small_llama, tokens
 from tests.peft_kinds import VARIANTS, adapted, kinds, rows
 

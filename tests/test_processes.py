@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gawscompile.codegen import cache
+from gawscompile import cache
 from tests.graphs import small_llama, tokens
 
 PROGRAM = """

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gawscompile import explain
-from gawscompile.measure import graphs_compiled
+from gawscompile.calibration.measure import graphs_compiled
 from tests.graphs import randomise, small_llama, tokens
 
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")

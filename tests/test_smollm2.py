@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gawscompile import measure
+from gawscompile.calibration import measure
 from gawscompile.debug.explain import assemble
 from gawscompile.debug.store import RECORDS
-from gawscompile.decoding import Decoder
+from gawscompile.demo.decoding import Decoder
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def change_adapters(model, seed):
 def prompt(smollm2_dir):
     from transformers import AutoTokenizer
 
-    from gawscompile import persona
+    from gawscompile.demo import persona
 
     return persona.prompt_ids(AutoTokenizer.from_pretrained(smollm2_dir), QUESTION)
 

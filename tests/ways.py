@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import gawscompile
-from gawscompile.debug.records import GraphRecord
 from gawscompile.debug.store import RECORDS
-from gawscompile.guards import inference_guards
+from gawscompile.ir.records import GraphRecord
+from gawscompile.serving.guards import inference_guards
 
 OPTIONS = {"strict": True}
 WAYS = [pytest.param("torch.compile", marks=pytest.mark.slow), "gawscompile.compile"]

@@ -28,7 +28,7 @@ from gawscompile.adapters.layer import features
 from gawscompile.adapters.listing import CONFIGS
 from gawscompile.adapters.splits import Kind, Splits
 from gawscompile.adapters.tuner import PREFIX, check_supported
-from gawscompile.measure import table
+from gawscompile.calibration.measure import table
 
 Target = Literal["gaws", "gawsd", "kronecker"]
 WORST = 5

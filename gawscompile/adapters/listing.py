@@ -12,7 +12,7 @@ from gawscompile.adapters.layer import features
 from gawscompile.adapters.model import targets
 from gawscompile.adapters.splits import Kind, Splits, all_splits
 from gawscompile.adapters.tuner import check_supported
-from gawscompile.measure import table
+from gawscompile.calibration.measure import table
 
 CONFIGS = {"gaws": GAWSConfig, "gawsd": GAWSDConfig}
 

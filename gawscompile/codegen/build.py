@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-from gawscompile.codegen import cache
+from gawscompile import cache
 
 
 class CompilerMissing(RuntimeError):

@@ -44,7 +44,7 @@ from gawscompile.codegen.cpp_text import (
     scratch,
     unpack,
 )
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec, SpecError
+from gawscompile.ir.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec, SpecError
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gawscompile.codegen.cpp_modes import Scratch
 from gawscompile.codegen.cpp_text import CPP_TYPES, arguments, parameters
-from gawscompile.codegen.spec import KernelSpec, ProjectionSpec
+from gawscompile.ir.spec import KernelSpec, ProjectionSpec
 
 ADDED = ("bias", "residual", "rowscale", "b", "c", "z")
 """Roles of the operands of `add`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gawscompile.codegen.spec import KernelSpec, KroneckerSpec, ModeSpec
+from gawscompile.ir.spec import KernelSpec, KroneckerSpec, ModeSpec
 
 FEW_SLICES = 4  # fewer do not share loads of G well enough to pay for a stage of their own
 

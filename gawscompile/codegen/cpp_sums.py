@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gawscompile.codegen.spec import KernelSpec, Operand
+from gawscompile.ir.spec import KernelSpec, Operand
 
 _HERE = Path(__file__).parent
 CHECKSUM = (_HERE / "checksum.cpp").read_text().strip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gawscompile.codegen.cpp_modes import Scratch
-from gawscompile.codegen.spec import KernelSpec, Operand, ProjectionSpec
+from gawscompile.ir.spec import KernelSpec, Operand, ProjectionSpec
 
 CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 

@@ -33,12 +33,12 @@ from types import ModuleType
 
 import torch
 
-from gawscompile.codegen import cache
-from gawscompile.codegen.spec import DTYPES, KernelSpec, SpecError
+from gawscompile import cache
 from gawscompile.codegen.triton_gemv import GEMV_ROWS, Gemv, RedundantShrink, SingleLaunch
 from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
 from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
 from gawscompile.codegen.triton_tile import Accumulate, Tile
+from gawscompile.ir.spec import DTYPES, KernelSpec, SpecError
 
 OPERAND_DTYPES = DTYPES | {"f64": torch.float64}  # the latter for scales only
 SCALES = ("scale", "kron_scale")

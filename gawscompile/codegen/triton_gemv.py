@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from gawscompile.codegen.spec import GivenSpec, KernelSpec, LowRankSpec
 from gawscompile.codegen.triton_kernels import (
     Style,
     blocks_of_rows,
@@ -48,6 +47,7 @@ from gawscompile.codegen.triton_text import (
     times,
     zeros,
 )
+from gawscompile.ir.spec import GivenSpec, KernelSpec, LowRankSpec
 
 GEMV_ROWS = (32, 16, 8, 4)  # rows of W per program
 GEMV_TRANSPOSED = 16  # the least of a weight kept as [k, n], whose rows then fill 32-byte sectors

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import accumulate
 
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
 from gawscompile.codegen.triton_modes import Product, columns
 from gawscompile.codegen.triton_text import (
     Case,
@@ -31,6 +30,7 @@ from gawscompile.codegen.triton_text import (
     times,
     words,
 )
+from gawscompile.ir.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
 
 MAX_ROW_BLOCKS = 65535  # CUDA's limit for the second axis of a grid
 

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gawscompile.codegen.spec import DTYPES, KernelSpec, KroneckerSpec, ModeSpec, ProjectionSpec, SpecError
 from gawscompile.codegen.triton_text import TL, Cut, cut, dot, indent, index, load, loop, plus, times, zeros
+from gawscompile.ir.spec import DTYPES, KernelSpec, KroneckerSpec, ModeSpec, ProjectionSpec, SpecError
 
 REPEATED_ROWS = 64  # of a block mode that is no epilogue: up to here a mix before it is folded into its load
 REPEATED_SHARE = 4  # a mix is folded into an epilogue that then does at most K / 4 more multiplications per token

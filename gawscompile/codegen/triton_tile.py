@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from gawscompile.codegen.spec import DTYPES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
 from gawscompile.codegen.triton_kernels import (
     Style,
     blocks_of_rows,
@@ -42,6 +41,7 @@ from gawscompile.codegen.triton_text import (
     times,
     zeros,
 )
+from gawscompile.ir.spec import DTYPES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
 
 TILE_ROWS = (64, 32, 16)
 TILE_PROGRAMS = 128  # about one per multiprocessor of a large GPU; fewer rows per program where there are fewer

@@ -1,7 +1,7 @@
 """``gawscompile bisect SCRIPT``: the first rewrite with which a script fails.
 
 The script runs in processes of its own, with ``GAWS_FUEL=n`` for fewer and fewer n. Any prefix of the pipeline is a
-program (`gawscompile.partial`), so the smallest n that fails ends with the rewrite that is wrong. A script fails by its
+program (`unfinished.py`), so the smallest n that fails ends with the rewrite that is wrong. A script fails by its
 exit status: an assertion, an exception, a crash. Inductor's caches are off, so that nothing is taken from a run before.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gawscompile.debug.records import plain
+from gawscompile.ir.records import plain
 
 
 class BisectError(ValueError):

@@ -29,7 +29,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.debug.html import page
 from gawscompile.debug.listing import Hunk, Line, applied, difference, listing, source, unified
-from gawscompile.debug.records import GraphRecord, LinearRecord, plain
+from gawscompile.ir.records import GraphRecord, LinearRecord, plain
 
 CAPTURED = "captured"
 FEW_NUMBERS = 4096

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from gawscompile.debug import frames
-from gawscompile.debug.records import GraphRecord, GroupRecord, LinearRecord, Reason
 from gawscompile.debug.report import Report
+from gawscompile.ir.records import GraphRecord, GroupRecord, LinearRecord, Reason
 
 __all__ = ["Report", "assemble", "call_once", "explain"]
 
@@ -45,7 +45,7 @@ def explain(
     report.guards = frames.guards(began)
     report.troubles = [*frames.limited(), *frames.broken(before), *frames.recompiled()]
     if measure:
-        from gawscompile import measure as timing
+        from gawscompile.calibration import measure as timing
 
         timing.measure_groups(report.groups)
         try:

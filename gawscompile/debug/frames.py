@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch._dynamo.utils import counters, get_compilation_metrics
 
-from gawscompile.limits import LIMITS
+from gawscompile.runtime.recompile_limits import LIMITS
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = Path(__file__).parent.parent / "data" / "dump.html"
+TEMPLATE = Path(__file__).parent / "dump.html"
 
 
 def page(data: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch._logging import _internal as torch_logs
 
 from gawscompile.debug.channels import LOG, register
 from gawscompile.debug.dump import Dump
-from gawscompile.debug.records import GraphRecord, plain
+from gawscompile.ir.records import GraphRecord, plain
 
 
 def tracing() -> bool:

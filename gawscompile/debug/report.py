@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 
 from gawscompile.debug.frames import Trouble
-from gawscompile.debug.records import GroupRecord, LinearRecord, Work, plain
+from gawscompile.ir.records import GroupRecord, LinearRecord, Work, plain
 
 MANY = (1, 16, 128)
 """Numbers of tokens for which times are predicted where the number is symbolic."""

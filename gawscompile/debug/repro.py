@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gawscompile.debug.records import plain
+from gawscompile.ir.records import plain
 
 SCRIPT = '''"""Made by `gawscompile repro` from graph {key}: compiles it with random weights and compares."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 
-from gawscompile import forks
-from gawscompile.codegen import cache
+from gawscompile import cache
 from gawscompile.debug.dump import Dump
-from gawscompile.debug.records import GraphRecord
+from gawscompile.ir.records import GraphRecord
+from gawscompile.runtime import forks
 
 log = logging.getLogger("gawscompile")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from gawscompile.codegen import cache
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile import cache
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.planning import devices, gpu_cost
 from gawscompile.planning.devices import Device, Gpu
 from gawscompile.planning.table import PlanTable

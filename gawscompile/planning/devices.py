@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from gawscompile.codegen import cache
-from gawscompile.codegen.spec import DTYPES
+from gawscompile import cache
+from gawscompile.ir.spec import DTYPES
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import DTYPES, KernelSpec, SpecError
+from gawscompile.ir.spec import DTYPES, KernelSpec, SpecError
 from gawscompile.planning.devices import Gpu
 
 RESIDENT, RESIDENT_TILES = 8, 4

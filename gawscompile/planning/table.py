@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from gawscompile.codegen import cpp, triton
 from gawscompile.codegen.cpp_sums import SUMMED
-from gawscompile.codegen.spec import KernelSpec, Operand, SpecError
+from gawscompile.ir.spec import KernelSpec, Operand, SpecError
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.planning.table import Program
 
 BLOCK, LINE = 1 << 18, 32

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 
-from gawscompile import forks
 from gawscompile.codegen import build, triton
 from gawscompile.codegen.cpp_sums import CHECKSUM, unit_rows
-from gawscompile.codegen.spec import DTYPES, SpecError
-from gawscompile.operators.recipe import hoisted
+from gawscompile.ir.recipe import hoisted
+from gawscompile.ir.spec import DTYPES, SpecError
 from gawscompile.planning.table import Program
-from gawscompile.runtime import gpu
+from gawscompile.runtime import forks, gpu
 
 _library = torch.library.Library("gaws", "DEF")
 _library.define(

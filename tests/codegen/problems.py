@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import DTYPES, KernelSpec
 
 GUARD = 96
 TORCH = {**DTYPES, "f64": torch.float64}

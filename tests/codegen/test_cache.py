@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from gawscompile.codegen import build, cache
+from gawscompile import cache
+from gawscompile.codegen import build
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gawscompile.codegen import build, cpp
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile.ir.spec import KernelSpec
 from tests.codegen.problems import GUARD, TORCH, Problem, weight
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "gemv_cpp_qkv.cpp.txt"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gawscompile.codegen import cpp, triton
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile.ir.spec import KernelSpec
 from tests.fuzz import kernels
 from tests.fuzz.calls import NUMBERS, Call, guards_hold, tensors
 from tests.fuzz.coverage import Coverage

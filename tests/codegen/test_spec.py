@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from gawscompile.codegen.spec import GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec, SpecError
+from gawscompile.ir.spec import GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec, SpecError
 
 
 def random_spec(random: random.Random) -> KernelSpec:

@@ -10,8 +10,8 @@ import pytest
 from gawscompile import ahead
 from gawscompile.cli import main
 from gawscompile.codegen import triton_aot
-from gawscompile.codegen.spec import KernelSpec, SpecError
 from gawscompile.codegen.triton import Plan
+from gawscompile.ir.spec import KernelSpec, SpecError
 
 BAD = {
     "cuda:12": "cuda:120",
@@ -85,7 +85,7 @@ def test_every_known_target_compiles():
     program = """
 import sys
 from gawscompile.codegen import triton, triton_aot
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile.ir.spec import KernelSpec
 spec = KernelSpec.parse("k=64 x=bf16; n=64 w=bf16 out=bf16 lora(r=8 bf16 s=2.0)")
 for target in triton_aot.KNOWN:
     for plan in ("single_launch[8]", "fused_tile"):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from gawscompile.codegen import triton as emitter
-from gawscompile.codegen.spec import KernelSpec, SpecError
 from gawscompile.codegen.triton import Plan
+from gawscompile.ir.spec import KernelSpec, SpecError
 from tests.codegen import triton_interpret_cases as cases
 from tests.codegen.triton_specs import (
     CROSSING,

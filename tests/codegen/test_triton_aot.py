@@ -14,9 +14,9 @@ import pytest
 
 from gawscompile.codegen import triton as emitter
 from gawscompile.codegen import triton_aot as ahead
-from gawscompile.codegen.spec import KernelSpec
 from gawscompile.codegen.triton import Plan
 from gawscompile.codegen.triton_aot import TARGETS, Compiled
+from gawscompile.ir.spec import KernelSpec
 from tests.codegen.triton_specs import (
     CONV1D,
     CROSSING,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gawscompile.codegen.spec import KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.ir.spec import KernelSpec, LowRankSpec, ProjectionSpec
 
 LORA = LowRankSpec(rank=16, dtype="bf16", scale=2.0)
 QKV = KernelSpec(

@@ -12,12 +12,12 @@ import torch
 
 from gawscompile import explain
 from gawscompile.backend import STAGES
-from gawscompile.codegen.spec import KernelSpec
-from gawscompile.debug.records import GraphRecord, GroupRecord
-from gawscompile.operators import operator_group
+from gawscompile.debug.observer import kernels
+from gawscompile.ir import operator_group
+from gawscompile.ir.records import GraphRecord, GroupRecord
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.planning.cost import plan
 from gawscompile.planning.devices import GPUS
-from gawscompile.watch import kernels
 from tests.graphs import Pair, small_llama, tokens
 
 

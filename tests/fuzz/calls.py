@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gawscompile.codegen import build, cpp, triton
-from gawscompile.codegen.spec import DTYPES, KernelSpec
-from gawscompile.operators.recipe import write
+from gawscompile.ir.recipe import write
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.planning.table import Derived, PlanTable, Program
 from gawscompile.runtime import ops
 from tests.fuzz.kernel_answers import Answer, answers, naive, weight

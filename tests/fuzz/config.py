@@ -11,13 +11,14 @@ from unittest import mock
 
 import sympy
 
-from gawscompile import proof
-from gawscompile.codegen import cache, triton
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile import cache
+from gawscompile.codegen import triton
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.passes import PIPELINE, choose_plan
 from gawscompile.planning import cost, devices
 from gawscompile.planning.table import PlanTable
 from gawscompile.runtime import ops
+from gawscompile.verify import proof
 from tests.fuzz import data, graphs
 from tests.fuzz.programs import Program
 
@@ -48,7 +49,7 @@ class Config:
     fuel: int | None = None
     disable: tuple[str, ...] = ()
     barred: int | None = None
-    """Which of its rewrites may not go ahead, as one that failed (`gawscompile.containment`)."""
+    """Which of its rewrites may not go ahead, as one that failed (`gawscompile.verify.containment`)."""
 
     stored: bool = True
     """Whether Dynamo would know parameters for what they are."""

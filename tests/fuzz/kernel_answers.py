@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gawscompile.codegen.spec import DTYPES, KernelSpec, ModeSpec
+from gawscompile.ir.spec import DTYPES, KernelSpec, ModeSpec
 
 EPS = torch.finfo(torch.float32).eps
 SUBNORMAL = torch.finfo(torch.float32).smallest_normal

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from gawscompile.codegen import cpp, triton
 from gawscompile.codegen.cpp_text import has_epilogue
-from gawscompile.codegen.spec import KernelSpec, ProjectionSpec, Role
+from gawscompile.ir.spec import KernelSpec, ProjectionSpec, Role
 from tests.fuzz import interpreted
 from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built
 from tests.fuzz.coverage import Coverage, Failure

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile import partial, proof
-from gawscompile.account import account
 from gawscompile.codegen import triton
-from gawscompile.debug.records import GraphRecord, Reason
-from gawscompile.operators import linear, operator_group, operator_sum
-from gawscompile.operators.project import project
-from gawscompile.operators.recipe import hoisted
+from gawscompile.ir import linear, operator_group, operator_sum
+from gawscompile.ir.project import project
+from gawscompile.ir.recipe import hoisted
+from gawscompile.ir.records import GraphRecord, Reason
 from gawscompile.options import Options
 from gawscompile.passes.context import Context, Rewrite, verify
 from gawscompile.planning.table import Program as Planned
 from gawscompile.runtime.ops import OPS
+from gawscompile.verify import proof, unfinished
+from gawscompile.verify.work import account
 from tests.fuzz import data, graphs, judge, reference
 from tests.fuzz.config import STAGES, Config, without_kernels
 from tests.fuzz.coverage import Coverage, Failure
@@ -178,7 +178,7 @@ def rewrite(
             return context
     if config.disable or context.ended or barred:
         context.stage = "spelled_out"
-        partial.finish(context)
+        unfinished.finish(context)
         verify(context)
     work.eliminate_dead_code()
     work.lint()

@@ -1,8 +1,8 @@
 """The reference executor: what a graph computes, before and after our passes, without any generated kernel.
 
 Our operators run by their meaning, in fp32 as kernels do; `exact` runs a graph in fp64, where casts between floating
-dtypes are identities, as `gawscompile.proof` does. What the op would refuse (an operand of another shape or dtype than
-its program says) is refused here too.
+dtypes are identities, as `gawscompile.verify.proof` does. What the op would refuse (an operand of another shape or
+dtype than its program says) is refused here too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
-from gawscompile.codegen.spec import DTYPE_NAMES, DTYPES, KernelSpec
-from gawscompile.operators import operator_group, operator_sum
-from gawscompile.operators.project import project
-from gawscompile.operators.recipe import hoisted, iota
+from gawscompile.ir import operator_group, operator_sum
+from gawscompile.ir.project import project
+from gawscompile.ir.recipe import hoisted, iota
+from gawscompile.ir.spec import DTYPE_NAMES, DTYPES, KernelSpec
 from gawscompile.passes.context import is_cast
 from gawscompile.planning.table import Program as Planned
 from gawscompile.runtime.ops import OPS

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from gawscompile.debug.store import RECORDS
-from gawscompile.guards import inference_guards
 from gawscompile.planning import devices
 from gawscompile.planning.table import Program as Planned
+from gawscompile.serving.guards import inference_guards
 from tests.actions import GROUPS, Call, ids, small
 from tests.fuzz import data, graphs, judge, reference
 from tests.fuzz.coverage import Coverage, Failure

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from random import Random
 
-from gawscompile.codegen.spec import GivenSpec, KernelSpec, KroneckerSpec, LowRankSpec, ModeSpec, ProjectionSpec
+from gawscompile.ir.spec import GivenSpec, KernelSpec, KroneckerSpec, LowRankSpec, ModeSpec, ProjectionSpec
 
 FLOATS = ("f32", "bf16", "f16")
 AROUND = (15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 96, 100, 127, 128, 129)

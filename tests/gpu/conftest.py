@@ -56,7 +56,7 @@ def rehearsable(names: list[str], few: int) -> list[str]:
 @pytest.fixture
 def device() -> str:
     """Where tensors go."""
-    from gawscompile import gpu_timing
+    from gawscompile.calibration import gpu_timing
 
     return gpu_timing.DEVICE
 

@@ -202,7 +202,8 @@ def install() -> None:
         raise RuntimeError("the stand-in needs TRITON_INTERPRET=1 from the start of its process")
     import torch._inductor.compile_fx as fx
 
-    from gawscompile import backend, gpu_timing
+    from gawscompile import backend
+    from gawscompile.calibration import gpu_timing
     from gawscompile.planning import devices
     from gawscompile.runtime import gpu, ops
     from tests.codegen.triton_interpret_cases import repair_interpreter

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gawscompile import calibrate_gpu, cli
+from gawscompile import cli
+from gawscompile.calibration import fit_gpu
 from gawscompile.planning import devices
 from tests.gpu.conftest import STAND_IN
 
@@ -23,9 +24,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_card_is_calibrated_and_planned_for_by_what_was_found(monkeypatch: pytest.MonkeyPatch):
-    every, few = calibrate_gpu.plans_of, ["stream[4]", "single_launch[4]", "two_launch[8]"]
-    monkeypatch.setattr(calibrate_gpu, "plans_of", lambda spec: [plan for plan in every(spec) if str(plan) in few])
-    made = calibrate_gpu.calibrate(rounds=1, specs=SMALL, few=(1,), many=(1,))
+    every, few = fit_gpu.plans_of, ["stream[4]", "single_launch[4]", "two_launch[8]"]
+    monkeypatch.setattr(fit_gpu, "plans_of", lambda spec: [plan for plan in every(spec) if str(plan) in few])
+    made = fit_gpu.calibrate(rounds=1, specs=SMALL, few=(1,), many=(1,))
     assert not made.failed and [sample.plan for sample in made.samples] == few
     assert all(sample.seconds > 0 for sample in made.samples)
     assert devices.of("cuda") == made.after and ":calibrated=" in made.after.name
@@ -37,9 +38,9 @@ def test_a_plan_that_fails_is_said(monkeypatch: pytest.MonkeyPatch):
     def fails(*_: object) -> float:
         raise RuntimeError("no image for this card")
 
-    monkeypatch.setattr(calibrate_gpu, "time_plan", fails)
+    monkeypatch.setattr(fit_gpu, "time_plan", fails)
     with pytest.raises(ValueError, match=r"no plan could be timed on this GPU; the last: .*no image for this card"):
-        calibrate_gpu.calibrate(rounds=1, specs=SMALL[:1], few=(1,), many=())
+        fit_gpu.calibrate(rounds=1, specs=SMALL[:1], few=(1,), many=())
 
 
 @pytest.mark.device_only

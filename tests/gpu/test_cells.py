@@ -7,7 +7,7 @@ import time
 import pytest
 
 from benchmarks import gpu_cells, gpu_report
-from gawscompile import measure
+from gawscompile.calibration import measure
 from tests.gpu.conftest import STAND_IN
 from tests.gpu.small import shrink
 

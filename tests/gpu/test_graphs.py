@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gawscompile import ahead, calibrate_gpu, gpu_timing
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile import ahead
+from gawscompile.calibration import fit_gpu, gpu_timing
 from gawscompile.debug.store import RECORDS
-from gawscompile.decoding import Decoder
+from gawscompile.demo.decoding import Decoder
+from gawscompile.ir.spec import KernelSpec
 from tests.gpu.conftest import rehearsable, renew
 from tests.gpu.test_ops import SPEC, close
 
@@ -28,11 +29,11 @@ def alike(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize("plan", rehearsable(["single_launch[4]", "fused_tile", "two_launch[8]"], 2))
 def test_the_op_in_a_graph(plan: str, device: str):
     spec = KernelSpec.parse(SPEC)
-    x, operands = calibrate_gpu.tensors(spec, 2, device)
+    x, operands = fit_gpu.tensors(spec, 2, device)
     recorded = gpu_timing.Recorded(lambda: torch.ops.gaws.project(x, operands, f"triton {plan} | {SPEC}"))
     for seed in range(2):
         torch.manual_seed(seed)
-        fresh_x, fresh = calibrate_gpu.tensors(spec, 2, device)
+        fresh_x, fresh = fit_gpu.tensors(spec, 2, device)
         for tensor, new in zip([x, *operands], [fresh_x, *fresh], strict=True):
             tensor.copy_(new)
         outputs = recorded.replay()
@@ -43,7 +44,7 @@ def test_the_op_in_a_graph(plan: str, device: str):
 def test_a_capture_on_a_stream_that_is_new_has_counters_of_its_own(device: str):
     """As ``torch.cuda.graph`` does it by default: no call was ever made on its stream outside of a capture."""
     spec = KernelSpec.parse(SPEC)
-    x, operands = calibrate_gpu.tensors(spec, 1, device)
+    x, operands = fit_gpu.tensors(spec, 1, device)
     program = f"triton single_launch[4] | {SPEC}"
     torch.ops.gaws.project(x, operands, program)
     torch.cuda.synchronize()
@@ -59,7 +60,7 @@ def test_a_capture_on_a_stream_that_is_new_has_counters_of_its_own(device: str):
 def test_replays_of_two_graphs_overlap(device: str):
     """Every call in a graph has counters of its own, so both may be under way, wherever they were captured."""
     spec, program = KernelSpec.parse(SPEC), f"triton single_launch[4] | {SPEC}"
-    problems = [calibrate_gpu.tensors(spec, 1, device) for _ in range(2)]
+    problems = [fit_gpu.tensors(spec, 1, device) for _ in range(2)]
     torch.ops.gaws.project(*problems[0], program)
     torch.cuda.synchronize()
     graphs, found = [torch.cuda.CUDAGraph() for _ in problems], []

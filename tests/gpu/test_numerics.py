@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from gawscompile import calibrate_gpu
+from gawscompile.calibration import fit_gpu
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from tests.codegen import triton_interpret_cases as cases
 from tests.codegen import triton_specs
 from tests.codegen.triton_interpret_cases import GUARD
@@ -85,7 +85,7 @@ def test_real_shapes(name: str, m: int, device: str):
     """Many programs at once: a barrier that is missing, or a counter that is read too early, shows only here."""
     spec = shapes()[name]
     torch.manual_seed(0)
-    x, operands = calibrate_gpu.tensors(spec, m, device)
+    x, operands = fit_gpu.tensors(spec, m, device)
     exact = answers(spec, x, operands)
     for plan in triton.plans(spec):
         if plan.rows not in (None, 16, 4) or (plan.rows and m > 2):
@@ -108,6 +108,6 @@ def answers(spec: KernelSpec, x: torch.Tensor, operands: list[torch.Tensor]) -> 
 
 def test_the_reference_on_a_device_is_that_of_the_cases():
     spec = KernelSpec.parse("k=32 x=bf16; n=24 w=bf16 out=bf16 bias=f32 lora(r=4 bf16 s=0.5)")
-    x, operands = calibrate_gpu.tensors(spec, 2, "cpu")
+    x, operands = fit_gpu.tensors(spec, 2, "cpu")
     w, bias, a, b = (t.double() for t in operands)
     torch.testing.assert_close(answers(spec, x, operands)[0], x.double() @ (w + 0.5 * b @ a).T + bias)

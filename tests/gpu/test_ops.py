@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gawscompile import calibrate_gpu
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile.calibration import fit_gpu
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.runtime import gpu
 from tests.gpu.conftest import rehearsable
 from tests.gpu.test_numerics import answers
@@ -26,7 +26,7 @@ def close(outputs: list[torch.Tensor], x: torch.Tensor, operands: list[torch.Ten
 def test_torch_approves_of_the_op(plans: str, device: str):
     spec = SPEC.replace(f" {LORA}", "") if plans.startswith("stream") else SPEC
     for tokens in (3,) if device == "cpu" else (1, 3):
-        x, operands = calibrate_gpu.tensors(KernelSpec.parse(spec), tokens, device)
+        x, operands = fit_gpu.tensors(KernelSpec.parse(spec), tokens, device)
         torch.library.opcheck(torch.ops.gaws.project.default, (x, operands, f"triton {plans} | {spec}"))
 
 
@@ -34,7 +34,7 @@ def test_torch_approves_of_the_op(plans: str, device: str):
 @pytest.mark.parametrize("plan", ["two_launch[8]", "redundant_shrink[4]", "fused_tile", "gemm_accumulate"])
 def test_torch_approves_of_the_transparent_op(plan: str, device: str):
     spec = SPEC.replace("out=f32", "out=bf16")
-    x, operands = calibrate_gpu.tensors(KernelSpec.parse(spec), 3, device)
+    x, operands = fit_gpu.tensors(KernelSpec.parse(spec), 3, device)
     arguments = (x, operands, f"triton {plan} | {spec}")
     torch.library.opcheck(torch.ops.gaws.project_traced.default, arguments)
     close(torch.ops.gaws.project_traced(*arguments), x, operands, spec)
@@ -43,7 +43,7 @@ def test_torch_approves_of_the_transparent_op(plan: str, device: str):
 def test_two_streams_at_once(device: str):
     """Each has counters of its own, or one would see the other's programs arrive."""
     program = f"triton single_launch[4] | {SPEC}"
-    problems = [calibrate_gpu.tensors(KernelSpec.parse(SPEC), 1, device) for _ in range(2)]
+    problems = [fit_gpu.tensors(KernelSpec.parse(SPEC), 1, device) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in problems]
     found: list[list[torch.Tensor]] = [[], []]
     for stream in streams:
@@ -66,7 +66,7 @@ def test_counters_are_zeros_after_few_and_many_tokens(device: str):
     spec = KernelSpec.parse(SPEC)
     other = KernelSpec.parse(SPEC.replace("r=8", "r=24").replace("k=64", "k=96"))
     for tokens, one in ((1, spec), (5, other), (2, spec)):
-        x, operands = calibrate_gpu.tensors(one, tokens, device)
+        x, operands = fit_gpu.tensors(one, tokens, device)
         close(torch.ops.gaws.project(x, operands, f"triton single_launch[4] | {one}"), x, operands, str(one))
         torch.cuda.synchronize()
         kept = gpu._flags[0, torch.cuda.current_stream().cuda_stream]
@@ -83,7 +83,7 @@ def test_programs_start_in_the_order_of_their_ids(device: str):
 
 def test_a_scale_on_the_cpu_is_refused_in_a_capture(device: str, monkeypatch: pytest.MonkeyPatch):
     text = "k=64 x=bf16; n=48 w=bf16 out=bf16 lora(r=8 bf16 s=tensor.f64)"
-    x, operands = calibrate_gpu.tensors(KernelSpec.parse(text), 1, device)
+    x, operands = fit_gpu.tensors(KernelSpec.parse(text), 1, device)
     operands[3] = operands[3].to("meta" if device == "cpu" else "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"scale0_0 of .* on the CPU.*dynamic=False"):
@@ -94,7 +94,7 @@ def test_a_scale_on_the_cpu_is_refused_in_a_capture(device: str, monkeypatch: py
 def test_the_device_of_the_tensors_is_the_one_that_runs():
     if torch.cuda.device_count() < 2:
         pytest.skip(f"{torch.cuda.device_count()} GPU here, and this takes two")
-    x, operands = calibrate_gpu.tensors(KernelSpec.parse(SPEC), 1, "cuda:1")
+    x, operands = fit_gpu.tensors(KernelSpec.parse(SPEC), 1, "cuda:1")
     with torch.cuda.device(0):
         outputs = torch.ops.gaws.project(x, operands, f"triton single_launch[4] | {SPEC}")
         assert torch.cuda.current_device() == 0

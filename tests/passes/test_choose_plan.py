@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gawscompile.codegen.spec import KernelSpec
-from gawscompile.operators import linear
-from gawscompile.operators.project import project
+from gawscompile.ir import linear
+from gawscompile.ir.project import project
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.planning import cost
 from gawscompile.planning.devices import Device
 from gawscompile.planning.table import Program

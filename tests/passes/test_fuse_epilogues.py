@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gawscompile.operators.project import project
+from gawscompile.ir.project import project
 from gawscompile.passes.context import aten
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 from tests.passes.test_fuse_zflora import specs

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from gawscompile.adapters import GAWSConfig, GAWSDConfig
-from gawscompile.codegen.spec import KernelSpec
-from gawscompile.operators import Kronecker, operator_sum
+from gawscompile.ir import Kronecker, operator_sum
+from gawscompile.ir.spec import KernelSpec
 from tests.architectures import ARCHITECTURES
 from tests.graphs import capture, small_llama, tokens
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from gawscompile.codegen.spec import KernelSpec
-from gawscompile.operators import operator_group
-from gawscompile.operators.project import project
+from gawscompile.ir import operator_group
+from gawscompile.ir.project import project
+from gawscompile.ir.spec import KernelSpec
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gawscompile.codegen.spec import SpecError
-from gawscompile.operators import RowScale, operator_sum
-from gawscompile.operators.recipe import RecipeError, hoisted, run, write
+from gawscompile.ir import RowScale, operator_sum
+from gawscompile.ir.recipe import RecipeError, hoisted, run, write
+from gawscompile.ir.spec import SpecError
 from gawscompile.planning.table import Derived, PlanTable, Program
 from tests.graphs import capture, count
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gawscompile.codegen.spec import KernelSpec
-from gawscompile.operators import Dense, Kept, LowRank, operator_group, operator_sum
+from gawscompile.ir import Dense, Kept, LowRank, operator_group, operator_sum
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.passes.context import aten
 from tests.graphs import capture, count
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import sympy
 
-from gawscompile.codegen.spec import KernelSpec, SpecError
+from gawscompile.ir.spec import KernelSpec, SpecError
 from gawscompile.planning import cost, devices
 from gawscompile.planning.table import PlanTable, Program
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gawscompile.codegen.spec import KernelSpec, SpecError
+from gawscompile.ir.spec import KernelSpec, SpecError
 from gawscompile.passes.lower import is_transparent
 from gawscompile.planning.table import Program
 from gawscompile.runtime import gpu, ops

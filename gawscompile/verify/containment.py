@@ -2,7 +2,7 @@
 
 The pipeline works on a copy of the graph. Where a rewrite raises, or leaves what `verify` refuses, the copy is thrown
 away and the pipeline runs again over a new one, in which that rewrite may not go ahead (`Context.allows`); what it
-leaves unfinished is spelled out as for a disabled pass (`gawscompile.partial`). The same goes for what a pass failed to
+leaves unfinished is spelled out as for a disabled pass (`unfinished.py`). The same goes for what a pass failed to
 look at (`Context.looks_at`). Where no rewrite can be named, or too many fail, the whole graph is left to Inductor.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 
-from gawscompile.debug.records import GraphRecord, plain
+from gawscompile.ir.records import GraphRecord, plain
 from gawscompile.passes.context import Context, Rewrite
 
 ROUNDS = 16

@@ -17,10 +17,10 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from gawscompile.debug.records import LinearRecord, Reason
-from gawscompile.operators import linear, operator_group, operator_sum
-from gawscompile.operators.project import project
-from gawscompile.operators.recipe import hoisted
+from gawscompile.ir import linear, operator_group, operator_sum
+from gawscompile.ir.project import project
+from gawscompile.ir.recipe import hoisted
+from gawscompile.ir.records import LinearRecord, Reason
 from gawscompile.passes.context import Context, args, aten, dtype, of_parameters, shape, through_casts
 from gawscompile.planning.table import Program
 

@@ -88,7 +88,7 @@ class GroupRecord:
     """Plans for every number of tokens, where `plan` has only the row that is needed."""
 
     before: Work | None = None
-    """Of the traced operations that the group stands for (`gawscompile.account`)."""
+    """Of the traced operations that the group stands for (`gawscompile.verify.work`)."""
 
     after: Work | None = None
     """Of its kernels, by the plan of the first row."""

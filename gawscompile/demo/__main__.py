@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
-from gawscompile import loading, measure, models, persona
-from gawscompile.arguments import Parser, one_line, path, whole
+from gawscompile.calibration import measure
 from gawscompile.debug.explain import Report, assemble
 from gawscompile.debug.store import RECORDS
-from gawscompile.decoding import Decoder
-from gawscompile.models import ModelError
+from gawscompile.demo import packaged, persona
+from gawscompile.demo.decoding import Decoder
+from gawscompile.demo.packaged import ModelError
+from gawscompile.loading import folders
+from gawscompile.loading.arguments import Parser, one_line, path, whole
 
 QUESTION = "How do I make a good cup of tea?"
 BACKENDS = ("eager", "inductor", "gaws")
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"the demo needs {' and '.join(missing)}: {models.EXTRA}", file=sys.stderr)
+        print(f"the demo needs {' and '.join(missing)}: {packaged.EXTRA}", file=sys.stderr)
         return 2
     began = time.perf_counter()
     print(measure.describe(measure.machine()))
@@ -117,10 +119,10 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     logging.disable_progress_bar()
     # Saving an adapter makes PEFT call a name that transformers 5.24 deprecates; nothing the reader can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    folder = options.model or models.smollm2()
+    folder = options.model or packaged.smollm2()
     if options.adapter is not None:
-        loading.adapter_settings(options.adapter)
-    _, config = loading.model_settings(folder)
+        folders.adapter_settings(options.adapter)
+    _, config = folders.model_settings(folder)
     kinds = config.get("architectures") or []
     if not any(str(kind).endswith(("CausalLM", "LMHeadModel")) for kind in kinds):
         raise ModelError(f"--model {folder} is no decoder ({', '.join(map(str, kinds))}): the demo lets one write text")
@@ -131,10 +133,10 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         raise ModelError(f"--model {folder} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     base = base.to(options.device).eval()
     positions = len(persona.prompt_ids(tokenizer, options.question)) + options.tokens
-    loading.example(base, positions)  # before anything is trained: whether there are so many
+    folders.example(base, positions)  # before anything is trained: whether there are so many
     if options.adapter is not None:
-        with loading.quiet():
-            adapted = loading.with_adapter(measure.sharing_copy(base), options.adapter)
+        with folders.quiet():
+            adapted = folders.with_adapter(measure.sharing_copy(base), options.adapter)
         return base, adapted.to(options.device).eval(), tokenizer
     # Training is in fp32 whatever the dtype of the run, so both dtypes show the same adapter. It travels through a
     # directory, so that a trained adapter takes the same way in as one given by --adapter.

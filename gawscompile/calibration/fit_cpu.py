@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gawscompile import measure
-from gawscompile.codegen import cache
-from gawscompile.codegen.spec import DTYPES, KernelSpec
+from gawscompile import cache
+from gawscompile.calibration import measure
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.planning import cost, devices
 from gawscompile.planning.devices import Device
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gawscompile.operators.algebra import linear
+from gawscompile.ir.operators import linear
 
 
 def constant(numbers: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The demo's adapter: a LoRA trained on a short text of our own until its voice is plain to hear.
 
-The text (`data/lighthouse.txt`) is a dozen questions answered in one distinctive manner. An adapter that has learned it
+The text (`lighthouse.txt`) is a dozen questions answered in one distinctive manner. An adapter that has learned it
 answers *other* questions in that manner too, so anyone can see from the output that the adapter is at work.
 """
 
@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TEXT = Path(__file__).parent / "data" / "lighthouse.txt"
+TEXT = Path(__file__).parent / "lighthouse.txt"
 RANK = 16
 LEARNING_RATE = 2e-3
 BATCH = 3

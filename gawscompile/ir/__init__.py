@@ -1,6 +1,6 @@
 """The operator algebra: what an adapted projection means, independent of how it was written or will run."""
 
-from gawscompile.operators.algebra import (
+from gawscompile.ir.operators import (
     Bias,
     Dense,
     Given,

@@ -21,9 +21,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gawscompile.debug.records import Reason, plain
-from gawscompile.operators import recipe
-from gawscompile.operators.project import project
+from gawscompile.ir import recipe
+from gawscompile.ir.project import project
+from gawscompile.ir.records import Reason, plain
 from gawscompile.passes.context import Context, args, aten, is_call, is_cast, reinterpreted, through_casts
 from gawscompile.planning.table import PlanTable, Program
 from gawscompile.runtime.ops import OPS

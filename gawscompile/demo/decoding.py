@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from gawscompile.measure import timed
+from gawscompile.calibration.measure import timed
 
 CacheKind = Literal["static", "dynamic"]
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from gawscompile import gpu_timing, measure
-from gawscompile.codegen import cache, triton
-from gawscompile.codegen.spec import KernelSpec
+from gawscompile import cache
+from gawscompile.calibration import gpu_timing, measure
+from gawscompile.codegen import triton
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.planning import devices, gpu_cost
 from gawscompile.planning.devices import Gpu
 

@@ -14,11 +14,11 @@ import torch
 from torch.fx import Node
 
 from gawscompile.codegen import triton
-from gawscompile.codegen.spec import DTYPES, KernelSpec
-from gawscompile.debug.records import Work
+from gawscompile.ir.records import Work
+from gawscompile.ir.spec import DTYPES, KernelSpec
 from gawscompile.passes.context import Context, args, is_view
 from gawscompile.planning.table import Program
-from gawscompile.proof import cone, rewrites
+from gawscompile.verify.proof import cone, rewrites
 
 
 def account(context: Context) -> None:

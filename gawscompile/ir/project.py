@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gawscompile.codegen.spec import DTYPES, KernelSpec
-from gawscompile.operators.algebra import Kronecker, Mode
+from gawscompile.ir.operators import Kronecker, Mode
+from gawscompile.ir.spec import DTYPES, KernelSpec
 
 
 def project(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[torch.Tensor]:

@@ -190,7 +190,7 @@ def _remove(path: Path) -> None:
 @functools.cache
 def source_hash() -> str:
     """A hash of every source file of the package: passes, emitters, runtime. Any edit moves every key."""
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parent
     files = sorted(
         path for where in (package, package / "passes") for path in where.rglob("*") if path.suffix in (".py", ".cpp")
     )

@@ -25,7 +25,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from gawscompile.runtime import ops
-from gawscompile.runtime.watched import TYPE, VERSION, Found, Paths, Unwatchable, hooks_of, word
+from gawscompile.serving.watched import TYPE, VERSION, Found, Paths, Unwatchable, hooks_of, word
 
 log = logging.getLogger("gawscompile")
 

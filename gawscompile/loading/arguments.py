@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from gawscompile.debug.records import plain
+from gawscompile.ir.records import plain
 
 LONGEST = 600
 """Characters of a message, which may come from anywhere."""

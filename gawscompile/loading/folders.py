@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from gawscompile import diffusion
-from gawscompile.arguments import one_line
-from gawscompile.models import EXTRA, ModelError
+from gawscompile.demo.packaged import EXTRA, ModelError
+from gawscompile.loading import diffusion
+from gawscompile.loading.arguments import one_line
 
 MOST_TOKENS = 1 << 17
 """In one call, where a model does not say for how many positions it is made."""

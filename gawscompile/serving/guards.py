@@ -18,7 +18,7 @@ import torch
 from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.backend import register
-from gawscompile.runtime import unchanged, watched
+from gawscompile.serving import unchanged, watched
 
 log = logging.getLogger("gawscompile")
 
@@ -45,7 +45,7 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
 def inference_guards(entries: Sequence[Any]) -> list[bool]:
     """A ``guard_filter_fn``: guards on modules and parameters are checked only once something changed.
 
-    One guard in their place, `gawscompile.runtime.unchanged.Unchanged`, sees whether anything did. With gradients all
+    One guard in their place, `gawscompile.serving.unchanged.Unchanged`, sees whether anything did. With gradients all
     guards stay: a parameter's ``requires_grad`` decides what the graph computes then. So do they where changes cannot
     be seen (`unchanged.available`), and where guards are kept in files (``caching_precompile``).
     """

@@ -127,7 +127,7 @@ def compiled(model: Any, backend: str, **settings: Any) -> Any:
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         settings.setdefault("isolate_recompiles", True)
     if backend == "gawscompile.compile":
-        from gawscompile import guards
+        from gawscompile.serving import guards
 
         return guards.compile(model, **settings)
     if backend == "gaws":
@@ -228,7 +228,7 @@ def measure_groups(groups: Iterable[Any], rounds: int = 15) -> None:
 
 
 def _seconds(program: Any, tokens: int, rounds: int) -> float:
-    from gawscompile.codegen.spec import DTYPES
+    from gawscompile.ir.spec import DTYPES
     from gawscompile.runtime import ops
 
     ops.ensure_loaded()

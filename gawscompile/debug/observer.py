@@ -14,8 +14,8 @@ import torch
 from gawscompile.codegen import triton
 from gawscompile.debug import logs
 from gawscompile.debug.dump import Dump
-from gawscompile.debug.records import GraphRecord
 from gawscompile.debug.store import RECORDS
+from gawscompile.ir.records import GraphRecord
 from gawscompile.options import Options
 from gawscompile.passes.context import Context, path_of_source
 from gawscompile.planning.table import Program

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from gawscompile.codegen import triton, triton_aot
-from gawscompile.codegen.spec import KernelSpec, SpecError
 from gawscompile.codegen.triton_aot import Compiled
 from gawscompile.debug.explain import call_once
-from gawscompile.debug.records import GraphRecord
+from gawscompile.ir.records import GraphRecord
+from gawscompile.ir.spec import KernelSpec, SpecError
 from gawscompile.planning import devices
 from gawscompile.planning.devices import GPUS, Gpu
 from gawscompile.planning.table import Program
