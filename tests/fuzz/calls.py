@@ -54,8 +54,7 @@ class Call:
     @property
     def table(self) -> tuple[str, str]:
         """(a plan table of the op, which plan it picks): the library multiplies where it can, and beyond some m."""
-        able = all(p.dtype is None or self.kernel.x == p.dtype == p.out for p in self.kernel.projections)
-        bound = 1 + self.seed % 8 if able else TOKENS
+        bound = 1 + self.seed % 8 if library_takes(self.kernel) else TOKENS
         return f"gemv_cpp<={bound}, gemm_accumulate", "gemv_cpp" if self.m <= bound else "gemm_accumulate"
 
     @property
@@ -232,6 +231,11 @@ def by_hoisted(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tenso
     for name, numbers_ in real.items():
         operands[name].data.copy_(numbers_)
     return _project(call, x, arguments, str(program))
+
+
+def library_takes(spec: KernelSpec) -> bool:
+    """Whether the library can multiply the bases: it knows one dtype."""
+    return all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections)
 
 
 @functools.cache

@@ -96,11 +96,16 @@ class Answer:
     low: Tensor
     high: Tensor
     judged: Tensor
+    chained: bool = False
+    """Whether one product feeds another. What overflows in between may then have any sign: an answer that is not finite
+    need only be not finite."""
 
     def fault(self, got: Tensor) -> str | None:
         """What is wrong with an output ``[m, n]``, if anything: the first number that is."""
         between = (self.low <= got) & (got <= self.high)
-        unlike = torch.where(self.exact.isnan(), ~got.isnan(), got.isfinite() | (got == -self.exact))
+        unlike = got.isfinite()
+        if not self.chained:
+            unlike = torch.where(self.exact.isnan(), ~got.isnan(), unlike | (got == -self.exact))
         wrong = torch.where(self.exact.isfinite(), self.judged & ~between, unlike)
         if not wrong.any():
             return None
@@ -169,9 +174,11 @@ def answers(
     if spec.swiglu:
         exact, error = _gated(values, errors)
         values, errors, judged = [exact], [error], [judged[0] & judged[1] & (exact.abs() + error < RANGE)]
+    chained = any(p.lowrank or p.kronecker for p in spec.projections)
+    bounds = [(DTYPES[p.out], error) for p, error in zip(spec.projections, errors, strict=False)]
     return [
-        Answer(exact, (exact - error).to(DTYPES[p.out]), (exact + error).to(DTYPES[p.out]), safe & error.isfinite())
-        for p, exact, error, safe in zip(spec.projections, values, errors, judged, strict=False)
+        Answer(exact, (exact - error).to(out), (exact + error).to(out), safe & error.isfinite(), chained)
+        for exact, (out, error), safe in zip(values, bounds, judged, strict=True)
     ]
 
 
@@ -209,9 +216,8 @@ def naive(spec: KernelSpec, x: Tensor, operands: dict[str, Tensor]) -> list[Tens
         total = total * operands[f"rowscale{i}"] if p.rowscale else total
         for name in (f"bias{i}", f"res{i}"):
             total = total + operands[name] if name in operands else total
-        found.append(total)
-    ys = [functional.silu(found[0]) * found[1]] if spec.swiglu else found
-    return [y.to(DTYPES[p.out]) for y, p in zip(ys, spec.projections, strict=False)]
+        found.append(total.to(DTYPES[p.out]))
+    return [functional.silu(found[0]) * found[1]] if spec.swiglu else found
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:

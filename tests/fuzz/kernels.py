@@ -16,7 +16,7 @@ from gawscompile.codegen import cpp, triton
 from gawscompile.codegen.cpp_text import has_epilogue
 from gawscompile.ir.spec import KernelSpec, ProjectionSpec, Role
 from tests.fuzz import interpreted
-from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built
+from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built, library_takes
 from tests.fuzz.coverage import Coverage, Failure
 from tests.fuzz.specs import FEATURES, FLOATS, random_spec
 
@@ -79,7 +79,7 @@ def call(seed: int) -> Call:
         plan = random.choice([plan for plan in plans if plan.name == name])
         most = DECODED if plan.rows else TOKENS  # a program for each token takes long in the interpreter
         return Call(str(spec), str(plan), max(1, min(m, most)), 1, numbers, seed)
-    added = spec.swiglu or any(has_epilogue(p) for p in spec.projections)
+    added = library_takes(spec) and (spec.swiglu or any(has_epilogue(p) for p in spec.projections))
     scaled = any(p.rowscale for p in spec.projections)
     plan = random.choice(("gemv", "op", *["accumulate"] * added, *["hoisted"] * scaled))
     return Call(str(spec), plan, m, random.choice(THREADS), numbers, seed, one.vectors)
