@@ -22,9 +22,9 @@ from benchmarks.common import MERGED, Setup
 from benchmarks.shapes import SHAPES
 from gawscompile.calibration import fit_gpu, gpu_timing, measure
 from gawscompile.codegen import triton
-from gawscompile.debug.store import RECORDS
 from gawscompile.demo.decoding import Decoder
 from gawscompile.ir.spec import KernelSpec, LowRankSpec
+from gawscompile.observe.store import RECORDS
 from gawscompile.planning import cost, devices, gpu_cost
 
 Row = dict[str, Any]

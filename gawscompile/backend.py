@@ -24,11 +24,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gawscompile import cache
 from gawscompile.codegen import build
-from gawscompile.debug import observer
-from gawscompile.debug.dump import Dump
-from gawscompile.debug.progress import Progress
-from gawscompile.debug.store import RECORDS
 from gawscompile.ir.records import GraphRecord, Reason, plain
+from gawscompile.observe import observer
+from gawscompile.observe.dump import Dump
+from gawscompile.observe.progress import Progress
+from gawscompile.observe.store import RECORDS
 from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, Rewrite, VerifierError, verify

@@ -35,7 +35,7 @@ class Options:
     ``GAWS_HUGE_PAGES=0`` sets the default."""
 
     dump: str = ""
-    """A folder for what the compiler did (`gawscompile.debug.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
+    """A folder for what the compiler did (`gawscompile.observe.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
 
     disable: tuple[str, ...] = ()
     """Passes that do not run, by name. What they leave unfinished is spelled out for Inductor (`verify/unfinished.py`).

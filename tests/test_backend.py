@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from gawscompile import backend, explain
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.codegen import build
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from gawscompile.passes import PIPELINE, group_siblings
 from gawscompile.runtime import ops
 from tests.graphs import randomise, small_bert, small_llama, tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gawscompile.calibration.measure import graphs_compiled
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from tests.graphs import randomise, small_llama, tokens
 
 IDS = tokens(1, 5)

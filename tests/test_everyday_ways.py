@@ -14,7 +14,7 @@ from torch._inductor import list_mode_options
 
 import gawscompile
 from gawscompile.calibration.measure import graphs_compiled
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from tests.graphs import randomise, small_llama, tokens
 from tests.ways import OPTIONS, WAYS, compiled, fused, fusing, settings
 

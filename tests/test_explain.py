@@ -14,9 +14,9 @@ from gawscompile.calibration.measure import cache_hits
 from gawscompile.cli import main
 from gawscompile.debug.explain import assemble
 from gawscompile.debug.report import predict
-from gawscompile.debug.store import RECORDS
 from gawscompile.ir.records import GraphRecord, Reason
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.observe.store import RECORDS
 from gawscompile.planning import cost
 from gawscompile.planning.table import PlanTable
 from tests.graphs import Pair, small_llama, tokens

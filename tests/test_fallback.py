@@ -162,8 +162,8 @@ def test_inductors_cpp_wrapper_is_left_alone(model, caplog):
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, forget_sum, remove])
 def test_a_damaged_record_is_said_and_not_believed(damage):
-    from gawscompile.debug.store import Store
     from gawscompile.ir.records import GraphRecord
+    from gawscompile.observe.store import Store
 
     Store().compiled("k" * 32, GraphRecord("k" * 32, notes=["true"]))
     damage(cache.folder("records") / f"{'k' * 32}.json")

@@ -129,7 +129,7 @@ print(COUNT, "children ended")
 """
 
 WHILE_ANOTHER_REGISTERS = """
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from gawscompile.runtime import ops
 (model, compiled), x = made(128, dora=True), torch.randn(2, 128)
 want = model(x)

@@ -9,7 +9,7 @@ from peft.utils.hotswap import hotswap_adapter
 
 import gawscompile
 from gawscompile.calibration.measure import graphs_compiled
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from tests.graphs import randomise, small_llama, tokens
 
 IDS = tokens(1, 5)

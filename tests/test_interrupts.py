@@ -18,7 +18,7 @@ from torch._dynamo import output_graph
 from torch._inductor import codecache, graph
 from gawscompile import backend
 from gawscompile.codegen import build, cache
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from gawscompile.runtime import ops
 
 torch.set_grad_enabled(False)

@@ -43,7 +43,7 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     kernels = [f"codegen/{name}.cpp" for name in ("vectors", "prelude", "modes", "checksum", "sums")]
     runtime = [f"runtime/{name}.cpp" for name in ("dispatch", "hoisted", "unchanged")]
     sources = ("passes/lower.py", *runtime, *kernels)
-    for needed in (*sources, "demo/lighthouse.txt", "debug/dump.html"):
+    for needed in (*sources, "demo/lighthouse.txt", "observe/dump.html"):
         assert f"gawscompile/{needed}" in inside
     assert not [name for name in inside if name.startswith(("tests/", "passes/", "benchmarks/"))]
     sh(sys.executable, "-m", "venv", str(tmp_path / "clean"))

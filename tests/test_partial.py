@@ -150,7 +150,7 @@ def test_a_pass_that_does_not_exist_is_refused_with_those_that_do():
 
 
 def test_fuel_of_a_process_is_shared_by_its_graphs(monkeypatch):
-    from gawscompile.debug.store import RECORDS
+    from gawscompile.observe.store import RECORDS
 
     before = RECORDS.matches()
     monkeypatch.setenv("GAWS_FUEL", str(before + 8))

@@ -7,8 +7,8 @@ import torch
 
 from gawscompile.calibration import measure
 from gawscompile.debug.explain import assemble
-from gawscompile.debug.store import RECORDS
 from gawscompile.demo.decoding import Decoder
+from gawscompile.observe.store import RECORDS
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import gawscompile
-from gawscompile.debug.store import RECORDS
 from gawscompile.ir.records import GraphRecord
+from gawscompile.observe.store import RECORDS
 from gawscompile.serving.guards import inference_guards
 
 OPTIONS = {"strict": True}

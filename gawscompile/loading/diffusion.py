@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gawscompile.demo.packaged import ModelError
 from gawscompile.loading.arguments import one_line
+from gawscompile.loading.errors import ModelError
 
 INSTALL = "pip install 'gawscompile[diffusion]'"
 PARTS = ("transformer", "unet", "prior")

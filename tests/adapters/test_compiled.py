@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from tests.adapters.common import KINDS, NAMES, Net, adapted, config, randomise, run
 from tests.architectures import ARCHITECTURES
 from tests.numerics import error_ratio

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gawscompile.adapters import ZFLoRAConfig
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from tests.adapters.common import base, run
 from tests.adapters.test_zflora import NAMES, adapted, randomise
 from tests.graphs import rewriting, tokens

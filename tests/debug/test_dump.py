@@ -12,10 +12,10 @@ import torch
 
 from gawscompile import explain
 from gawscompile.backend import STAGES
-from gawscompile.debug.observer import kernels
 from gawscompile.ir import operator_group
 from gawscompile.ir.records import GraphRecord, GroupRecord
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.observe.observer import kernels
 from gawscompile.planning.cost import plan
 from gawscompile.planning.devices import GPUS
 from tests.graphs import Pair, small_llama, tokens
@@ -153,7 +153,7 @@ def test_kernels_of_a_gpu_have_a_source_per_plan():
 
 
 def test_off_nothing_is_listed(monkeypatch):
-    from gawscompile.debug import dump, listing
+    from gawscompile.observe import dump, listing
 
     def never(*_):
         raise AssertionError("a graph was listed without a dump")

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from gawscompile.debug.listing import Line, applied, difference, source, spell, unified
+from gawscompile.observe.listing import Line, applied, difference, source, spell, unified
 
 
 def lines(*names: str) -> list[Line]:

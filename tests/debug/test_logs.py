@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from gawscompile.debug.channels import ARTIFACTS
+from gawscompile.observe.channels import ARTIFACTS
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import sys
 import torch
 ours = {name for name in sys.modules if name.startswith("gawscompile.")}
-assert ours == {"gawscompile.debug", "gawscompile.debug.channels"}, ours  # importing torch imports no more of us
+assert ours == {"gawscompile.observe", "gawscompile.observe.channels"}, ours  # importing torch imports no more of us
 from tests.graphs import Pair
 class Model(torch.nn.Module):
     def __init__(self):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gawscompile import explain
-from gawscompile.debug.html import page
+from gawscompile.observe.html import page
 from tests.graphs import small_llama, tokens
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -7,8 +7,8 @@ import sys
 import time
 
 from gawscompile.backend import STAGES
-from gawscompile.debug import progress
-from gawscompile.debug.progress import Progress
+from gawscompile.observe import progress
+from gawscompile.observe.progress import Progress
 from tests.graphs import Pair
 
 

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from gawscompile.debug.store import RECORDS
+from gawscompile.observe.store import RECORDS
 from gawscompile.planning import devices
 from gawscompile.planning.table import Program as Planned
 from gawscompile.serving.guards import inference_guards

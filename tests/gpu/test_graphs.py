@@ -11,9 +11,9 @@ import torch
 
 from gawscompile import ahead
 from gawscompile.calibration import fit_gpu, gpu_timing
-from gawscompile.debug.store import RECORDS
 from gawscompile.demo.decoding import Decoder
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.observe.store import RECORDS
 from tests.gpu.conftest import rehearsable, renew
 from tests.gpu.test_ops import SPEC, close
 

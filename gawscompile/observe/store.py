@@ -6,8 +6,8 @@ import logging
 import threading
 
 from gawscompile import cache
-from gawscompile.debug.dump import Dump
 from gawscompile.ir.records import GraphRecord
+from gawscompile.observe.dump import Dump
 from gawscompile.runtime import forks
 
 log = logging.getLogger("gawscompile")

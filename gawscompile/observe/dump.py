@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.debug.html import page
-from gawscompile.debug.listing import Hunk, Line, applied, difference, listing, source, unified
 from gawscompile.ir.records import GraphRecord, LinearRecord, plain
+from gawscompile.observe.html import page
+from gawscompile.observe.listing import Hunk, Line, applied, difference, listing, source, unified
 
 CAPTURED = "captured"
 FEW_NUMBERS = 4096

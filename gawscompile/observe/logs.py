@@ -8,9 +8,9 @@ import logging
 import torch
 from torch._logging import _internal as torch_logs
 
-from gawscompile.debug.channels import LOG, register
-from gawscompile.debug.dump import Dump
 from gawscompile.ir.records import GraphRecord, plain
+from gawscompile.observe.channels import LOG, register
+from gawscompile.observe.dump import Dump
 
 
 def tracing() -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from gawscompile.codegen import triton
-from gawscompile.debug import logs
-from gawscompile.debug.dump import Dump
-from gawscompile.debug.store import RECORDS
 from gawscompile.ir.records import GraphRecord
+from gawscompile.observe import logs
+from gawscompile.observe.dump import Dump
+from gawscompile.observe.store import RECORDS
 from gawscompile.options import Options
 from gawscompile.passes.context import Context, path_of_source
 from gawscompile.planning.table import Program
