@@ -243,7 +243,7 @@ def test_every_part_of_the_key_moves_it(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(backend, attribute, lambda: "9.9.9")
             keys.append(key())
-    package = cache.Path(cache.__file__).parent.parent
+    package = cache.Path(cache.__file__).parent
     for file in ("passes/lower.py", "codegen/cpp.py", "codegen/prelude.cpp", "runtime/dispatch.cpp", "options.py"):
         with monkeypatch.context() as patch:
             edited = package / file

@@ -96,7 +96,7 @@ def test_a_librarys_key_moves_with_source_and_compiler(tmp_path, monkeypatch):
 def test_the_hash_of_our_sources_moves_with_each_kind_of_file(tmp_path, monkeypatch):
     (tmp_path / "codegen").mkdir()
     (tmp_path / "passes").mkdir()
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "codegen" / "cache.py"))
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
     hashes = [cache.source_hash.__wrapped__()]
     for name in ("backend.py", "codegen/prelude.cpp", "passes/lower.py"):
         (tmp_path / name).write_text("1")
