@@ -167,12 +167,18 @@ def _step(context: Context, like: Node, target: Any, source: Node, *more: Any) -
 
 
 def _block_diagonal(context: Context, product: Blocks) -> Node:
-    """``[blocks rows, blocks columns]``."""
+    """``[blocks rows, blocks columns]``. Row r of block b begins b * columns into its line: each row is padded
+    by the width of the whole, so that a block's next row in line begins so much later. (Inductor has no ``diag_embed``,
+    which stays in the graph where the sum is refused.)"""
     blocks, columns, rows = shape(product.matrices)
+    width = blocks * columns
     step = functools.partial(_step, context, product.node)
-    wide = step(aten.diag_embed.default, step(aten.permute.default, product.matrices, [2, 1, 0]))
-    plain = step(aten.permute.default, wide, [2, 0, 3, 1])  # [rows, columns, blocks, blocks] before
-    return step(aten.view.default, context.contiguous(plain, product.node), [blocks * rows, blocks * columns])
+    lines = step(aten.permute.default, product.matrices, [2, 0, 1])
+    padded = step(aten.constant_pad_nd.default, lines, [0, width], 0.0)
+    flat = step(aten.view.default, context.contiguous(padded, product.node), [rows, blocks * (columns + width)])
+    whole = step(aten.view.default, step(aten.slice.Tensor, flat, 1, 0, blocks * width), [rows, blocks, width])
+    plain = context.contiguous(step(aten.permute.default, whole, [1, 0, 2]), product.node)
+    return step(aten.view.default, plain, [blocks * rows, width])
 
 
 def _dealt(context: Context, matrix: Node, sizes: list[int], order: list[int]) -> Node:

@@ -164,3 +164,17 @@ def test_wide_blocks_are_left_alone_and_said_so():
     assert count(context, aten.bmm.default) == 2
     assert any("FACTOR_SHAPE" in note and "32 ranks" in note for note in context.record.notes)
     right(found)
+
+
+def test_merged_blocks_beside_a_base_that_is_refused_are_what_inductor_knows():
+    """A graph of joint passes is past Inductor's decompositions: what has no lowering ends the compile."""
+    from torch._inductor.lowering import lowerings
+
+    def on_fp64(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w.to(x.dtype)) + gralora(x, a, b)
+
+    x, w, a, b = tensors()
+    context = right(captured(on_fp64, x, w.double(), a, b))
+    assert context.record.passes["merge_blocks"] == 1 and not context.record.groups
+    used = {node.target for node in context.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    assert not [target for target in used if target not in lowerings]
