@@ -104,7 +104,7 @@ def test_a_model_that_cannot_be_had_is_one_line_and_code_2(monkeypatch, capsys):
     def unreachable() -> None:
         raise demo.ModelError("pip could not download it")
 
-    monkeypatch.setattr(demo.models, "smollm2", unreachable)
+    monkeypatch.setattr(demo.packaged, "smollm2", unreachable)
     assert demo.main([]) == 2
     assert capsys.readouterr().err == "error: pip could not download it\n"
 

