@@ -167,9 +167,9 @@ def _step(context: Context, like: Node, target: Any, source: Node, *more: Any) -
 
 
 def _block_diagonal(context: Context, product: Blocks) -> Node:
-    """``[blocks rows, blocks columns]``. Row r of block b begins b * columns into its line: each row is padded
-    by the width of the whole, so that a block's next row in line begins so much later. (Inductor has no ``diag_embed``,
-    which stays in the graph where the sum is refused.)"""
+    """``[blocks rows, blocks columns]``. For one r, the rows r of all blocks lie one after the other, each followed by
+    `width` zeros. So each begins ``width + columns`` after the one before: one line lower, `columns` further right.
+    (Inductor has no lowering of ``diag_embed``, and where the sum is refused these nodes reach it.)"""
     blocks, columns, rows = shape(product.matrices)
     width = blocks * columns
     step = functools.partial(_step, context, product.node)

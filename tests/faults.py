@@ -15,9 +15,7 @@ FAULTS: dict[str, Fault] = {
     # --- What is recovered from the graph -----------------------------------------------------------------------
     "scale dropped": Fault(RECOVER, "        return scale.number\n", "        return 1.0\n", SPELLINGS),
     "sign turned": Fault(RECOVER, "        return scale.number\n", "        return -scale.number\n", SPELLINGS),
-    "bias lost": Fault(
-        RECOVER, "    terms += [Bias(bias)] if bias is not None else []\n", "", "tests/passes/test_recover_operators.py"
-    ),
+    "bias lost": Fault(RECOVER, "    terms += [Bias(bias)] if bias is not None else []\n", "", SPELLINGS),
     "last adapter lost": Fault(
         RECOVER, "in sorted(adapters, key=low_rank", "in sorted(adapters[:-1] or adapters, key=low_rank", SPELLINGS
     ),

@@ -1,4 +1,4 @@
-"""gawscompile.calibrate_gpu: constants of a card are recovered from times that they make; cards are told apart."""
+"""calibration/fit_gpu.py: constants of a card are recovered from times that they make; cards are told apart."""
 
 from __future__ import annotations
 

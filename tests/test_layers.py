@@ -1,4 +1,4 @@
-"""Packages import only what is below them, in the order that docs/architecture.md gives."""
+"""Packages import only packages that stand before them in the table of docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -32,14 +32,18 @@ def imports(file: Path) -> Iterator[str]:
                 yield rest[0]
 
 
+DOORS = {"compile": "serving", "explain": "debug", "Report": "debug", "own_memory": "runtime"}
+"""Names that the package itself has, and where they come from."""
+
+
 def arrows() -> set[tuple[str, str]]:
     """(importer, imported), without those inside of a package."""
     package = ROOT / "gawscompile"
     found = set()
-    for file in package.rglob("*.py"):
+    for file in [*package.rglob("*.py"), *(package / "passes").glob("*.py")]:  # a link, which the first does not follow
         mine = file.relative_to(package).parts[0].removesuffix(".py")
-        found |= {(mine, other) for other in imports(file) if other != mine}
-    return found
+        found |= {(mine, DOORS.get(other, other)) for other in imports(file)}
+    return {(a, b) for a, b in found if a != b}
 
 
 def test_every_package_has_its_layer():
@@ -51,7 +55,9 @@ def test_every_package_has_its_layer():
 def test_no_import_goes_up():
     order = {name: number for number, name in enumerate(layers())}
     door = "__init__"  # what users import: names of any layer, on demand
-    up = sorted((a, b) for a, b in arrows() if a != door and b in order and order[a] <= order[b])
+    found = {(a, b) for a, b in arrows() if a != door}
+    assert ("passes", "ir") in found
+    up = sorted((a, b) for a, b in found if b in order and order[a] <= order[b])
     assert not up
 
 

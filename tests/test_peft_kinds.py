@@ -33,7 +33,7 @@ MODELS = {
     "GPT-2": (small_gpt2, ["c_attn", "c_proj", "c_fc"]),
     "BERT": (lambda: small_bert(layers=1, lora=None), ["query", "value", "dense"]),
 }
-EVERY_DAY = ["ADALORA", "HRA", "LOHA", "OFT", "VERA", "LORA dora", "LORA lora_bias"]
+EVERY_DAY = ["ADALORA", "GRALORA", "HRA", "LOHA", "OFT", "VERA", "LORA dora", "LORA lora_bias"]
 """Rows that run with the suite, on Llama; the others with ``-m slow``."""
 
 

