@@ -184,11 +184,20 @@ def answers(
 
 
 def _overflows(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> Tensor:
-    """Where the finite numbers behind an output of adapters are beyond fp32's range on the way."""
+    """Where the finite numbers behind an output of adapters are beyond fp32's range on the way; and where a u whose
+    sign is within its error meets a factor that is not finite."""
     finite = {name: torch.nan_to_num(t, 0.0, 0.0, 0.0) for name, t in operands.items()}
     total, _ = projection(spec, i, torch.nan_to_num(x, 0.0, 0.0, 0.0), finite)
-    chained = bool(spec.projections[i].lowrank or spec.projections[i].kronecker)
-    return (total.peak >= RANGE) & chained
+    p = spec.projections[i]
+    found = (total.peak >= RANGE) & bool(p.lowrank or p.kronecker)
+    for j in range(len(p.lowrank)):
+        u = Value.of(torch.nan_to_num(x, 0.0, 0.0, 0.0)).times(finite[f"a{i}_{j}"])
+        unsure = (u.exact.abs() <= u.error()).double()
+        found = found | (unsure @ (~operands[f"b{i}_{j}"].isfinite()).double().T > 0)
+    for j, term in enumerate(p.kronecker):
+        later = [operands[f"g{i}_{j}_{at}"] for at in range(1, len(term.modes))]
+        found = found | any(not bool(g.isfinite().all()) for g in later)
+    return found
 
 
 def _gated(values: list[Tensor], errors: list[Tensor]) -> tuple[Tensor, Tensor]:

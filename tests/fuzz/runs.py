@@ -135,7 +135,22 @@ def _program(seed: int, coverage: Coverage) -> Failure | None:
 
 
 def _judged(case: Case, compiled: Any) -> str | None:
-    """What is wrong with the next call, if anything."""
+    """What is wrong with the next call, if anything: with the next calls, where one alone may be ill-conditioned (two
+    logits that are alike but for a rounding)."""
+    judgement, first = judge.Judgement(), case.others
+    try:
+        for draw in range(judge.DRAWS):
+            if (fault := _added(case, compiled, judgement)) or not judgement.doubt():
+                return fault
+            random = torch.Generator().manual_seed(draw)
+            case.others = [t.clone().normal_(generator=random) if t.is_floating_point() else t for t in first]
+    finally:
+        case.others = first
+    return judgement.doubt()
+
+
+def _added(case: Case, compiled: Any, judgement: judge.Judgement) -> str | None:
+    """The next call, for the judgement. Returns what is wrong with it beside its numbers' errors."""
     before = case.tensors()
     with torch.no_grad():
         try:
@@ -154,9 +169,7 @@ def _judged(case: Case, compiled: Any) -> str | None:
     doubles = [t.double() if t.is_floating_point() else t for t in before]
     exact = reference.run(traced.graph, traced.module, traced.arguments(typed, doubles, {}), exact=True)
     ours, theirs = reference.Ran(list(got), []), reference.Ran(list(want), [])
-    judgement = judge.Judgement()
-    fault = judge.structure(ours, theirs) or judgement.add(ours, theirs, replace(exact, inputs=[]))
-    return fault or judgement.doubt()
+    return judge.structure(ours, theirs) or judgement.add(ours, theirs, replace(exact, inputs=[]))
 
 
 def _ours(case: Case, wrong: str, dynamic: bool | None) -> Any:
