@@ -42,7 +42,8 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24, "gate": 40, "up": 40, "last": 13}
+        shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24}
+        shapes |= {"gate": 40, "up": 40, "last": 13, "rows": 32}
         self.w = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 64) / 8) for name, n in shapes.items()})
         self.a = nn.ParameterDict({name: nn.Parameter(torch.randn(8, 64) / 8) for name in (*shapes, "again")})
         self.b = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 8) / 3) for name, n in shapes.items()})
@@ -75,8 +76,8 @@ class Zoo(nn.Module):
         gate, up = (F.linear(bent, self.w[name]) + 2.0 * self.delta(name, bent) for name in ("gate", "up"))
         product = F.silu(gate) * up
         apart = o.erf()
-        norm = (self.w["k"] + self.b["k"] @ self.a["k"]).norm(dim=1)
-        scaled = self.magnitude / norm * (F.linear(apart, self.w["k"]) + self.delta("k", apart)) + self.offset
+        norm = (self.b["rows"] @ self.a["rows"] + self.w["rows"]).norm(dim=1)  # sources in another order than operands
+        scaled = self.magnitude / norm * (F.linear(apart, self.w["rows"]) + self.delta("rows", apart)) + self.offset
         stream = torch.cat([o.sigmoid(), k.tanh()], -1) + torch.cat([cosine, v.tanh()], -1)
         h, z = stream.split([64, 32], -1)
         streamed = F.linear(h, self.w["twice"]) + F.linear(z, self.widened)

@@ -22,7 +22,8 @@ def random_spec(random: random.Random) -> KernelSpec:
         given = tuple(GivenSpec(random.randint(1, 300), "f32", "bf16") for _ in range(random.randint(0, 2)))
         bias, residual = (random.choice([None, "f32", "bf16"]) for _ in range(2))
         weight = None if residual and (terms or given) and random.random() < 0.3 else "bf16"
-        return ProjectionSpec(random.randint(1, 9999), weight, "f32", bias, residual, terms, given=given)
+        turned = weight is not None and random.random() < 0.3
+        return ProjectionSpec(random.randint(1, 9999), weight, "f32", bias, residual, terms, turned, given=given)
 
     return KernelSpec(random.randint(1, 9999), "bf16", tuple(projection() for _ in range(random.randint(1, 4))))
 
