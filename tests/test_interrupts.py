@@ -17,7 +17,8 @@ import torch
 from torch._dynamo import output_graph
 from torch._inductor import codecache, graph
 from gawscompile import backend
-from gawscompile.codegen import build, cache
+from gawscompile import cache
+from gawscompile.codegen import build
 from gawscompile.observe.store import RECORDS
 from gawscompile.runtime import ops
 

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import json, torch, gawscompile
-from gawscompile import measure, passes
+from gawscompile import passes
+from gawscompile.calibration import measure
 from tests.graphs import small_llama, tokens
 ran = []
 for stage in passes.PIPELINE:
