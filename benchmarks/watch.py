@@ -5,7 +5,7 @@
 One compiled decode step of SmolLM2 with adapters. The check is timed apart, in a loop: the metadata of parameters
 alone, then all of it. It is timed within steps too, which leave nothing of what it reads in a cache. Beside these is
 what Dynamo's own guards take, under ``torch.compile`` and under ``gawscompile.compile``
-(`gawscompile.calibration.measure.guard_seconds` explains how).
+(`gawscompile.calibration.measure.guard_seconds` explains how). Last, whole steps in turns.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gawscompile.serving.unchanged import State, Unchanged
 from gawscompile.serving.watched import Found
 
 APART, STEPS = 200, 60
+ROUNDS, ROUND = 12, 6  # of steps in turns
 
 
 def decoder(model: Any, backend: str) -> Decoder:
@@ -49,8 +50,8 @@ def step(one: Decoder) -> Callable[[], object]:
     return again
 
 
-def row(base: Any, setup: Setup, kind: str) -> list[str]:
-    """Microseconds and what is compared, of one kind of adapter."""
+def row(base: Any, setup: Setup, kind: str) -> tuple[list[str], Decoder]:
+    """Microseconds and what is compared, of one kind of adapter; and its decoder under `gawscompile.compile`."""
     model = common.with_adapter(base, setup, kind)
     plain = decoder(model, "gaws")
     states: list[tuple[State, Found]] = []
@@ -80,7 +81,7 @@ def row(base: Any, setup: Setup, kind: str) -> list[str]:
     numbers = [*(apart(check, variables) for check in checks), statistics.median(spent)]
     numbers += [measure.guard_seconds(step(one)) for one in (plain, serving)]
     sizes = (found.words, found.tensors, found.lists)
-    return [kind, *(f"{number * 1e6:.1f}" for number in numbers), *(str(len(size)) for size in sizes)]
+    return [kind, *(f"{number * 1e6:.1f}" for number in numbers), *(str(len(size)) for size in sizes)], serving
 
 
 def apart(state: State, variables: list[Any]) -> float:
@@ -102,9 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
     setup = Setup("smollm2", "float32", 16)
     base = common.load_base(setup)
     heads = ["", "metadata µs", "all µs", "in a step µs", "guards µs, torch.compile", "guards µs, gawscompile.compile"]
-    heads += ["words", "tensors", "lists"]
+    heads += ["words", "tensors", "lists", "step ms", "over the first"]
     with torch.no_grad():
-        rows = [row(base, setup, kind) for kind in given.adapters]
+        found = [row(base, setup, kind) for kind in given.adapters]
+        turns = {cells[0]: one.timed_step for cells, one in found}
+        samples, _ = measure.interleave(turns, ROUNDS, ROUND)
+    steps = [statistics.median(samples[kind]) for kind in given.adapters]
+    rows = [[*cells, f"{ms:.2f}", f"{ms / steps[0]:.3f}"] for (cells, _), ms in zip(found, steps, strict=True)]
     facts = measure.describe(measure.machine())
 
     def report(markdown: bool) -> str:

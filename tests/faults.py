@@ -199,7 +199,7 @@ FAULTS: dict[str, Fault] = {
         "runtime/unchanged.cpp",
         "    if (*watch.words[i].first != watch.words[i].second) return 0;\n",
         "",
-        "tests/test_guarantees.py",
+        "tests/test_guards.py::test_scaling",
         unproven=A_CHANGE,
     ),
     "checksum of an entry ignored": Fault(
