@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.ir.records import Reason
 from gawscompile.passes.activations import base_activation
 from gawscompile.passes.context import (

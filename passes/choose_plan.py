@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.ir.project import project
 from gawscompile.ir.records import GroupRecord, Reason
 from gawscompile.ir.spec import KernelSpec

@@ -14,7 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
-from gawscompile.ir import linear, operators
+from gawscompile.ir import operators
+from gawscompile.ir.operators import linear
 from gawscompile.ir.recipe import hoisted
 from gawscompile.ir.records import GraphRecord, LinearRecord, Reason
 from gawscompile.options import Options

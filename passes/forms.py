@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.ir.spec import DTYPE_NAMES
 from gawscompile.passes.activations import source_of, widens
 from gawscompile.passes.context import (

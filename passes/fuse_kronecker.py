@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.ir import Kronecker, Mode, operator_group
+from gawscompile.ir.operators import Kronecker, Mode, operator_group
 from gawscompile.ir.spec import DTYPE_NAMES, KroneckerSpec, ModeSpec, ProjectionSpec
 from gawscompile.passes.context import Context, args, dtype, shape
 from gawscompile.passes.fuse_zflora import fuse, projection, scale_of

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir import Bias, Dense, Given, Kept, Kronecker, LowRank, RowScale, operator_group
+from gawscompile.ir.operators import Bias, Dense, Given, Kept, Kronecker, LowRank, RowScale, operator_group
 from gawscompile.ir.project import project
 from gawscompile.ir.spec import DTYPE_NAMES, GivenSpec, KernelSpec, KroneckerSpec, LowRankSpec, ProjectionSpec
 from gawscompile.passes.context import Context, args, dtype, shape

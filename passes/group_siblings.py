@@ -23,7 +23,7 @@ from collections import defaultdict
 
 from torch.fx import Graph, Node
 
-from gawscompile.ir import Dense, Kept, operator_group, operator_sum
+from gawscompile.ir.operators import Dense, Kept, operator_group, operator_sum
 from gawscompile.passes.context import Context, args, dtype, leaves, shape
 
 

@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from gawscompile.ir import Bias, operator_sum
+from gawscompile.ir.operators import Bias, operator_sum
 from gawscompile.ir.recipe import RecipeError, hoisted, write
 from gawscompile.passes.context import (
     CASTS,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.ir.project import project
 from gawscompile.passes.context import Context, args, aten, dtype, empty_like, shape
 from gawscompile.planning.table import Program

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.passes.context import (
     CASTS,
     MATRIX_MATHS,

@@ -31,7 +31,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.ir.records import Reason
 from gawscompile.passes.activations import base_activation
 from gawscompile.passes.context import (

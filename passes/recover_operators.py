@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir import (
+from gawscompile.ir.operators import (
     Bias,
     Dense,
     Given,

@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from gawscompile.ir import linear, operator_group, operator_sum
+from gawscompile.ir.operators import linear, operator_group, operator_sum
 from gawscompile.ir.project import project
 from gawscompile.ir.recipe import hoisted
 from gawscompile.ir.records import LinearRecord, Reason

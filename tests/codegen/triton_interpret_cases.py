@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gawscompile.codegen import triton as emitter
-from gawscompile.ir import Kronecker, Mode
+from gawscompile.ir.operators import Kronecker, Mode
 from gawscompile.ir.spec import DTYPES, KernelSpec, Operand, ProjectionSpec
 
 GUARD = 128  # elements of NaN on both sides of a tensor

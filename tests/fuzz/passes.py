@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen import triton
-from gawscompile.ir import linear, operator_group, operator_sum
+from gawscompile.ir.operators import linear, operator_group, operator_sum
 from gawscompile.ir.project import project
 from gawscompile.ir.recipe import hoisted
 from gawscompile.ir.records import GraphRecord, Reason

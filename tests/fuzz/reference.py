@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
-from gawscompile.ir import operator_group, operator_sum
+from gawscompile.ir.operators import operator_group, operator_sum
 from gawscompile.ir.project import project
 from gawscompile.ir.recipe import hoisted, iota
 from gawscompile.ir.spec import DTYPE_NAMES, DTYPES, KernelSpec

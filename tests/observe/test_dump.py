@@ -12,7 +12,7 @@ import torch
 
 from gawscompile import explain
 from gawscompile.backend import STAGES
-from gawscompile.ir import operator_group
+from gawscompile.ir.operators import operator_group
 from gawscompile.ir.records import GraphRecord, GroupRecord
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.observe.observer import kernels

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.passes.context import aten, shape
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.ir.project import project
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.planning import cost

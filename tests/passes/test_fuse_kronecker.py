@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gawscompile.adapters import GAWSConfig, GAWSDConfig
-from gawscompile.ir import Kronecker, operator_sum
+from gawscompile.ir.operators import Kronecker, operator_sum
 from gawscompile.ir.spec import KernelSpec
 from tests.architectures import ARCHITECTURES
 from tests.graphs import capture, small_llama, tokens

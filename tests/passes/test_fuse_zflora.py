@@ -2,7 +2,7 @@
 
 import torch
 
-from gawscompile.ir import operator_group
+from gawscompile.ir.operators import operator_group
 from gawscompile.ir.project import project
 from gawscompile.ir.spec import KernelSpec
 from tests.graphs import capture, count, small_bert, small_llama, tokens

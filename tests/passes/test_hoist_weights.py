@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gawscompile.ir import RowScale, operator_sum
+from gawscompile.ir.operators import RowScale, operator_sum
 from gawscompile.ir.recipe import RecipeError, hoisted, run, write
 from gawscompile.ir.spec import SpecError
 from gawscompile.planning.table import Derived, PlanTable, Program

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gawscompile.ir import Dense, Kept, LowRank, operator_group, operator_sum
+from gawscompile.ir.operators import Dense, Kept, LowRank, operator_group, operator_sum
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.passes.context import aten
 from tests.graphs import capture, count

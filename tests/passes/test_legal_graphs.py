@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from gawscompile.backend import STAGES
-from gawscompile.ir import LowRank, operator_sum
+from gawscompile.ir.operators import LowRank, operator_sum
 from gawscompile.passes.context import same_size
 from tests.graphs import capture
 from tests.test_partial import cut

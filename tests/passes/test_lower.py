@@ -2,7 +2,7 @@
 
 import torch
 
-from gawscompile.ir import linear
+from gawscompile.ir.operators import linear
 from gawscompile.passes.context import aten
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 from tests.passes.test_choose_plan import FAST_LIBRARY

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gawscompile.ir import LowRank, linear, operator_sum
+from gawscompile.ir.operators import LowRank, linear, operator_sum
 from gawscompile.passes.context import aten
 from tests.graphs import capture, count
 

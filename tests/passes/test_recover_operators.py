@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir import Dense, LowRank, linear, operator_sum
+from gawscompile.ir.operators import Dense, LowRank, linear, operator_sum
 from gawscompile.passes.context import aten
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 

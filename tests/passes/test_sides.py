@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir import LowRank, RowScale, operator_sum
+from gawscompile.ir.operators import LowRank, RowScale, operator_sum
 from tests.graphs import capture
 
 N, R = 8, 2

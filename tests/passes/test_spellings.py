@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gawscompile.ir import LowRank, operator_sum
+from gawscompile.ir.operators import LowRank, operator_sum
 from tests.graphs import capture, tokens
 
 K, N, R = 64, 48, 4
