@@ -44,9 +44,9 @@ bench: $(STAMP)           ## the runtime tables, into benchmarks/results
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-# Bytecode is written when a module is first imported: for all of torch's it takes a minute.
+# Bytecode is written when a module is first imported: most of torch's modules never are.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): two minutes, 2.5 GB"
+	@echo "installing into $(VENV): some minutes, 2.5 GB"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	touch $@

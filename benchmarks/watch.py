@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,17 +36,8 @@ def decoder(model: Any, backend: str) -> Decoder:
     made = Decoder(model, measure.compiled(model, backend, dynamic=False), 2 * PAST)
     made.fill(common._ids(model, PAST)[0].tolist())
     for _ in range(2):
-        made.seek()
         made.timed_step()
     return made
-
-
-def step(one: Decoder) -> Callable[[], object]:
-    def again() -> None:
-        one.seek()
-        one.timed_step()
-
-    return again
 
 
 def row(base: Any, setup: Setup, kind: str) -> tuple[list[str], Decoder]:
@@ -71,7 +61,6 @@ def row(base: Any, setup: Setup, kind: str) -> tuple[list[str], Decoder]:
         serving = decoder(model, "gawscompile.compile")
         spent.clear()
         for _ in range(STEPS):
-            serving.seek()
             serving.timed_step()
     state, found = states[-1]
     variables = [variable() for variable in state.variables]
@@ -79,7 +68,7 @@ def row(base: Any, setup: Setup, kind: str) -> tuple[list[str], Decoder]:
     metadata.tensors = found.tensors
     checks = (State(variables, metadata), state)
     numbers = [*(apart(check, variables) for check in checks), statistics.median(spent)]
-    numbers += [measure.guard_seconds(step(one)) for one in (plain, serving)]
+    numbers += [measure.guard_seconds(one.timed_step) for one in (plain, serving)]
     sizes = (found.words, found.tensors, found.lists)
     return [kind, *(f"{number * 1e6:.1f}" for number in numbers), *(str(len(size)) for size in sizes)], serving
 

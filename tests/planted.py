@@ -96,12 +96,18 @@ class Zoo(nn.Module):
 # --- Planting ------------------------------------------------------------------------------------------------
 
 
+def copied(folder: Path) -> Path:
+    """What tests need of the project, in `folder`."""
+    for part in ("gawscompile", "tests", "docs"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
 def planted(name: str, folder: Path) -> Path:
     """A copy of the project with the fault in it."""
     fault = FAULTS[name]
-    for part in ("gawscompile", "tests"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    copied(folder)
     file = folder / "gawscompile" / fault.file
     text = file.read_text()
     assert text.count(fault.old) == 1, f"the fault {name!r} no longer applies: bring it up to date"
@@ -180,6 +186,7 @@ def _become(folder: Path, environment: dict[str, str], arguments: Sequence[str])
 
 # --- Who notices ---------------------------------------------------------------------------------------------
 
+PYTEST = ("-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 """`in_copy` or `forked`."""
 
@@ -190,8 +197,21 @@ def suite(name: str, folder: Path, run: Run = in_copy) -> subprocess.CompletedPr
     if fault.by == "fuzz":
         return run(folder, "-m", "tests.fuzz", *fault.tests.split(), fault=fault)
     chosen = ["-m", "slow" if fault.by == "slow" else "not slow"]
-    command = ["-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *chosen, *fault.tests.split()]
-    return run(folder, *command, fault=fault)
+    return run(folder, *PYTEST, *chosen, *fault.tests.split(), fault=fault)
+
+
+@functools.cache
+def holds(test: str) -> bool:
+    """Whether a test passes where no fault is planted: one that fails in every copy notices nothing."""
+    folder = _sound()
+    return forked(folder, *PYTEST, test, fault=None).returncode == 0
+
+
+@functools.cache
+def _sound() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="gaws-sound-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return copied(folder)
 
 
 PROGRAM = """
@@ -274,6 +294,8 @@ def main(names: list[str]) -> int:
             found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
             by = found[1] if found else "the fuzzer" if fault.by == "fuzz" else "nobody"
             noticed = by if done.returncode == 1 else "nobody"
+            if found and not holds(by.partition("[")[0]):
+                noticed = "nobody"  # it fails without the fault too
             verdict = f"— {fault.unproven}"
             if not fault.unproven:
                 seen = judged(name, folder, forked)

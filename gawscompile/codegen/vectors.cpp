@@ -1,5 +1,5 @@
 // The vectors of fp32 that kernels are written in: on x86 intrinsics and no more, on other machines ATen's. Each header
-// is read again for every kernel: torch's numbers of 16 bits and two of the standard library's took a third of a build.
+// is read again for every kernel, so torch's numbers of 16 bits, <vector> and <algorithm> stay out.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 #include <immintrin.h>
 #else

@@ -57,9 +57,14 @@ def _plan(spec: KernelSpec, device: Device | Gpu) -> Planned:
         costs = gpu_cost.costs(spec, device, m)
         return Planned(_table(costs), "triton", cache.digest(str(spec))[:12], costs)
     costs = {"gemv_cpp": _gemv(spec, device)}
-    if all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections):  # the library knows one dtype
+    if library_takes(spec):
         costs["gemm_accumulate"] = _gemm(spec, device)
     return Planned(_table(costs), "cpp", cache.digest(str(spec))[:12], costs)
+
+
+def library_takes(spec: KernelSpec) -> bool:
+    """Whether the vendor library can multiply the bases of `spec`: activation, weight and product have one dtype."""
+    return all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections)
 
 
 def _size(dtype: str) -> int:

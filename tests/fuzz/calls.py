@@ -18,6 +18,7 @@ from torch import Tensor
 from gawscompile.codegen import build, cpp, triton
 from gawscompile.ir.recipe import write
 from gawscompile.ir.spec import DTYPES, KernelSpec
+from gawscompile.planning.cost import library_takes
 from gawscompile.planning.table import Derived, PlanTable, Program
 from gawscompile.runtime import ops
 from tests.fuzz.kernel_answers import Answer, answers, naive, weight
@@ -231,11 +232,6 @@ def by_hoisted(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tenso
     for name, numbers_ in real.items():
         operands[name].data.copy_(numbers_)
     return _project(call, x, arguments, str(program))
-
-
-def library_takes(spec: KernelSpec) -> bool:
-    """Whether the library can multiply the bases: it knows one dtype."""
-    return all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections)
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from typing import Literal, get_args
 from gawscompile.codegen import cpp, triton
 from gawscompile.codegen.cpp_text import has_epilogue
 from gawscompile.ir.spec import KernelSpec, ProjectionSpec, Role
+from gawscompile.planning.cost import library_takes
 from tests.fuzz import interpreted
-from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built, library_takes
+from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built
 from tests.fuzz.coverage import Coverage, Failure
 from tests.fuzz.specs import FEATURES, FLOATS, random_spec
 
