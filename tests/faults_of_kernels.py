@@ -168,16 +168,16 @@ KERNELS = {
     ),
     "Triton: rows scaled after the bias": Fault(
         GEMV,
-        '[*load("out *=", "rowscale + rows", ok, p.rowscale), *added]',
-        '[*added, *load("out *=", "rowscale + rows", ok, p.rowscale)]',
+        '[*v.out.load(v.rowscale + v.rows, ok, p.rowscale, sign="*="), *added]',
+        '[*added, *v.out.load(v.rowscale + v.rows, ok, p.rowscale, sign="*=")]',
         f"{NUMBERS}[rowscale-m1]",
         unproven=ON_GPUS,
     ),
     "Triton: scale not in a tile's u": Fault(
-        TILE, 'scaled_term(term, "acc"), "f32", ok)', '"acc", "f32", ok)', f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
+        TILE, "scaled(term, v.scale, v.acc)", "v.acc", f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
     ),
     "Triton: one token too many": Fault(
-        TILE, '"token_ok = tokens < left")', '"token_ok = tokens <= left")', f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
+        TILE, "v.tokens < v.left}", "v.tokens < v.left + 1}", f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
     ),
     "Triton: the last block unmasked": Fault(
         TEXT,
@@ -195,15 +195,15 @@ KERNELS = {
     ),
     "Triton: sigmoid of up": Fault(
         "codegen/triton_kernels.py",
-        '"gate * tl.sigmoid(gate) * up"',
-        '"gate * tl.sigmoid(up) * up"',
+        'fn("tl.sigmoid", v.gate)',
+        'fn("tl.sigmoid", v.up)',
         f"{NUMBERS}[swiglu_plain-m1]",
         unproven=ON_GPUS,
     ),
     "Triton: G's rows past their slice": Fault(
         "codegen/triton_modes.py",
-        'owned = f"row // {p.rows} == slice{j}"',
-        'owned = f"row // {p.rows} <= slice{j}"',
+        "owned = (v.row // p.rows).equals(slice_)",
+        "owned = v.row // p.rows < slice_ + 1",
         f"{NUMBERS}[gaws_crossing-m3]",
         unproven=ON_GPUS,
     ),

@@ -13,41 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from gawscompile.codegen.triton_kernels import (
-    Style,
-    blocks_of_rows,
-    dividing,
-    given_columns,
-    k_columns,
-    rank_columns,
-    rank_loop,
-    rescaled,
-    row_names,
-    row_of_w,
-    row_range,
-    scaled_term,
-    to_rows,
-    with_offsets,
-)
+from gawscompile.codegen.triton_kernels import Narrow, Style, blocks_of_rows, dividing, k_columns, row_of_w
 from gawscompile.codegen.triton_modes import Emitter, Product
-from gawscompile.codegen.triton_text import (
-    Case,
-    Cut,
-    Kernel,
-    Work,
-    constant,
-    cut,
-    defining,
-    function,
-    index,
-    load,
-    loop,
-    plus,
-    store,
-    times,
-    zeros,
-)
-from gawscompile.ir.spec import GivenSpec, KernelSpec, LowRankSpec
+from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Work, cut, fn, function, scaled, shape, store, v
+from gawscompile.ir.spec import KernelSpec, LowRankSpec
 
 GEMV_ROWS = (32, 16, 8, 4)  # rows of W per program
 GEMV_TRANSPOSED = 16  # the least of a weight kept as [k, n], whose rows then fill 32-byte sectors
@@ -66,8 +35,8 @@ class Gemv(Style):
 
     name = "gemv"
     reach = "for one token"
-    total = "out"
-    token = ("token = tl.program_id(0).to(tl.int64)",)  # the fast axis, so tokens share rows while these are in L2
+    total = v.out
+    token = {v.token: fn("tl.program_id", 0).to("i64")}  # noqa: RUF012 # the fast axis, so tokens share rows while these are in L2
 
     def __init__(self, spec: KernelSpec, rows: int) -> None:
         super().__init__(spec)
@@ -96,19 +65,19 @@ class Gemv(Style):
 
     def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
         cols = self.shrink_columns
-        ok = [cols.mask("col_ok")]
+        ok = [cols.mask(v.col_ok)]
         step = [
             *k_columns(cols),
-            *load("xs =", "x + cols", ok, self.spec.x),
-            *load("row =", "a + cols", ok, term.dtype),
-            f"acc {'+=' if cols.steps > 1 else '='} row * xs",
+            *v.xs.load(v.x + v.cols, ok, self.spec.x),
+            *v.row.load(v.a + v.cols, ok, term.dtype),
+            v.acc.let(v.row * v.xs, cols.sign),
         ]
         body = [
-            constant("BLOCK_K", cols.block),
-            "a += block.to(tl.int64) * K",
-            *zeros(cols, "(BLOCK_K,)"),
-            *loop(cols, _unrolled(cols, cols.block, self._shrink_warps()), step),
-            *store("u + block", scaled_term(term, "tl.sum(acc)"), "f32"),
+            v.BLOCK_K.constant(cols.block),
+            v.a.let(v.block.to("i64") * v.K, "+="),
+            *[v.acc.zeros(Code("(BLOCK_K,)"))] * (cols.steps > 1),
+            *cols.loop(v.k, _unrolled(cols, cols.block, self._shrink_warps()), step),
+            *store(v.u + v.block, scaled(term, v.scale, fn("tl.sum", v.acc)), "f32"),
         ]
         return Work(f"One column of u = s A x, {self.reach}: {{}}.", tuple(body)), term.rank
 
@@ -116,105 +85,82 @@ class Gemv(Style):
         blocks = dividing(GEMV_ROWS, product.mode.outputs, [product.period])
         few = tuple(block for block in blocks if product.mode.outputs >= block * GEMV_PROGRAMS) or blocks[-1:]
         rows = cut(product.mode.outputs, few)
-        product_ = [
-            *Emitter(product, rows, "BLOCK_N", self.spec.x).gemv(),
-            *store(
-                f"{plus('u', product.column or 0)} + first + rows",
-                rescaled(product, f"tl.sum(part{product.term}, axis=1)"),
-                "f32",
-                [rows.mask("row_ok")],
-            ),
-        ]
         body = [
-            constant("BLOCK_N", rows.block),
-            *defining([*row_range(rows, "BLOCK_N", str(product.mode.outputs)), *row_names("BLOCK_N")], product_),
+            *Emitter(product, rows, self.spec.x).gemv(),
+            *store(v.u + (product.column or 0) + v.first + v.rows, _summed(product), "f32", [rows.mask(v.row_ok)]),
         ]
-        return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(body)), rows.steps
+        doc = f"BLOCK_N columns of u, {self.reach}: {{}}."
+        return Work(doc, tuple(self.framed(body, rows, product.mode.outputs))), rows.steps
 
-    def multiply(self, i: int, rows: Cut) -> list[str]:
+    def multiply(self, i: int, rows: Cut) -> list[Code]:
         p, cols = self.spec.projections[i], self._cut_columns(rows.block)
         if p.transposed:
-            shape = "(BLOCK_K, BLOCK_N)"
-            w = f"w + {row_of_w(p, self.spec.k, 'cols[:, None]')} + rows[None, :]"
-            ok = [rows.mask("row_ok[None, :]"), cols.mask("col_ok[:, None]")]
+            block = shape(v.BLOCK_K, v.BLOCK_N)
+            w = v.w + row_of_w(p, self.spec.k) + v.rows[None, :]
+            ok = [rows.mask(v.row_ok[None, :]), cols.mask(v.col_ok[:, None])]
             # Threads lie along rows of W here, so x has to change its layout anyway: as few numbers as there are.
-            xs = load("xs =", "x + cols", [cols.mask("col_ok")], self.spec.x, view="[:, None]")
+            xs = v.xs.load(v.x + v.cols, [cols.mask(v.col_ok)], self.spec.x, view="[:, None]")
         else:
-            shape, w = "(BLOCK_N, BLOCK_K)", "w + rows[:, None] * K + cols[None, :]"
-            ok = [rows.mask("row_ok[:, None]"), cols.mask("col_ok[None, :]")]
+            block, w = shape(v.BLOCK_N, v.BLOCK_K), v.w + v.rows[:, None] * v.K + v.cols[None, :]
+            ok = [rows.mask(v.row_ok[:, None]), cols.mask(v.col_ok[None, :])]
             # A row of x, loaded once and broadcast, would change its layout in shared memory: two barriers a step.
-            x = f"tl.broadcast_to(x + cols[None, :], {shape})"
-            xs = load("xs =", x, [cols.mask("col_ok[None, :]")], self.spec.x)
+            xs = v.xs.load(fn("tl.broadcast_to", v.x + v.cols[None, :], block), ok[1:], self.spec.x)
         step = [
             *k_columns(cols),
             *xs,
-            *load("ws =", w, ok, p.weight),
-            f"acc {'+=' if cols.steps > 1 else '='} ws * xs",
+            *v.ws.load(w, ok, p.weight),
+            v.acc.let(v.ws * v.xs, cols.sign),
         ]
         return [
-            constant("BLOCK_K", cols.block),
-            f"w += {'first' if p.transposed else 'first * K'}",
-            *zeros(cols, shape),
-            *loop(cols, _unrolled(cols, cols.block * rows.block, self._expand_warps()), step),
-            f"out = tl.sum(acc, axis={0 if p.transposed else 1})",
+            v.BLOCK_K.constant(cols.block),
+            v.w.let(v.first if p.transposed else v.first * v.K, "+="),
+            *[v.acc.zeros(block)] * (cols.steps > 1),
+            *cols.loop(v.k, _unrolled(cols, cols.block * rows.block, self._expand_warps()), step),
+            v.out.let(fn("tl.sum", v.acc, axis=0 if p.transposed else 1)),
         ]
 
-    def store(self, value: str, dtype: str, rows: Cut) -> list[str]:
-        return store(
-            "y + rows", f"({value})" if " " in value and dtype != "f32" else value, dtype, [rows.mask("row_ok")]
-        )
+    def store(self, value: Code, dtype: str, rows: Cut) -> list[Code]:
+        return store(v.y + v.rows, value, dtype, [rows.mask(v.row_ok)])
 
-    def epilogue(self, i: int, rows: Cut) -> list[str]:
-        p, columns, ok = self.spec.projections[i], self.columns[i], [rows.mask("row_ok")]
-        lines = to_rows(p)
-        added = load("out +=", "bias + rows", ok, p.bias) if p.bias else []
-        added += load("out +=", "residual + rows", ok, p.residual) if p.residual else []
+    def epilogue(self, i: int, rows: Cut) -> list[Code]:
+        p, columns, ok = self.spec.projections[i], self.columns[i], [rows.mask(v.row_ok)]
+        low = self.low_rank(p)
+        lines = self.to_rows(p)
+        added = v.out.load(v.bias + v.rows, ok, p.bias, sign="+=") if p.bias else []
+        added += v.out.load(v.residual + v.rows, ok, p.residual, sign="+=") if p.residual else []
         lines += [] if p.rowscale else added  # loads that need not wait for u
-        for j, given in enumerate(p.given):
-            lines += self._add_given(j, given, rows)
+        for narrow in self.given(p):
+            lines += self._add(narrow, rows)
         of_x, of_u = ([e for e in columns.endings if (e.source is None) == on_x] for on_x in (True, False))
         for ending in of_x:
             lines += self._add_mode(ending, rows)
-        if (p.lowrank or of_u) and not self.spec.swiglu:  # gate and up wait together
+        if (low or of_u) and not self.spec.swiglu:  # gate and up wait together
             lines += self.before_u(columns.endings)
-        for j, (term, offset) in enumerate(with_offsets(p)):
-            lines += self._add_term(j, term, offset, rows)
+        for narrow in low:
+            lines += self._add(narrow, rows)
         for ending in of_u:
             lines += self._add_mode(ending, rows)
         if p.rowscale:
-            lines += [*load("out *=", "rowscale + rows", ok, p.rowscale), *added]
+            lines += [*v.out.load(v.rowscale + v.rows, ok, p.rowscale, sign="*="), *added]
         return lines
 
-    def _add_mode(self, ending: Product, rows: Cut) -> list[str]:
-        part = f"tl.sum(part{ending.term}, axis=1)"
-        return [*Emitter(ending, rows, "BLOCK_N", self.spec.x).gemv(), "out += " + rescaled(ending, part)]
+    def _add_mode(self, ending: Product, rows: Cut) -> list[Code]:
+        return [*Emitter(ending, rows, self.spec.x).gemv(), v.out.let(_summed(ending), "+=")]
 
-    def _add_term(self, j: int, term: LowRankSpec, offset: int, rows: Cut) -> list[str]:
-        ranks = cut(term.rank, GEMV_RANKS)
-        b = f"b{j} + {times('rows[:, None]', term.rank)} + ranks{j}[None, :]"
-        b_ok = [rows.mask("row_ok[:, None]"), ranks.mask(f"rank{j}_ok[None, :]")]
+    def _add(self, narrow: Narrow, rows: Cut) -> list[Code]:
+        ranks = cut(narrow.rank, GEMV_RANKS)
+        pointer = narrow.matrix + v.rows[:, None] * narrow.rank + narrow.columns[None, :]
+        ok = [rows.mask(v.row_ok[:, None]), ranks.mask(narrow.ok[None, :])]
         step = [
-            *rank_columns(ranks, j),
-            *self._ranks_of_u(j, term, offset, ranks),
-            *load(f"bs{j} =", b, b_ok, term.dtype),
-            f"out += tl.sum(bs{j} * us{j}[None, :], axis=1)",
+            *self._vector(narrow, ranks),
+            *narrow.factors.load(pointer, ok, narrow.dtype),
+            v.out.let(fn("tl.sum", narrow.factors * narrow.vectors[None, :], axis=1), "+="),
         ]
-        return rank_loop(ranks, step)
+        return narrow.loop(ranks, step)
 
-    def _add_given(self, j: int, given: GivenSpec, rows: Cut) -> list[str]:
-        ranks = cut(given.rank, GEMV_RANKS)
-        c = f"c{j} + {times('rows[:, None]', given.rank)} + given{j}[None, :]"
-        c_ok = [rows.mask("row_ok[:, None]"), ranks.mask(f"given{j}_ok[None, :]")]
-        step = [
-            *given_columns(ranks, j),
-            *load(f"zs{j} =", f"z{j} + given{j}", [ranks.mask(f"given{j}_ok")], given.z),
-            *load(f"cs{j} =", c, c_ok, given.dtype),
-            f"out += tl.sum(cs{j} * zs{j}[None, :], axis=1)",
-        ]
-        return rank_loop(ranks, step)
-
-    def _ranks_of_u(self, j: int, term: LowRankSpec, offset: int, ranks: Cut) -> list[str]:
-        return load(f"us{j} =", f"{plus('u', offset)} + ranks{j}", [ranks.mask(f"rank{j}_ok")], "f32")
+    def _vector(self, narrow: Narrow, ranks: Cut) -> list[Code]:
+        """What the matrix of `narrow` multiplies."""
+        return narrow.vectors.load(narrow.vector + narrow.columns, [ranks.mask(narrow.ok)], narrow.has)
 
 
 class SingleLaunch(Gemv):
@@ -227,9 +173,10 @@ class SingleLaunch(Gemv):
 
     def __init__(self, spec: KernelSpec, rows: int) -> None:
         super().__init__(spec, rows)
-        cases = [self.shrinks(stage) for stage in range(self.stages)]
-        self.published = [sum(case.programs for case in stage) for stage in cases]
-        waiting = [case for case in self.expands() if _waits(case)]
+        self.published: list[int] = []  # by stage; each waits for earlier ones
+        for stage in range(self.stages):
+            self.published.append(sum(case.programs for case in self.shrinks(stage)))
+        waiting = [case for case in self.expands() if "wait" in case.work.reads]
         self.waiting = sum(self.published[1:]) + sum(case.programs for case in waiting)
 
     def kernels(self) -> list[Kernel]:
@@ -237,8 +184,9 @@ class SingleLaunch(Gemv):
         return [self._kernel("project", "Columns of u, then the rows of every y", [*cases, *self.expands()])]
 
     def shrinks(self, stage: int) -> list[Case]:
+        publish = fn("publish", v.flags + stage)
         return [
-            dataclasses.replace(case, work=Work(case.work.doc, (*case.work.body, f"publish({plus('flags', stage)})")))
+            dataclasses.replace(case, work=Work(case.work.doc, (*case.work.body, publish)))
             for case in super().shrinks(stage)
         ]
 
@@ -257,7 +205,7 @@ class SingleLaunch(Gemv):
             "    pass",
             "tl.debug_barrier()  # no thread reads before the one that counts has acquired",
             f'if tl.atomic_add(flags + {self.stages}, 1, sem="relaxed") == WAITING - 1:',
-            *(f"    tl.store({plus('flags', flag)}, 0)" for flag in range(self.stages + 1)),
+            *(f"    {fn('tl.store', v.flags + flag, 0).text}" for flag in range(self.stages + 1)),
         ]
         doc = "Wait for the PUBLISHED programs of STAGE; the last to have waited clears the token's counters."
         params = ["flags", "STAGE: tl.constexpr", "PUBLISHED: tl.constexpr"]
@@ -267,13 +215,11 @@ class SingleLaunch(Gemv):
             function("@triton.jit", "wait", params, doc, wait),
         )
 
-    def before_u(self, endings: list[Product]) -> list[str]:
+    def before_u(self, endings: list[Product]) -> list[Code]:
         return self._wait(max((e.launch - 1 for e in endings if e.source is not None), default=0))
 
-    def _wait(self, stage: int) -> list[str]:
-        # while the counts are not known yet any will do: no number of programs depends on them
-        published = getattr(self, "published", [0] * self.stages)
-        return [f"wait(flags, {stage}, {published[stage]})"]
+    def _wait(self, stage: int) -> list[Code]:
+        return [fn("wait", v.flags, stage, self.published[stage])]
 
 
 class RedundantShrink(Gemv):
@@ -287,26 +233,31 @@ class RedundantShrink(Gemv):
     def column(self, i: int) -> int:
         return 0
 
-    def _ranks_of_u(self, j: int, term: LowRankSpec, offset: int, ranks: Cut) -> list[str]:
+    def _vector(self, narrow: Narrow, ranks: Cut) -> list[Code]:
+        if narrow.term is None:
+            return super()._vector(narrow, ranks)
+        j = narrow.j
         cols = cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // ranks.block])
-        shape = f"({ranks.block}, {cols.block})"
-        a = f"a{j} + ranks{j}[:, None] * K + cols{j}[None, :]"
-        ok = [ranks.mask(f"rank{j}_ok[:, None]"), cols.mask(f"col{j}_ok[None, :]")]
+        at, col_ok, xs, rows_, products = v[f"cols{j}"], v[f"col{j}_ok"], v[f"xs{j}"], v[f"as{j}"], v[f"products{j}"]
+        block = shape(ranks.block, cols.block)
+        a = v[f"a{j}"] + narrow.columns[:, None] * v.K + at[None, :]
+        ok = [ranks.mask(narrow.ok[:, None]), cols.mask(col_ok[None, :])]
         step = [
-            *index(cols, f"cols{j}", f"col{j}_ok", str(cols.block), "k", "K"),
-            *load(f"xs{j} =", f"tl.broadcast_to(x + cols{j}[None, :], {shape})", ok[1:], self.spec.x),
-            *load(f"as{j} =", a, ok, term.dtype),
-            f"products{j} {'+=' if cols.steps > 1 else '='} as{j} * xs{j}",
+            *cols.index(at, col_ok, v.k, v.K),
+            *xs.load(fn("tl.broadcast_to", v.x + at[None, :], block), ok[1:], self.spec.x),
+            *rows_.load(a, ok, narrow.dtype),
+            products.let(rows_ * xs, cols.sign),
         ]
         return [
-            *zeros(cols, shape, f"products{j}"),
-            *loop(cols, f"for k in tl.range(0, K, {cols.block})", step),
-            f"us{j} = {scaled_term(term, f'tl.sum(products{j}, axis=1)', f'scale{j}')}",
+            *[products.zeros(block)] * (cols.steps > 1),
+            *cols.loop(v.k, fn("tl.range", 0, v.K, cols.block), step),
+            narrow.vectors.let(scaled(narrow.term, v[f"scale{j}"], fn("tl.sum", products, axis=1))),
         ]
 
 
-def _waits(case: Case) -> bool:
-    return any(line.lstrip().startswith("wait(") for line in case.work.body)
+def _summed(product: Product) -> Code:
+    """The rows that `Emitter.gemv` leaves as parts."""
+    return product.rescaled(fn("tl.sum", v[f"part{product.term}"], axis=1))
 
 
 def _warps(elements: int) -> int:
@@ -314,11 +265,11 @@ def _warps(elements: int) -> int:
     return min(4, max(1, elements // 512))
 
 
-def _unrolled(cols: Cut, elements: int, warps: int) -> str:
-    """The loop over K for steps of `elements`, unrolled so that several loads of a thread are in flight."""
+def _unrolled(cols: Cut, elements: int, warps: int) -> Code:
+    """The range of a loop over K for steps of `elements`, unrolled so that several loads of a thread are in flight."""
     factor = max(1, GEMV_UNROLLED * 32 * warps // elements)
     if cols.steps <= factor:
-        return "for k in tl.static_range(0, K, BLOCK_K)"
+        return fn("tl.static_range", 0, v.K, v.BLOCK_K)
     whole = max(steps for steps in range(1, factor + 1) if cols.steps % steps == 0)
     factor = whole if 3 * whole > factor else factor  # without a loop for the rest, if that costs little
-    return f"for k in tl.range(0, K, BLOCK_K, loop_unroll_factor={factor})"
+    return fn("tl.range", 0, v.K, v.BLOCK_K, loop_unroll_factor=factor)

@@ -10,29 +10,61 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 
-from gawscompile.codegen.triton_modes import Product, columns
+from gawscompile.codegen.triton_modes import Product, columns, common
 from gawscompile.codegen.triton_text import (
     Case,
+    Code,
     Cut,
     Kernel,
     Tensor,
     Work,
-    call,
-    constant,
     defining,
+    fn,
     function,
-    index,
-    loop,
-    plus,
-    scaled,
-    times,
-    words,
+    printed,
+    reads,
+    v,
+    wrapped,
 )
 from gawscompile.ir.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
 
 MAX_ROW_BLOCKS = 65535  # CUDA's limit for the second axis of a grid
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """``B u`` or ``C z``: a matrix of `rank` columns, of `dtype`, times the vector that each token has, of dtype `has`.
+
+    `vector` is the first token's, and the next one's lies `stride` further. `term` is what u is of. The names `factors`
+    and `vectors` are for what is loaded, `columns` and `ok` for positions: no two terms share one, as Triton wants a
+    name that a loop assigns to keep its shape.
+    """
+
+    j: int
+    rank: int
+    dtype: str
+    has: str
+    vector: Code
+    stride: Code | int
+    matrix: Code
+    factors: Code
+    vectors: Code
+    columns: Code
+    ok: Code
+    term: LowRankSpec | None = None
+
+    @property
+    def common(self) -> str:
+        """The dtype of both operands of a dot."""
+        return common(self.dtype, self.has, of_u=self.term is not None)
+
+    def loop(self, ranks: Cut, step: list[Code]) -> list[Code]:
+        """`step` for all columns, which are cut as `ranks`."""
+        body = [*ranks.index(self.columns, self.ok, v.r), *step]
+        return ranks.loop(v.r, fn("range", 0, ranks.size, ranks.block), body)
 
 
 class Style(ABC):
@@ -44,14 +76,15 @@ class Style(ABC):
 
     name: str
     reach: str  # of one program along the tokens, for docstrings
-    token: tuple[str, ...]  # lines that define `token`
+    token: dict[Code, Code]  # what defines `token` and others in `passed`
     passed: tuple[str, ...] = ("token",)  # what work may use beside tensors
     extra: tuple[tuple[str, str], ...] = ()  # further parameters, with their Triton types
     # operands of an expanding case
     expanded: tuple[str, ...] = ("weight", "bias", "residual", "rowscale", "b", "c", "z")
     does = "BLOCK_N rows of a y"
-    total: str  # what the work calls the rows before they are stored
-    names: tuple[str, ...] = ()  # lines that define more names for expanding cases
+    expanding = "expand"  # the step that makes the rows of y
+    total: Code  # what the work calls the rows before they are stored
+    names: dict[Code, Code] = {}  # noqa: RUF012 # further definitions for expanding cases
     reads_y = False  # whether an expanding case adds to what y holds
 
     def __init__(self, spec: KernelSpec) -> None:
@@ -64,12 +97,9 @@ class Style(ABC):
 
     def kernels(self) -> list[Kernel]:
         """In the order in which they are launched."""
-        shrinks = [
-            self._kernel(f"shrink{stage + 1 if stage else ''}", "Columns of u", self.shrinks(stage))
-            for stage in range(self.stages)
-        ]
+        shrinks = [self._kernel("shrink", "Columns of u", self.shrinks(stage), stage) for stage in range(self.stages)]
         expands = self.expands()
-        return [*shrinks, *[self._kernel("expand", "The rows of every y", expands)] * bool(expands)]
+        return [*shrinks, *[self._kernel(self.expanding, "The rows of every y", expands)] * bool(expands)]
 
     def shrinks(self, stage: int) -> list[Case]:
         """Columns of u: s A x for every low-rank term in the first stage, and mode products."""
@@ -94,16 +124,16 @@ class Style(ABC):
     def expand(self, i: int) -> Case:
         """The rows of one W."""
         p, rows = self.spec.projections[i], self.rows(i)
-        place = ["y += token * N + first"]
         body = [
-            *(place if self.reads_y else []),
+            *[_to_y()] * self.reads_y,
             *self.multiply(i, rows),
             *self.epilogue(i, rows),
-            *([] if self.reads_y else place),
+            *[_to_y()] * (not self.reads_y),
             *self.store(self.total, p.out, rows),
         ]
         work = Work(f"{self.does}, {self.reach}: {{}}.", tuple(self.framed(body, rows)))
-        return Case(f"y{i}", work, (*self.tensors(i), Tensor("y", f"y{i}", p.out)), rows.steps, self.column(i), p.n)
+        y = Tensor("y", f"y{i}", p.out, updated=self.reads_y)
+        return Case(f"y{i}", work, (*self.tensors(i), y), rows.steps, self.column(i), p.n)
 
     def gated(self) -> Case:
         """The rows of gate and up, whose product alone is stored: ``silu(y0) * y1``."""
@@ -113,41 +143,45 @@ class Style(ABC):
         sums, add = self._halves("add", "what is added to them", [self.epilogue(i, rows) for i in (0, 1)], rows)
         body = [
             *products,
-            *(self.before_u([e for mine in self.columns for e in mine.endings]) if "u" in words(sums) else []),
+            *(self.before_u([e for mine in self.columns for e in mine.endings]) if "u" in reads(sums) else []),
             *sums,
-            "y += token * N + first",
-            *self.store("gate * tl.sigmoid(gate) * up", gate.out, rows),
+            _to_y(),
+            *self.store(v.gate * fn("tl.sigmoid", v.gate) * v.up, gate.out, rows),
         ]
         work = Work(f"{self.does}, {self.reach}: {{}}.", tuple(self.framed(body, rows)), (*multiply, *add))
         tensors = [Tensor(t.name, t.name, t.dtype) for i in (0, 1) for t in self.tensors(i, temporary=True)]
         return Case("y = silu(y0) y1", work, (*tensors, Tensor("y", "y", gate.out)), rows.steps, 0, gate.n)
 
-    def _halves(self, name: str, what: str, bodies: list[list[str]], rows: Cut) -> tuple[list[str], list[str]]:
+    def _halves(self, name: str, what: str, bodies: list[list[Code]], rows: Cut) -> tuple[list[Code], list[str]]:
         """Calls of a function each for gate and up, and the functions: one, if they are alike."""
-        calls, texts = [], []
+        calls: list[Code] = []
+        texts = []
         alike = len({tuple(body) for body in bodies}) == 1
         for i, (half, body) in enumerate(zip(("gate", "up"), bodies, strict=True)):
             if not body:
                 continue
-            place = ["y += token * N + first"] * ("y" in words(body))
-            lines = self.framed([*place, *body], rows)
-            lines = [*[constant("N", self.spec.projections[i].n)] * ("N" in words(lines)), *lines]
-            given = {self.total: half} if name == "add" else {}
-            given |= {"x": "x", "u": plus("u", self.column(i))}
-            given |= {tensor.role: tensor.name for tensor in self.tensors(i, temporary=True)}
-            given |= {other: other for other in ("block", *self.passed)}
-            given = {param: value for param, value in given.items() if param in words(lines)}
+            lines = self.framed([*[_to_y()] * ("y" in reads(body)), *body], rows)
+            lines = [*[v.N.constant(self.spec.projections[i].n)] * ("N" in reads(lines)), *lines]
+            given = {"x": v.x, "u": v.u + self.column(i)}
+            given |= {tensor.role: v[tensor.name] for tensor in self.tensors(i, temporary=True)}
+            given |= {other: v[other] for other in ("block", *self.passed)}
+            given = {param: value for param, value in given.items() if param in reads(lines)}
+            given = {self.total.text: v[half], **given} if name == "add" else given
             params = [f"{param}: tl.constexpr" if (param, "constexpr") in self.extra else param for param in given]
             title = name if alike else f"{name}_{half}"
             doc = f"BLOCK_N rows of {'gate or up' if alike else half}, {self.reach}: {what}, in fp32."
-            calls += call(f"{half} = {title}", given.values())
-            texts.append(function("@triton.jit", title, params, doc, [*lines, f"return {self.total}"]))
+            calls += wrapped(v[half].let(Code(title)), list(given.values()))
+            texts.append(function("@triton.jit", title, params, doc, [*printed(lines), f"return {self.total.text}"]))
         return calls, list(dict.fromkeys(texts))
 
-    def framed(self, body: list[str], rows: Cut) -> list[str]:
-        """`body` after the names of its rows, as far as it reads them."""
-        names = [*row_range(rows, "BLOCK_N", "N"), *row_names("BLOCK_N"), *self.names]
-        return [constant("BLOCK_N", rows.block), *defining(names, body)]
+    def framed(self, body: list[Code], rows: Cut, end: Code | int = v.N) -> list[Code]:
+        """`body` after the names of its rows, of which there are `end`, as far as it reads them."""
+        # Mode products use the names of rows in 32 bits.
+        named = {v.start: v.block * v.BLOCK_N, v.row: v.block * v.BLOCK_N + v.rows}
+        return [
+            v.BLOCK_N.constant(rows.block),
+            *defining({**row_range(rows, v.BLOCK_N, end), **named, **self.names}, body),
+        ]
 
     def tensors(self, i: int, temporary: bool = False) -> list[Tensor]:
         """What the rows of one W read beside x and u, what they add to included if it is `temporary`."""
@@ -168,7 +202,32 @@ class Style(ABC):
         """Of u, the first that belongs to a projection."""
         return self.offsets[i] if self.columns[i].width else 0
 
-    def before_u(self, endings: list[Product]) -> list[str]:
+    def low_rank(self, p: ProjectionSpec) -> list[Narrow]:
+        """Of every low-rank term, B u."""
+        return [
+            Narrow(j, term.rank, term.dtype, "f32", v.u + offset, v.WIDTH, *_own(j, "b", "u", "ranks", "rank"), term)
+            for j, (term, offset) in enumerate(with_offsets(p))
+        ]
+
+    def given(self, p: ProjectionSpec) -> list[Narrow]:
+        """Every C z."""
+        return [
+            Narrow(j, term.rank, term.dtype, term.z, v[f"z{j}"], term.rank, *_own(j, "c", "z", "given", "given"))
+            for j, term in enumerate(p.given)
+        ]
+
+    def to_rows(self, p: ProjectionSpec) -> list[Code]:
+        """Move what is added to its token (where it has tokens) and to its first row."""
+        given, to_y = self.given(p), v.token * v.N + v.first
+        return [
+            *[v.bias.let(v.first, "+=")] * bool(p.bias),
+            *[v.residual.let(to_y, "+=")] * bool(p.residual),
+            *[v.rowscale.let(v.first, "+=")] * bool(p.rowscale),
+            *(narrow.matrix.let(v.first * narrow.rank, "+=") for narrow in (*self.low_rank(p), *given)),
+            *(narrow.vector.let(v.token * narrow.rank, "+=") for narrow in given),
+        ]
+
+    def before_u(self, endings: list[Product]) -> list[Code]:
         """What comes before the first read of u."""
         return []
 
@@ -186,20 +245,22 @@ class Style(ABC):
         found += [(p.describe(i), self.offsets[i] + (p.column or 0)) for i, p in self.written]
         return sorted(found, key=lambda section: section[1])
 
-    def _kernel(self, what: str, doc: str, cases: list[Case]) -> Kernel:
-        read = words(line for case in cases for line in case.work.body)
+    def _kernel(self, what: str, doc: str, cases: list[Case], stage: int = 0) -> Kernel:
+        read = frozenset().union(*(case.work.reads for case in cases))
         shared = [Tensor("x", "x", self.spec.x), Tensor("u", "u", "f32"), Tensor("flags", "flags", "i32")]
-        lengths = {"x": "K", "u": "WIDTH", "flags": "FLAGS"}
+        lengths = {"x": v.K, "u": v.WIDTH, "flags": v.FLAGS}
         shared = [tensor for tensor in shared if tensor.name in read]
         return Kernel(
-            name=f"{what}_{self.name}",
+            what=what,
+            stage=stage,
+            style=self.name,
             doc=f"{doc}, {self.reach}.",
             shared=tuple(shared),
             cases=tuple(cases),
             prologue=(
-                *self.token,
-                "block = tl.program_id(1)",
-                *(f"{tensor.name} += token * {lengths[tensor.name]}" for tensor in shared),
+                *(name.let(value) for name, value in self.token.items()),
+                v.block.let(fn("tl.program_id", 1)),
+                *(v[tensor.name].let(v.token * lengths[tensor.name], "+=") for tensor in shared),
             ),
             passed=self.passed,
             extra=self.extra,
@@ -233,15 +294,15 @@ class Style(ABC):
         """How `n` rows of W are cut, in blocks that divide `periods` if any does."""
 
     @abstractmethod
-    def multiply(self, i: int, rows: Cut) -> list[str]:
+    def multiply(self, i: int, rows: Cut) -> list[Code]:
         """`total` = W x for the rows of a program."""
 
     @abstractmethod
-    def epilogue(self, i: int, rows: Cut) -> list[str]:
+    def epilogue(self, i: int, rows: Cut) -> list[Code]:
         """What is added to `total`."""
 
     @abstractmethod
-    def store(self, value: str, dtype: str, rows: Cut) -> list[str]:
+    def store(self, value: Code, dtype: str, rows: Cut) -> list[Code]:
         """`value` to the rows of y."""
 
 
@@ -260,15 +321,13 @@ def _factors(spec: KernelSpec, projection: int, product: Product) -> list[Operan
     return factors + [o for o in mine if o.role == "kron_scale" and product.scaled]
 
 
-def rescaled(product: Product, value: str) -> str:
-    """`value` times the scale of the term, if it is applied in `product`."""
-    kron = product.kron
-    return scaled(kron.scale, kron.scale_dtype, f"kron_scale{product.term}", value) if product.scaled else value
+def _own(j: int, matrix: str, vector: str, columns: str, ok: str) -> tuple[Code, Code, Code, Code, Code]:
+    """From `matrix` to `ok`."""
+    return v[f"{matrix}{j}"], v[f"{matrix}s{j}"], v[f"{vector}s{j}"], v[f"{columns}{j}"], v[f"{ok}{j}_ok"]
 
 
-def row_names(block: str) -> list[str]:
-    """The names of rows in 32 bits that mode products use."""
-    return [f"start = block * {block}", f"row = block * {block} + rows"]
+def _to_y() -> Code:
+    return v.y.let(v.token * v.N + v.first, "+=")
 
 
 def dividing(blocks: tuple[int, ...], size: int, periods: Iterable[int]) -> tuple[int, ...]:
@@ -291,48 +350,17 @@ def with_offsets(p: ProjectionSpec) -> list[tuple[LowRankSpec, int]]:
     return [(term, sum(t.rank for t in p.lowrank[:j])) for j, term in enumerate(p.lowrank)]
 
 
-def k_columns(range_: Cut) -> list[str]:
-    return index(range_, "cols", "col_ok", "BLOCK_K", "k", "K")
+def k_columns(range_: Cut) -> list[Code]:
+    return range_.index(v.cols, v.col_ok, v.k, v.K, v.BLOCK_K)
 
 
-def rank_columns(range_: Cut, j: int) -> list[str]:
-    # A name of their own for every term: Triton wants a name that a loop assigns to keep its shape.
-    return index(range_, f"ranks{j}", f"rank{j}_ok", str(range_.block), "r", str(range_.size))
-
-
-def given_columns(range_: Cut, j: int) -> list[str]:
-    return index(range_, f"given{j}", f"given{j}_ok", str(range_.block), "r", str(range_.size))
-
-
-def rank_loop(range_: Cut, body: list[str]) -> list[str]:
-    return loop(range_, f"for r in range(0, {range_.size}, {range_.block})", body)
-
-
-def row_range(range_: Cut, block: str, end: str) -> list[str]:
+def row_range(range_: Cut, block: Code, end: Code | int) -> dict[Code, Code]:
     """The rows of this program: `first` in 64 bits moves pointers, `rows` in 32 bits indexes from there."""
-    return [
-        f"rows = tl.arange(0, {block})",
-        f"first = block.to(tl.int64) * {block}",
-        *[f"row_ok = first + rows < {end}"] * range_.masked,
-    ]
+    names = {v.rows: fn("tl.arange", 0, block), v.first: v.block.to("i64") * block}
+    return names | ({v.row_ok: v.first + v.rows < end} if range_.masked else {})
 
 
-def to_rows(p: ProjectionSpec) -> list[str]:
-    """Move what is added to its token (where it has tokens) and to its first row."""
-    return [
-        *["bias += first"] * bool(p.bias),
-        *["residual += token * N + first"] * bool(p.residual),
-        *["rowscale += first"] * bool(p.rowscale),
-        *(f"b{j} += {times('first', term.rank)}" for j, term in enumerate(p.lowrank)),
-        *(f"c{j} += {times('first', given.rank)}" for j, given in enumerate(p.given)),
-        *(f"z{j} += {times('token', given.rank)}" for j, given in enumerate(p.given)),
-    ]
-
-
-def scaled_term(term: LowRankSpec, value: str, name: str = "scale") -> str:
-    return scaled(term.scale, term.scale_dtype, name, value)
-
-
-def row_of_w(p: ProjectionSpec, k: int, cols: str) -> str:
-    """The offset of `cols` in a weight kept as ``[k, n]``."""
-    return f"{cols}{'.to(tl.int64)' * (k * p.n >= 1 << 31)} * {p.n}"
+def row_of_w(p: ProjectionSpec, k: int) -> Code:
+    """The offset of the columns in a weight kept as ``[k, n]``."""
+    cols = v.cols[:, None]
+    return (cols.to("i64") if k * p.n >= 1 << 31 else cols) * Code(str(p.n))

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gawscompile.codegen.triton_text import TL, Cut, cut, dot, indent, index, load, loop, plus, times, zeros
+from gawscompile.codegen.triton_text import Code, Cut, cut, fn, scaled, shape, v
 from gawscompile.ir.spec import DTYPES, KernelSpec, KroneckerSpec, ModeSpec, ProjectionSpec, SpecError
 
 REPEATED_ROWS = 64  # of a block mode that is no epilogue: up to here a mix before it is folded into its load
@@ -82,6 +82,10 @@ class Product:
     def factor(self, at: int) -> str:
         """What the code calls the tensor of a mode."""
         return f"g{self.term}_{at}"
+
+    def rescaled(self, value: Code) -> Code:
+        """`value` times the scale of the term, if it is applied here."""
+        return scaled(self.kron, v[f"kron_scale{self.term}"], value) if self.scaled else value
 
     def describe(self, projection: int) -> str:
         """For headers: ``G0_0_1 G0_0_0``, last factor first."""
@@ -162,16 +166,24 @@ def _folded(k: int, kron: KroneckerSpec, at: int, candidate: int, cost: int) -> 
 # --- Code --------------------------------------------------------------------------------------------------
 
 
+def common(dtype: str, other: str, of_u: bool = False) -> str:
+    """Operands of one dtype meet in it (a dot sums in fp32), others in fp32, which holds every value of both.
+
+    u may be rounded to bf16, which has the range of fp32. In fp16 it could overflow where the scale is large.
+    """
+    return dtype if dtype == other or (of_u and dtype == "bf16") else "f32"
+
+
 @dataclass(frozen=True)
 class Where:
     """Offsets into a tensor: which are inside, the shape of what is loaded, and whether pointers must grow to it."""
 
-    ok: list[str]
-    shape: str
+    ok: list[Code | None]
+    shape: Code
     grow: bool = False
 
-    def pointer(self, text: str) -> str:
-        return f"tl.broadcast_to({text}, {self.shape})" if self.grow else text
+    def pointer(self, pointer: Code) -> Code:
+        return fn("tl.broadcast_to", pointer, self.shape) if self.grow else pointer
 
 
 @dataclass(frozen=True)
@@ -184,9 +196,12 @@ class Emitter:
 
     product: Product
     rows: Cut
-    block: str
     x: str
     tiles: bool = False
+
+    def own(self, name: str, end: str = "") -> Code:
+        """A name that no other term uses."""
+        return v[f"{name}{self.product.term}{end}"]
 
     @property
     def uniform(self) -> bool:
@@ -201,188 +216,181 @@ class Emitter:
 
     @property
     def common(self) -> str:
-        """Of both operands of a dot. u may be rounded to bf16, which has the range of fp32."""
-        mine = self.product.kron.dtype
-        return mine if self.dtype == mine or (self.product.source is not None and mine == "bf16") else "f32"
+        """Of both operands of a dot."""
+        return common(self.product.kron.dtype, self.dtype, of_u=self.product.source is not None)
 
     @property
     def dots(self) -> bool:
         return self.tiles and self.product.mode.after == 1
 
-    def _from(self) -> tuple[str, str]:
+    def _from(self) -> tuple[Code, Code | None]:
         """Offsets of these rows in G and in the input: of each row, or of all where they agree."""
         p, mode = self.product, self.product.mode
         one_slice = mode.before == 1
-        row = "start" if self.uniform else "row"
+        row = v.start if self.uniform else v.row
         if mode.after == 1:
             if one_slice:
-                return times("row", mode.columns), ""
-            at = f"{row} % {p.rows}" + " + rows" * self.uniform
-            at = f"({at})" if self.uniform and mode.columns > 1 else at
-            return times(at, mode.columns), f"{row} // {p.rows}" + _by(mode.columns)
+                return v.row * mode.columns, None
+            at = row % p.rows + (v.rows if self.uniform else 0)
+            return at * mode.columns, row // p.rows * mode.columns
         outer, inner = p.rows * mode.after, mode.columns * mode.after
-        g = f"{row} // {mode.after}" + ("" if one_slice else f" % {p.rows}") + _by(mode.columns)
-        place = f"{row} % {mode.after}" + " + rows" * self.uniform
-        return g, place if one_slice else f"{row} // {outer} * {inner} + {place}"
+        g = row // mode.after
+        place = row % mode.after + (v.rows if self.uniform else 0)
+        if one_slice:
+            return g * mode.columns, place
+        return g % p.rows * mode.columns, row // outer * inner + place
 
-    def gemv(self) -> list[str]:
+    def gemv(self) -> list[Code]:
         """``part = …``, whose sums along its second axis are the rows, for one token."""
-        p, j = self.product, self.product.term
-        mode = p.mode
+        p, mode = self.product, self.product.mode
         widest = max(FACTOR_COLUMNS[-1], FACTOR_ELEMENTS // self.rows.block)
         cols = cut(mode.columns, [block for block in FACTOR_COLUMNS if block <= widest])
         g_from, x_from = self._from()
         g_many, x_many = mode.after == 1 or not self.uniform, mode.after > 1 or not self.uniform
-        at = times(f"cols{j}[None, :]", mode.after)
-        x_at = _sum(f"x_from{j}{'[:, None]' * x_many}" if x_from else "", at)
-        g_at = f"g_from{j}{'[:, None]' * g_many} + cols{j}[None, :]"
-        row_ok, col_ok = self.rows.mask("row_ok[:, None]"), cols.mask(f"col{j}_ok[None, :]")
+        g_base, x_base, at, xs, gs, part = map(self.own, ("g_from", "x_from", "cols", "xs", "gs", "part"))
+        col_ok = self.own("col", "_ok")
+        along = at[None, :] * mode.after
+        x_at = (x_base[:, None] if x_many else x_base) + along if x_from else along
+        g_at = (g_base[:, None] if g_many else g_base) + at[None, :]
+        row_mask, col_mask = self.rows.mask(v.row_ok[:, None]), cols.mask(col_ok[None, :])
         # As for x and W: broadcast pointers, not values, whose layout would then change in shared memory.
-        shape = f"({self.block}, {cols.block})"
+        block = shape(v.BLOCK_N, cols.block)
         step = [
-            *index(cols, f"cols{j}", f"col{j}_ok", str(cols.block), "c", str(mode.columns)),
-            *self._input(f"xs{j}", x_at, Where([row_ok if x_many else "", col_ok], shape, not x_many)),
-            *self._factor(f"gs{j} =", p.at, g_at, Where([row_ok if g_many else "", col_ok], shape, not g_many)),
-            f"part{j} {'+=' if cols.steps > 1 else '='} gs{j} * xs{j}",
+            *cols.index(at, col_ok, v.c),
+            *self._input(xs, x_at, Where([row_mask if x_many else None, col_mask], block, not x_many)),
+            *self._factor(gs, p.at, g_at, Where([row_mask if g_many else None, col_mask], block, not g_many)),
+            part.let(gs * xs, cols.sign),
         ]
         return [
             self.formula(),
-            f"g_from{j} = {g_from}",
-            *[f"x_from{j} = {x_from}"] * bool(x_from),
-            *zeros(cols, shape, f"part{j}"),
-            *loop(cols, _unrolled("c", mode.columns, cols.block, self.rows.block * cols.block), step),
+            g_base.let(g_from),
+            *([x_base.let(x_from)] if x_from else []),
+            *[part.zeros(block)] * (cols.steps > 1),
+            *cols.loop(v.c, _unrolled(mode.columns, cols.block, self.rows.block * cols.block), step),
         ]
 
-    def tile(self, into: str, fresh: bool) -> list[str]:
+    def tile(self, into: Code, fresh: bool) -> list[Code]:
         """Add the rows for a tile of tokens to `into`, or start it with them where it is `fresh`."""
         return [self.formula(), *(self._dot(into, fresh) if self.dots else self._mix(into))]
 
-    def _dot(self, into: str, fresh: bool) -> list[str]:
-        p, j = self.product, self.product.term
-        mode = p.mode
+    def _dot(self, into: Code, fresh: bool) -> list[Code]:
+        p, mode = self.product, self.product.mode
         cols = cut(mode.columns, TILE_COLUMNS[DTYPES[self.common].itemsize], DOT_MINIMUM)
+        g_base, x_base, at, slice_, xs, gs = map(self.own, ("g_from", "x_from", "cols", "slice", "xs", "gs"))
+        col_ok, mine_ok = self.own("col", "_ok"), self.own("row", "_ok")
         g_from, x_from = self._from()
-        x_from = x_from if self.uniform else f"slice{j}" + _by(mode.columns)
-        x_at = _sum(f"x_from{j}" if x_from else "", f"cols{j}")
-        mine = self.rows.mask("row_ok[None, :]") if self.uniform else f"row{j}_ok[None, :]"
-        g_ok = [mine, cols.mask(f"col{j}_ok[:, None]")]
-        x_where = Where([cols.mask(f"col{j}_ok")], f"(BLOCK_M, {cols.block})")
+        x_from = x_from if self.uniform else slice_ * mode.columns
+        mine = self.rows.mask(v.row_ok[None, :]) if self.uniform else mine_ok[None, :]
+        x_where = Where([cols.mask(col_ok)], shape(v.BLOCK_M, cols.block))
+        g_where = Where([mine, cols.mask(col_ok[:, None])], x_where.shape)
         once = cols.steps == 1 and self.uniform
         step = [
-            *index(cols, f"cols{j}", f"col{j}_ok", str(cols.block), "c", str(mode.columns)),
-            *self._input(f"xs{j}", x_at, x_where, self.common),
-            *self._factor(f"gs{j} =", p.at, f"g_from{j}[None, :] + cols{j}[:, None]", Where(g_ok, ""), self.common),
-            *dot(f"xs{j}", f"gs{j}", self.common, accumulate=not (fresh and once), into=into),
+            *cols.index(at, col_ok, v.c),
+            *self._input(xs, x_base + at if x_from else at, x_where, self.common),
+            *self._factor(gs, p.at, g_base[None, :] + at[:, None], g_where, self.common),
+            *into.dot(xs, gs, self.common, accumulate=not (fresh and once)),
         ]
-        body = loop(cols, f"for c in range(0, {mode.columns}, {cols.block})", step)
-        place = [f"x_from{j} = {x_from}"] * bool(x_from)
+        body = cols.loop(v.c, fn("range", 0, mode.columns, cols.block), step)
+        place = [x_base.let(x_from)] if x_from else []
         if self.uniform:
             body = [*place, *body]
         else:
-            last = f"tl.minimum((start + {self.block} - 1) // {p.rows} + 1, {mode.before})"
-            owned = f"row // {p.rows} == slice{j}"
-            owned = f"row{j}_ok = {f'row_ok & ({owned})' if self.rows.masked else owned}"
+            last = fn("tl.minimum", (v.start + v.BLOCK_N - 1) // p.rows + 1, mode.before)
+            owned = (v.row // p.rows).equals(slice_)
+            owned = v.row_ok & owned if self.rows.masked else owned
             body = [
-                f"# The rows may lie in several slices of {p.rows}.",
-                f"for slice{j} in range(start // {p.rows}, {last}):",
-                *indent([owned, *place, *body]),
+                Code(f"# The rows may lie in several slices of {p.rows}."),
+                *slice_.each(fn("range", v.start // p.rows, last), [mine_ok.let(owned), *place, *body]),
             ]
-        start = [f"{into} = tl.zeros((BLOCK_M, {self.block}), tl.float32)"] * (fresh and not once)
-        return [f"g_from{j} = {g_from}", *start, *body]
+        start = [into.zeros(shape(v.BLOCK_M, v.BLOCK_N))] * (fresh and not once)
+        return [g_base.let(g_from), *start, *body]
 
-    def _mix(self, into: str) -> list[str]:
-        p, j = self.product, self.product.term
-        mode = p.mode
+    def _mix(self, into: Code) -> list[Code]:
+        p, mode = self.product, self.product.mode
         steps = Cut(mode.columns, 1)
+        g_base, x_base, xs, gs = map(self.own, ("g_from", "x_from", "xs", "gs"))
         g_from, x_from = self._from()
-        where = Where([self.rows.mask("row_ok")], f"(BLOCK_M, {self.block})")
-        c, view = "c" if mode.columns > 1 else "", "" if self.uniform else "[None, :]"
-        x_at = _sum(f"x_from{j}", times(c, mode.after) if c else "")
-        g_where = Where([] if self.uniform else where.ok, "")
+        assert x_from is not None
+        where = Where([self.rows.mask(v.row_ok)], shape(v.BLOCK_M, v.BLOCK_N))
+        c = v.c if steps.steps > 1 else None
+        g_where = Where([] if self.uniform else where.ok, where.shape)
         step = [
-            *self._input(f"xs{j}", x_at, where),
-            *self._factor(f"gs{j} =", p.at, _sum(f"g_from{j}", c), g_where, view=view),
-            f"{into} {'+=' if c else '='} gs{j} * xs{j}",
+            *self._input(xs, x_base + c * mode.after if c else x_base, where),
+            *self._factor(gs, p.at, g_base + c if c else g_base, g_where, view="" if self.uniform else "[None, :]"),
+            into.let(gs * xs, steps.sign),
         ]
         return [
-            f"g_from{j} = {g_from}",
-            f"x_from{j} = {x_from}",
-            *zeros(steps, f"(BLOCK_M, {self.block})", into),
-            *loop(steps, _unrolled("c", mode.columns, 1), step),
+            g_base.let(g_from),
+            x_base.let(x_from),
+            *[into.zeros(where.shape)] * (steps.steps > 1),
+            *steps.loop(v.c, _unrolled(mode.columns, 1), step),
         ]
 
-    def formula(self) -> str:
+    def formula(self) -> Code:
         """What is added to the rows, as a comment."""
         p = self.product
         factors = " ".join(f"({p.kron.modes[at]} {p.factor(at)})" for at in reversed(p.factors))
         scale = "" if not p.scaled else f"kron_scale{p.term} " if p.kron.scale is None else f"{p.kron.scale:g} "
-        return f"# {scale}{factors} {'x' if p.source is None else 'u'}"
+        return Code(f"# {scale}{factors} {'x' if p.source is None else 'u'}")
 
     # --- Inputs
 
-    def _input(self, name: str, at: str, where: Where, to: str = "f32") -> list[str]:
+    def _input(self, name: Code, at: Code, where: Where, to: str = "f32") -> list[Code]:
         """`name`: the product's input at the offsets `at`, with what is folded into its load."""
         folded = list(self.product.factors)[:-1]
         if not folded:
             return self._read(name, at, where, to)
-        return [*self._folded(name, folded, at, where), *[f"{name} = {name}.to({TL[to]})"] * (to != "f32")]
+        return [*self._folded(name, folded, at, where), *[name.let(name.to(to))] * (to != "f32")]
 
-    def _folded(self, name: str, folded: list[int], at: str, where: Where) -> list[str]:
+    def _folded(self, name: Code, folded: list[int], at: Code, where: Where) -> list[Code]:
         """The modes `folded`, last one last, at the offsets `at` of their product; in fp32."""
         if not folded:
             return self._read(name, at, where)
         *others, last = folded
-        mode, place = self.product.kron.modes[last], f"at{self.product.term}_{last}"
-        along = place if mode.after == 1 else f"{place} // {mode.after}"
-        along = f"{along} % {mode.rows or mode.columns}" if mode.before > 1 else along
+        mode = self.product.kron.modes[last]
+        place, i, slices, summand, weight = (self.own(word, f"_{last}") for word in ("at", "i", "slices", "xs", "gs"))
+        along = place if mode.after == 1 else place // mode.after
+        along = along % (mode.rows or mode.columns) if mode.before > 1 else along
         view = "[None, :]" * self.tiles
         if mode.rows is None:
-            g = self._factor(f"{name} *=", last, along, where, view=view)
-            return [f"{place} = {at}", *self._folded(name, others, place, where), *g]
-        i, slices, summand, weight = (f"{word}{self.product.term}_{last}" for word in ("i", "slices", "xs", "gs"))
+            g = self._factor(name, last, along, where, view=view, sign="*=")
+            return [place.let(at), *self._folded(name, others, place, where), *g]
         outer, inner = mode.rows * mode.after, mode.columns * mode.after
-        first = f"{place} % {mode.after}"
-        first = f"{place} // {outer} * {inner} + {first}" if mode.before > 1 else first
+        first = place % mode.after
+        first = place // outer * inner + first if mode.before > 1 else first
         step = [
-            *self._folded(summand, others, f"{slices} + {times(i, mode.after)}", where),
-            *self._factor(f"{weight} =", last, f"{along}{_by(mode.columns)} + {i}", where, view=view),
-            f"{name} += {weight} * {summand}",
+            *self._folded(summand, others, slices + i * mode.after, where),
+            *self._factor(weight, last, along * mode.columns + i, where, view=view),
+            name.let(weight * summand, "+="),
         ]
         return [
-            f"{place} = {at}",
-            f"{slices} = {first}",
-            f"{name} = tl.zeros({where.shape}, tl.float32)",
-            f"{_unrolled(i, mode.columns, 1)}:",
-            *indent(step),
+            place.let(at),
+            slices.let(first),
+            name.zeros(where.shape),
+            *i.each(_unrolled(mode.columns, 1), step),
         ]
 
-    def _read(self, name: str, at: str, where: Where, to: str = "f32") -> list[str]:
+    def _read(self, name: Code, at: Code, where: Where, to: str = "f32") -> list[Code]:
         """Load from x or u."""
         source = self.product.source
-        pointer, ok = "x" if source is None else plus("u", source), where.ok
+        pointer, ok = v.x if source is None else v.u + source, where.ok
         if self.tiles:
-            pointer = f"{pointer} + tokens[:, None] * {'K' if source is None else 'WIDTH'}"
-            at = f"({at})[None, :]" if " " in at else f"{at}[None, :]"
-            ok = ["token_ok[:, None]", *(f"{mask}[None, :]" for mask in ok if mask)]
-        return load(f"{name} =", where.pointer(f"{pointer} + {at}"), ok, self.dtype, to)
+            pointer += v.tokens[:, None] * (v.K if source is None else v.WIDTH)
+            at = at[None, :]
+            ok = [v.token_ok[:, None], *(mask[None, :] for mask in ok if mask)]
+        return name.load(where.pointer(pointer + at), ok, self.dtype, to)
 
-    def _factor(self, target: str, at: int, offset: str, where: Where, to: str = "f32", view: str = "") -> list[str]:
+    def _factor(
+        self, target: Code, at: int, offset: Code, where: Where, to: str = "f32", view: str = "", sign: str = "="
+    ) -> list[Code]:
         """Load from the tensor of mode `at`."""
-        pointer = where.pointer(f"{self.product.factor(at)} + {offset}")
-        return load(target, pointer, where.ok, self.product.kron.dtype, to, view)
+        pointer = where.pointer(v[self.product.factor(at)] + offset)
+        return target.load(pointer, where.ok, self.product.kron.dtype, to, view, sign)
 
 
-def _unrolled(name: str, size: int, block: int, elements: int = 1) -> str:
-    """The loop over `size` by steps that load `elements` of a factor."""
+def _unrolled(size: int, block: int, elements: int = 1) -> Code:
+    """The range of a loop over `size` by steps that load `elements` of a factor."""
     steps = max(1, min(UNROLLED, 2 * FACTOR_ELEMENTS // elements))  # more in flight than that, and registers run out
     if size <= steps * block:
-        return f"for {name} in tl.static_range(0, {size}, {block})"
-    return f"for {name} in tl.range(0, {size}, {block}, loop_unroll_factor={steps})"
-
-
-def _by(factor: int) -> str:
-    return f" * {factor}" if factor > 1 else ""
-
-
-def _sum(*parts: str) -> str:
-    return " + ".join(part for part in parts if part)
+        return fn("tl.static_range", 0, size, block)
+    return fn("tl.range", 0, size, block, loop_unroll_factor=steps)

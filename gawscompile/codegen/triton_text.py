@@ -7,13 +7,155 @@ a mask where a block divides the range, a loop of one step, a cast to the same d
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-TL = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+from gawscompile.ir.spec import KroneckerSpec, LowRankSpec
+
+TL = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "i32": "tl.int32", "i64": "tl.int64"}
 POINTER = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64", "i32": "*i32"}
 WIDTH = 88  # of a line before its indentation
+
+
+# --- Code --------------------------------------------------------------------------------------------------
+
+
+def _operator(sign: str, level: int, nothing: int | None = None) -> Callable[[Code, Code | int], Code]:
+    """Prints ``left sign right``, but `left` alone where `right` is the number that changes nothing."""
+
+    def applied(left: Code, right: Code | int) -> Code:
+        if right == nothing:
+            return left
+        right = code(right)
+        text = f"{left.within(level)} {sign} {right.within(level if sign == '+' else level - 1)}"
+        return Code(text, left.reads | right.reads, level)
+
+    return applied
+
+
+@dataclass(frozen=True)
+class Code:
+    """An expression or a line of Triton, and the names that it reads.
+
+    Operators print as Triton's. `level` says how loosely the last of them binds.
+    """
+
+    text: str
+    reads: frozenset[str] = frozenset()
+    level: int = 0
+
+    __mul__, __floordiv__, __mod__ = _operator("*", 1, nothing=1), _operator("//", 1), _operator("%", 1)
+    __add__, __sub__ = _operator("+", 2, nothing=0), _operator("-", 2)
+    __and__, __lt__, equals = _operator("&", 3), _operator("<", 4), _operator("==", 4)
+
+    def __getitem__(self, axes: tuple[slice | None, ...]) -> Code:
+        """A view: ``rows[:, None]``."""
+        return Code(f"{self.within(0)}[{', '.join('None' if axis is None else ':' for axis in axes)}]", self.reads)
+
+    def within(self, level: int) -> str:
+        return self.text if self.level <= level else f"({self.text})"
+
+    def to(self, dtype: str, has: str = "") -> Code:
+        """As `dtype`, unless it `has` that."""
+        return self if dtype == has else Code(f"{self.within(0)}.to({TL[dtype]})", self.reads)
+
+    # --- Lines, for a name
+
+    def let(self, value: Code, sign: str = "=") -> Code:
+        """``name = value``, or another `sign`, such as ``+=``, which reads the name."""
+        return Code(f"{self.text} {sign} {value.text}", value.reads | (frozenset() if sign == "=" else self.reads))
+
+    def constant(self, value: int) -> Code:
+        return Code(f"{self.text}: tl.constexpr = {value}")
+
+    def zeros(self, shape: Code) -> Code:
+        return self.let(fn("tl.zeros", shape, Code("tl.float32")))
+
+    def load(
+        self, pointer: Code, ok: Iterable[Code | None], dtype: str, to: str = "f32", view: str = "", sign: str = "="
+    ) -> list[Code]:
+        """``name = tl.load(pointer)``, masked where there are masks `ok`, cast where the dtypes differ, then `view`."""
+        mask = _mask(ok)
+        cast = f".to({TL[to]})" if dtype != to else ""
+        return wrapped(self.let(Code("tl.load"), sign), [pointer, *mask, *[Code("other=0.0")] * len(mask)], cast + view)
+
+    def dot(self, left: Code, right: Code, dtype: str, accumulate: bool) -> list[Code]:
+        options = ['input_precision="ieee"'] * (dtype == "f32")  # never tf32
+        return wrapped(self.let(Code("tl.dot")), [left, right, *[self] * accumulate, *map(Code, options)])
+
+    def each(self, range_: Code, body: Iterable[Code]) -> list[Code]:
+        """A loop."""
+        header = Code(f"for {self.text} in {range_.text}:", range_.reads)
+        return [header, *(Code(f"    {line.text}", line.reads) for line in body)]
+
+
+class _Names:
+    """``v.rows`` or ``v["rows"]``: the name `rows`."""
+
+    def __getattr__(self, name: str) -> Code:
+        return Code(name, frozenset([name]))
+
+    __getitem__ = __getattr__
+
+
+v = _Names()
+
+
+def code(value: Code | int) -> Code:
+    return value if isinstance(value, Code) else Code(str(value))
+
+
+def reads(lines: Iterable[Code]) -> frozenset[str]:
+    return frozenset().union(*(line.reads for line in lines))
+
+
+def printed(lines: Iterable[Code]) -> list[str]:
+    return [line.text for line in lines]
+
+
+def fn(name: str, *arguments: Code | int, **options: int) -> Code:
+    """``name(arguments, options)``, which reads its name too."""
+    given = list(map(code, arguments))
+    text = ", ".join([*printed(given), *(f"{key}={value}" for key, value in options.items())])
+    return Code(f"{name}({text})", reads(given) | {name})
+
+
+def shape(rows: Code | int, columns: Code | int) -> Code:
+    return Code(f"({code(rows).text}, {code(columns).text})", reads([code(rows), code(columns)]))
+
+
+def wrapped(head: Code, arguments: Sequence[Code], tail: str = "") -> list[Code]:
+    """`call` for code, whose first line reads all names."""
+    first, *rest = call(head.text, printed(arguments), tail)
+    return [Code(first, head.reads | reads(arguments)), *map(Code, rest)]
+
+
+def store(pointer: Code, value: Code, dtype: str, ok: Iterable[Code | None] = ()) -> list[Code]:
+    """Store `value`, which is fp32, as `dtype`."""
+    return wrapped(Code("tl.store"), [pointer, value.to(dtype, "f32"), *_mask(ok)])
+
+
+def _mask(ok: Iterable[Code | None]) -> list[Code]:
+    present = [mask for mask in ok if mask]
+    return [Code(f"mask={' & '.join(printed(present))}", reads(present))] if present else []
+
+
+def scaled(term: LowRankSpec | KroneckerSpec, name: Code, value: Code) -> Code:
+    """`value` times the scale of `term`: a number, or the 0-d tensor `name`."""
+    if term.scale is None:
+        return fn("tl.load", name).to("f32", term.scale_dtype) * value
+    # The repr of what is not finite is no expression.
+    factor = Code(repr(term.scale) if math.isfinite(term.scale) else f'float("{term.scale}")')
+    return value if term.scale == 1.0 else factor * value
+
+
+def defining(definitions: dict[Code, Code], body: Iterable[Code]) -> list[Code]:
+    """`body` after those of `definitions` whose names it or a later one of them reads."""
+    lines = list(body)
+    for name, value in reversed(definitions.items()):
+        if name.reads & reads(lines):
+            lines.insert(0, name.let(value))
+    return lines
 
 
 # --- How ranges are cut into blocks ------------------------------------------------------------------------
@@ -34,9 +176,24 @@ class Cut:
     def masked(self) -> bool:
         return self.size % self.block != 0
 
-    def mask(self, text: str) -> str:
-        """`text` where the range ends within a block, else nothing."""
-        return text if self.masked else ""
+    @property
+    def sign(self) -> str:
+        """How the steps assign what they sum."""
+        return "+=" if self.steps > 1 else "="
+
+    def mask(self, ok: Code) -> Code | None:
+        """`ok` where the range ends within a block."""
+        return ok if self.masked else None
+
+    def index(self, name: Code, ok: Code, step: Code, end: Code | None = None, block: Code | None = None) -> list[Code]:
+        """`name`, the positions of one step, and `ok` if the range ends within a block. `end` and `block` are names."""
+        at = fn("tl.arange", 0, block or self.block)
+        lines = [name.let(step + at if self.steps > 1 else at), ok.let(name < (end or self.size))]
+        return lines[: 1 + self.masked]
+
+    def loop(self, name: Code, range_: Code, body: list[Code]) -> list[Code]:
+        """`body` for every step, without a loop where there is one."""
+        return name.each(range_, body) if self.steps > 1 else body
 
 
 def cut(size: int, blocks: Sequence[int], least: int = 1) -> Cut:
@@ -86,94 +243,18 @@ def branches(ways: Sequence[tuple[int, list[str]]]) -> list[str]:
     return lines
 
 
-# --- Phrases of Triton -------------------------------------------------------------------------------------
-
-
-def constant(name: str, value: int) -> str:
-    return f"{name}: tl.constexpr = {value}"
-
-
-def load(target: str, pointer: str, masks: Iterable[str], dtype: str, to: str = "f32", view: str = "") -> list[str]:
-    """``target tl.load(pointer)``, masked where there are `masks`, cast where the dtypes differ, then `view`."""
-    mask = _mask(masks)
-    cast = f".to({TL[to]})" if dtype != to else ""
-    return call(f"{target} tl.load", [pointer, *([*mask, "other=0.0"] if mask else [])], cast + view)
-
-
-def store(pointer: str, value: str, dtype: str, masks: Iterable[str] = ()) -> list[str]:
-    """Store `value`, which is fp32, as `dtype`."""
-    cast = f".to({TL[dtype]})" if dtype != "f32" else ""
-    return call("tl.store", [pointer, value + cast, *_mask(masks)])
-
-
-def _mask(masks: Iterable[str]) -> list[str]:
-    present = [mask for mask in masks if mask]
-    return [f"mask={' & '.join(present)}"] if present else []
-
-
-def loop(range_: Cut, header: str, body: list[str]) -> list[str]:
-    """`body` under `header`, or alone where one step does it all."""
-    return [f"{header}:", *indent(body)] if range_.steps > 1 else body
-
-
-def index(range_: Cut, name: str, mask: str, block: str, step: str, end: str) -> list[str]:
-    """`name`, the positions of one step, and `mask` if the range ends within a block."""
-    start = f"{step} + " if range_.steps > 1 else ""
-    return [f"{name} = {start}tl.arange(0, {block})", *[f"{mask} = {name} < {end}"] * range_.masked]
-
-
-def zeros(range_: Cut, shape: str, name: str = "acc") -> list[str]:
-    """An accumulator, where a loop needs one."""
-    return [f"{name} = tl.zeros({shape}, tl.float32)"] * (range_.steps > 1)
-
-
-def dot(left: str, right: str, dtype: str, accumulate: bool, into: str = "acc") -> list[str]:
-    options = ['input_precision="ieee"'] * (dtype == "f32")  # never tf32
-    return call(f"{into} = tl.dot", [left, right, *[into] * accumulate, *options])
-
-
-def scaled(scale: float | None, dtype: str, name: str, value: str) -> str:
-    """`value` times a number, or times the 0-d tensor `name` of `dtype` where it is None."""
-    if scale is None:
-        return f"tl.load({name}){'.to(tl.float32)' * (dtype != 'f32')} * {value}"
-    if not math.isfinite(scale):  # its repr is no expression
-        return f'float("{scale}") * {value}'
-    return value if scale == 1.0 else f"{scale!r} * {value}"
-
-
-def words(lines: Iterable[str]) -> set[str]:
-    """The names in `lines`, comments aside."""
-    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    return set(re.findall(r"\w+", code))
-
-
-def defining(definitions: Sequence[str], body: Sequence[str]) -> list[str]:
-    """`body` after those of `definitions`, ``name = value`` each, whose names it or a later one of them reads."""
-    lines = list(body)
-    for definition in reversed(definitions):
-        if words([definition.split("=")[0].split(":")[0]]) & words(lines):
-            lines.insert(0, definition)
-    return lines
-
-
-def plus(name: str, offset: int) -> str:
-    return f"{name} + {offset}" if offset else name
-
-
-def times(name: str, factor: int) -> str:
-    return f"{name} * {factor}" if factor > 1 else name
-
-
 # --- Kernels -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor argument: what the work calls it, what the host calls it, and its dtype."""
+    """A tensor argument: what the work calls it, what the host calls it, and its dtype. One that is `updated` is an
+    output that the work reads before it writes it."""
 
     role: str
     name: str
     dtype: str
+    updated: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,8 +263,12 @@ class Work:
     `helpers` are functions that it calls."""
 
     doc: str
-    body: tuple[str, ...]
+    body: tuple[Code, ...]
     helpers: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return reads(self.body)
 
 
 @dataclass(frozen=True)
@@ -220,13 +305,9 @@ class Group:
         """The tensor parameters of this group's code: by role if there is nothing to choose."""
         return [tensor.role if len(self.cases) == 1 else tensor.name for tensor in self.tensors]
 
-    def updates(self, tensor: Tensor) -> bool:
-        """Whether it is an output that the work reads before it writes it."""
-        return tensor.role == "y" and bool(re.search(r"tl\.load\(\s*y\b", "\n".join(self.cases[0].work.body)))
-
     def body(self) -> list[str]:
         sizes = {case.n for case in self.cases}
-        fixed = [constant("N", n) for n in sizes if n is not None] if len(sizes) == 1 else []
+        fixed = [v.N.constant(n) for n in sizes if n is not None] if len(sizes) == 1 else []
         ways = []
         first = 0
         for case in self.cases:
@@ -236,28 +317,43 @@ class Group:
             ways.append((case.programs, [*(assign(chosen) if chosen else []), *moves]))
             first += case.programs
         choice = branches(ways)
-        return [*choice, *[""] * bool(choice), *fixed, *self.cases[0].work.body]
+        return [*choice, *[""] * bool(choice), *printed([*fixed, *self.cases[0].work.body])]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. `shared` are tensors of every case; groups share the second axis of the grid.
+    """One launch: the `stage` of a step, `what`, in a style. `shared` are tensors of every case; groups share the
+    second axis of the grid.
 
     `prologue` defines `block` and the names in `passed`, which the code of a group may use. `extra` are further
     parameters with their Triton types, `options` what the host passes to Triton, and `choices` what Triton's autotuner
     may pass instead. `helpers` are functions that the code calls.
     """
 
-    name: str
+    what: str
+    stage: int
+    style: str
     doc: str
     shared: tuple[Tensor, ...]
     cases: tuple[Case, ...]
-    prologue: tuple[str, ...]
+    prologue: tuple[Code, ...]
     passed: tuple[str, ...]
     extra: tuple[tuple[str, str], ...]
     options: tuple[tuple[str, int], ...]
     choices: tuple[tuple[tuple[str, int], ...], ...] = ()
     helpers: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> str:
+        return f"{self.what}{self.stage + 1 if self.stage else ''}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.step}_{self.style}"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return reads(self.prologue).union(*(case.work.reads for case in self.cases))
 
     @property
     def programs(self) -> int:
@@ -268,17 +364,16 @@ class Kernel:
         kinds = dict.fromkeys(case.kind for case in self.cases)
         return [Group([case for case in self.cases if case.kind == kind]) for kind in kinds]
 
-    def own(self) -> list[tuple[str, Tensor, Group]]:
+    def own(self) -> list[tuple[str, Tensor]]:
         """The parameters for tensors of single groups: by role where there is one group with nothing to choose."""
         groups = self.groups()
-        named = [(group.names() if len(groups) == 1 else [t.name for t in group.tensors], group) for group in groups]
-        return [
-            (name, t, group) for names, group in named for name, t in zip(names, group.tensors, strict=True)
-        ]
+        tensors = [tensor for group in groups for tensor in group.tensors]
+        names = groups[0].names() if len(groups) == 1 else [tensor.name for tensor in tensors]
+        return list(zip(names, tensors, strict=True))
 
     def types(self) -> dict[str, str]:
         """Parameters and their Triton types, in order."""
-        own = {name: POINTER[tensor.dtype] for name, tensor, _ in self.own()}
+        own = {name: POINTER[tensor.dtype] for name, tensor in self.own()}
         return {**{tensor.name: POINTER[tensor.dtype] for tensor in self.shared}, **own, **dict(self.extra)}
 
     def source(self, tuned: bool = False) -> str:
@@ -294,7 +389,7 @@ class Kernel:
         head = '@triton.jit(do_not_specialize=["m"])' if "m" in self.types() else "@triton.jit"
         if tuned:
             head = "\n".join([*self._autotuner(), head])
-        kernel = function(head, self.name, map(self._param, self.types()), doc, [*self.prologue, *body])
+        kernel = function(head, self.name, map(self._param, self.types()), doc, [*printed(self.prologue), *body])
         called = dict.fromkeys([*self.helpers, *(text for case in self.cases for text in case.work.helpers)])
         return "\n\n\n".join([*called, *parts, kernel])
 
@@ -304,7 +399,7 @@ class Kernel:
             named = ", ".join(f"{name}={value}" for name, value in choice)
             configs.append(f"triton.Config({{}}, {named}),")
         key = ", ".join(f'"{name}"' for name, kind in self.extra if kind == "constexpr")
-        restored = ", ".join(f'"{name}"' for name, tensor, group in self.own() if group.updates(tensor))
+        restored = ", ".join(f'"{name}"' for name, tensor in self.own() if tensor.updated)
         return [
             "@triton.autotune(",
             *indent(["configs=[", *indent(configs), "],", f"key=[{key}],"]),
@@ -334,7 +429,7 @@ class Kernel:
 
     def _used(self, group: Group) -> tuple[list[str], list[str]]:
         """Which tensors that all share, and which of `block` and the names in `passed`, the group's code reads."""
-        read = words(group.body())
+        read = group.cases[0].work.reads
         shared = [tensor.name for tensor in self.shared if tensor.name in read]
         return shared, [name for name in ("block", *self.passed) if name in read]
 

@@ -6,42 +6,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from gawscompile.codegen.triton_kernels import (
+    Narrow,
     Style,
     blocks_of_rows,
     dividing,
-    given_columns,
     k_columns,
-    rank_columns,
-    rank_loop,
-    rescaled,
-    row_names,
     row_of_w,
     row_range,
-    scaled_term,
-    to_rows,
-    with_offsets,
 )
-from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Emitter, Product
-from gawscompile.codegen.triton_text import (
-    Case,
-    Cut,
-    Kernel,
-    Work,
-    constant,
-    cut,
-    defining,
-    dot,
-    load,
-    loop,
-    plus,
-    store,
-    times,
-    zeros,
-)
-from gawscompile.ir.spec import DTYPES, GivenSpec, KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Emitter, Product, common
+from gawscompile.codegen.triton_text import Case, Code, Cut, Work, cut, fn, scaled, shape, store, v
+from gawscompile.ir.spec import DTYPES, KernelSpec, LowRankSpec, ProjectionSpec
 
 TILE_ROWS = (64, 32, 16)
 TILE_PROGRAMS = 128  # about one per multiprocessor of a large GPU; fewer rows per program where there are fewer
@@ -51,17 +27,20 @@ TILE_TOKENS = (16, 64)  # BLOCK_M for few tokens and for many
 TILE_TOKENS_F32 = (16, 32)  # Triton 3.6 gives wider fp32 tiles to sm_100's tensor cores as tf32, against "ieee"
 TILE_WORKS = 2  # kinds of work whose pipelines fit together into the shared memory of an sm_86 (99 KiB)
 
-_TOKENS = ("tokens = tl.arange(0, BLOCK_M)", "token_ok = tokens < left")
+_TOKENS = {v.tokens: fn("tl.arange", 0, v.BLOCK_M), v.token_ok: v.tokens < v.left}
 
 
 class Tile(Style):
     """More tokens: a program makes a tile of BLOCK_M of them by some rows with `tl.dot`, which sums in fp32."""
 
     name = "tile"
-    total = "acc"
+    total = v.acc
     names = _TOKENS
     reach = "for BLOCK_M tokens of which `left` exist"
-    token = ("token = tl.program_id(0).to(tl.int64) * BLOCK_M", "left = (m - token).to(tl.int32)")
+    token = {  # noqa: RUF012
+        v.token: fn("tl.program_id", 0).to("i64") * v.BLOCK_M,
+        v.left: (v.m - v.token).to("i32"),
+    }
     passed = ("token", "left", "BLOCK_M")
     extra = (("m", "i32"), ("BLOCK_M", "constexpr"))
 
@@ -76,13 +55,12 @@ class Tile(Style):
 
     def tokens(self) -> tuple[int, int]:
         """BLOCK_M for few tokens and for many."""
-        dots = [self._common(p.weight) for p in self.spec.projections]
-        for _, _, term, _ in self.terms():
-            dots += [self._common(term.dtype), _common_with_u(term)]
-        dots += [_common_with_z(given) for p in self.spec.projections for given in p.given]
+        dots = [common(p.weight, self.spec.x) for p in self.spec.projections]
+        dots += [common(term.dtype, self.spec.x) for _, _, term, _ in self.terms()]
+        dots += [n.common for p in self.spec.projections for n in (*self.low_rank(p), *self.given(p))]
         for mine in self.columns:
             for product in mine.products:
-                emitter = Emitter(product, cut(1, TILE_ROWS), "", self.spec.x, tiles=True)
+                emitter = Emitter(product, cut(1, TILE_ROWS), self.spec.x, tiles=True)
                 dots += [emitter.common] * emitter.dots
         return TILE_TOKENS_F32 if "f32" in dots else TILE_TOKENS
 
@@ -95,139 +73,109 @@ class Tile(Style):
 
     def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
         rows = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
-        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
         body = [
-            constant("BLOCK_R", rows.block),
-            constant("BLOCK_K", self._cut_columns("a", term.dtype, rows).block),
-            *row_range(rows, "BLOCK_R", str(term.rank)),
-            *_TOKENS,
-            "a += first * K",
-            "u += first",
-            *self._product("a", term.dtype, rows, "BLOCK_R"),
-            *store("u + tokens[:, None] * WIDTH + rows[None, :]", scaled_term(term, "acc"), "f32", ok),
+            v.BLOCK_R.constant(rows.block),
+            v.BLOCK_K.constant(self._cut_columns("a", term.dtype, rows).block),
+            *(name.let(value) for name, value in {**row_range(rows, v.BLOCK_R, term.rank), **_TOKENS}.items()),
+            v.a.let(v.first * v.K, "+="),
+            v.u.let(v.first, "+="),
+            *self._product(v.a, term.dtype, rows, v.BLOCK_R),
+            *store(v.u + v.tokens[:, None] * v.WIDTH + v.rows[None, :], scaled(term, v.scale, v.acc), "f32", _ok(rows)),
         ]
         return Work(f"BLOCK_R columns of u = s A x, {self.reach}: {{}}.", tuple(body)), rows.steps
 
     def mode_work(self, product: Product) -> tuple[Work, int]:
         outputs = product.mode.outputs
         rows = cut(outputs, dividing(TILE_RANKS, outputs, [product.period]), DOT_MINIMUM)
-        product_ = Emitter(product, rows, "BLOCK_N", self.spec.x, tiles=True).tile("acc", fresh=True)
-        at = f"{plus('u', product.column or 0)} + tokens[:, None] * WIDTH + (first + rows)[None, :]"
-        ok = ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
-        body = [*product_, *store(at, rescaled(product, "acc"), "f32", ok)]
-        names = [*row_range(rows, "BLOCK_N", str(outputs)), *row_names("BLOCK_N"), *_TOKENS]
-        body = [constant("BLOCK_N", rows.block), *defining(names, body)]
-        return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(body)), rows.steps
+        at = v.u + (product.column or 0) + v.tokens[:, None] * v.WIDTH + (v.first + v.rows)[None, :]
+        body = [
+            *Emitter(product, rows, self.spec.x, tiles=True).tile(v.acc, fresh=True),
+            *store(at, product.rescaled(v.acc), "f32", _ok(rows)),
+        ]
+        return Work(f"BLOCK_N columns of u, {self.reach}: {{}}.", tuple(self.framed(body, rows, outputs))), rows.steps
 
     def cut_rows(self, n: int, transposed: bool, periods: list[int]) -> Cut:
         return cut(n, dividing(self.row_blocks, n, periods), DOT_MINIMUM)
 
-    def multiply(self, i: int, rows: Cut) -> list[str]:
+    def multiply(self, i: int, rows: Cut) -> list[Code]:
         p = self.spec.projections[i]
         return [
-            constant("BLOCK_K", self._cut_columns("w", p.weight, rows).block),
-            f"w += {'first' if p.transposed else 'first * K'}",
-            *self._product("w", p.weight, rows, "BLOCK_N", p if p.transposed else None),
+            v.BLOCK_K.constant(self._cut_columns("w", p.weight, rows).block),
+            v.w.let(v.first if p.transposed else v.first * v.K, "+="),
+            *self._product(v.w, p.weight, rows, v.BLOCK_N, p if p.transposed else None),
         ]
 
-    def store(self, value: str, dtype: str, rows: Cut) -> list[str]:
-        value = f"({value})" if " " in value and dtype != "f32" else value
-        return store("y + tokens[:, None] * N + rows[None, :]", value, dtype, _ok(rows))
-
-    def _common(self, dtype: str) -> str:
-        """Operands of one dtype meet in it (and sum in fp32), others in fp32, which holds every value of both."""
-        return dtype if dtype == self.spec.x else "f32"
+    def store(self, value: Code, dtype: str, rows: Cut) -> list[Code]:
+        return store(_at(v.y), value, dtype, _ok(rows))
 
     def _cut_columns(self, matrix: str, dtype: str, rows: Cut) -> Cut:
         """The steps over K of a product of x with `rows` of a `matrix` of `dtype`."""
-        blocks = TILE_COLUMNS[DTYPES[self._common(dtype)].itemsize]
+        blocks = TILE_COLUMNS[DTYPES[common(dtype, self.spec.x)].itemsize]
         if matrix == "w" and rows.block == TILE_ROWS[-1]:  # longer, so that each thread has 16 bytes of them to load
             blocks = (2 * blocks[0], *blocks)
         return cut(self.spec.k, blocks[self.crowded :], DOT_MINIMUM)
 
     def _product(
-        self, matrix: str, dtype: str, rows: Cut, block: str, transposed: ProjectionSpec | None = None
-    ) -> list[str]:
+        self, matrix: Code, dtype: str, rows: Cut, block: Code, transposed: ProjectionSpec | None = None
+    ) -> list[Code]:
         """``acc[tokens, rows] = x matrixᵀ``, or x matrix where it is the weight of `transposed`."""
-        common, cols = self._common(dtype), self._cut_columns(matrix, dtype, rows)
-        w = f"{matrix} + rows[None, :] * K + cols[:, None]"
+        meet, cols = common(dtype, self.spec.x), self._cut_columns(matrix.text, dtype, rows)
+        w = matrix + v.rows[None, :] * v.K + v.cols[:, None]
         if transposed:
-            w = f"{matrix} + {row_of_w(transposed, self.spec.k, 'cols[:, None]')} + rows[None, :]"
-        x_ok = ["token_ok[:, None]", cols.mask("col_ok[None, :]")]
-        w_ok = [rows.mask("row_ok[None, :]"), cols.mask("col_ok[:, None]")]
+            w = matrix + row_of_w(transposed, self.spec.k) + v.rows[None, :]
+        x_ok = [v.token_ok[:, None], cols.mask(v.col_ok[None, :])]
+        w_ok = [rows.mask(v.row_ok[None, :]), cols.mask(v.col_ok[:, None])]
         step = [
             *k_columns(cols),
-            *load("xs =", "x + tokens[:, None] * K + cols[None, :]", x_ok, self.spec.x, common),
-            *load("ws =", w, w_ok, dtype, common),
-            *dot("xs", "ws", common, accumulate=cols.steps > 1),
+            *v.xs.load(v.x + v.tokens[:, None] * v.K + v.cols[None, :], x_ok, self.spec.x, meet),
+            *v.ws.load(w, w_ok, dtype, meet),
+            *v.acc.dot(v.xs, v.ws, meet, accumulate=cols.steps > 1),
         ]
         return [
-            *zeros(cols, f"(BLOCK_M, {block})"),
-            *loop(cols, "for k in range(0, K, BLOCK_K)", step),
+            *[v.acc.zeros(shape(v.BLOCK_M, block))] * (cols.steps > 1),
+            *cols.loop(v.k, fn("range", 0, v.K, v.BLOCK_K), step),
         ]
 
-    def epilogue(self, i: int, rows: Cut) -> list[str]:
-        p, columns = self.spec.projections[i], self.columns[i]
-        lines = to_rows(p)
-        for j, (term, offset) in enumerate(with_offsets(p)):
-            lines += self._add_term(j, term, offset, rows)
-        for j, given in enumerate(p.given):
-            lines += self._add_given(j, given, rows)
-        for ending in columns.endings:
-            emitter = Emitter(ending, rows, "BLOCK_N", self.spec.x, tiles=True)
+    def epilogue(self, i: int, rows: Cut) -> list[Code]:
+        p, row_ok = self.spec.projections[i], [rows.mask(v.row_ok)]
+        lines = self.to_rows(p)
+        for narrow in (*self.low_rank(p), *self.given(p)):
+            lines += self._add(narrow, rows)
+        for ending in self.columns[i].endings:
+            emitter = Emitter(ending, rows, self.spec.x, tiles=True)
             joins = emitter.dots and not ending.scaled
-            part = "acc" if joins else f"part{ending.term}"
-            lines += emitter.tile(part, fresh=not joins)
-            lines += [] if joins else [f"acc += {rescaled(ending, part)}"]
+            part_ = v.acc if joins else v[f"part{ending.term}"]
+            lines += emitter.tile(part_, fresh=not joins)
+            lines += [] if joins else [v.acc.let(ending.rescaled(part_), "+=")]
         if p.rowscale:
-            lines += load("acc *=", "rowscale + rows", [rows.mask("row_ok")], p.rowscale, view="[None, :]")
+            lines += v.acc.load(v.rowscale + v.rows, row_ok, p.rowscale, view="[None, :]", sign="*=")
         if p.bias:
-            lines += load("acc +=", "bias + rows", [rows.mask("row_ok")], p.bias, view="[None, :]")
+            lines += v.acc.load(v.bias + v.rows, row_ok, p.bias, view="[None, :]", sign="+=")
         if p.residual:
-            lines += load("acc +=", "residual + tokens[:, None] * N + rows[None, :]", _ok(rows), p.residual)
+            lines += v.acc.load(_at(v.residual), _ok(rows), p.residual, sign="+=")
         return lines
 
-    def _add_term(self, j: int, term: LowRankSpec, offset: int, rows: Cut) -> list[str]:
-        ranks = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
-        common = _common_with_u(term)
-        u = f"{plus('u', offset)} + tokens[:, None] * WIDTH + ranks{j}[None, :]"
-        b = f"b{j} + {times('rows[None, :]', term.rank)} + ranks{j}[:, None]"
-        u_ok = ["token_ok[:, None]", ranks.mask(f"rank{j}_ok[None, :]")]
-        b_ok = [rows.mask("row_ok[None, :]"), ranks.mask(f"rank{j}_ok[:, None]")]
+    def _add(self, narrow: Narrow, rows: Cut) -> list[Code]:
+        ranks = cut(narrow.rank, TILE_RANKS, DOT_MINIMUM)
+        vector = narrow.vector + v.tokens[:, None] * narrow.stride + narrow.columns[None, :]
+        matrix = narrow.matrix + v.rows[None, :] * narrow.rank + narrow.columns[:, None]
+        vector_ok = [v.token_ok[:, None], ranks.mask(narrow.ok[None, :])]
+        matrix_ok = [rows.mask(v.row_ok[None, :]), ranks.mask(narrow.ok[:, None])]
         step = [
-            *rank_columns(ranks, j),
-            *load(f"us{j} =", u, u_ok, "f32", common),
-            *load(f"bs{j} =", b, b_ok, term.dtype, common),
-            *dot(f"us{j}", f"bs{j}", common, accumulate=True),
+            *narrow.vectors.load(vector, vector_ok, narrow.has, narrow.common),
+            *narrow.factors.load(matrix, matrix_ok, narrow.dtype, narrow.common),
+            *v.acc.dot(narrow.vectors, narrow.factors, narrow.common, accumulate=True),
         ]
-        return rank_loop(ranks, step)
-
-
-    def _add_given(self, j: int, given: GivenSpec, rows: Cut) -> list[str]:
-        ranks = cut(given.rank, TILE_RANKS, DOT_MINIMUM)
-        common = _common_with_z(given)
-        z = f"z{j} + {times('tokens[:, None]', given.rank)} + given{j}[None, :]"
-        c = f"c{j} + {times('rows[None, :]', given.rank)} + given{j}[:, None]"
-        z_ok = ["token_ok[:, None]", ranks.mask(f"given{j}_ok[None, :]")]
-        c_ok = [rows.mask("row_ok[None, :]"), ranks.mask(f"given{j}_ok[:, None]")]
-        step = [
-            *given_columns(ranks, j),
-            *load(f"zs{j} =", z, z_ok, given.z, common),
-            *load(f"cs{j} =", c, c_ok, given.dtype, common),
-            *dot(f"zs{j}", f"cs{j}", common, accumulate=True),
-        ]
-        return rank_loop(ranks, step)
+        return narrow.loop(ranks, step)
 
 
 class Accumulate(Tile):
     """What is to be added to the products that the vendor library has written to every y."""
 
+    expanding = "accumulate"
     does = "Added to BLOCK_N rows of a y"
     expanded = ("bias", "residual", "rowscale", "b", "c", "z")
     reads_y = True
-
-    def kernels(self) -> list[Kernel]:
-        return [dataclasses.replace(k, name=k.name.replace("expand", "accumulate")) for k in super().kernels()]
 
     def expands(self) -> list[Case]:
         if self.spec.swiglu:
@@ -235,21 +183,15 @@ class Accumulate(Tile):
         adds = (bool(p.bias or p.residual or p.adapted) for p in self.spec.projections)
         return [self.expand(i) for i, adds_ in enumerate(adds) if adds_]
 
-    def multiply(self, i: int, rows: Cut) -> list[str]:
-        p = self.spec.projections[i]
-        return load("acc =", "y + tokens[:, None] * N + rows[None, :]", _ok(rows), p.out)
+    def multiply(self, i: int, rows: Cut) -> list[Code]:
+        return v.acc.load(_at(v.y), _ok(rows), self.spec.projections[i].out)
 
 
-def _ok(rows: Cut) -> list[str]:
-    """The mask of a tile of y."""
-    return ["token_ok[:, None]", rows.mask("row_ok[None, :]")]
+def _at(tensor: Code) -> Code:
+    """A tile of y, or of a `tensor` of its shape."""
+    return tensor + v.tokens[:, None] * v.N + v.rows[None, :]
 
 
-def _common_with_u(term: LowRankSpec) -> str:
-    """u may meet B in bf16, which has the range of fp32. In fp16 it could overflow where s is large."""
-    return "bf16" if term.dtype == "bf16" else "f32"
-
-
-def _common_with_z(given: GivenSpec) -> str:
-    """Operands of one dtype meet in it, others in fp32."""
-    return given.dtype if given.dtype == given.z else "f32"
+def _ok(rows: Cut) -> list[Code | None]:
+    """The mask of such a tile."""
+    return [v.token_ok[:, None], rows.mask(v.row_ok[None, :])]
