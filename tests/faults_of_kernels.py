@@ -177,7 +177,7 @@ KERNELS = {
         TILE, "scaled(term, v.scale, v.acc)", "v.acc", f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
     ),
     "Triton: one token too many": Fault(
-        TILE, "v.tokens < v.left}", "v.tokens < v.left + 1}", f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
+        TILE, "v.tokens < v.left)", "v.tokens < v.left + 1)", f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
     ),
     "Triton: the last block unmasked": Fault(
         TEXT,

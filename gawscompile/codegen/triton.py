@@ -230,7 +230,7 @@ def _header(spec: KernelSpec, plan: Plan, style: Style, steps: list[Kernel]) -> 
         text = said[kernel.what].format(width=style.width, computes=_computes(style, kernel.stage))
         launches.append(f"{kernel.step}: {text}")
     sections = [f"{case} from {column}" for case, column in style.sections()]
-    read = _reads(steps)
+    read = frozenset().union(*(kernel.reads for kernel in steps))
     constants = [f"K = tl.constexpr({spec.k})  # columns of x, of every W and of every A"] * ("K" in read)
     if "WIDTH" in read:
         constants += [*_comment(f"Columns of u: {', '.join(sections)}."), f"WIDTH = tl.constexpr({style.width})"]
@@ -275,10 +275,6 @@ def _listed(words: list[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _reads(steps: list[Kernel]) -> frozenset[str]:
-    return frozenset().union(*(kernel.reads for kernel in steps))
-
-
 def _comment(text: str) -> list[str]:
     return [f"# {line}" for line in textwrap.wrap(text, WIDTH)]
 
@@ -310,7 +306,7 @@ def _host(spec: KernelSpec, plan: Plan, style: Style, steps: list[Kernel], tuned
         "if outs is None:",
         *indent(["outs = [", *indent(f"{_empty(str(n), dtype)}," for n, dtype in spec.outputs), "]"]),
         *_unpack(ys, "outs"),
-        *[f"u = {_empty('WIDTH.value', 'f32')}"] * ("u" in _reads(steps)),
+        *[f"u = {_empty('WIDTH.value', 'f32')}"] * any("u" in kernel.reads for kernel in steps),
     ]
     if single:
         body += [

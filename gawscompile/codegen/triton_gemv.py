@@ -36,7 +36,7 @@ class Gemv(Style):
     name = "gemv"
     reach = "for one token"
     total = v.out
-    token = {v.token: fn("tl.program_id", 0).to("i64")}  # noqa: RUF012 # the fast axis, so tokens share rows while these are in L2
+    token = ((v.token, fn("tl.program_id", 0).to("i64")),)  # the fast axis, so tokens share rows while these are in L2
 
     def __init__(self, spec: KernelSpec, rows: int) -> None:
         super().__init__(spec)
@@ -44,7 +44,7 @@ class Gemv(Style):
         self.shrink_columns = cut(spec.k, GEMV_COLUMNS)
 
     def options(self, what: str) -> tuple[tuple[str, int], ...]:
-        return (("num_warps", self._shrink_warps() if what.startswith("shrink") else self._expand_warps()),)
+        return (("num_warps", self._shrink_warps() if what == "shrink" else self._expand_warps()),)
 
     def choices(self, what: str) -> tuple[tuple[tuple[str, int], ...], ...]:
         return tuple((("num_warps", warps),) for warps in (1, 2, 4, 8))
@@ -238,15 +238,15 @@ class RedundantShrink(Gemv):
             return super()._vector(narrow, ranks)
         j = narrow.j
         cols = cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // ranks.block])
-        at, col_ok, xs, rows_, products = v[f"cols{j}"], v[f"col{j}_ok"], v[f"xs{j}"], v[f"as{j}"], v[f"products{j}"]
+        at, col_ok, xs, factors, products = v[f"cols{j}"], v[f"col{j}_ok"], v[f"xs{j}"], v[f"as{j}"], v[f"products{j}"]
         block = shape(ranks.block, cols.block)
         a = v[f"a{j}"] + narrow.columns[:, None] * v.K + at[None, :]
         ok = [ranks.mask(narrow.ok[:, None]), cols.mask(col_ok[None, :])]
         step = [
             *cols.index(at, col_ok, v.k, v.K),
             *xs.load(fn("tl.broadcast_to", v.x + at[None, :], block), ok[1:], self.spec.x),
-            *rows_.load(a, ok, narrow.dtype),
-            products.let(rows_ * xs, cols.sign),
+            *factors.load(a, ok, narrow.dtype),
+            products.let(factors * xs, cols.sign),
         ]
         return [
             *[products.zeros(block)] * (cols.steps > 1),

@@ -12,26 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeAlias
 
 from gawscompile.codegen.triton_modes import Product, columns, common
-from gawscompile.codegen.triton_text import (
-    Case,
-    Code,
-    Cut,
-    Kernel,
-    Tensor,
-    Work,
-    defining,
-    fn,
-    function,
-    printed,
-    reads,
-    v,
-    wrapped,
-)
+from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Tensor, Work, fn, function, printed, reads, v
 from gawscompile.ir.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
 
 MAX_ROW_BLOCKS = 65535  # CUDA's limit for the second axis of a grid
+
+Definitions: TypeAlias = tuple[tuple[Code, Code], ...]  # names and their values
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class Style(ABC):
 
     name: str
     reach: str  # of one program along the tokens, for docstrings
-    token: dict[Code, Code]  # what defines `token` and others in `passed`
+    token: Definitions  # of `token` and others in `passed`
     passed: tuple[str, ...] = ("token",)  # what work may use beside tensors
     extra: tuple[tuple[str, str], ...] = ()  # further parameters, with their Triton types
     # operands of an expanding case
@@ -84,7 +73,7 @@ class Style(ABC):
     does = "BLOCK_N rows of a y"
     expanding = "expand"  # the step that makes the rows of y
     total: Code  # what the work calls the rows before they are stored
-    names: dict[Code, Code] = {}  # noqa: RUF012 # further definitions for expanding cases
+    names: Definitions = ()  # further ones for the rows of a W or a mode
     reads_y = False  # whether an expanding case adds to what y holds
 
     def __init__(self, spec: KernelSpec) -> None:
@@ -170,18 +159,17 @@ class Style(ABC):
             params = [f"{param}: tl.constexpr" if (param, "constexpr") in self.extra else param for param in given]
             title = name if alike else f"{name}_{half}"
             doc = f"BLOCK_N rows of {'gate or up' if alike else half}, {self.reach}: {what}, in fp32."
-            calls += wrapped(v[half].let(Code(title)), list(given.values()))
+            calls += v[half].let(Code(title)).wrapped(list(given.values()))
             texts.append(function("@triton.jit", title, params, doc, [*printed(lines), f"return {self.total.text}"]))
         return calls, list(dict.fromkeys(texts))
 
     def framed(self, body: list[Code], rows: Cut, end: Code | int = v.N) -> list[Code]:
         """`body` after the names of its rows, of which there are `end`, as far as it reads them."""
         # Mode products use the names of rows in 32 bits.
-        named = {v.start: v.block * v.BLOCK_N, v.row: v.block * v.BLOCK_N + v.rows}
-        return [
-            v.BLOCK_N.constant(rows.block),
-            *defining({**row_range(rows, v.BLOCK_N, end), **named, **self.names}, body),
-        ]
+        named = ((v.start, v.block * v.BLOCK_N), (v.row, v.block * v.BLOCK_N + v.rows), *self.names)
+        for name, value in reversed((*row_range(rows, v.BLOCK_N, end), *named)):
+            body = [*[name.let(value)] * (name.text in reads(body)), *body]
+        return [v.BLOCK_N.constant(rows.block), *body]
 
     def tensors(self, i: int, temporary: bool = False) -> list[Tensor]:
         """What the rows of one W read beside x and u, what they add to included if it is `temporary`."""
@@ -258,7 +246,7 @@ class Style(ABC):
             shared=tuple(shared),
             cases=tuple(cases),
             prologue=(
-                *(name.let(value) for name, value in self.token.items()),
+                *(name.let(value) for name, value in self.token),
                 v.block.let(fn("tl.program_id", 1)),
                 *(v[tensor.name].let(v.token * lengths[tensor.name], "+=") for tensor in shared),
             ),
@@ -354,10 +342,10 @@ def k_columns(range_: Cut) -> list[Code]:
     return range_.index(v.cols, v.col_ok, v.k, v.K, v.BLOCK_K)
 
 
-def row_range(range_: Cut, block: Code, end: Code | int) -> dict[Code, Code]:
+def row_range(range_: Cut, block: Code, end: Code | int) -> Definitions:
     """The rows of this program: `first` in 64 bits moves pointers, `rows` in 32 bits indexes from there."""
-    names = {v.rows: fn("tl.arange", 0, block), v.first: v.block.to("i64") * block}
-    return names | ({v.row_ok: v.first + v.rows < end} if range_.masked else {})
+    names = (v.rows, fn("tl.arange", 0, block)), (v.first, v.block.to("i64") * block)
+    return (*names, *[(v.row_ok, v.first + v.rows < end)] * range_.masked)
 
 
 def row_of_w(p: ProjectionSpec, k: int) -> Code:

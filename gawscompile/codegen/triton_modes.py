@@ -226,18 +226,15 @@ class Emitter:
     def _from(self) -> tuple[Code, Code | None]:
         """Offsets of these rows in G and in the input: of each row, or of all where they agree."""
         p, mode = self.product, self.product.mode
-        one_slice = mode.before == 1
-        row = v.start if self.uniform else v.row
+        row, within = (v.start, v.rows) if self.uniform else (v.row, 0)
+        if mode.after == mode.before == 1:
+            return v.row * mode.columns, None
         if mode.after == 1:
-            if one_slice:
-                return v.row * mode.columns, None
-            at = row % p.rows + (v.rows if self.uniform else 0)
-            return at * mode.columns, row // p.rows * mode.columns
-        outer, inner = p.rows * mode.after, mode.columns * mode.after
-        g = row // mode.after
-        place = row % mode.after + (v.rows if self.uniform else 0)
-        if one_slice:
+            return (row % p.rows + within) * mode.columns, row // p.rows * mode.columns
+        g, place = row // mode.after, row % mode.after + within
+        if mode.before == 1:
             return g * mode.columns, place
+        outer, inner = p.rows * mode.after, mode.columns * mode.after
         return g % p.rows * mode.columns, row // outer * inner + place
 
     def gemv(self) -> list[Code]:

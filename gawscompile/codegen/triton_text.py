@@ -1,5 +1,6 @@
-"""What Triton kernels are printed from: blocks of ranges, phrases of Triton, and kernels made of cases.
+"""What Triton kernels are printed from: code, blocks of ranges, and kernels made of cases.
 
+Code knows the names that it reads, so what a kernel needs follows from its work, and nothing reads a text back.
 `triton_kernels` says what the kernels of a plan do, in these terms. Whatever a spec fixes is left out of the text:
 a mask where a block divides the range, a loop of one step, a cast to the same dtype, a branch with one way.
 """
@@ -35,7 +36,7 @@ def _operator(sign: str, level: int, nothing: int | None = None) -> Callable[[Co
 
 @dataclass(frozen=True)
 class Code:
-    """An expression or a line of Triton, and the names that it reads.
+    """An expression or a line of Triton, and the names that it reads. A multi-line call reads them on its first line.
 
     Operators print as Triton's. `level` says how loosely the last of them binds.
     """
@@ -59,6 +60,11 @@ class Code:
         """As `dtype`, unless it `has` that."""
         return self if dtype == has else Code(f"{self.within(0)}.to({TL[dtype]})", self.reads)
 
+    def wrapped(self, arguments: Sequence[Code], tail: str = "") -> list[Code]:
+        """`call` of what is called here."""
+        first, *rest = call(self.text, printed(arguments), tail)
+        return [Code(first, self.reads | reads(arguments)), *map(Code, rest)]
+
     # --- Lines, for a name
 
     def let(self, value: Code, sign: str = "=") -> Code:
@@ -77,11 +83,12 @@ class Code:
         """``name = tl.load(pointer)``, masked where there are masks `ok`, cast where the dtypes differ, then `view`."""
         mask = _mask(ok)
         cast = f".to({TL[to]})" if dtype != to else ""
-        return wrapped(self.let(Code("tl.load"), sign), [pointer, *mask, *[Code("other=0.0")] * len(mask)], cast + view)
+        arguments = [pointer, *mask, *[Code("other=0.0")] * len(mask)]
+        return self.let(Code("tl.load"), sign).wrapped(arguments, cast + view)
 
     def dot(self, left: Code, right: Code, dtype: str, accumulate: bool) -> list[Code]:
         options = ['input_precision="ieee"'] * (dtype == "f32")  # never tf32
-        return wrapped(self.let(Code("tl.dot")), [left, right, *[self] * accumulate, *map(Code, options)])
+        return self.let(Code("tl.dot")).wrapped([left, right, *[self] * accumulate, *map(Code, options)])
 
     def each(self, range_: Code, body: Iterable[Code]) -> list[Code]:
         """A loop."""
@@ -124,15 +131,9 @@ def shape(rows: Code | int, columns: Code | int) -> Code:
     return Code(f"({code(rows).text}, {code(columns).text})", reads([code(rows), code(columns)]))
 
 
-def wrapped(head: Code, arguments: Sequence[Code], tail: str = "") -> list[Code]:
-    """`call` for code, whose first line reads all names."""
-    first, *rest = call(head.text, printed(arguments), tail)
-    return [Code(first, head.reads | reads(arguments)), *map(Code, rest)]
-
-
 def store(pointer: Code, value: Code, dtype: str, ok: Iterable[Code | None] = ()) -> list[Code]:
     """Store `value`, which is fp32, as `dtype`."""
-    return wrapped(Code("tl.store"), [pointer, value.to(dtype, "f32"), *_mask(ok)])
+    return Code("tl.store").wrapped([pointer, value.to(dtype, "f32"), *_mask(ok)])
 
 
 def _mask(ok: Iterable[Code | None]) -> list[Code]:
@@ -147,15 +148,6 @@ def scaled(term: LowRankSpec | KroneckerSpec, name: Code, value: Code) -> Code:
     # The repr of what is not finite is no expression.
     factor = Code(repr(term.scale) if math.isfinite(term.scale) else f'float("{term.scale}")')
     return value if term.scale == 1.0 else factor * value
-
-
-def defining(definitions: dict[Code, Code], body: Iterable[Code]) -> list[Code]:
-    """`body` after those of `definitions` whose names it or a later one of them reads."""
-    lines = list(body)
-    for name, value in reversed(definitions.items()):
-        if name.reads & reads(lines):
-            lines.insert(0, name.let(value))
-    return lines
 
 
 # --- How ranges are cut into blocks ------------------------------------------------------------------------

@@ -6,15 +6,7 @@
 
 from __future__ import annotations
 
-from gawscompile.codegen.triton_kernels import (
-    Narrow,
-    Style,
-    blocks_of_rows,
-    dividing,
-    k_columns,
-    row_of_w,
-    row_range,
-)
+from gawscompile.codegen.triton_kernels import Narrow, Style, blocks_of_rows, dividing, k_columns, row_of_w, row_range
 from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Emitter, Product, common
 from gawscompile.codegen.triton_text import Case, Code, Cut, Work, cut, fn, scaled, shape, store, v
 from gawscompile.ir.spec import DTYPES, KernelSpec, LowRankSpec, ProjectionSpec
@@ -27,7 +19,7 @@ TILE_TOKENS = (16, 64)  # BLOCK_M for few tokens and for many
 TILE_TOKENS_F32 = (16, 32)  # Triton 3.6 gives wider fp32 tiles to sm_100's tensor cores as tf32, against "ieee"
 TILE_WORKS = 2  # kinds of work whose pipelines fit together into the shared memory of an sm_86 (99 KiB)
 
-_TOKENS = {v.tokens: fn("tl.arange", 0, v.BLOCK_M), v.token_ok: v.tokens < v.left}
+_TOKENS = ((v.tokens, fn("tl.arange", 0, v.BLOCK_M)), (v.token_ok, v.tokens < v.left))
 
 
 class Tile(Style):
@@ -37,10 +29,7 @@ class Tile(Style):
     total = v.acc
     names = _TOKENS
     reach = "for BLOCK_M tokens of which `left` exist"
-    token = {  # noqa: RUF012
-        v.token: fn("tl.program_id", 0).to("i64") * v.BLOCK_M,
-        v.left: (v.m - v.token).to("i32"),
-    }
+    token = ((v.token, fn("tl.program_id", 0).to("i64") * v.BLOCK_M), (v.left, (v.m - v.token).to("i32")))
     passed = ("token", "left", "BLOCK_M")
     extra = (("m", "i32"), ("BLOCK_M", "constexpr"))
 
@@ -76,7 +65,7 @@ class Tile(Style):
         body = [
             v.BLOCK_R.constant(rows.block),
             v.BLOCK_K.constant(self._cut_columns("a", term.dtype, rows).block),
-            *(name.let(value) for name, value in {**row_range(rows, v.BLOCK_R, term.rank), **_TOKENS}.items()),
+            *(name.let(value) for name, value in (*row_range(rows, v.BLOCK_R, term.rank), *_TOKENS)),
             v.a.let(v.first * v.K, "+="),
             v.u.let(v.first, "+="),
             *self._product(v.a, term.dtype, rows, v.BLOCK_R),
@@ -144,9 +133,9 @@ class Tile(Style):
         for ending in self.columns[i].endings:
             emitter = Emitter(ending, rows, self.spec.x, tiles=True)
             joins = emitter.dots and not ending.scaled
-            part_ = v.acc if joins else v[f"part{ending.term}"]
-            lines += emitter.tile(part_, fresh=not joins)
-            lines += [] if joins else [v.acc.let(ending.rescaled(part_), "+=")]
+            sums = v.acc if joins else v[f"part{ending.term}"]
+            lines += emitter.tile(sums, fresh=not joins)
+            lines += [] if joins else [v.acc.let(ending.rescaled(sums), "+=")]
         if p.rowscale:
             lines += v.acc.load(v.rowscale + v.rows, row_ok, p.rowscale, view="[None, :]", sign="*=")
         if p.bias:
