@@ -62,7 +62,7 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
     prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
     parts = [_header(spec, plans), "\n\n".join(prelude), "", *_constants(spec, ranks), "", "}  // namespace"]
     parts += ["", *_gemv(spec, ranks, summed)] if whole else []
-    if added and (spec.swiglu or any(_has_epilogue(p) for p in spec.projections)):
+    if added and (spec.swiglu or any(has_epilogue(p) for p in spec.projections)):
         parts += ["", *_accumulate(spec, ranks)]
     return "\n".join(parts) + "\n"
 
@@ -146,7 +146,7 @@ def _panel(spec: KernelSpec) -> int:
 
 def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     parts = Parts(spec, ranks)
-    added = [i for i, p in enumerate(spec.projections) if _has_epilogue(p)]
+    added = [i for i, p in enumerate(spec.projections) if has_epilogue(p)]
     pieces = [(i, [_added(spec, i, parts)]) for i in added]
     if spec.swiglu:  # one piece of both, and of their product
         at = "b * 2 * V"
@@ -194,7 +194,7 @@ def _entry(
     ]
 
 
-def _has_epilogue(p: ProjectionSpec) -> bool:
+def has_epilogue(p: ProjectionSpec) -> bool:
     """Whether anything is to be added to the plain product W x."""
     return bool(p.bias or p.residual or p.adapted)
 
