@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.fault import A_RACE, ON_GPUS, Fault
 
-CPP, ADD, MODES = "codegen/cpp.py", "codegen/cpp_add.py", "codegen/cpp_modes.py"
+CPP, PARTS, MODES = "codegen/cpp.py", "codegen/cpp_parts.py", "codegen/cpp_modes.py"
 GEMV, TILE, TEXT = "codegen/triton_gemv.py", "codegen/triton_tile.py", "codegen/triton_text.py"
 
 NUMBERS = "tests/codegen/test_triton.py::test_numbers"
@@ -17,14 +17,14 @@ KERNELS = {
     # --- C++: templates -----------------------------------------------------------------------------------------
     "tail of a dot product dropped": Fault(
         "codegen/prelude.cpp",
-        "  if constexpr (WHOLE < N) {",
-        "  if constexpr (false) {",
+        "  if constexpr (WHOLE < N) step(WHOLE, N - WHOLE);\n",
+        "",
         f"{ENTRIES}_gemv[odd_everything-1]",
     ),
     "last row off by one": Fault(
         "codegen/prelude.cpp",
-        "for (int64_t r = row; r < N; ++r) f(Int<1>{}, r);",
-        "for (int64_t r = row; r < N - 1; ++r) f(Int<1>{}, r);",
+        "for (int64_t r = row; r < n; ++r) f(Int<1>{}, r);",
+        "for (int64_t r = row; r < n - 1; ++r) f(Int<1>{}, r);",
         f"{ENTRIES}_gemv[odd_everything-1]",
     ),
     "two of four tokens left out": Fault(
@@ -75,8 +75,8 @@ KERNELS = {
     ),
     "G's rows in another order": Fault(
         "codegen/modes.cpp",
-        "dot<R, T, I>(acc, g + row * I, from + s0 * I, I);",
-        "dot<R, T, I>(acc, g + (O - R - row) * I, from + s0 * I, I);",
+        "dot<I>(acc, g + row * I, from + s0 * I, I);",
+        "dot<I>(acc, g + (O - R - row) * I, from + s0 * I, I);",
         f"{ENTRIES}_gemv[gaws-1]",
     ),
     "slices turned the wrong way": Fault(
@@ -85,29 +85,37 @@ KERNELS = {
         "float(x[t * ldx + (b * A + a) * I + i])",
         f"{ENTRIES}_gemv[gawsd-1]",
     ),
-    # --- C++: what is printed -----------------------------------------------------------------------------------
     "scale not in the kernel": Fault(
-        CPP, 'f"{scale} * sum(acc[r][t]);" if scale', 'f"sum(acc[r][t]);" if scale', f"{ENTRIES}_gemv[qkv-1]"
+        "codegen/projections.cpp", "scale * sum(acc[r][t])", "sum(acc[r][t])", f"{ENTRIES}_gemv[qkv-1]"
     ),
+    "residual lost by the last rows": Fault(
+        "codegen/projections.cpp",
+        "v += load_as(v, p + t * ld + row, count...);",
+        "if (sizeof v > 4 || !ld) v += load_as(v, p + t * ld + row, count...);",
+        f"{ENTRIES}_gemv[odd_everything-1]",
+    ),
+    "the end of silu(gate) * up left out": Fault(
+        "codegen/projections.cpp", "    if (c < count) {", "    if (c > count) {", SWIGLU
+    ),
+    "half of B u missing where the library multiplies": Fault(
+        "codegen/projections.cpp",
+        "fmadd(b.hi, ut, acc[t].hi)",
+        "acc[t].hi",
+        f"{ENTRIES}_accumulate[qkv-1]",
+        library=True,
+    ),
+    # --- C++: what is printed -----------------------------------------------------------------------------------
     "u read from the first term": Fault(
-        CPP,
-        'where = f"u + t0 * LDU + {ranks.offsets[i, j]}"',
-        'where = "u + t0 * LDU"',
+        PARTS,
+        'f"u + {self._ranks.offsets[i, j]}")',
+        '"u")',
         f"{ENTRIES}_gemv[two_adapters-1]",
     ),
     "rows scaled after the bias": Fault(
-        CPP,
-        '        *([f"      v *= load4(rowscale{i} + row);"] if p.rowscale else []),\n'
-        '        *([f"      v += load4(bias{i} + row);"] if p.bias else []),\n',
-        '        *([f"      v += load4(bias{i} + row);"] if p.bias else []),\n'
-        '        *([f"      v *= load4(rowscale{i} + row);"] if p.rowscale else []),\n',
+        PARTS,
+        "*self._scale(i), *self._epilogue(i)]",
+        "*self._epilogue(i), *self._scale(i)]",
         f"{ENTRIES}_gemv[rowscale-1]",
-    ),
-    "residual lost by the last rows": Fault(
-        CPP,
-        '        *([f"      v += float(res{i}[at]);"] if p.residual else []),\n',
-        "",
-        f"{ENTRIES}_gemv[odd_everything-1]",
     ),
     "nobody waits for u": Fault(
         CPP,
@@ -116,14 +124,10 @@ KERNELS = {
         f"{ENTRIES}_everyone_waits_between_a_stage_and_what_reads_it",
         unproven=A_RACE,
     ),
-    "the end of silu(gate) * up left out": Fault(CPP, '"    if (c < count) {",', '"    if (c > count) {",', SWIGLU),
-    "half of B u missing where the library multiplies": Fault(
-        ADD, "fmadd(b.hi, ut, acc[t].hi)", "acc[t].hi", f"{ENTRIES}_accumulate[qkv-1]", library=True
-    ),
     "rows scaled after the bias where the library multiplies": Fault(
-        ADD,
-        "early, late = ([], added) if p.rowscale",
-        "early, late = (added, []) if p.rowscale",
+        PARTS,
+        "_all([*scale, *lines])",
+        "_all([*lines, *scale])",
         f"{ENTRIES}_accumulate[rowscale-1]",
         library=True,
     ),

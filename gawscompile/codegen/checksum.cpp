@@ -104,10 +104,10 @@ class Checksum {
     }
   }
 
-  // The unit `number`, of ROWS rows or those that are left, of a matrix of N rows of K numbers.
-  template <int64_t N, int64_t K, int64_t ROWS, class T>
-  void rows(const T* matrix, int64_t number) {
-    const int64_t first = number * ROWS, count = first + ROWS <= N ? ROWS : N - first;
+  // The unit `number`, of ROWS rows or those that are left, of a matrix of n rows of K numbers.
+  template <int64_t K, int64_t ROWS, class T>
+  void rows(const T* matrix, int64_t n, int64_t number) {
+    const int64_t first = number * ROWS, count = first + ROWS <= n ? ROWS : n - first;
     add(matrix + first * K, size_t(count * K) * sizeof(T), uint64_t(number));
   }
 

@@ -11,8 +11,6 @@ from gawscompile.ir.spec import KernelSpec, KroneckerSpec, ModeSpec
 
 FEW_SLICES = 4  # fewer do not share loads of G well enough to pay for a stage of their own
 
-_CHUNK = 64  # features of a piece of work that only scales
-
 
 @dataclass(frozen=True)
 class Source:
@@ -85,44 +83,20 @@ class Scratch:
         return Ending(last, factors[-1], source)
 
 
-def work(step: Step) -> tuple[str, int]:
+def work(step: Step) -> tuple[str, str]:
     """(pieces of a step per tile of tokens, cost of each)."""
     mode = step.mode
     if mode is None or mode.rows is None:
-        return str(-(-step.width // _CHUNK)), _CHUNK
-    return f"blocks({mode.rows}, ROWS)", mode.before * mode.columns * mode.after
+        return f"blocks({step.width}, CHUNK)", "CHUNK"
+    return f"blocks({mode.rows}, ROWS)", str(mode.before * mode.columns * mode.after)
 
 
-def step_code(step: Step, share: str) -> list[str]:
-    pieces, cost = work(step)
-    mode, source = step.mode, step.source
-    lines = [
-        f"    {share}.piece({pieces} * tiles, {cost}, [&, tile = int64_t(-1)](int64_t piece) mutable {{",
-        f"      const int64_t at = piece % ({pieces}), own = piece / ({pieces});",
-        "      const int64_t lo = own * 4 * TOKENS, hi = min(m, lo + 4 * TOKENS);",
-    ]
+def step_code(step: Step, share: str) -> str:
+    mode, source, to = step.mode, step.source, f"u + {step.offset}"
     if mode is None or mode.rows is None:
-        sizes = f"<{mode.columns}, {mode.after}>" if mode else "<1, 1>"
-        factor = step.factor or "(const float*)nullptr"
-        ends = f"at * {_CHUNK}, min<int64_t>({step.width}, (at + 1) * {_CHUNK})"
-        where = f"{source.pointer}, LDU, {source.stride}, {ends}"
-        lines.append(f"      diagonal{sizes}(u + {step.offset}, {factor}, {where}, lo, hi, {step.scale});")
+        sizes, factor = (f"{mode.columns}, {mode.after}", step.factor) if mode else ("1, 1", "(const float*)nullptr")
+        call = f"diagonal<{sizes}, LDU, {source.stride}>({share}, m, {step.width}, {to}, {factor}"
     else:
-        call = f"mode<{mode.before}, {mode.rows}, {mode.columns}, {mode.after}>(u + {step.offset}, {step.factor}"
-        rest = f"at, lo, hi, {step.scale});"
-        straight = f"{call}, {source.pointer}, LDU, {source.stride}, {rest}"
-        if mode.after == 1:
-            lines.append(f"      {straight}")
-        else:
-            sizes = f"{mode.before}, {mode.columns}, {mode.after}"
-            lines += [
-                f"      if constexpr (turns<{mode.after}>) {{",
-                "        static thread_local Buffer turned;",
-                f"        if (tile != own) turn<{sizes}>(turned, {source.pointer}, {source.stride}, lo, hi);",
-                "        tile = own;",
-                f"        {call}, turned.of(0), LDU, 0, {rest}",
-                "      } else {",
-                f"        {straight}",
-                "      }",
-            ]
-    return [*lines, "    });"]
+        sizes = f"{mode.before}, {mode.rows}, {mode.columns}, {mode.after}"
+        call = f"mode_product<{sizes}, LDU, {source.stride}>({share}, m, {to}, {step.factor}"
+    return f"    {call}, {source.pointer}, {step.scale});"

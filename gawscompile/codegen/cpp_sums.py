@@ -36,30 +36,6 @@ def begin(summed: Sequence[Operand]) -> list[str]:
     return [f"    Checksum {', '.join(f'sum_{o.name}' for o in summed)};"] if summed else []
 
 
-def streamed(name: str, summed: Sequence[Operand]) -> str:
-    """The argument of `stream` that takes the checksum of the operand `name`, where that is asked for."""
-    return f", Rows{{sum_{name}, row}}" if any(o.name == name for o in summed) else ""
-
-
-def by_columns(name: str, summed: Sequence[Operand]) -> str:
-    """The same for `columns`."""
-    return f", Columns{{sum_{name}, n}}" if any(o.name == name for o in summed) else ""
-
-
-def sum_blocks(i: int, summed: Sequence[Operand]) -> list[str]:
-    """All other operands that projection i's rows read: those of the block `block`, after the first tile of tokens."""
-    own = [o for o in summed if o.projection == i and o.role in ("b", "c")]
-    return [
-        f"            if (t0 == 0) sum_{o.name}.rows<{o.shape[0]}, {o.shape[1]}, ROWS>({o.name}, block);" for o in own
-    ]
-
-
-def each_block(blocks: str, lines: list[str], sums: list[str]) -> list[str]:
-    """A loop over blocks of rows."""
-    loop = f"          for (int64_t block = {blocks}; ++block)"
-    return [f"{loop} {{", *lines, *sums, "          }"] if sums else [loop, *lines]
-
-
 def finish(summed: Sequence[Operand]) -> list[str]:
     """All threads' sums become one."""
     return [

@@ -20,7 +20,7 @@ inline void turn(Buffer& turned, const TX* x, int64_t ldx, int64_t lo, int64_t h
 template <int64_t B, int64_t O, int64_t I, int64_t A, class TG, class TX>
 inline void mode(
     float* z, const TG* g, const TX* x, int64_t ldz, int64_t ldx, int64_t block, int64_t lo, int64_t hi, float scale) {
-  for_rows<O>(block, [&](auto rows, int64_t row) {
+  for_rows<even(O)>(O, block, [&](auto rows, int64_t row) {
     constexpr int R = decltype(rows)::value;
     for (int64_t t = lo; t < hi; ++t) {
       if constexpr (A == 1 || turns<A>) {
@@ -28,9 +28,8 @@ inline void mode(
         for_tokens(0, B * A, [&](auto width, int64_t s0) {
           constexpr int T = decltype(width)::value;
           F acc[R][T];
-          for (auto& row_acc : acc)
-            for (auto& a : row_acc) a = F(0);
-          dot<R, T, I>(acc, g + row * I, from + s0 * I, I);
+          clear(acc);
+          dot<I>(acc, g + row * I, from + s0 * I, I);
           for (int s = 0; s < T; ++s)
             for (int r = 0; r < R; ++r)
               z[t * ldz + ((s0 + s) / A * O + row + r) * A + (s0 + s) % A] = scale * sum(acc[r][s]);
@@ -63,25 +62,49 @@ inline void mode(
   });
 }
 
-// z = scale * diag(v) x for features [k0, k1), v along the middle axis; or z = scale * x where v is null.
-template <int64_t I, int64_t A, class TG, class TX>
-inline void diagonal(
-    float* z, const TG* v, const TX* x, int64_t ldz, int64_t ldx, int64_t k0, int64_t k1, int64_t lo, int64_t hi,
-    float scale) {
-  for (int64_t t = lo; t < hi; ++t)
-    for (int64_t k = k0; k < k1; ++k) z[t * ldz + k] = scale * float(x[t * ldx + k]) * (v ? float(v[k / A % I]) : 1.0f);
+// A thread's share of a mode product from lines of LDX numbers into lines of LDZ: by blocks of G's rows times tiles of
+// tokens.
+template <int64_t B, int64_t O, int64_t I, int64_t A, int64_t LDZ, int64_t LDX, class TG, class TX>
+[[gnu::noinline]] void mode_product(Share& share, int64_t m, float* z, const TG* g, const TX* x, float scale) {
+  constexpr int64_t COUNT = blocks(O, ROWS);
+  int64_t tile = -1;
+  share.piece(COUNT * blocks(m, TILE), B * I * A, [&](int64_t piece) {
+    const int64_t block = piece % COUNT, own = piece / COUNT, lo = own * TILE, hi = min(m, lo + TILE);
+    if constexpr (turns<A>) {
+      static thread_local Buffer turned;
+      if (tile != own) turn<B, I, A>(turned, x, LDX, lo, hi);
+      tile = own;
+      mode<B, O, I, A>(z, g, turned.of(0), LDZ, 0, block, lo, hi, scale);
+    } else {
+      mode<B, O, I, A>(z, g, x, LDZ, LDX, block, lo, hi, scale);
+    }
+  });
+}
+
+constexpr int64_t CHUNK = 64;  // features of a piece of work that only scales
+
+// The same for z = scale * diag(v) x of n features, v along the middle axis, or z = scale * x where v is null.
+template <int64_t I, int64_t A, int64_t LDZ, int64_t LDX, class TG, class TX>
+[[gnu::noinline]] void diagonal(Share& share, int64_t m, int64_t n, float* z, const TG* v, const TX* x, float scale) {
+  const int64_t count = blocks(n, CHUNK);
+  share.piece(count * blocks(m, TILE), CHUNK, [&](int64_t piece) {
+    const int64_t first = piece % count * CHUNK, lo = piece / count * TILE;
+    for (int64_t t = lo; t < min(m, lo + TILE); ++t)
+      for (int64_t k = first; k < min(n, first + CHUNK); ++k)
+        z[t * LDZ + k] = scale * float(x[t * LDX + k]) * (v ? float(v[k / A % I]) : 1.0f);
+  });
 }
 
 // acc[r][t] += row (row + r) of I ⊗ G times x[t], which lies in slices of I; the rows may cross into the next slice
-template <int R, int T, int64_t O, int64_t I, class TG, class TX>
+template <int64_t O, int64_t I, int R, int T, class TG, class TX>
 inline void slice_dot(F (&acc)[R][T], const TG* g, int64_t row, const TX* x, int64_t ldx) {
   if (R == 1 || O % R == 0 || row % O + R <= O) {
-    dot<R, T, I>(acc, g + row % O * I, x + row / O * I, ldx);
+    dot<I>(acc, g + row % O * I, x + row / O * I, ldx);
   } else {
     for (int r = 0; r < R; ++r) {
       F one[1][T];
       for (int t = 0; t < T; ++t) one[0][t] = acc[r][t];
-      dot<1, T, I>(one, g + (row + r) % O * I, x + (row + r) / O * I, ldx);
+      dot<I>(one, g + (row + r) % O * I, x + (row + r) / O * I, ldx);
       for (int t = 0; t < T; ++t) acc[r][t] = one[0][t];
     }
   }

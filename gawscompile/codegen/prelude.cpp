@@ -4,6 +4,7 @@ namespace {
 constexpr int V = F::size();
 constexpr int ROWS = 4;                  // rows of a weight that one tile keeps in flight
 constexpr int TOKENS = V >= 16 ? 6 : 3;  // tokens per tile: 24 accumulators of 32 registers, or 12 of 16
+constexpr int64_t TILE = 4 * TOKENS;     // tokens of a piece of work where rows are few
 
 template <int N>
 using Int = std::integral_constant<int, N>;
@@ -41,10 +42,8 @@ template <class TW, class TX>
 struct Step {
   static constexpr int N = 2 * V;
   using Chunk = Pair;
-  template <class T>
-  static Chunk get(const T* p) { return load_pair(p); }
-  template <class T>
-  static Chunk get(const T* p, int count) { return load_pair(p, count); }
+  template <class T, class... Count>
+  static Chunk get(const T* p, Count... count) { return load_pair(p, count...); }
   static void dot(F& acc, const Chunk& w, const Chunk& x) {
     acc = fmadd(w.lo, x.lo, acc);
     acc = fmadd(w.hi, x.hi, acc);
@@ -55,8 +54,8 @@ template <>
 struct Step<float, float> {
   static constexpr int N = V;
   using Chunk = F;
-  static Chunk get(const float* p) { return F::loadu(p); }
-  static Chunk get(const float* p, int count) { return F::loadu(p, count); }
+  template <class... Count>
+  static Chunk get(const float* p, Count... count) { return F::loadu(p, count...); }
   static void dot(F& acc, const Chunk& w, const Chunk& x) { acc = fmadd(w, x, acc); }
 };
 
@@ -77,30 +76,30 @@ struct Step<bf16, bf16> {
 // four streams, which hardware follows badly where rows are short; this asks for memory in its own order.
 constexpr int AHEAD = 24 << 10, LINE = 64;
 
+template <int R, int T>
+inline void clear(F (&acc)[R][T]) {
+  for (auto& row_acc : acc)
+    for (auto& a : row_acc) a = F(0);
+}
+
 // acc[r][t] += sum over k < N of w[r, k] * x[t, k], the rows of w lying one after the other
-template <int R, int T, int N, class TW, class TX>
-inline __attribute__((always_inline)) void dot(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx) {
+template <int N, int R, int T, class TW, class TX>
+[[gnu::always_inline]] inline void dot(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx) {
   using S = Step<TW, TX>;
   constexpr int WHOLE = N - N % S::N, BYTES = S::N * sizeof(TW);
-  for (int k = 0; k < WHOLE; k += S::N) {
+  const auto step = [&](int k, auto... count) __attribute__((always_inline)) {
     typename S::Chunk xs[T];
-    for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + k);
+    for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + k, count...);
     for (int r = 0; r < R; ++r) {
-      const auto ws = S::get(w + r * N + k);
-      if (R == ROWS && r * BYTES % LINE == 0)
+      const auto ws = S::get(w + r * N + k, count...);
+      if (sizeof...(count) == 0 && R == ROWS && r * BYTES % LINE == 0)
         for (int at = 0; at < BYTES; at += LINE)
           __builtin_prefetch((const char*)(w + R * k) + r * BYTES + at + AHEAD, 0, 2);
       for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, xs[t]);
     }
-  }
-  if constexpr (WHOLE < N) {
-    typename S::Chunk xs[T];
-    for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + WHOLE, N - WHOLE);
-    for (int r = 0; r < R; ++r) {
-      const auto ws = S::get(w + r * N + WHOLE, N - WHOLE);
-      for (int t = 0; t < T; ++t) S::dot(acc[r][t], ws, xs[t]);
-    }
-  }
+  };
+  for (int k = 0; k < WHOLE; k += S::N) step(k);
+  if constexpr (WHOLE < N) step(WHOLE, N - WHOLE);
 }
 
 // Where nobody asks whether a weight has changed.
@@ -109,6 +108,7 @@ struct NoSum {
     template <class... Args>
     void line(const Args&...) {}
   };
+  NoSum from(int64_t) const { return {}; }
   Row row(int) const { return {}; }
   void add(const Row&) const {}
   template <int R, int N, class T>
@@ -121,8 +121,8 @@ struct NoSum {
 // else, and hardware follows one stream best: rows are read one after the other, as they lie, and asked for a little
 // ahead. Two sums in flight: one multiply-add waits for the one before. For steps of 512 bits and one multiply-add,
 // where this was measured. `sum` takes the rows' checksums (`sums.cpp`), if there is one.
-template <int R, int T, int N, class TW, class TX, class Sum = NoSum>
-inline __attribute__((always_inline)) void stream(
+template <int N, int R, int T, class TW, class TX, class Sum = NoSum>
+[[gnu::always_inline]] inline void stream(
     F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx, bool first, Sum sum = {}) {
   using S = Step<TW, TX>;
   constexpr int BYTES = S::N * sizeof(TW), NEAR = 4 << 10;
@@ -149,7 +149,7 @@ inline __attribute__((always_inline)) void stream(
       return;
     }
   }
-  dot<R, T, N>(acc, w, x, ldx);
+  dot<N>(acc, w, x, ldx);
   if (first) sum.template rows<R, N>(w);
 }
 
@@ -256,25 +256,46 @@ inline Quad sum4(const F& a, const F& b, const F& c, const F& d) {
 
 inline F silu(const F& v) { return v / (F(1) + v.neg().exp()); }
 
-inline Quad load4(const float* p) {
+// What joins a value of that kind: numbers of four rows, of one, of 2V columns or of `count`.
+inline Quad load_as(const Quad&, const float* p) {
   Quad v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <class T>
-inline Quad load4(const T* p) { return Quad{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
-
-inline void store4(float* p, const Quad& v) { std::memcpy(p, &v, sizeof v); }
+inline Quad load_as(const Quad&, const T* p) { return Quad{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 
 template <class T>
-inline void store4(T* p, const Quad& v) {
+inline float load_as(float, const T* p) { return float(*p); }
+
+template <class T, class... Count>
+inline Pair load_as(const Pair&, const T* p, Count... count) { return load_pair(p, count...); }
+
+inline void operator+=(Pair& a, const Pair& b) { a = {a.lo + b.lo, a.hi + b.hi}; }
+inline void operator*=(Pair& a, const Pair& b) { a = {a.lo * b.lo, a.hi * b.hi}; }
+
+inline void store_rows(float* p, const Quad& v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T>
+inline void store_rows(T* p, const Quad& v) {
   for (int i = 0; i < 4; ++i) p[i] = T(v[i]);
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-inline void store4(bf16* p, const Quad& v) { _mm_storel_epi64((__m128i*)p, (__m128i)_mm_cvtneps_pbh((__m128)v)); }
+inline void store_rows(bf16* p, const Quad& v) { _mm_storel_epi64((__m128i*)p, (__m128i)_mm_cvtneps_pbh((__m128)v)); }
 #endif
+
+template <class T>
+inline void store_rows(T* p, float v) { *p = T(v); }
+
+template <int T>
+[[gnu::always_inline]] inline Quad sum_rows(const F (&acc)[ROWS][T], int t) {
+  return sum4(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);
+}
+
+template <int T>
+[[gnu::always_inline]] inline float sum_rows(const F (&acc)[1][T], int t) { return sum(acc[0][t]); }
 
 // ---- work: tokens in tiles, rows in blocks ------------------------------------------------------------------
 
@@ -290,23 +311,24 @@ inline void for_tokens(int64_t lo, int64_t hi, Fn&& f) {
   for (; t < hi; ++t) f(Int<1>{}, t);
 }
 
-// f(Int<R>, row) for the rows of block `block`: four at once, or the last n % 4 one by one
-template <int64_t N, class Fn>
-inline void for_rows(int64_t block, Fn&& f) {
+// Whether n rows make whole blocks: their functions need no code for the rest.
+constexpr bool even(int64_t n) { return n % ROWS == 0; }
+
+// f(Int<R>, row) for the rows of block `block` of n rows: four at once, or the last n % 4 one by one
+template <bool EVEN, class Fn>
+inline void for_rows(int64_t n, int64_t block, Fn&& f) {
   const int64_t row = block * ROWS;
-  if constexpr (N % ROWS == 0) {
+  if (EVEN || row + ROWS <= n) {
     f(Int<ROWS>{}, row);
-  } else if (row + ROWS <= N) {
-    f(Int<ROWS>{}, row);
-  } else {
-    for (int64_t r = row; r < N; ++r) f(Int<1>{}, r);
+  } else if constexpr (!EVEN) {
+    for (int64_t r = row; r < n; ++r) f(Int<1>{}, r);
   }
 }
 
 // z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while tile
 // after tile of tokens meets them. `sum` takes their checksums (`sums.cpp`), if there is one.
 template <int64_t K, class TW, class TX, class Sum = NoSum>
-inline const float* columns(
+[[gnu::noinline]] const float* columns(
     const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz, Sum sum = {}) {
   using O = Outer<TW, TX>;
   const int64_t rows = max<int64_t>(16, (int64_t(1) << 17) / int64_t(ldz * sizeof(TW)) / 16 * 16);

@@ -13,7 +13,6 @@ from random import Random
 from typing import Literal, get_args
 
 from gawscompile.codegen import cpp, triton
-from gawscompile.codegen.cpp_text import has_epilogue
 from gawscompile.ir.spec import KernelSpec, ProjectionSpec, Role
 from gawscompile.planning.cost import library_takes
 from tests.fuzz import interpreted
@@ -80,7 +79,7 @@ def call(seed: int) -> Call:
         plan = random.choice([plan for plan in plans if plan.name == name])
         most = DECODED if plan.rows else TOKENS  # a program for each token takes long in the interpreter
         return Call(str(spec), str(plan), max(1, min(m, most)), 1, numbers, seed)
-    added = library_takes(spec) and (spec.swiglu or any(has_epilogue(p) for p in spec.projections))
+    added = library_takes(spec) and (spec.swiglu or any(cpp.has_epilogue(p) for p in spec.projections))
     scaled = any(p.rowscale for p in spec.projections)
     plan = random.choice(("gemv", "op", *["accumulate"] * added, *["hoisted"] * scaled))
     return Call(str(spec), plan, m, random.choice(THREADS), numbers, seed, one.vectors)
@@ -163,7 +162,7 @@ def simplified(case: Call) -> Iterator[Call]:
     for spec in simpler_specs(case.kernel):
         smaller = replace(case, spec=str(spec))
         possible = case.by.startswith("triton") is False or triton.Plan.parse(case.plan) in triton.plans(spec)
-        possible = possible and (case.plan != "accumulate" or any(has_epilogue(p) for p in spec.projections))
+        possible = possible and (case.plan != "accumulate" or any(cpp.has_epilogue(p) for p in spec.projections))
         if possible and (case.plan != "hoisted" or any(p.rowscale for p in spec.projections)):
             yield smaller
 

@@ -1,0 +1,66 @@
+"""The parts of a projection in the C++ emitter, as `projections.cpp` has them: what each is, and what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gawscompile.codegen.cpp_modes import Scratch
+from gawscompile.ir.spec import KernelSpec, Operand
+
+
+class Parts:
+    """The parts of a group's projections, as C++. Where parts read an operand of `summed`, its checksum is taken."""
+
+    def __init__(self, spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand] = ()) -> None:
+        self._spec, self._ranks, self._summed = spec, ranks, summed
+
+    def seen(self, name: str) -> str:
+        """The last argument of what reads the operand `name`."""
+        return f", Seen{{sum_{name}}}" if any(o.name == name for o in self._summed) else ""
+
+    def hashes(self, i: int) -> list[str]:
+        """The checksums of B's and C's blocks."""
+        own = [o for o in self._summed if o.projection == i and o.role in ("b", "c")]
+        return [f"hash<{o.shape[1]}>(sum_{o.name}, {o.name})" for o in own]
+
+    def expanded(self, i: int, product: str | None = None, weight: bool = True) -> list[str]:
+        """Dots and lines of a row: the base (a dot, or the line `product`), the adapters, the epilogue."""
+        p = self._spec.projections[i]
+        streams = weight and p.dtype and not p.transposed
+        dots = [f"weight<K>(w{i}, x{self.seen(f'w{i}')})"] if streams else []
+        dots += [f"factor<{sizes}>({factor}, {source})" for sizes, factor, source in self._terms(i)]
+        lines = []
+        for ending in self._ranks.endings[i]:
+            pointer, stride = ending.source.pointer, ending.source.stride
+            if ending.mode:
+                sizes = f"{ending.mode.rows}, {ending.mode.columns}, {stride}"
+                dots.append(f"slices<{sizes}>({ending.factor}, {pointer})")
+            else:
+                lines.append(f"plus({pointer}, Int<LDU>{{}})")
+        lines += [product] if product else []
+        return [_all(dots), _all([*lines, *self._scale(i), *self._epilogue(i)])]
+
+    def added(self, i: int) -> list[str]:
+        """Lines before and after, and terms, that join a base's product by columns, or the residual in its place."""
+        terms = [f"turned<{sizes}>({factor}, {source}, b * 2 * V, N{i})" for sizes, factor, source in self._terms(i)]
+        scale, lines = self._scale(i), self._epilogue(i, base=not self._spec.projections[i].dtype)
+        return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
+
+    def _terms(self, i: int) -> list[tuple[str, str, str]]:
+        """B u and C z: rank and stride, the factor, and what it multiplies."""
+        p = self._spec.projections[i]
+        terms = [(f"{t.rank}, LDU", f"b{i}_{j}", f"u + {self._ranks.offsets[i, j]}") for j, t in enumerate(p.lowrank)]
+        return terms + [(f"{g.rank}, {g.rank}", f"c{i}_{j}", f"z{i}_{j}") for j, g in enumerate(p.given)]
+
+    def _scale(self, i: int) -> list[str]:
+        return [f"times(rowscale{i})"] if self._spec.projections[i].rowscale else []
+
+    def _epilogue(self, i: int, base: bool = False) -> list[str]:
+        """What joins scaled rows; `base`: but for the residual."""
+        p = self._spec.projections[i]
+        residual = [f"plus(res{i}, Int<N{i}>{{}})"] if p.residual and not base else []
+        return [f"plus(bias{i})"] * bool(p.bias) + residual
+
+
+def _all(parts: list[str]) -> str:
+    return f"all({', '.join(parts)})"

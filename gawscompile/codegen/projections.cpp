@@ -1,0 +1,209 @@
+// What the entry points of a group call, for a piece of work each; `cpp.py` puts it behind `modes.cpp`. Functions that
+// take n as an argument are compiled once for all projections of the same dtypes and ranks, and for both entry points.
+
+// u = s A x: a thread's share, by blocks of A's rows times tiles of tokens.
+template <bool EVEN, int64_t K, int64_t LDU, class TA, class TX, class Sum = NoSum>
+[[gnu::noinline]] void low_rank(
+    Share& share, int64_t cost, int64_t m, int64_t rank, const TA* a, const TX* x, float scale, float* u, Sum seen = {}) {
+  const int64_t tiles = blocks(m, TILE);
+  share.piece(blocks(rank, ROWS) * tiles, cost, [&](int64_t piece) {
+    const int64_t lo = piece % tiles * TILE, hi = min(m, lo + TILE);
+    for_rows<EVEN>(rank, piece / tiles, [&](auto rows, int64_t row) {
+      for_tokens(lo, hi, [&](auto width, int64_t t0) {
+        constexpr int R = decltype(rows)::value, T = decltype(width)::value;
+        F acc[R][T];
+        clear(acc);
+        stream<K>(acc, a + row * K, x + t0 * K, K, t0 == 0, seen.from(row));
+        for (int t = 0; t < T; ++t)
+          for (int r = 0; r < R; ++r) u[(t0 + t) * LDU + row + r] = scale * sum(acc[r][t]);
+      });
+    });
+  });
+}
+
+// ---- parts of a projection: functions, whose types are those of what they read -------------------------------
+
+// Some parts one after the other.
+template <class... Parts>
+inline auto all(Parts... parts) {
+  return [=](auto&&... at) __attribute__((always_inline)) { (parts(at...), ...); };
+}
+
+// Dots join the accumulators of a tile. W x, rows of w lying one after the other:
+template <int64_t K, class TW, class TX, class Sum = NoSum>
+inline auto weight(const TW* w, const TX* x, Sum seen = {}) {
+  return [=](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
+    stream<K>(acc, w + row * K, x + t0 * K, K, t0 == 0, seen.from(row));
+  };
+}
+
+// B u, a token's u every LD numbers
+template <int RANK, int64_t LD, class TB, class TU>
+inline auto factor(const TB* b, const TU* u) {
+  return [=](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
+    dot<RANK>(acc, b + row * RANK, u + t0 * LD, LD);
+  };
+}
+
+// (I ⊗ G) x, G [O, I]
+template <int64_t O, int64_t I, int64_t LD, class TG, class TX>
+inline auto slices(const TG* g, const TX* x) {
+  return [=](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
+    slice_dot<O, I>(acc, g, row, x + t0 * LD, LD);
+  };
+}
+
+// Lines join a sum: of four rows, of one, of 2V columns or of `count`. There is one for all tokens, or one every `ld`
+// numbers, where an `Int` is known to the compiler.
+template <class T, class Stride = Int<0>>
+inline auto plus(const T* p, Stride ld = {}) {
+  return [=](auto& v, int64_t row, int64_t t, auto... count) { v += load_as(v, p + t * ld + row, count...); };
+}
+
+template <class T>
+inline auto times(const T* p) {
+  return [=](auto& v, int64_t row, int64_t, auto... count) { v *= load_as(v, p + row, count...); };
+}
+
+// B u for 2V columns from n0 on, or those that are left of n: their block of B is transposed once, for all tokens.
+template <int RANK, int64_t LD, class TU>
+struct Turned {
+  const TU* u;
+  alignas(64) float bt[RANK][2 * V] = {};
+
+  template <int T>
+  [[gnu::always_inline]] void operator()(Pair (&acc)[T], int64_t t0) const {
+    for (int k = 0; k < RANK; ++k) {
+      const Pair b = load_pair(bt[k]);
+      for (int t = 0; t < T; ++t) {
+        const F ut(float(u[(t0 + t) * LD + k]));
+        acc[t] = {fmadd(b.lo, ut, acc[t].lo), fmadd(b.hi, ut, acc[t].hi)};
+      }
+    }
+  }
+};
+
+template <int RANK, int64_t LD, class TB, class TU>
+inline auto turned(const TB* b, const TU* u, int64_t n0, int64_t n) {
+  Turned<RANK, LD, TU> term{u};
+  for (int c = 0; c < min<int64_t>(2 * V, n - n0); ++c)
+    for (int k = 0; k < RANK; ++k) term.bt[k][c] = float(b[(n0 + c) * RANK + k]);
+  return term;
+}
+
+// ---- rows of a projection: dots, one horizontal sum, lines ---------------------------------------------------
+
+// R rows for T tokens, the first of which is t0, and whose line of y begins at y.
+template <int R, int T, class TY, class Dots, class Lines>
+inline void tile(int64_t row, int64_t t0, TY* y, int64_t ldy, const Dots& dots, const Lines& lines) {
+  F acc[R][T];
+  clear(acc);
+  dots(acc, row, t0);
+  for (int t = 0; t < T; ++t) {
+    auto v = sum_rows(acc, t);
+    lines(v, row, t0 + t);
+    store_rows(y + t * ldy + row, v);
+  }
+}
+
+// All rows of the blocks [first, last), for all tokens. `hashes` take checksums of blocks that were just read.
+template <bool EVEN, class TY, class Dots, class Lines, class... Hashes>
+[[gnu::noinline]] void expand(
+    int64_t first, int64_t last, int64_t n, int64_t m, TY* y, Dots dots, Lines lines, Hashes... hashes) {
+  for_tokens(0, m, [&](auto width, int64_t t0) {
+    for (int64_t block = first; block < last; ++block) {
+      for_rows<EVEN>(n, block, [&](auto rows, int64_t row) {
+        tile<decltype(rows)::value, decltype(width)::value>(row, t0, y + t0 * n, n, dots, lines);
+      });
+      if (t0 == 0) (hashes(n, block), ...);
+    }
+  });
+}
+
+// A thread's share of the rows: panels of weights stay in the second cache while tile after tile of tokens meets them.
+template <bool EVEN, class TY, class... Parts>
+inline void by_panels(
+    Share& share, int64_t cost, int64_t panel, int64_t n, int64_t m, TY* y, const Parts&... parts) {
+  share.range(blocks(n, ROWS), cost, [&](int64_t first, int64_t last) {
+    for (; first < last; first += panel) expand<EVEN>(first, min(last, first + panel), n, m, y, parts...);
+  });
+}
+
+// A share of a weight kept as [k, n]: blocks of columns are added up in z, then f(first, last, z, ldz) expands their rows.
+template <int64_t K, class TW, class TX, class Fn, class Sum = NoSum>
+inline void by_columns(
+    Share& share, int64_t cost, int64_t n, int64_t m, const TW* w, const TX* x, Fn&& f, Sum seen = {}) {
+  share.range(blocks(n, 2 * V), V / 2 * cost, [&](int64_t first, int64_t last) {
+    const int64_t end = min<int64_t>(n, last * 2 * V), ldz = columns_for(m);
+    for (int64_t at = first * 2 * V; at < end; at += ldz) {
+      const int64_t count = min(ldz, end - at);
+      const float* z = columns<K>(w + at, n, count, x, m, ldz, seen.from(at));
+      f(at / ROWS, blocks(at + count, ROWS), z - at, ldz);
+    }
+  });
+}
+
+// 2V columns of N from n0 on, or those that are left, for all tokens: lines, then terms, then lines, on top of what `base`
+// holds.
+template <int64_t N, class TY, class TS, class Early, class Late, class... Terms>
+[[gnu::noinline]] void add(
+    int64_t n0, int64_t m, TY* y, const TS* base, Early early, Late late, const Terms&... terms) {
+  const auto columns = [&](auto... count) {
+    for_tokens(0, m, [&](auto width, int64_t t0) {
+      constexpr int T = decltype(width)::value;
+      const TS* from = base + t0 * N + n0;
+      TY* to = y + t0 * N + n0;
+      Pair acc[T];
+      for (int t = 0; t < T; ++t) {
+        acc[t] = load_pair(from + t * N, count...);
+        early(acc[t], n0, t0 + t, count...);
+      }
+      (terms(acc, t0), ...);
+      for (int t = 0; t < T; ++t) late(acc[t], n0, t0 + t, count...);
+      for (int t = 0; t < T; ++t) store_pair(to + t * N, acc[t], count...);
+    });
+  };
+  if (N % (2 * V) == 0 || n0 + 2 * V <= N) columns(); else if constexpr (N % (2 * V) != 0) columns(int(N - n0));
+}
+
+// ---- y = silu(gate) * up ------------------------------------------------------------------------------------
+
+// Columns of y for some tokens, from gate and up in lines of `ldh`.
+template <class TY, class H>
+[[gnu::noinline]] void multiply(
+    int64_t tokens, int64_t count, const H* gate, const H* up, int64_t ldh, TY* y, int64_t ldy) {
+  const auto product = [](const Pair& a, const Pair& b) { return Pair{silu(a.lo) * b.lo, silu(a.hi) * b.hi}; };
+  for (int64_t t = 0; t < tokens; ++t, gate += ldh, up += ldh, y += ldy) {
+    int64_t c = 0;
+    for (; c + 2 * V <= count; c += 2 * V) store_pair(y + c, product(load_pair(gate + c), load_pair(up + c)));
+    if (c < count) {
+      const int rest = int(count - c);
+      store_pair(y + c, product(load_pair(gate + c, rest), load_pair(up + c, rest)), rest);
+    }
+  }
+}
+
+// A share of the rows of gate and up: a panel of both for a tile of tokens, then their product, a line at a time (a vector
+// along four rows would waste most of its lanes on exp).
+template <bool EVEN, int64_t PANEL, class TY, class Dots0, class Lines0, class Dots1, class Lines1, class... Hashes>
+[[gnu::noinline]] void gated(
+    Share& share, int64_t cost, int64_t n, int64_t m, TY* y, Dots0 dots0, Lines0 lines0, Dots1 dots1, Lines1 lines1,
+    Hashes... hashes) {
+  share.range(blocks(n, ROWS), cost, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; panel += PANEL / ROWS) {
+      const int64_t end = min<int64_t>(last, panel + PANEL / ROWS), row0 = panel * ROWS;
+      for_tokens(0, m, [&](auto width, int64_t t0) {
+        constexpr int T = decltype(width)::value;
+        float gate[T * PANEL], up[T * PANEL];
+        for (int64_t block = panel; block < end; ++block) {
+          for_rows<EVEN>(n, block, [&](auto rows, int64_t row) {
+            tile<decltype(rows)::value, T>(row, t0, gate - row0, PANEL, dots0, lines0);
+            tile<decltype(rows)::value, T>(row, t0, up - row0, PANEL, dots1, lines1);
+          });
+          if (t0 == 0) (hashes(n, block), ...);
+        }
+        multiply(T, min(n, end * ROWS) - row0, gate, up, PANEL, y + t0 * n + row0, n);
+      });
+    }
+  });
+}
