@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,12 +19,31 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
 
 
+# Two processes of tests and their compilers share few cores: a thread that has nothing to do sleeps, where OpenMP would
+# have it spin until the others, which wait for a core, are done. Read when OpenMP is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @pytest.fixture(autouse=True)
 def forgetful_dynamo() -> None:
     """Tests share code objects, and Dynamo gives up on one after eight compilations."""
     import torch
 
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_vectors() -> None:
+    """Processes that tests start need not try again which of its vectors this machine can compile for: each would build
+    and load a library for each of them. Where a module that the tests import has not asked, nothing is known."""
+    if "gawscompile.codegen.build" not in sys.modules or platform.machine() != "x86_64":
+        return
+    from torch._inductor import cpu_vec_isa
+
+    has = cpu_vec_isa.x86_isa_checker()
+    claimed = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in has for flag in str(isa).split())]
+    if claimed == cpu_vec_isa.valid_vec_isa_list():
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 @pytest.fixture(scope="session")

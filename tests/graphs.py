@@ -1,10 +1,17 @@
-"""Captures the graphs that our passes see, and runs them stage by stage, without Inductor."""
+"""Captures the graphs that our passes see, and runs them stage by stage, without Inductor.
+
+What a pass has made is judged by what it means: the reference executor runs it, and the text of every kernel is printed
+and none is built. What kernels compute has tests of its own (`codegen`, `runtime`); whole pipelines that end in real
+kernels are captured with ``kernels=True``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -17,22 +24,46 @@ from gawscompile.ir.records import GraphRecord
 from gawscompile.options import Options
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, verify
+from gawscompile.planning.table import Program
 from gawscompile.runtime import ops
+from tests.fuzz import reference
+
+
+def printed(program: str) -> None:
+    """Print the kernels of a program, as `ops.prepare` does, and build none of them."""
+    parsed = Program.parse(program)
+    if parsed.emitter == "cpp":
+        parsed.cpp_source()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Groups are lowered, their kernels are printed, and none is built."""
+    with mock.patch.object(ops, "prepare", printed):
+        yield
 
 
 @dataclass
 class Captured:
-    """One inference graph with the real inputs and outputs of the call that made it."""
+    """One inference graph with the real inputs and outputs of the call that made it. With `kernels` those of its groups
+    are built and run."""
 
     graph: torch.fx.Graph
     module: torch.fx.GraphModule
     inputs: list[Any]
     outputs: list[torch.Tensor]
     stored: frozenset[int] = frozenset()
+    kernels: bool = False
 
     def until(self, stage: str | None = None) -> Context:
         """Run the pipeline over a copy, up to and including `stage`, checking values after every pass."""
-        ops.ensure_loaded()
+        if self.kernels:
+            ops.ensure_loaded()
+            return self._until(stage)
+        with without_kernels():
+            return self._until(stage)
+
+    def _until(self, stage: str | None) -> Context:
         work = torch.fx.Graph()
         copies: dict[torch.fx.Node, torch.fx.Node] = {}
         work.output(work.graph_copy(self.graph, copies))
@@ -49,11 +80,20 @@ class Captured:
 
     def run(self, context: Context) -> list[torch.Tensor]:
         """The outputs of a rewritten graph for the captured inputs."""
-        module = torch.fx.GraphModule(self.module, context.graph)
-        return [out for out in module(*self.inputs) if isinstance(out, torch.Tensor)]
+        return self.run_module(torch.fx.GraphModule(self.module, context.graph))
+
+    def run_module(self, module: torch.fx.GraphModule) -> list[torch.Tensor]:
+        """The outputs of a graph that has the captured one's inputs."""
+        if self.kernels or not any(node.target in ops.OPS for node in module.graph.nodes):
+            found = module(*self.inputs)
+        else:
+            found = reference.run(module.graph, module, self.inputs).outputs
+        return [out for out in found if isinstance(out, torch.Tensor)]
 
 
-def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = False, **kwargs: Any) -> Captured:
+def capture(
+    function: Callable[..., Any], *args: Any, dynamic: bool | None = False, kernels: bool = False, **kwargs: Any
+) -> Captured:
     """The one graph that AOTAutograd makes of ``function(*args, **kwargs)`` for inference."""
     found: list[Captured] = []
 
@@ -61,7 +101,7 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
         def run(*inputs: Any) -> Any:
             outputs = gm(*inputs)
             tensors = [out for out in outputs if isinstance(out, torch.Tensor)]
-            found.append(Captured(gm.graph, gm, list(inputs), tensors, stored[0]))
+            found.append(Captured(gm.graph, gm, list(inputs), tensors, stored[0], kernels))
             return outputs
 
         return run
@@ -80,18 +120,19 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Fal
     return captured
 
 
-def rewriting(records: list[GraphRecord]) -> Callable[..., Any]:
+def rewriting(records: list[GraphRecord], kernels: bool = True) -> Callable[..., Any]:
     """A backend that runs our passes and no Inductor, for any number of graphs; `records` get what each pass said."""
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         stored = stored_inputs(gm, inputs)
 
         def compiler(joint: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-            context = Captured(joint.graph, joint, [], [], stored).until()
+            context = Captured(joint.graph, joint, [], [], stored, kernels).until()
             records.append(context.record)
             for node in context.graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default):
                 node.target = iota  # eager has no kernel for an eye of more than 255
-            return torch.fx.GraphModule(joint, context.graph).forward
+            module = torch.fx.GraphModule(joint, context.graph)
+            return module.forward if kernels else lambda *inputs: reference.run(module.graph, module, inputs).outputs
 
         decompositions = select_decomp_table()
         through = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=decompositions)

@@ -24,7 +24,7 @@ def test_every_adapter_is_fused_or_rejected_for_a_true_reason(name):
     model = architecture.build()
     found = sum(hasattr(module, "lora_A") for module in model.modules())
     assert found == architecture.adapted, [n for n, m in model.named_modules() if hasattr(m, "lora_A")]
-    captured = capture(model, **architecture.inputs(), **architecture.calls)
+    captured = capture(model, kernels=True, **architecture.inputs(), **architecture.calls)
     context = captured.until()
     adapted = [entry for entry in context.record.linears if entry.adapters]
     assert len({entry.path for entry in adapted}) == len(adapted) == architecture.adapted
@@ -57,7 +57,8 @@ def test_decode_over_a_growing_cache(name):
         inputs = {"encoder_outputs": model.get_encoder()(tokens(2, 5))} if crossed else {}
         ids = "decoder_input_ids" if crossed else "input_ids"
         model(**inputs, **{ids: tokens(2, 4), cache_keyword(model): cache}, use_cache=True)
-    captured = capture(model, **inputs, **{ids: tokens(2, 1, seed=3), cache_keyword(model): cache}, use_cache=True)
+    step = {ids: tokens(2, 1, seed=3), cache_keyword(model): cache}
+    captured = capture(model, kernels=True, **inputs, **step, use_cache=True)
     context = captured.until()
     # of an encoder-decoder one step runs the decoder without cross-attention's keys and values
     expected = 8 * LAYERS if crossed else architecture.adapted

@@ -14,9 +14,8 @@ from gawscompile.ir.records import GraphRecord
 from gawscompile.options import Options
 from gawscompile.passes import recover_operators
 from gawscompile.passes.context import Context, Rewrite
-from gawscompile.runtime import ops
 from gawscompile.verify import containment
-from tests.graphs import Captured, capture
+from tests.graphs import Captured, capture, without_kernels
 from tests.planted import Zoo
 
 LINEARS = {"q", "k", "o"}
@@ -53,21 +52,16 @@ def zoo() -> Captured:
     return capture(Named().eval(), torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.fixture(autouse=True)
-def no_kernels(monkeypatch):
-    monkeypatch.setattr(ops, "prepare", lambda program: None)
-
-
 def run(captured: Captured, **options: Any) -> GawsPass:
     """The backend's pass over a captured graph; the answers of what it makes of that are right."""
-    ops.ensure_loaded()
     module = torch.fx.GraphModule(captured.module, torch.fx.Graph())
     module.graph.output(module.graph.graph_copy(captured.graph, {}))
     hook = GawsPass(Options(**options), "key", "cpu", False, captured.stored)
-    hook(module.graph)
+    with without_kernels():
+        hook(module.graph)
     module.graph.lint()
     module.recompile()
-    found = [out for out in module(*captured.inputs) if isinstance(out, torch.Tensor)]
+    found = captured.run_module(module)
     for got, want in zip(found, captured.outputs, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
     for entry in record_of(hook).linears:
@@ -103,7 +97,6 @@ def clean(zoo) -> tuple[set[str], list[tuple[Rewrite, set[str]]]]:
     """What is fused where nothing fails, and every rewrite with the modules that it is of."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "prepare", lambda program: None)
         real = Context.allows
 
         def noted(self: Context, *nodes: torch.fx.Node) -> bool:

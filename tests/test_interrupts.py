@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 
-from gawscompile.codegen import build
-from gawscompile.runtime import ops
+from tests.caches import seeded
 from tests.test_processes import intact
 
 PROGRAM = """
@@ -83,15 +81,11 @@ print(len(POINTS), "right")
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
-    op = build.start(ops._op_source()).result()
-    (kernels := tmp_path / "gaws" / "kernels").mkdir(parents=True)
-    for path in op.parent.glob(f"{op.stem}*"):  # the op takes the longest to build, and its build is like others
-        shutil.copy(path, kernels)
-    (tmp_path / "gaws").chmod(0o700)
+    ours = seeded(tmp_path / "gaws")
     for what in ("interrupted", "after it"):
         command, environment = (
             [sys.executable, "-c", PROGRAM, what],
-            {**os.environ, "GAWS_CACHE_DIR": str(kernels.parent)},
+            {**os.environ, "GAWS_CACHE_DIR": str(ours)},
         )
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=900, start_new_session=True

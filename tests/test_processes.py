@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -15,7 +14,8 @@ import pytest
 import torch
 
 from gawscompile import cache
-from tests.graphs import small_llama, tokens
+from tests.caches import environment
+from tests.graphs import Pair, small_llama, tokens
 
 PROGRAM = """
 import sys, torch
@@ -32,11 +32,10 @@ print("right")
 
 def crowd(folder: Path, count: int, kills: int, seed: int) -> list[int]:
     """Start `count` processes on one cache and kill `kills` of them at random moments. Return codes."""
-    places = {"GAWS_CACHE_DIR": folder / "gaws", "TORCHINDUCTOR_CACHE_DIR": folder / "inductor"}
-    environment = {**os.environ, **{k: str(v) for k, v in places.items()}}
+    places = environment(folder)
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", PROGRAM], env=places, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for _ in range(count)
     ]
@@ -59,8 +58,8 @@ def intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_several_processes_do_the_work_once(tmp_path, monkeypatch):
-    assert crowd(tmp_path, count=4, kills=0, seed=0) == [0] * 4
-    assert intact(tmp_path, monkeypatch) == 3  # two kernels and the op
+    assert crowd(tmp_path, count=3, kills=0, seed=0) == [0] * 3
+    assert intact(tmp_path, monkeypatch) == 3  # two kernels, and the op that was there
     assert not list((tmp_path / "gaws" / "kernels").glob(".*"))
 
 
@@ -124,10 +123,9 @@ with torch.no_grad():
 
 
 def test_one_model_compiled_with_different_options():
-    model = small_llama(layers=1)
-    ids = tokens(1, 3)
+    model, x = Pair().eval(), torch.randn(1, 3, 32)
     with torch.no_grad():
-        want = model(ids, use_cache=False).logits
+        want = model(x)
         for options in ({"strict": True}, {"strict": True, "verify": True}, {"strict": True, "max_fusion_size": 1}):
             compiled = torch.compile(model, backend="gaws", options=options)
-            torch.testing.assert_close(compiled(ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)

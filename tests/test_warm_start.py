@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.caches import environment
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
@@ -32,11 +33,8 @@ print(json.dumps(data | {"where": gawscompile.__file__, "hits": measure.cache_hi
 
 
 def run(caches: Path, package: Path = ROOT) -> dict:
-    places = {"GAWS_CACHE_DIR": caches / "gaws", "TORCHINDUCTOR_CACHE_DIR": caches / "inductor"}
-    environment = {**os.environ, **{k: str(v) for k, v in places.items()}, "PYTHONPATH": f"{package}:{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=caches
-    )
+    places = {**environment(caches), "PYTHONPATH": f"{package}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=places, cwd=caches)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout.splitlines()[-1])
     assert data["where"].startswith(str(package))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_cells
+from tests.caches import seeded
 from tests.gpu import stand_in
 
 HERE = Path(__file__).parent
@@ -70,7 +71,7 @@ def benchmark(folder: Path, *flags: str) -> tuple[str, list[dict]]:
 def inductor_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What `inductor_code` prints: case → plans and Inductor's code."""
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("code")
+    folder = seeded(tmp_path_factory.mktemp("code") / "gaws")
     environment = os.environ | {"GAWS_CACHE_DIR": str(folder), "PYTHONPATH": path(), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "tests.gpu.inductor_code"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

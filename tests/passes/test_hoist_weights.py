@@ -62,7 +62,7 @@ HOISTED = {"dora": 1, "hadamard": 1, "factors assembled": 1, "shared buffer": 2}
 
 
 def captured(kind):
-    return capture(Layer(kind), torch.randn(2, 5, K), torch.rand(N))
+    return capture(Layer(kind), torch.randn(2, 5, K), torch.rand(N), kernels=True)
 
 
 @pytest.mark.parametrize("kind", HOISTED)

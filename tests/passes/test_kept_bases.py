@@ -61,7 +61,7 @@ def terms_of(context):
 
 
 def right(captured, tolerance=1e-5):
-    """The answers of the whole pipeline, its kernels among it."""
+    """The answers of the whole pipeline."""
     context = captured.until()
     for got, want in zip(captured.run(context), captured.outputs, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
@@ -93,7 +93,7 @@ def test_peft_over_a_narrow_base():
     def function(x, q, s, a, b):
         return (scaled_after(x, q, s) + delta(x, a, b) * 2.0).to(x.dtype)
 
-    captured = capture(function, *tensors(dtype=torch.bfloat16))
+    captured = capture(function, *tensors(dtype=torch.bfloat16), kernels=True)
     (group,) = right(captured, 1e-2).record.groups
     assert group.spec == "k=32 x=bf16; n=24 out=bf16 residual=bf16 lora(r=4 f32 s=2.0)"
 
@@ -165,7 +165,7 @@ def test_siblings_are_one_group_and_their_bases_come_first():
         return outputs
 
     x = tensors()[0]
-    captured = capture(function, x, *(t for n in sizes for t in tensors(n)[1:]))
+    captured = capture(function, x, *(t for n in sizes for t in tensors(n)[1:]), kernels=True)
     context = captured.until("group_siblings")
     (group,) = context.graph.find_nodes(op="call_function", target=operator_group)
     assert len(group.args[1]) == 3

@@ -15,7 +15,7 @@ def close(got, want):
 
 def test_whole_pipeline_on_real_kernels():
     for model, inputs in ((small_llama(), {"use_cache": False}), (small_bert(), {})):
-        captured = capture(model, tokens(2, 5), **inputs)
+        captured = capture(model, tokens(2, 5), kernels=True, **inputs)
         context = captured.until()
         assert count(context, torch.ops.gaws.project.default) == len(context.record.groups) == 9
         assert count(context, aten.mm.default) == count(context, aten.addmm.default) == 0
@@ -23,14 +23,14 @@ def test_whole_pipeline_on_real_kernels():
 
 
 def test_one_compiled_graph_serves_any_symbolic_number_of_tokens():
-    captured = capture(small_llama(layers=1), tokens(1, 5), use_cache=False, dynamic=True)
+    captured = capture(small_llama(layers=1), tokens(1, 5), use_cache=False, dynamic=True, kernels=True)
     close(captured.run(captured.until()), captured.outputs)
 
 
 def test_leftovers_are_spelled_as_aotautograd_spells_them(monkeypatch):
     monkeypatch.setattr("gawscompile.planning.devices.cpu", lambda: FAST_LIBRARY)
     for dynamic in (False, True):
-        captured = capture(small_bert(layers=1, lora=None), tokens(4, 16), dynamic=dynamic)
+        captured = capture(small_bert(layers=1, lora=None), tokens(4, 16), dynamic=dynamic, kernels=True)
         context = captured.until()
         assert count(context, linear) == 0
         if not dynamic:

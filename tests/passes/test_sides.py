@@ -148,7 +148,7 @@ def test_a_copy_that_is_returned_is_one(name):
     def function(*given):
         return [out for make in MADE_BY.values() for out in RETURNED[name](make(*given))]
 
-    captured = capture(function, *tensors())
+    captured = capture(function, *tensors(), kernels=True)
     context = captured.until()
     got = captured.run(context)
     right(captured, context)
