@@ -6,7 +6,6 @@ A row is plain data: its ``kind`` is ``fact`` (one number of the card), ``model`
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ from benchmarks.shapes import SHAPES
 from gawscompile.calibration import fit_gpu, gpu_timing, measure
 from gawscompile.codegen import triton
 from gawscompile.demo.decoding import Decoder
-from gawscompile.ir.spec import KernelSpec, LowRankSpec
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.observe.store import RECORDS
 from gawscompile.planning import cost, devices, gpu_cost
 
@@ -303,15 +302,14 @@ def groups(model: str) -> list[tuple[str, KernelSpec]]:
             "gate, up": _spec(width, [inner, inner], words, " swiglu"),
             "down": _spec(inner, [width], f"{words} residual=bf16"),
         }
-    lora = (LowRankSpec(RANK, "bf16", 2.0),)
-    adapted = {
-        name: dataclasses.replace(
-            spec, projections=tuple(dataclasses.replace(p, lowrank=lora) for p in spec.projections)
-        )
-        for name, spec in bare.items()
-    }
+    adapted = {name: _with_lora(spec) for name, spec in bare.items()}
     head = {"head": _spec(width, [sizes["vocab_size"]], words)} if "n_embd" not in sizes else {}
     return [*adapted.items(), *bare.items(), *head.items()]
+
+
+def _with_lora(spec: KernelSpec) -> KernelSpec:
+    start, *rows = str(spec).split("; ")
+    return KernelSpec.parse("; ".join([start, *(f"{row} lora(r={RANK} bf16 s=2.0)" for row in rows)]))
 
 
 def _spec(k: int, widths: list[int], words: str, swiglu: str = "") -> KernelSpec:

@@ -23,7 +23,8 @@ import torch
 from benchmarks import common
 from benchmarks.projections import NAMES, forward, operands
 from gawscompile.calibration import measure
-from gawscompile.ir.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 from gawscompile.planning import cost, devices
 from gawscompile.runtime import ops
 

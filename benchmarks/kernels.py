@@ -31,7 +31,8 @@ from gawscompile import ahead
 from gawscompile.calibration import measure
 from gawscompile.codegen import triton
 from gawscompile.codegen.triton_aot import TARGETS, compile_plan
-from gawscompile.ir.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 from gawscompile.planning import cost
 from gawscompile.planning.devices import GPUS, Gpu
 from gawscompile.planning.table import Program

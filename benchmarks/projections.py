@@ -19,7 +19,8 @@ import torch
 
 from benchmarks import common, limits
 from gawscompile.calibration import measure
-from gawscompile.ir.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 from gawscompile.runtime import ops, pages
 
 LAYERS = 30

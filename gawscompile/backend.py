@@ -31,7 +31,7 @@ from gawscompile.observe.progress import Progress
 from gawscompile.observe.store import RECORDS
 from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
-from gawscompile.passes.context import Context, Rewrite, VerifierError, verify
+from gawscompile.passes.context import Context, Rewrite, VerifierError, inputs_of, verify
 from gawscompile.planning import devices
 from gawscompile.runtime import forks, gpu, lost_records, operand_checks, ops, pages, polyfills
 from gawscompile.runtime.recompile_limits import LIMITS
@@ -218,19 +218,9 @@ class GawsPass(CustomGraphPass):
             record.reject_all(*refusal)
             log.info("gaws: %s", record.notes[-1])
             return
-        work = torch.fx.Graph()
-        copies: dict[torch.fx.Node, torch.fx.Node] = {}
-        for node in _inputs(graph):
-            copies[node] = work.node_copy(node) if node.op == "placeholder" else work.placeholder(node.name)
-            copies[node].meta = dict(node.meta)
-        work.output(work.graph_copy(graph, copies))
-        for node in work.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-            work.erase_node(node)  # export writes them after every cast, and they would keep values that are fused
-        context = self.context = Context(work, self.options, record, barred=barred)
-        context.stored = frozenset(copies[node] for node in placeholders_of(graph, self.stored))
-        context.holder = graph.owning_module
-        context.copied = {copy: node for node, copy in copies.items() if not copy._erased}
-        context.complain = self._complain
+        stored = placeholders_of(graph, self.stored)
+        context = self.context = Context.of(graph, self.options, record, stored, barred, complain=self._complain)
+        work = context.graph
         for number, (name, stage) in enumerate(STAGES.items(), 1):
             context.stage = name
             self.say(f"{name}, pass {number} of {len(STAGES)}")
@@ -345,17 +335,9 @@ def _refusal(graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None) -> t
     return unavailable
 
 
-def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """What a graph computes from: placeholders, and the parameters that an exported graph holds as attributes, which
-    the passes see as placeholders too. Numbers that stood in the model's code stay what they are."""
-    held = (node for node in graph.find_nodes(op="get_attr") if isinstance(node.meta.get("val"), torch.Tensor))
-    parameters = (node for node in held if "_tensor_constant" not in str(node.target))
-    return [*graph.find_nodes(op="placeholder"), *parameters]
-
-
 def _take_over(graph: torch.fx.Graph, work: torch.fx.Graph) -> None:
     """Put `work` in the place of what `graph` holds (Inductor keeps the graph object that it gave us)."""
-    kept = dict.fromkeys(_inputs(graph))
+    kept = dict.fromkeys(inputs_of(graph))
     for node in reversed(list(graph.nodes)):
         if node not in kept:
             graph.erase_node(node)

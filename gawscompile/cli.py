@@ -12,7 +12,7 @@ from typing import Any
 
 from gawscompile import cache
 from gawscompile.cache import CacheError
-from gawscompile.ir.spec import SpecError
+from gawscompile.ir.types import SpecError
 from gawscompile.loading.arguments import Parser, new_file, new_folder, one_line, path, whole
 from gawscompile.loading.errors import ModelError
 from gawscompile.options import OptionError

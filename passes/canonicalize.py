@@ -23,13 +23,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir.operators import linear
-from gawscompile.ir.records import Reason
-from gawscompile.passes.activations import base_activation
-from gawscompile.passes.context import (
+from gawscompile.analysis.identity import base_activation, reinterpreted
+from gawscompile.analysis.reading import (
     ONES,
     VIEWS,
-    Context,
     args,
     aten,
     dtype,
@@ -38,13 +35,14 @@ from gawscompile.passes.context import (
     is_parameter,
     of_parameters,
     prims,
-    reinterpreted,
     returned,
-    same_size,
-    same_sizes,
     shape,
     transposed,
 )
+from gawscompile.ir.records import Reason
+from gawscompile.ir.sizes import same_size, same_sizes
+from gawscompile.ir.sums import linear
+from gawscompile.passes.context import Context
 
 Casts = dict[tuple[Node, torch.dtype], Node]
 """(what is cast, to which dtype) → the first such cast: autocast casts anew for every reader."""

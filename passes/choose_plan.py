@@ -2,11 +2,11 @@
 
 before::
 
-    fused = operators.project(x, [...], "k=576 x=bf16; …")
+    fused = operators.project(x, (Sum(…), …), swiglu)
 
 after::
 
-    fused = operators.project(x, [...], "gemv_cpp<=31, gemm_accumulate | k=576 x=bf16; …")
+    fused = operators.project(x, (Sum(…), …), swiglu, Program("gemv_cpp<=31, gemm_accumulate | k=576 x=bf16; …"))
 
 or, on a GPU, ``triton single_launch[8]<=2, fused_tile<=96, gemm_accumulate | …``. Where the number of tokens m is
 known, the table has one row; where it is symbolic, the op picks its row at run time and no guard is added. A group
@@ -15,21 +15,19 @@ without adapters whose plan would be the library's matmul anyway is given back t
 
 from __future__ import annotations
 
-import dataclasses
-import operator
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir.operators import linear
-from gawscompile.ir.project import project
+from gawscompile.analysis.reading import args, shape
 from gawscompile.ir.records import GroupRecord, Reason
 from gawscompile.ir.spec import KernelSpec
-from gawscompile.passes.context import Context, args, aten, dtype, empty_like, prims, shape
+from gawscompile.ir.sums import operands_of, project
+from gawscompile.passes.context import Context
 from gawscompile.passes.hoist_weights import arguments
+from gawscompile.passes.spell_out import spell_out
 from gawscompile.planning import devices
-from gawscompile.planning.cost import plan
+from gawscompile.planning.cost import Planned, plan
 from gawscompile.planning.table import PlanTable, Program
 
 
@@ -37,41 +35,45 @@ def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=project):
         if not context.allows(node):
             continue
-        x, operands, text = args(node)
-        spec = KernelSpec.parse(text)
+        x, sums, swiglu, _ = args(node)
+        spec = KernelSpec.of(x, sums, swiglu)
         planned = plan(spec, devices.of(x.meta["val"].device.type))
         tokens = _tokens(x)
         table = planned.table
         if isinstance(tokens, int):
             table = PlanTable(((table.pick(tokens), None),))
+        _, derived = arguments(operands_of(sums))
+        program = Program(table, spec, planned.target, planned.target.tunes and context.options.autotune, derived)
         entries = node.meta["gaws_entries"]
-        taken, derived = arguments(operands)
-        if not derived and not any(p.adapted for p in spec.projections) and table.rows[0][0] == "gemm_accumulate":
-            _give_back(graph, context, node, spec)
+        adapted = derived or any(total.adapted for total in sums)
+        if not adapted and program.target.kind(program.plans[0]).uses_library:
+            spell_out(context, node, seen=True)
             for entry in entries:
                 context.reject(entry, Reason.LIBRARY, f"m = {tokens}: {planned.compare(tokens)}")
             continue
-        tuned = planned.emitter == "triton" and context.options.autotune
-        program = Program(table, spec, planned.emitter, tuned, derived)
-        node.args = (x, taken, str(program))
+        node.args = (x, sums, swiglu, program)
         context.touch(node)
-        group = GroupRecord(
-            index=len(context.record.groups),
-            members=[entry.path for entry in entries],
-            tokens=str(tokens),
-            plan=str(table),
-            spec=str(spec),
-            kernel=f"{planned.emitter}:{planned.kernel}",
-            costs={name: str(cost) for name, cost in planned.costs.items()},
-            prefix=program.prefix,
-            suffix=program.suffix,
-            table=str(planned.table),
-        )
-        context.record.groups.append(group)
-        for entry in entries:
-            entry.status, entry.group, entry.plan, entry.kernel = "fused", group.index, group.plan, group.kernel
-            entry.reason = entry.detail = entry.stage = None
+        _record(context, entries, planned, program, tokens)
         context.matched()
+
+
+def _record(context: Context, entries: list[Any], planned: Planned, program: Program, tokens: Any) -> None:
+    group = GroupRecord(
+        index=len(context.record.groups),
+        members=[entry.path for entry in entries],
+        tokens=str(tokens),
+        plan=str(program.table),
+        spec=str(program.spec),
+        kernel=f"{program.target.name}:{planned.kernel}",
+        costs={name: str(cost) for name, cost in planned.costs.items()},
+        prefix=program.prefix,
+        suffix=program.suffix,
+        table=str(planned.table),
+    )
+    context.record.groups.append(group)
+    for entry in entries:
+        entry.status, entry.group, entry.plan, entry.kernel = "fused", group.index, group.plan, group.kernel
+        entry.reason = entry.detail = entry.stage = None
 
 
 def _tokens(x: Node) -> Any:
@@ -80,50 +82,3 @@ def _tokens(x: Node) -> Any:
     for size in shape(x)[:-1]:
         m = m * size
     return m
-
-
-def _give_back_product(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> None:
-    """Two outputs again, and their product after them."""
-    (only,) = node.users
-    shaped = only.meta["val"]
-    node.meta["val"] = [shaped, shaped]
-    with graph.inserting_before(only):
-        gate, up = (context.insert(operator.getitem, (node, i), only, shaped) for i in (0, 1))
-        cast, wide = prims.convert_element_type.default, shaped.to(torch.float32)
-        source = context.insert(cast, (gate, torch.float32), only, wide)
-        weight = context.insert(aten.sigmoid.default, (source,), only, wide)
-        silu = context.insert(aten.mul.Tensor, (source, weight), only, wide)
-        narrow = context.insert(cast, (silu, shaped.dtype), only, shaped)
-        new = context.insert(aten.mul.Tensor, (narrow, up), only, shaped)
-    context.replace(only, new)
-    context.erase(only)
-
-
-def _give_back(graph: Graph, context: Context, node: Node, spec: KernelSpec) -> None:
-    """Plain linears again, in canonical spelling; `lower` spells them in aten."""
-    x, operands, _ = args(node)
-    if spec.swiglu:
-        _give_back_product(graph, context, node, spec)
-        spec = dataclasses.replace(spec, swiglu=False)
-    named = dict(zip((o.name for o in spec.operands()), operands, strict=True))
-    for item in list(node.users):
-        i = args(item)[1]
-        assert item.target is operator.getitem
-        with graph.inserting_before(item):
-            weight = named[f"w{i}"]
-            if spec.projections[i].transposed:
-                weight = context.transpose(weight, item)
-            reads: tuple[Any, ...] = (x, weight)
-            if f"bias{i}" in named:
-                bias = named[f"bias{i}"]
-                if dtype(bias) != dtype(x):  # the library's addmm takes one dtype
-                    cast = prims.convert_element_type.default
-                    bias = context.insert(cast, (bias, dtype(x)), item, bias.meta["val"].to(dtype(x)))
-                reads = (*reads, bias)
-            new = context.insert(linear, reads, item, empty_like(x, shape(item), dtype(item)))
-            new.meta["gaws_entries"] = []  # the group's are rejected
-            if f"res{i}" in named:
-                new = context.insert(aten.add.Tensor, (named[f"res{i}"], new), item, new.meta["val"])
-        context.replace(item, new)
-        context.erase(item)
-    context.erase(node)

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import ast
 import logging
-import operator
-import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
-from gawscompile.ir import operators
-from gawscompile.ir.operators import linear
-from gawscompile.ir.recipe import hoisted
+from gawscompile.analysis.fixed import fixed_nodes
+from gawscompile.analysis.paths import MODEL, path_of
+from gawscompile.analysis.reading import aten, dtype, empty_like, is_call, same_value, shape
 from gawscompile.ir.records import GraphRecord, LinearRecord, Reason
+from gawscompile.ir.sizes import plain_sizes, same_sizes
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import operator_group, operator_sum, project
+from gawscompile.ir.types import DTYPES, SpecError, type_of
 from gawscompile.options import Options
-from gawscompile.passes.sizes import plain_sizes, same_size, same_sizes, settled
-from gawscompile.passes.sizes import same_strides as same_strides
-
-aten, prims = torch.ops.aten, torch.ops.prims
+from gawscompile.planning.table import Program
+from gawscompile.runtime.ops import OPS
 
 log = logging.getLogger("gawscompile")
-
-ROUNDING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-CASTS = (prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype)
-MODEL = "(model)"  # the path of the compiled module itself
-VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-MATRIX_MATHS = (aten.mm.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, linear)
-ONES = {aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
-TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 
 
 class VerifierError(AssertionError):
@@ -56,7 +46,6 @@ class Context:
     options: Options
     record: GraphRecord
     stored: frozenset[Node] = frozenset()  # the inputs that are parameters and buffers
-    fixed: set[Node] = field(default_factory=set)  # the nodes that are computed from those alone
     holder: Any = None  # the module whose constants get_attr nodes read
     stage: str = ""
     at: Node | None = None  # what is being rewritten, for messages
@@ -67,8 +56,45 @@ class Context:
     copied: dict[Node, Node] = field(default_factory=dict)  # node as it was → the same in the untouched graph
     stands_for: dict[Node, Node] = field(default_factory=dict)  # new node → the untouched graph's that it replaces
     complain: Callable[[str], None] = log.warning
+    seen: set[Node] = field(default_factory=set)  # products of weights that need no entry of their own
+    meanings: dict[str, Graph] = field(default_factory=dict)  # of our nodes, in aten (`spell_out`)
     matches: list[tuple[str, tuple[Node, ...]]] = field(default_factory=list)  # (stage, the nodes that matched)
     ended: str = ""  # the stage in which fuel ran out
+    _fixed: tuple[str, set[Node]] = ("", set())
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        options: Options,
+        record: GraphRecord,
+        stored: Container[Node] = (),
+        barred: dict[Rewrite, str] | None = None,
+        holder: Any = None,
+        complain: Callable[[str], None] = log.warning,
+    ) -> Context:
+        """A context over a copy of `graph`, of whose inputs `stored` are parameters and buffers. `holder`: the module
+        whose constants it reads, if it is not the graph's own."""
+        work = Graph()
+        copies: dict[Node, Node] = {}
+        for node in inputs_of(graph):
+            copies[node] = work.node_copy(node) if node.op == "placeholder" else work.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        kept = frozenset(copy for node, copy in copies.items() if node in stored)
+        work.output(work.graph_copy(graph, copies))
+        for node in work.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+            work.erase_node(node)  # export writes them after every cast, and they would keep values that are fused
+        context = cls(work, options, record, kept, holder or graph.owning_module, barred=barred or {})
+        context.copied = {copy: node for node, copy in copies.items() if not copy._erased}
+        context.complain = complain
+        return context
+
+    @property
+    def fixed(self) -> set[Node]:
+        """The nodes that stored inputs alone determine, as the graph was when this stage first asked."""
+        if self._fixed[0] != self.stage:
+            self._fixed = self.stage, fixed_nodes(self.graph, self.stored)
+        return self._fixed[1]
 
     # ---- records ------------------------------------------------------------------------------------------
 
@@ -92,7 +118,7 @@ class Context:
     def module_path(self, node: Node) -> str:
         """``model.layers.3.self_attn.q_proj``, from the node's module stack."""
         stack = node.meta.get("nn_module_stack")
-        path = _path(stack) if stack else ""
+        path = path_of(stack) if stack else ""
         return path or (MODEL if stack else f"<{node.name}>")
 
     def looks_at(self, node: Node) -> bool:
@@ -190,6 +216,30 @@ class Context:
         return self.stands_for.get(node) or self.copied.get(node)
 
 
+def _lowered(x: Node, arguments: list[Node], text: str) -> KernelSpec:
+    """The spec of a lowered group. Raises `SpecError` where its operands are not what that says."""
+    program = Program.parse(text)
+    inputs: list[Node | None] = list(arguments)
+    given = program.operands(inputs, lambda recipe, sources: None)
+    wanted = list(program.spec.operands())
+    if len(given) != len(wanted):
+        raise SpecError(f"{len(given)} operands for {len(wanted)}")
+    for operand, leaf in zip(wanted, given, strict=True):
+        found = None if leaf is None else type_of(leaf)  # None: it is derived
+        shape_ = operand.shape[-1:] if operand.activation else operand.shape
+        if found and (found.dtype != operand.dtype or found.shape[-len(shape_) or None :] != shape_):
+            raise SpecError(f"{operand.name} is {found}, not {operand.type}")
+    return program.spec
+
+
+def inputs_of(graph: Graph) -> list[Node]:
+    """What a graph computes from: placeholders, and the parameters that an exported graph holds as attributes, which
+    the passes see as placeholders too. Numbers that stood in the model's code stay what they are."""
+    held = (node for node in graph.find_nodes(op="get_attr") if isinstance(node.meta.get("val"), torch.Tensor))
+    parameters = (node for node in held if "_tensor_constant" not in str(node.target))
+    return [*graph.find_nodes(op="placeholder"), *parameters]
+
+
 def verify(context: Context) -> None:
     """The cheap check between passes: what was touched is typed, valued, and reads only what comes before it."""
     for node, rewrite in context.touched.items():
@@ -198,6 +248,8 @@ def verify(context: Context) -> None:
             continue
         if node.op == "call_function" and node.meta.get("val") is None:
             raise VerifierError(f"{context.stage}: {node.format_node()} has no value")
+        if wrong := _mistyped(node):
+            raise VerifierError(f"{context.stage}: {node.name}: {wrong}")
         for source in node.all_input_nodes:
             if source._erased or not source < node:
                 raise VerifierError(f"{context.stage}: {node.name} reads {source.name}, which does not come before it")
@@ -205,172 +257,33 @@ def verify(context: Context) -> None:
     context.at = context.under_way = None
 
 
+def _mistyped(node: Node) -> str | None:
+    """What is wrong with the operators or operands of one of our nodes, or with its value, if anything."""
+    inputs: Any = node.args
+    try:
+        if is_call(node, operator_sum):
+            spec = KernelSpec.of(inputs[0], [inputs[1]])
+        elif is_call(node, operator_group):
+            spec = KernelSpec.of(*inputs)
+        elif is_call(node, project):
+            spec = KernelSpec.of(*inputs[:3])
+        elif is_call(node, *OPS):
+            spec = _lowered(*inputs)
+        else:
+            return None
+    except SpecError as error:
+        return str(error)
+    x, outputs = inputs[0], spec.outputs
+    values = node.meta["val"] if isinstance(node.meta["val"], list) else [node.meta["val"]]
+    sizes = [(tuple(v.shape), v.dtype) for v in values]
+    wanted = [((*shape(x)[:-1], n), DTYPES[dtype]) for n, dtype in outputs]
+    agree = len(sizes) == len(wanted) and all(
+        a[1] == b[1] and same_sizes(a[0], b[0]) for a, b in zip(sizes, wanted, strict=True)
+    )
+    return None if agree else f"its values are {sizes}, and its operators make {wanted}"
+
+
 # ---- reading the graph --------------------------------------------------------------------------------------
-
-
-def value(node: Any) -> torch.Tensor | None:
-    """The fake tensor that a node stands for."""
-    found = node.meta.get("val") if isinstance(node, Node) else None
-    return found if isinstance(found, torch.Tensor) else None
-
-
-def args(node: Node) -> tuple[Any, ...]:
-    """A node's arguments, without fx's twenty-way union that no reader can use."""
-    return node.args
-
-
-def shape(node: Node) -> tuple[Any, ...]:
-    """A node's sizes. A symbolic one that a guard has settled (``mm`` with a weight of 8 columns) is a number."""
-    return tuple(size if type(size) is int else settled(size) for size in node.meta["val"].shape)
-
-
-def dtype(node: Node) -> torch.dtype:
-    return node.meta["val"].dtype
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Shape, dtype and device of two fake values agree."""
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return False
-    return a.dtype == b.dtype and a.device == b.device and same_sizes(a.shape, b.shape)
-
-
-def is_call(node: Any, *targets: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
-
-
-def is_cast(node: Any) -> bool:
-    """Whether `node` is a cast that only rounds or widens. One to float8 quantises: another number comes back."""
-    made, source = (value(node), value(args(node)[0])) if is_call(node, *CASTS) else (None, None)
-    if made is None or source is None or made.device != source.device:
-        return False
-    return {made.dtype, source.dtype} <= ROUNDING
-
-
-def through_casts(node: Any) -> Any:
-    """The node whose value, rounded, `node` is."""
-    while is_cast(node):
-        node = args(node)[0]
-    return node
-
-
-def is_parameter(node: Any) -> bool:
-    """A graph input (every parameter and buffer is one), or what `hoist_weights` has made of them."""
-    return isinstance(node, Node) and (node.op == "placeholder" or is_call(node, hoisted))
-
-
-def stored(node: Node) -> Node:
-    """The parameter of which `node` is a cast, or itself: kernels read parameters in their own dtype."""
-    source: Node = through_casts(node)
-    return source if is_parameter(source) else node
-
-
-def of_parameters(node: Any) -> bool:
-    """Whether a matrix is computed from graph inputs alone, by sums, products and scales."""
-    pending, seen = [node], 0
-    while pending:
-        node, seen = pending.pop(), seen + 1
-        if is_parameter(node) or not isinstance(node, Node):
-            continue
-        if seen > 64 or not is_call(node, *CASTS, *TRANSPOSES, *MATRIX_MATHS):
-            return False
-        pending += node.all_input_nodes
-    return True
-
-
-def transposed(node: Any) -> Node | None:
-    """The matrix of which `node` is the transpose, if it is one."""
-    if not is_call(node, *TRANSPOSES):
-        return None
-    source = args(node)[0]
-    if value(source) is None or len(shape(source)) != 2:
-        return None
-    if node.target is aten.permute.default and [d % 2 for d in args(node)[1]] != [1, 0]:
-        return None
-    if node.target is aten.transpose.int and args(node)[1] % 2 == args(node)[2] % 2:
-        return None
-    return source
-
-
-def reinterpreted(node: Any) -> Node | None:
-    """The node whose numbers `node` has in the same order, under other sizes or copied (dropout in eval mode)."""
-    if not isinstance(node, Node) or not node.args or value(node) is None or value(args(node)[0]) is None:
-        return None
-    source: Node = args(node)[0]
-    if is_call(node, *VIEWS, *ONES) or (is_call(node, aten.clone.default) and not node.kwargs):
-        return source
-    if is_call(node, aten.expand.default):  # to what it is already
-        return source if same_sizes(shape(node), shape(source)) else None
-    if is_call(node, aten.permute.default):  # einsum moves dimensions of size one about
-        moved = [d % len(shape(node)) for d in args(node)[1] if not same_size(shape(source)[d], 1)]
-        return source if moved == sorted(moved) else None
-    return None
-
-
-def is_view(node: Any) -> bool:
-    """Whether `node` shares memory with what it is made of."""
-    if is_call(node, *VIEWS, operator.getitem):
-        return True
-    target = node.target if isinstance(node, Node) and node.op == "call_function" else None
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return any(found.alias_info is not None and not found.alias_info.is_write for found in target._schema.returns)
-
-
-def with_views(node: Node) -> list[Node]:
-    """`node` and all that is a view of it."""
-    found = [node]
-    for one in found:  # grows
-        found += [user for user in one.users if is_view(user) and user not in found]
-    return found
-
-
-def returned(node: Node) -> bool:
-    """Whether `node` or a view of it leaves the graph: whose memory it is, and its strides, are part of the answer."""
-    return any(user.op == "output" for one in with_views(node) for user in one.users)
-
-
-def empty_like(x: Node, sizes: tuple[Any, ...], out: torch.dtype) -> torch.Tensor:
-    """A contiguous fake of `sizes` on x's device, under x's fake mode."""
-    fake = x.meta["val"]
-    with fake.fake_mode:
-        return torch.empty(sizes, dtype=out, device=fake.device)
-
-
-def leaves(terms: tuple[operators.Operator, ...]) -> list[Node]:
-    """The nodes that a sum reads beside its activation."""
-    return [leaf for leaf in pytree.tree_leaves(terms) if isinstance(leaf, Node)]
-
-
-_ROOT = re.compile(r"L\['\w+'\](\._orig_mod)?|L__self__")
-_ONE = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules)\[('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\]")
-_PLAIN = re.compile(r"(\.\w+|\['?\w+'?\])+")
-
-
-def _path(stack: dict[str, tuple[str, Any]]) -> str:
-    """``model.layers.3.self_attn.q_proj`` from Dynamo's spelling of the modules around a node, outermost first.
-
-    Each entry's path continues the one before it, by ``.name``, ``[index]`` or ``._modules['name']``, where a name may
-    be anything that is no dot.
-    """
-    names, before = [], ""
-    for path, _ in stack.values():
-        rest = path[len(before) :] if path.startswith(before) else path
-        before = path
-        rest = rest[root.end() :] if (root := _ROOT.match(rest)) else rest
-        while found := _ONE.match(rest):
-            names.append(str(ast.literal_eval(found[1])))
-            rest = rest[found.end() :]
-        if _PLAIN.fullmatch(rest):
-            names += re.findall(r"\w+", rest)
-        elif rest:
-            names.append(rest.removeprefix("."))
-    return ".".join(names).removesuffix(".base_layer")
-
-
-def path_of_source(name: str) -> str:
-    """The same of one of Dynamo's sources."""
-    return _path({"": (name, None)})
 
 
 def _brief(node: Node) -> str:

@@ -7,7 +7,7 @@ before::
 
 after::
 
-    fused = operators.project(x, [Wo, residual, Ao, Bo], "k=576 x=f32; n=576 w=f32 out=f32 residual=f32 lora(…)")
+    fused = operators.project(x, (Sum((Dense(Wo), Residual(residual), LowRank(Ao, Bo, 2.0)), 'f32'),))
     add   = fused[0]
 
 and, of SwiGLU's gate and up::
@@ -17,70 +17,120 @@ and, of SwiGLU's gate and up::
 
 after::
 
-    fused = operators.project(x, […], "k=576 x=f32 swiglu; n=1536 …; n=1536 …")
+    fused = operators.project(x, (Sum(…), Sum(…)), True)
     mul   = fused[0]
 
 A bias is there already (``addmm`` brought it into the sum). A residual is taken where it has the output's shape and
 dtype, comes before the projection, and nobody else reads the projection's output. So is a product, of the two outputs
-of a group that nobody else reads.
+of a group that nobody else reads. What is not taken is told, with the reason.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir.project import project
-from gawscompile.ir.spec import DTYPE_NAMES, KernelSpec
-from gawscompile.passes.context import (
-    Context,
-    args,
-    aten,
-    dtype,
-    is_call,
-    is_cast,
-    same_sizes,
-    same_value,
-    value,
-)
+from gawscompile.analysis.reading import args, aten, dtype, is_call, is_cast, same_value, value
+from gawscompile.ir.operators import Residual
+from gawscompile.ir.records import Reason
+from gawscompile.ir.sizes import same_sizes
+from gawscompile.ir.sums import Sum, project
+from gawscompile.passes.context import Context
 
 
 def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=project):
         for item in list(node.users):
             if context.looks_at(item):
-                _residual(graph, context, node, item)
+                _residual(context, node, item)
         if context.looks_at(node):
             _swiglu(context, node)
 
 
+def _tell(context: Context, node: Node, item: Node, what: str, why: str) -> None:
+    """An epilogue of one of the projections of `node` is not taken."""
+    path = node.meta["gaws_entries"][args(item)[1]].path
+    context.record.notes.append(f"{path}: {Reason.EPILOGUE.value}: {what}: {why}")
+
+
+# ---- residual ---------------------------------------------------------------------------------------------
+
+
+def _residual(context: Context, node: Node, item: Node) -> None:
+    """The sum with a residual, in the place of the projection's output."""
+    adds = [user for user in item.users if is_call(user, aten.add.Tensor)]
+    if not adds:
+        return
+    (add, *_), (x, sums, *rest), index = adds, args(node), args(item)[1]
+    left, right = args(add)
+    residual = left if right is item else right
+    why = _no_residual(node, item, add, residual, sums[index])
+    if why is not None:
+        if not _made_of(residual, node):
+            _tell(context, node, item, "residual", why)
+        return
+    if not context.allows(node):
+        return
+    node.args = (x, (*sums[:index], sums[index].plus(Residual(residual)), *sums[index + 1 :]), *rest)
+    context.touch(node)
+    context.replace(add, item)
+    context.erase(add)
+    context.matched()
+
+
+STEPS = 32
+"""Nodes at most that are looked at between a projection and what is added to it."""
+
+
+def _made_of(residual: object, node: Node) -> bool:
+    """Whether `residual` is computed from the outputs of `node`: no residual, then, but a sum of its own."""
+    found = [residual] if isinstance(residual, Node) else []
+    for one in found:  # grows
+        if len(found) < STEPS and not one < node:
+            found += [source for source in one.all_input_nodes if source not in found]
+    return node in found
+
+
+def _no_residual(node: Node, item: Node, add: Node, residual: object, total: Sum) -> str | None:
+    """Why `residual` cannot be added in the kernel, if it cannot."""
+    if len(item.users) > 1 or residual is item:
+        return "others read the projection's output too"
+    if not isinstance(residual, Node) or value(residual) is None or add.kwargs:
+        return "it is no tensor that is added as it is"
+    if not residual < node:
+        return "it comes after the projection"
+    if not same_value(value(residual), value(item)) or not same_value(value(add), value(item)):
+        return "it has another shape or dtype than the projection's output"
+    if any(not same_sizes(n.meta["val"].stride(), item.meta["val"].stride()) for n in (add, residual)):
+        return "it is laid out otherwise than the projection's output"  # and so the sum would be
+    if total.opaque is not None:
+        return "the base keeps its own matmul"
+    return "the projection has a residual already" if total.residual is not None else None
+
+
+# ---- SwiGLU -----------------------------------------------------------------------------------------------
+
+
 def _swiglu(context: Context, node: Node) -> None:
     """One output, ``silu(gate) * up``, in the place of two."""
-    x, operands, text = args(node)
-    spec = KernelSpec.parse(text)
+    x, sums, *_ = args(node)
     items = sorted(node.users, key=lambda item: args(item)[1])
-    if len(spec.projections) != 2 or len(items) != 2 or any(p.transposed or p.residual for p in spec.projections):
-        return
-    for gate, up in (items, items[::-1]):
+    for gate in items:
         silu = _silu(gate)
-        product = next(iter(up.users), None) if len(up.users) == 1 else None
-        if silu is None or product is None or not is_call(product, aten.mul.Tensor) or product.kwargs:
+        product = _reader(silu)
+        if silu is None or product is None or not is_call(product, aten.mul.Tensor):
             continue
-        if set(args(product)) != {silu, up} or len(silu.users) != 1:
-            continue
-        if not same_value(value(product), value(up)) or not same_value(value(gate), value(up)):
+        (up,) = [other for other in args(product) if other is not silu] or [silu]
+        why = _no_swiglu(node, gate, up, product, sums)
+        if why is not None:
+            _tell(context, node, gate, "silu(gate) * up", why)
             continue
         if not context.allows(node):
             return
         first = args(gate)[1]
-        mine = [list(owned) for owned in _by_projection(spec, operands)]
-        fused = dataclasses.replace(
-            spec, projections=(spec.projections[first], spec.projections[1 - first]), swiglu=True
-        )
-        node.args = (x, [*mine[first], *mine[1 - first]], str(fused))
+        node.args = (x, (sums[first], sums[1 - first]), True, None)
         node.meta["val"] = [value(product)]
         entries = node.meta["gaws_entries"]
         node.meta["gaws_entries"] = [entries[first], entries[1 - first]]
@@ -91,6 +141,23 @@ def _swiglu(context: Context, node: Node) -> None:
         context.erase(product)
         context.matched()
         return
+
+
+def _no_swiglu(node: Node, gate: Node, up: object, product: Node, sums: tuple[Sum, ...]) -> str | None:
+    """Why the product cannot be formed in the kernel, if it cannot."""
+    if up is gate or not is_call(up, operator.getitem) or up not in node.users:
+        return "gate and up are not of one group"
+    if len(sums) != 2 or len(node.users) != 2:
+        return f"their group has {len(sums)} projections"
+    if len(up.users) != 1:
+        return "others read up too"
+    if product.kwargs or not same_value(value(product), value(up)) or not same_value(value(gate), value(up)):
+        return "gate, up and their product differ in shape or dtype"
+    if any(total.transposed for total in sums):
+        return "their weights are kept as [k, n]"
+    if any(total.opaque is not None or total.residual is not None for total in sums):
+        return "one has an opaque base or a residual"
+    return None
 
 
 def _silu(gate: Node) -> Node | None:
@@ -122,41 +189,3 @@ def _reader(node: Node | None, target: object = None) -> Node | None:
     if node is None or len(node.users) != 1 or (target and (not is_call(node, target) or node.kwargs)):
         return None
     return next(iter(node.users))
-
-
-def _by_projection(spec: KernelSpec, operands: list[Node]) -> list[list[Node]]:
-    owned: list[list[Node]] = [[] for _ in spec.projections]
-    for operand, tensor in zip(spec.operands(), operands, strict=True):
-        owned[operand.projection].append(tensor)
-    return owned
-
-
-def _residual(graph: Graph, context: Context, node: Node, item: Node) -> None:
-    users = list(item.users)
-    if not is_call(item, operator.getitem) or len(users) != 1 or not is_call(users[0], aten.add.Tensor):
-        return
-    (add,) = users
-    left, right = args(add)
-    residual = left if right is item else right
-    if residual is item or value(residual) is None or not residual < node or add.kwargs:
-        return
-    if not same_value(value(residual), value(item)) or not same_value(value(add), value(item)):
-        return
-    if any(not same_sizes(n.meta["val"].stride(), item.meta["val"].stride()) for n in (add, residual)):
-        return  # the sum with a transposed residual is laid out as that is
-    x, operands, text = args(node)
-    spec, index = KernelSpec.parse(text), args(item)[1]
-    projection = spec.projections[index]
-    if projection.residual or not context.allows(node):
-        return
-    changed = dataclasses.replace(projection, residual=DTYPE_NAMES[dtype(residual)])
-    projections = (*spec.projections[:index], changed, *spec.projections[index + 1 :])
-    fused = dataclasses.replace(spec, projections=projections)
-    position = next(
-        at for at, o in enumerate(fused.operands()) if o.role == "residual" and o.projection == index
-    )
-    node.args = (x, [*operands[:position], residual, *operands[position:]], str(fused))
-    context.touch(node)
-    context.replace(add, item)
-    context.erase(add)
-    context.matched()

@@ -2,16 +2,16 @@
 
 before::
 
-    q = operators.operator_sum(x, (Dense(Wq), LowRank(Bq, Aq, 2.0)), bfloat16)
-    k = operators.operator_sum(x, (Dense(Wk), LowRank(Bk, Ak, 2.0)), bfloat16)
+    q = operators.operator_sum(x, Sum((Dense(Wq), LowRank(Aq, Bq, 2.0)), 'bf16'))
+    k = operators.operator_sum(x, Sum((Dense(Wk), LowRank(Ak, Bk, 2.0)), 'bf16'))
 
 after::
 
-    group = operators.operator_group(x, ((Dense(Wq), LowRank(…)), (Dense(Wk), LowRank(…))), (bfloat16, bfloat16))
+    group = operators.operator_group(x, (Sum((Dense(Wq), …), 'bf16'), Sum((Dense(Wk), …), 'bf16')))
     q, k  = group[0], group[1]
 
-The group stands where its first member stood; a member that reads something defined later stays alone. What a base that
-keeps its own matmul makes of x is brought before the group. A member whose weight has another dtype than its activation
+The group stands where its first member stood; a member that reads something defined later stays alone. What an opaque
+base makes of x is brought before the group. A member whose weight has another dtype than its activation
 stays alone too, unless tokens are few: the library, which many tokens want, takes one dtype.
 """
 
@@ -23,15 +23,16 @@ from collections import defaultdict
 
 from torch.fx import Graph, Node
 
-from gawscompile.ir.operators import Dense, Kept, operator_group, operator_sum
-from gawscompile.passes.context import Context, args, dtype, leaves, shape
+from gawscompile.analysis.reading import args, dtype, shape
+from gawscompile.ir.sums import Sum, operator_group, operator_sum
+from gawscompile.passes.context import Context
 
 
 def run(graph: Graph, context: Context) -> None:
     siblings: dict[tuple[Node, bool], list[Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=operator_sum):
-        x, terms, _ = args(node)
-        mixed = any(isinstance(t, Dense) and dtype(t.weight) != dtype(x) for t in terms) and not few(shape(x)[:-1])
+        x, total = args(node)
+        mixed = total.dense is not None and dtype(total.weight) != dtype(x) and not few(shape(x)[:-1])
         siblings[x, mixed].append(node)
     for members in siblings.values():
         while members:
@@ -50,14 +51,14 @@ def run(graph: Graph, context: Context) -> None:
 
 
 STEPS = 32
-"""Nodes of a kept base at most that are brought before its group."""
+"""Nodes of an opaque base at most that are brought before its group."""
 
 
 def _ahead(member: Node, first: Node) -> list[Node] | None:
     """The nodes to be brought before `first` so that `member` can be computed there, if it can."""
-    products = [term.product for term in args(member)[1] if isinstance(term, Kept)]
-    later = [leaf for leaf in leaves(args(member)[1]) if not leaf < first]
-    if any(leaf not in products for leaf in later):
+    total: Sum = args(member)[1]
+    later = [leaf for leaf in total.leaves if not leaf < first]
+    if any(leaf is not total.opaque for leaf in later):
         return None
     found: dict[Node, None] = {}
     while later:
@@ -87,7 +88,7 @@ def _group(graph: Graph, context: Context, members: list[Node]) -> None:
     with graph.inserting_before(first):
         new = context.insert(
             operator_group,
-            (x, tuple(args(m)[1] for m in members), tuple(args(m)[2] for m in members)),
+            (x, tuple(args(m)[1] for m in members)),
             first,
             [m.meta["val"] for m in members],
         )

@@ -4,12 +4,12 @@ before::
 
     norm = aten.linalg_vector_norm(aten.add(W, aten.mul(aten.mm(B, A), 2.0)), 2, [1])
     c    = aten.div(magnitude, norm)
-    sum  = operators.operator_sum(x, (Dense(W), LowRank(B, A, 2.0), RowScale(c)), float32)
+    sum  = operators.operator_sum(x, Sum((Dense(W), RowScale(c), LowRank(A, B, 2.0)), 'f32'))
 
 after::
 
     c    = operators.hoisted("[[\"aten.mm.default\", …", [W, A, B, magnitude])
-    sum  = operators.operator_sum(x, (Dense(W), LowRank(B, A, 2.0), RowScale(c)), float32)
+    sum  = operators.operator_sum(x, Sum((Dense(W), RowScale(c), LowRank(A, B, 2.0)), 'f32'))
 
 DoRA's rescale, LoHa's ΔW, rotations of weights and the like. Only what a projection reads is hoisted: the projection's
 op takes a checksum of its sources in every call (`runtime/dispatch.cpp`) and computes it anew where that is another, so
@@ -18,29 +18,15 @@ nothing that Inductor might overwrite is handed to it.
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from gawscompile.ir.operators import Bias, operator_sum
+from gawscompile.analysis.fixed import cone
+from gawscompile.analysis.reading import CASTS, ONES, TRANSPOSES, VIEWS, args, aten, is_call, is_parameter, shape, value
 from gawscompile.ir.recipe import RecipeError, hoisted, write
-from gawscompile.passes.context import (
-    CASTS,
-    ONES,
-    TRANSPOSES,
-    VIEWS,
-    Context,
-    args,
-    aten,
-    is_call,
-    is_parameter,
-    leaves,
-    shape,
-    value,
-)
+from gawscompile.ir.sums import Sum, operator_sum
+from gawscompile.passes.context import Context
 from gawscompile.planning.table import Derived
 
 STEPS = 4096
@@ -48,64 +34,23 @@ STEPS = 4096
 
 
 def run(graph: Graph, context: Context) -> None:
-    fixed = fixed_nodes(graph, context.stored)
     made: dict[Node, Node] = {}
     for node in graph.find_nodes(op="call_function", target=operator_sum):
         if not context.looks_at(node):
             continue
-        x, terms, out = args(node)
-        read = leaves(tuple(term for term in terms if not isinstance(term, Bias)))
+        total: Sum = args(node)[1]
+        read = [leaf for leaf in total.leaves if leaf is not total.bias]
         for leaf in read:
-            if leaf in fixed and leaf not in made and worthwhile(leaf) and context.allows(leaf):
+            if leaf in context.fixed and leaf not in made and worthwhile(leaf) and context.allows(leaf):
                 made[leaf] = _hoist(graph, context, leaf)
         if any(leaf in made for leaf in read):
-            node.args = map_arg((x, terms, out), lambda n: made.get(n, n))
+            node.args = map_arg(node.args, lambda n: made.get(n, n))
             context.touch(node)
             for entry in node.meta["gaws_entries"]:
                 entry.hoisted = sum(leaf in made for leaf in read)
             context.matched()
     for leaf in made:
         context.erase(leaf)
-
-
-def fixed_nodes(graph: Graph, stored: Container[Node]) -> set[Node]:
-    """The nodes that are computed from stored tensors (parameters and buffers) alone, the same in every call."""
-    fixed: set[Node] = set()
-    constant: set[Node] = set()  # an eye, say
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr":
-            constant.add(node)
-        if node.op != "call_function" or not all(n in stored or n in fixed or n in constant for n in sources):
-            continue
-        if not _pure(node.target) or not _static(node.meta.get("val")):
-            continue
-        (constant if all(n in constant for n in sources) else fixed).add(node)
-    return fixed
-
-
-def _pure(target: Any) -> bool:
-    """Whether the same is computed of the same: nothing random, nothing that was never written."""
-    tags = getattr(target, "tags", ())
-    return torch.Tag.nondeterministic_seeded not in tags and "empty" not in str(target)
-
-
-def _static(found: Any) -> bool:
-    """Whether all its sizes are known."""
-    tensors = found if isinstance(found, (list, tuple)) else [found]
-    return all(isinstance(t, torch.Tensor) and all(isinstance(n, int) for n in t.shape) for t in tensors)
-
-
-def cone(leaf: Node) -> list[Node]:
-    """The nodes that a fixed one is computed by, itself last."""
-    inside: set[Node] = set()
-    pending = [leaf]
-    while pending:
-        node = pending.pop()
-        if node not in inside and not is_parameter(node):
-            inside.add(node)
-            pending += node.all_input_nodes
-    return sorted(inside)
 
 
 def hoistable(leaf: Node, context: Context) -> bool:

@@ -25,29 +25,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.ir.operators import linear
+from gawscompile.analysis.identity import base_activation
+from gawscompile.analysis.reading import ONES, VIEWS, args, aten, dtype, empty_like, is_call, shape
 from gawscompile.ir.records import Reason
-from gawscompile.passes.activations import base_activation
-from gawscompile.passes.context import (
-    ONES,
-    VIEWS,
-    Context,
-    args,
-    aten,
-    dtype,
-    empty_like,
-    is_call,
-    same_size,
-    same_sizes,
-    shape,
-)
-from gawscompile.passes.hoist_weights import fixed_nodes
+from gawscompile.ir.sizes import same_size, same_sizes
+from gawscompile.ir.sums import linear
+from gawscompile.passes.context import Context
 
 NARROWER = 2
 """The ranks of all blocks together are at most one in so many of the features of ΔW's narrower side."""
@@ -89,19 +78,18 @@ class Blocks:
 def run(graph: Graph, context: Context) -> None:
     """Merge every such pair, or note why a product over blocks of features stays."""
     products = graph.find_nodes(op="call_function", target=aten.bmm.default)
-    fixed = fixed_nodes(graph, context.stored) if products else ()
     for node in products:
         if not node._erased and context.looks_at(node):
-            _merge(context, node, fixed)
+            _merge(context, node)
 
 
 def _left(context: Context, node: Node, reason: Reason, detail: str) -> None:
     context.record.notes.append(f"{context.module_path(node)}: blocks left alone: {reason.name}: {detail}")
 
 
-def _merge(context: Context, node: Node, fixed: Container[Node]) -> None:
+def _merge(context: Context, node: Node) -> None:
     x = _activation(node)
-    if x is None or not _of_parameters(node, context, fixed):
+    if x is None or not _of_parameters(node, context):
         return
     leading: Axes = tuple(() if same_size(size, 1) else (Axis(size),) for size in shape(x)[:-1])
     tokens = tuple(axis for dim in leading for axis in dim)
@@ -115,7 +103,7 @@ def _merge(context: Context, node: Node, fixed: Container[Node]) -> None:
     ranks = (*blocks, Axis(shape(node)[2], (len(blocks),)))
     next_node, axes = _next_product(node, (blocks, tokens, ranks[-1:]))
     second = None
-    if next_node is not None and _of_parameters(next_node, context, fixed):
+    if next_node is not None and _of_parameters(next_node, context):
         second = _blocks(next_node, axes, tokens)
     if second is None or not _all_of(ranks, second.read):
         _left(context, node, Reason.FACTOR_SHAPE, "no second product over blocks follows it")
@@ -192,9 +180,9 @@ def _dealt(context: Context, matrix: Node, sizes: list[int], order: list[int]) -
     return step(aten.view.default, moved, [rows, columns])
 
 
-def _of_parameters(node: Node, context: Context, fixed: Container[Node]) -> bool:
+def _of_parameters(node: Node, context: Context) -> bool:
     right: Any = args(node)[1]
-    return (right in context.stored or right in fixed) and all(isinstance(size, int) for size in shape(right))
+    return (right in context.stored or right in context.fixed) and all(isinstance(size, int) for size in shape(right))
 
 
 # ---- axes -------------------------------------------------------------------------------------------------

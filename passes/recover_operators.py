@@ -12,7 +12,7 @@ before::
 
 after::
 
-    operator_sum = operators.operator_sum(x, (Dense(W), LowRank(B, A, 2.0)), bfloat16)
+    operator_sum = operators.operator_sum(x, Sum((Dense(W), LowRank(A, B, 2.0)), 'bf16'))
 
 No list of spellings: every node is given, bottom up, the *form* of its value as a linear function of one activation
 (a sum of products of parameter matrices, each with a scale, plus vectors), where it has one. Casts carry a form
@@ -28,56 +28,28 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.ir.operators import (
-    Bias,
-    Dense,
-    Given,
-    Kept,
-    Kronecker,
-    LowRank,
-    Mode,
-    Operator,
-    RowScale,
-    describe,
-    linear,
-    operator_sum,
-)
+from gawscompile.analysis.fixed import cone
+from gawscompile.analysis.forms import Form, escapes, form_of, on_its_slices
+from gawscompile.analysis.identity import reinterpreted, stored, through_casts, widens
+from gawscompile.analysis.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
+from gawscompile.analysis.reading import args, aten, dtype, empty_like, is_call, is_cast, prims, shape, transposed
+from gawscompile.analysis.vectors import Vector, readable
+from gawscompile.ir.operators import Bias, Dense, Given, Kronecker, LowRank, Mode, Opaque, Operator, RowScale
 from gawscompile.ir.records import LinearRecord, Reason
-from gawscompile.ir.spec import DTYPE_NAMES
-from gawscompile.passes.activations import widens
-from gawscompile.passes.context import (
-    Context,
-    args,
-    aten,
-    dtype,
-    empty_like,
-    is_call,
-    is_cast,
-    leaves,
-    prims,
-    reinterpreted,
-    same_sizes,
-    same_strides,
-    shape,
-    stored,
-    through_casts,
-    transposed,
-)
-from gawscompile.passes.forms import Form, escapes, form_of, on_its_slices
-from gawscompile.passes.hoist_weights import cone, fixed_nodes
-from gawscompile.passes.kept import kept_refusal, on_a_kept_base, opaque, way_to
-from gawscompile.passes.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
+from gawscompile.ir.sizes import same_sizes, same_strides
+from gawscompile.ir.sums import Sum, linear, operator_sum
+from gawscompile.ir.types import DTYPE_NAMES
+from gawscompile.passes.context import Context
+from gawscompile.passes.opaque_bases import is_opaque, on_an_opaque_base, opaque_refusal, way_to
 from gawscompile.passes.refusals import adapters_refusal, by_columns, low_rank, refusal, shape_refusal, vectors_refusal
-from gawscompile.passes.vectors import Vector, readable
 
 
 def run(graph: Graph, context: Context) -> None:
     forms: dict[Node, Form] = {}
-    context.fixed = fixed_nodes(graph, context.stored)
     for node in graph.nodes:
         if node.op != "call_function" or not context.looks_at(node):
             continue
-        form = on_a_kept_base(node, forms, context) or form_of(node, forms, context.fixed)
+        form = on_an_opaque_base(node, forms, context) or form_of(node, forms, context.fixed)
         if form is not None:
             forms[node] = form
         elif is_cast(node) and args(node)[0] in forms and dtype(node) not in DTYPE_NAMES:
@@ -111,8 +83,8 @@ def _root(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) -
     form = on_its_slices(form) or form
     if escapes(form, forms):
         return (node,)  # some of it would run twice: it is a sum of its own
-    if form.kept is not None:
-        return _on_a_kept_base(context, node, form, form.kept, forms)
+    if form.opaque is not None:
+        return _on_an_opaque_base(context, node, form, form.opaque, forms)
     form, rowscale = form.without_row_scale()
     rowscale = rowscale and stored(rowscale)
     if len(form.bases) != 1:
@@ -164,33 +136,34 @@ def _replaced(
 ) -> tuple[Node, ...]:
     """Put the sum of `terms` in the place of `node`. Returns the nodes that are settled by this."""
     wanted = shape(node)[::-1] if form.turned else shape(node)
-    settled = tuple(n for leaf in leaves(terms) if leaf in context.fixed for n in cone(leaf))
+    total = Sum.of(terms, DTYPE_NAMES[dtype(node)])
+    settled = tuple(n for leaf in total.leaves if leaf in context.fixed for n in cone(leaf))
     with context.graph.inserting_before(node):
         value = empty_like(form.activation, sizes, dtype(node))
-        new = context.insert(operator_sum, (form.activation, terms, dtype(node)), like, value)
+        new = context.insert(operator_sum, (form.activation, total), like, value)
         new.meta["gaws_entries"] = [entry]
         if not same_sizes(sizes, wanted):
             value = empty_like(form.activation, wanted, dtype(node))
             new = context.insert(aten.view.default, (new, list(wanted)), node, value)
         new = _laid_out(context, context.transpose(new, node) if form.turned else new, node)
-    entry.operators = describe(terms)
+    entry.operators = total.describe()
     context.replace(node, new)
     context.erase(node)
     context.matched()
     return (*settled, *(n for n in form.inner if n._erased))  # what others read too is a root of its own
 
 
-def _on_a_kept_base(
-    context: Context, node: Node, form: Form, kept: Node, forms: dict[Node, Form]
+def _on_an_opaque_base(
+    context: Context, node: Node, form: Form, product: Node, forms: dict[Node, Form]
 ) -> tuple[Node, ...]:
     """Replace `node`, what an opaque base makes of x and what adapters add to that, by their sum, or say why not."""
-    x, n = form.activation, shape(kept)[-1]
+    x, n = form.activation, shape(product)[-1]
     sizes = (*shape(x)[:-1], n)
-    base = [one for one in way_to(kept, x) if one in forms and opaque(forms[one], context)]
-    refusal = kept_refusal(x, kept, node) or adapters_refusal(context, form.products, (n, shape(x)[-1]))
+    base = [one for one in way_to(product, x) if one in forms and is_opaque(forms[one], context)]
+    refusal = opaque_refusal(x, product, node) or adapters_refusal(context, form.products, (n, shape(x)[-1]))
     refusal = refusal or shape_refusal(form, node, sizes, shape(node))
     first = next((one for one in base if is_call(one, linear)), None)
-    origin, matrix = (node, kept) if first is None else (first, args(first)[1])
+    origin, matrix = (node, product) if first is None else (first, args(first)[1])
     if refusal is not None:
         # base and factors may still be projections each
         path, (reason, detail) = context.module_path(origin), refusal
@@ -201,12 +174,12 @@ def _on_a_kept_base(
     if not context.allows(node):
         context.reject(entry, *context.denied)
         return (*form.inner, *base)
-    for one in base:
-        one.meta["gaws_entries"] = []  # it has its entry
+    context.seen.update(base)
     with context.graph.inserting_before(node):
-        if not same_sizes(shape(kept), sizes):
-            kept = context.insert(aten.view.default, (kept, list(sizes)), node, empty_like(kept, sizes, dtype(kept)))
-        terms = _terms(context, replace(form, kept=kept), None, node)
+        if not same_sizes(shape(product), sizes):
+            plain = empty_like(product, sizes, dtype(product))
+            product = context.insert(aten.view.default, (product, list(sizes)), node, plain)
+        terms = _terms(context, replace(form, opaque=product), None, node)
     return (*base, *_replaced(context, node, form, terms, sizes, entry, node))
 
 
@@ -228,13 +201,15 @@ def _alone(graph: Graph, context: Context, node: Node, forms: dict[Node, Form]) 
     found = matrix_of(weight)
     simple = found is not None and len(found[0]) == len(found[0][0].matrices) == 1 and found[0][0].scale == Scale()
     factor = found[0][0].matrices[0] if found and simple else Factor(weight)
+    if not factor.dense:
+        return (node,)
     forms[node] = Form(x, (Product((factor,), node),), tuple(Vector(readable(v)) for v in args(node)[2:]), (node,))
     return _root(graph, context, node, forms)
 
 
 def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tuple[Operator, ...]:
     """The operator sum of a form, its nodes inserted where the caller stands."""
-    terms: list[Operator] = [Kept(form.kept)]
+    terms: list[Operator] = [Opaque(form.opaque)]
     if base is not None:
         (weight,) = base.matrices
         terms = [Dense(stored(weight.node), weight.turned)]
@@ -248,7 +223,7 @@ def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tu
             terms.append(Given(factors[0], p.given))
         elif low_rank(p):
             a, b = factors
-            terms.append(LowRank(b, a, scale))
+            terms.append(LowRank(a, b, scale))
         else:
             modes = [Mode(f.before, g, f.after) for f, g in zip(p.matrices, factors, strict=True)]
             terms.append(Kronecker(tuple(modes), scale))
@@ -258,7 +233,7 @@ def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tu
 def _factor(context: Context, factor: Factor) -> Node:
     """The factor as it is stored, or a view of its transpose (which the op copies in every call: it is small)."""
     node = stored(factor.node)
-    if not factor.turned or len(shape(node)) == 1:
+    if not factor.turned or factor.diagonal:
         return node
     return _derive(context, aten.permute.default, (node, [1, 0]), node.meta["val"].permute(1, 0))
 

@@ -8,23 +8,15 @@ from typing import Any
 
 from torch.fx import Node
 
+from gawscompile.analysis.forms import NARROW, Form
+from gawscompile.analysis.identity import stored, through_casts
+from gawscompile.analysis.matrices import Product, Scale
+from gawscompile.analysis.reading import dtype, empty_like, is_parameter, shape
 from gawscompile.ir.records import Reason
-from gawscompile.ir.spec import DTYPE_NAMES
-from gawscompile.passes.context import (
-    Context,
-    dtype,
-    empty_like,
-    is_parameter,
-    same_size,
-    same_sizes,
-    same_strides,
-    shape,
-    stored,
-    through_casts,
-)
-from gawscompile.passes.forms import NARROW, Form
+from gawscompile.ir.sizes import same_size, same_sizes, same_strides
+from gawscompile.ir.types import DTYPE_NAMES
+from gawscompile.passes.context import Context
 from gawscompile.passes.hoist_weights import hoistable
-from gawscompile.passes.matrices import Product, Scale
 
 
 def refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Reason, str] | None:

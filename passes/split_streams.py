@@ -22,18 +22,9 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.passes.context import (
-    Context,
-    args,
-    aten,
-    dtype,
-    empty_like,
-    is_call,
-    returned,
-    same_sizes,
-    shape,
-    with_views,
-)
+from gawscompile.analysis.reading import args, aten, dtype, empty_like, is_call, returned, shape, with_views
+from gawscompile.ir.sizes import same_sizes
+from gawscompile.passes.context import Context
 
 Parts = dict[tuple[Node, tuple[int, ...]], tuple[Node, ...]]
 """(node, sizes along its last axis) → what it consists of."""

@@ -172,8 +172,8 @@ KERNELS = {
     ),
     "Triton: rows scaled after the bias": Fault(
         GEMV,
-        '[*v.out.load(v.rowscale + v.rows, ok, p.rowscale, sign="*="), *added]',
-        '[*added, *v.out.load(v.rowscale + v.rows, ok, p.rowscale, sign="*=")]',
+        '[*v.out.load(v.rowscale + v.rows, ok, p.rowscale.dtype, sign="*="), *added]',
+        '[*added, *v.out.load(v.rowscale + v.rows, ok, p.rowscale.dtype, sign="*=")]',
         f"{NUMBERS}[rowscale-m1]",
         unproven=ON_GPUS,
     ),

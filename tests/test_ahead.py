@@ -12,7 +12,7 @@ from torch.fx import Graph
 from benchmarks.common import ADAPTERS, Setup, with_adapter
 from gawscompile import ahead, cli
 from gawscompile.codegen import triton
-from gawscompile.ir.spec import SpecError
+from gawscompile.ir.types import SpecError
 from gawscompile.planning import cost
 from gawscompile.planning.devices import GPUS
 from gawscompile.planning.table import Program
@@ -32,7 +32,7 @@ def _layer(**sizes: int) -> torch.nn.Module:
 
 def _launches(traced: list[ahead.Traced]) -> int:
     programs = [Program.parse(group.program) for graph in traced for group in graph.record.groups]
-    return sum(len(triton.launches(program.spec, program.triton_plan(1))) for program in programs)
+    return sum(len(triton.launches(program.spec, triton.Plan.parse(program.table.pick(1)))) for program in programs)
 
 
 def _calls(graph: Graph) -> int:

@@ -167,7 +167,7 @@ class Quantised(torch.nn.Module):
 def test_a_quantised_base_is_left_alone_and_says_why_or_is_added_to():
     model, x = Quantised(24, 32), torch.randn(3, 32)
     (entry,) = explain(model, x).linears
-    assert (entry.status, entry.operators) == ("fused", "Kept[24] + 0.5·LowRank(r=4)")
+    assert (entry.status, entry.operators) == ("fused", "Opaque[24] + 0.5·LowRank(r=4)")
     (bare,) = explain(Quantised(24, 32, adapted=False), x).linears
     assert (bare.status, bare.reason) == ("rejected", "WEIGHT_COMPUTED")
     compiled = torch.compile(model, backend="gaws", options=STRICT)

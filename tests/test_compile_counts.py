@@ -60,7 +60,7 @@ def test_every_pass_is_linear_in_the_layers(graphs, monkeypatch):
 
 def test_identical_layers_share_kernels(graphs):
     kernels = {
-        layers: {Program.parse(group.program).cpp_source() for group in captured.until().record.groups}
+        layers: {Program.parse(group.program).sources()["kernel.cpp"] for group in captured.until().record.groups}
         for layers, captured in graphs.items()
     }
     assert kernels[2] == kernels[4] and len(kernels[4]) == len(kernels[1]) == 5  # qkv, o, gate and up, down, the head
@@ -116,9 +116,10 @@ def test_recompiles_are_inductors():
 
 def test_a_kernel_is_built_for_the_plans_that_run():
     spec = "k=48 x=f32; n=40 w=f32 out=f32 lora(r=4 f32 s=2.0)"
-    texts = {plans: Program.parse(f"{plans} | {spec}").cpp_source() for plans in ("gemv_cpp", "gemm_accumulate")}
+    programs = {plans: Program.parse(f"{plans} | {spec}") for plans in ("gemv_cpp", "gemm_accumulate")}
+    texts = {plans: program.sources()["kernel.cpp"] for plans, program in programs.items()}
     assert "void gemv(" in texts["gemv_cpp"] and "void accumulate(" not in texts["gemv_cpp"]
     assert "void accumulate(" in texts["gemm_accumulate"] and "void gemv(" not in texts["gemm_accumulate"]
-    both = Program.parse(f"gemv_cpp<=4, gemm_accumulate | {spec}").cpp_source()
+    both = Program.parse(f"gemv_cpp<=4, gemm_accumulate | {spec}").sources()["kernel.cpp"]
     assert "void gemv(" in both and "void accumulate(" in both
     assert build.start(texts["gemv_cpp"]) is build.start(texts["gemv_cpp"])

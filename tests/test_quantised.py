@@ -80,7 +80,7 @@ def test_adapters_are_fused_and_live(kind):
     report = explain(model, tokens(1, 1), use_cache=False)
     adapted = [entry for entry in report.linears if "lm_head" not in entry.path]
     assert len(adapted) == 7 * LAYERS and {entry.status for entry in adapted} == {"fused"}
-    assert all(entry.operators.startswith("Kept[") and "LowRank(r=4)" in entry.operators for entry in adapted)
+    assert all(entry.operators.startswith("Opaque[") and "LowRank(r=4)" in entry.operators for entry in adapted)
     groups = {entry.group for entry in adapted}
     assert len(groups) == 4 * LAYERS  # q/k/v, o, gate/up, down
     torch._dynamo.reset()

@@ -19,7 +19,8 @@ from gawscompile.codegen import triton, triton_aot
 from gawscompile.codegen.triton_aot import Compiled
 from gawscompile.debug.explain import call_once
 from gawscompile.ir.records import GraphRecord
-from gawscompile.ir.spec import KernelSpec, SpecError
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import SpecError
 from gawscompile.planning import devices
 from gawscompile.planning.devices import GPUS, Gpu
 from gawscompile.planning.table import Program
@@ -116,7 +117,8 @@ def kernels(traced: list[Traced], target: str, tokens: int) -> Iterator[Kernel]:
         for group in graph.record.groups:
             program = Program.parse(group.program)
             rows = int(group.tokens) if group.tokens.isdecimal() else tokens
-            members.setdefault((program.spec, program.triton_plan(rows)), []).append(" + ".join(group.members))
+            plan = triton.Plan.parse(program.table.pick(rows))
+            members.setdefault((program.spec, plan), []).append(" + ".join(group.members))
     for (spec, plan), who in members.items():
         yield Kernel(tuple(who), spec, plan, tuple(triton_aot.compile_plan(spec, plan, target)))
 

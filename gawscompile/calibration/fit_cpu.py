@@ -23,14 +23,16 @@ import torch
 
 from gawscompile import cache
 from gawscompile.calibration import measure
-from gawscompile.ir.spec import DTYPES, KernelSpec
-from gawscompile.planning import cost, devices
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
+from gawscompile.planning import cost, cpu_cost, devices
 from gawscompile.planning.devices import Device
+from gawscompile.planning.targets import CPP
 
 SHAPES = ((1536, 576), (576, 1536), (2048, 2048), (4096, 1024))
 """(features out, features in)."""
 TOKENS = (1, 2, 4, 16, 64, 256)
-PLANS = ("gemv_cpp", "gemm_accumulate")
+GENERATED, LIBRARY = sorted(CPP.kinds, key=lambda name: CPP.kinds[name].uses_library)
 COLD = 256 << 20
 """Bytes of copies of a weight for few tokens, and a quarter of that for many, which hardly wait for memory."""
 
@@ -57,7 +59,7 @@ class Sample:
     @property
     def operations(self) -> int:
         """That take time of their own."""
-        hidden = cost.TILE_TOKENS if self.plan == "gemv_cpp" else 0
+        hidden = 0 if CPP.kind(self.plan).uses_library else cpu_cost.TILE_TOKENS
         return 2 * max(0, self.tokens - hidden) * math.prod(self.features)
 
 
@@ -114,7 +116,7 @@ def calibrate(
     samples = tuple(
         _time(dtype, plan, shape, m, rounds, cold if m <= 4 else cold // 4)
         for dtype in ("f32", "bf16")
-        for plan in PLANS
+        for plan in CPP.kinds
         for shape in shapes
         for m in tokens
     )
@@ -146,18 +148,18 @@ def fitted(default: Device, samples: Sequence[Sample]) -> Device:
     """`default` with the constants that `samples` show."""
     streams = {
         (plan, dtype): [s for s in samples if (s.plan, s.dtype) == (plan, dtype)]
-        for plan in PLANS
+        for plan in CPP.kinds
         for dtype in ("f32", "bf16")
     }
-    launch, streaming, rate = solve(streams["gemv_cpp", "f32"])
+    launch, streaming, rate = solve(streams[GENERATED, "f32"])
     bandwidth = streaming or default.bandwidth
     kernel = {**default.kernel_rate, "f32": rate or default.kernel_rate["f32"]}
     # weights of either dtype come from one memory
     known = {"launch": launch or 0.0, "bandwidth": bandwidth}
-    kernel["bf16"] = solve(streams["gemv_cpp", "bf16"], known)[2] or kernel["bf16"]
+    kernel["bf16"] = solve(streams[GENERATED, "bf16"], known)[2] or kernel["bf16"]
     library, library_bandwidth, launches = dict(default.library_rate), dict(default.library_bandwidth), []
     for dtype in ("f32", "bf16"):
-        started, streaming, rate = solve(streams["gemm_accumulate", dtype])
+        started, streaming, rate = solve(streams[LIBRARY, dtype])
         launches.append(started or 0.0)
         library[dtype] = rate or library[dtype]
         library_bandwidth[dtype] = streaming or library_bandwidth[dtype]

@@ -21,6 +21,7 @@ from gawscompile import cache
 from gawscompile.calibration import gpu_timing, measure
 from gawscompile.codegen import triton
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import SCALE_DTYPES
 from gawscompile.planning import devices, gpu_cost
 from gawscompile.planning.devices import Gpu
 
@@ -151,9 +152,9 @@ def tensors(spec: KernelSpec, tokens: int, device: str | None = None) -> tuple[t
     def normal(shape: tuple[int | str, ...], dtype: str) -> torch.Tensor:
         sizes = [tokens if size == "m" else int(size) for size in shape]
         drawn = torch.randn(sizes, device=device) / max(1, sizes[-1] if len(sizes) > 1 else 1) ** 0.5
-        return drawn.to(triton.OPERAND_DTYPES[dtype])
+        return drawn.to(SCALE_DTYPES[dtype])
 
-    x = torch.randn(tokens, spec.k, device=device).to(triton.OPERAND_DTYPES[spec.x])
+    x = torch.randn(tokens, spec.k, device=device).to(SCALE_DTYPES[spec.x])
     return x, [normal(o.shape, o.dtype) for o in spec.operands()]
 
 

@@ -219,7 +219,7 @@ def measure_groups(groups: Iterable[Any], rounds: int = 15) -> None:
     taken: dict[tuple[str, int], float] = {}
     for group in groups:
         program = Program.parse(group.program)
-        if not group.tokens.isdecimal() or (program.emitter == "triton" and not torch.cuda.is_available()):
+        if not group.tokens.isdecimal() or (program.target.device == "cuda" and not torch.cuda.is_available()):
             continue
         key = group.program, int(group.tokens)
         if key not in taken:
@@ -228,15 +228,15 @@ def measure_groups(groups: Iterable[Any], rounds: int = 15) -> None:
 
 
 def _seconds(program: Any, tokens: int, rounds: int) -> float:
-    from gawscompile.ir.spec import DTYPES
+    from gawscompile.ir.types import SCALE_DTYPES
     from gawscompile.runtime import ops
 
     ops.ensure_loaded()
-    device = "cuda" if program.emitter == "triton" else "cpu"
+    device = program.target.device
 
     def made(sizes: Sequence[int | str], dtype: str) -> torch.Tensor:
         numbers = torch.randn([tokens if size == "m" else int(size) for size in sizes], device=device)
-        return numbers.to(torch.float64 if dtype == "f64" else DTYPES[dtype])
+        return numbers.to(SCALE_DTYPES[dtype])
 
     spec = program.spec
     x, operands = made(("m", spec.k), spec.x), [made(o.shape, o.dtype) for o in spec.operands()]

@@ -5,7 +5,7 @@
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
 ``accumulate``  the same on top of what y holds, for the plan whose base product comes from the vendor library.
 
-Where a projection has no W, both add to its residual alone.
+Where a base is opaque, both add to what it has made of x.
 
 Measured by ``python -m benchmarks.projections`` (``benchmarks/results/projections.md``). Four rows by six tokens fill
 24 of AVX-512's 32 registers with accumulators. Panels of weights stay in the second cache while tile after tile of
@@ -31,14 +31,14 @@ from pathlib import Path
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
 from gawscompile.codegen.cpp_parts import Parts
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
-from gawscompile.ir.spec import KernelSpec, Operand, ProjectionSpec, SpecError
+from gawscompile.ir.operators import fixed
+from gawscompile.ir.spec import KernelSpec, Operand
+from gawscompile.ir.sums import Sum
+from gawscompile.ir.types import SpecError, dtype_of
 
 CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
-
-READ = ("bias", "residual", "rowscale", "a", "b", "scale", "c", "z", "mode", "kron_scale")
-"""Roles of all operands but weights."""
 
 _FILES = ("vectors", "prelude", "modes", "projections")  # one after the other
 PRELUDE = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in _FILES)
@@ -62,7 +62,7 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
     prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
     parts = [_header(spec, plans), "\n\n".join(prelude), "", *_constants(spec, ranks), "", "}  // namespace"]
     parts += ["", *_gemv(spec, ranks, summed)] if whole else []
-    if added and (spec.swiglu or any(has_epilogue(p) for p in spec.projections)):
+    if added and (spec.swiglu or not all(p.plain for p in spec.projections)):
         parts += ["", *_accumulate(spec, ranks)]
     return "\n".join(parts) + "\n"
 
@@ -98,7 +98,7 @@ def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
         name = f"phase{number}"
         lines.append(f"    Share {name}(({' + '.join(costs)}) * blocks(m, TILE), id, threads);")
         for i, j, term in terms:
-            scale = f"float(*scale{i}_{j})" if term.scale is None else f"{term.scale!r}f"
+            scale = f"float(*scale{i}_{j})" if fixed(term.scale) is None else f"{term.scale!r}f"
             own = f"{term.rank}, a{i}_{j}, x, {scale}, u + {ranks.offsets[i, j]}{parts.seen(f'a{i}_{j}')}"
             lines.append(f"    low_rank<even({term.rank}), K, LDU>({name}, {'K' if steps else 1}, m, {own});")
         lines += [step_code(step, name) for step in steps]
@@ -135,7 +135,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
             body.append(f"    by_panels<even(N{i})>(rows, {cost}, {panel}, N{i}, m, y{i}, {reads});")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     name = "gemv({}, uint64_t* sums)" if summed else "gemv({})"
-    return _entry(name, spec, ranks, True, ("weight", *READ), ys, [*body, *finish(summed)])
+    return _entry(name, spec, ranks, True, True, ys, [*body, *finish(summed)])
 
 
 def _panel(spec: KernelSpec) -> int:
@@ -146,7 +146,7 @@ def _panel(spec: KernelSpec) -> int:
 
 def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     parts = Parts(spec, ranks)
-    added = [i for i, p in enumerate(spec.projections) if has_epilogue(p)]
+    added = [i for i, p in enumerate(spec.projections) if not p.plain]
     pieces = [(i, [_added(spec, i, parts)]) for i in added]
     if spec.swiglu:  # one piece of both, and of their product
         at = "b * 2 * V"
@@ -158,26 +158,28 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
         body += [f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{", *lines, "    });"]
     reads = bool(ranks.width) or any(e.source.pointer == "x" for i in added for e in ranks.endings[i])
     ys = [f"y{i}" for i in range(len(spec.projections))] + ["y"] * spec.swiglu
-    return _entry("accumulate({})", spec, ranks, reads, READ, ys, body)
+    return _entry("accumulate({})", spec, ranks, reads, False, ys, body)
 
 
 def _added(spec: KernelSpec, i: int, parts: Parts) -> str:
     """2V rows of a projection, all tokens, on top of what y holds: the block b."""
     p = spec.projections[i]
     if not p.kronecker:
-        base = f"{'y' if p.dtype else 'res'}{i}"
+        base = f"{'y' if p.dense else 'base'}{i}"
         return f"      add<N{i}>({', '.join(['b * 2 * V', 'm', f'y{i}', base, *parts.added(i)])});"
     ends = f"b * 2 * V / ROWS, min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS)"
-    reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.dtype else None, weight=False)
+    reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.dense else None, weight=False)
     return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, {', '.join(reads)});"
 
 
 def _entry(
-    name: str, spec: KernelSpec, ranks: Scratch, x: bool, roles: tuple[str, ...], ys: list[str], body: list[str]
+    name: str, spec: KernelSpec, ranks: Scratch, x: bool, weights: bool, ys: list[str], body: list[str]
 ) -> list[str]:
-    """An entry point, whose threads all run `body`. It reads `x`, if so, and operands of `roles`; it writes `ys`."""
+    """An entry point, whose threads all run `body`. It reads `x`, if so, and all
+    operands, `weights` if so; it writes `ys`."""
     types = [CPP_TYPES[p.out] for p in (*spec.projections, spec.projections[0])]
-    operands = [(CPP_TYPES[o.dtype], o.name, at) for at, o in enumerate(spec.operands()) if o.role in roles]
+    read = [(at, o) for at, o in enumerate(spec.operands()) if weights or o.role != "weight"]
+    operands = [(CPP_TYPES[o.dtype], o.name, at) for at, o in read]
     return [
         f'extern "C" void {name.format("int64_t m, const void* x_, const void* const* in, void* const* out")} {{',
         *["  const X* x = (const X*)x_;"] * x,
@@ -194,14 +196,9 @@ def _entry(
     ]
 
 
-def has_epilogue(p: ProjectionSpec) -> bool:
-    """Whether anything is to be added to the plain product W x."""
-    return bool(p.bias or p.residual or p.adapted)
-
-
-def _base(spec: KernelSpec, p: ProjectionSpec) -> int:
+def _base(spec: KernelSpec, p: Sum) -> int:
     """Bytes of a row of W, or of what stands for its product."""
-    return spec.k * _SIZE[p.dtype] if p.dtype else _SIZE[p.residual or p.out]
+    return spec.k * _SIZE[p.weight.dtype] if p.dense else _SIZE[dtype_of(p.opaque)]
 
 
 _SIZE = {"f32": 4, "bf16": 2, "f16": 2}

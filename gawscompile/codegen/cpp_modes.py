@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gawscompile.ir.spec import KernelSpec, KroneckerSpec, ModeSpec
+from gawscompile.ir.operators import Kronecker, Mode, fixed
+from gawscompile.ir.spec import KernelSpec
 
 FEW_SLICES = 4  # fewer do not share loads of G well enough to pay for a stage of their own
 
@@ -24,7 +25,7 @@ class Source:
 class Step:
     """A mode product into scratch (only scaled where `mode` is None)."""
 
-    mode: ModeSpec | None
+    mode: Mode | None
     factor: str
     source: Source
     offset: int
@@ -36,7 +37,7 @@ class Step:
 class Ending:
     """How a Kronecker term reaches its rows: a dot with G's row (`mode`), or what lies in scratch already (None)."""
 
-    mode: ModeSpec | None
+    mode: Mode | None
     factor: str
     source: Source
 
@@ -64,12 +65,12 @@ class Scratch:
         self.width += -(-count // self.PAD) * self.PAD
         return offset
 
-    def _chain(self, i: int, j: int, term: KroneckerSpec) -> Ending:
+    def _chain(self, i: int, j: int, term: Kronecker) -> Ending:
         factors = [f"g{i}_{j}_{at}" for at in range(len(term.modes))]
-        scale = f"float(*kron_scale{i}_{j})" if term.scale is None else f"{term.scale!r}f"
+        scale = f"float(*kron_scale{i}_{j})" if fixed(term.scale) is None else f"{term.scale!r}f"
         final = term.modes[-1]
         last = final if final.rows is not None and final.after == 1 and final.before < FEW_SLICES else None
-        steps: list[ModeSpec | None] = list(term.modes[:-1] if last else term.modes)
+        steps: list[Mode | None] = list(term.modes[:-1] if last else term.modes)
         if last and not steps and term.scale != 1.0:
             steps = [None]
         source, width = Source("x", "K"), term.modes[0].inputs

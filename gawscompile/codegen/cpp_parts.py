@@ -26,7 +26,7 @@ class Parts:
     def expanded(self, i: int, product: str | None = None, weight: bool = True) -> list[str]:
         """Dots and lines of a row: the base (a dot, or the line `product`), the adapters, the epilogue."""
         p = self._spec.projections[i]
-        streams = weight and p.dtype and not p.transposed
+        streams = weight and p.dense and not p.transposed
         dots = [f"weight<K>(w{i}, x{self.seen(f'w{i}')})"] if streams else []
         dots += [f"factor<{sizes}>({factor}, {source})" for sizes, factor, source in self._terms(i)]
         lines = []
@@ -38,12 +38,13 @@ class Parts:
             else:
                 lines.append(f"plus({pointer}, Int<LDU>{{}})")
         lines += [product] if product else []
+        lines += [f"plus(base{i}, Int<N{i}>{{}})"] * (p.opaque is not None)
         return [_all(dots), _all([*lines, *self._scale(i), *self._epilogue(i)])]
 
     def added(self, i: int) -> list[str]:
-        """Lines before and after, and terms, that join a base's product by columns, or the residual in its place."""
+        """Lines before and after, and terms, that join a base's product by columns."""
         terms = [f"turned<{sizes}>({factor}, {source}, b * 2 * V, N{i})" for sizes, factor, source in self._terms(i)]
-        scale, lines = self._scale(i), self._epilogue(i, base=not self._spec.projections[i].dtype)
+        scale, lines = self._scale(i), self._epilogue(i)
         return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
 
     def _terms(self, i: int) -> list[tuple[str, str, str]]:
@@ -55,10 +56,10 @@ class Parts:
     def _scale(self, i: int) -> list[str]:
         return [f"times(rowscale{i})"] if self._spec.projections[i].rowscale else []
 
-    def _epilogue(self, i: int, base: bool = False) -> list[str]:
-        """What joins scaled rows; `base`: but for the residual."""
+    def _epilogue(self, i: int) -> list[str]:
+        """What joins scaled rows."""
         p = self._spec.projections[i]
-        residual = [f"plus(res{i}, Int<N{i}>{{}})"] if p.residual and not base else []
+        residual = [f"plus(res{i}, Int<N{i}>{{}})"] if p.residual else []
         return [f"plus(bias{i})"] * bool(p.bias) + residual
 
 

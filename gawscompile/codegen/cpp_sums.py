@@ -20,8 +20,9 @@ SUMS = (_HERE / "sums.cpp").read_text().strip()
 """What those kernels have besides."""
 
 
-SUMMED = ("weight", "a", "b", "c")
-"""Roles of the operands of which ``gemv`` takes a checksum."""
+def takes(operand: Operand) -> bool:
+    """Whether ``gemv`` takes a checksum of `operand` as it reads it."""
+    return operand.place.kind == "matrix" and operand.place.stage != "chain"
 
 
 def unit_rows(spec: KernelSpec, operand: Operand) -> int:

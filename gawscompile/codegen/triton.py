@@ -38,24 +38,45 @@ from gawscompile.codegen.triton_gemv import GEMV_ROWS, Gemv, RedundantShrink, Si
 from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
 from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
 from gawscompile.codegen.triton_tile import Accumulate, Tile
-from gawscompile.ir.spec import DTYPES, KernelSpec, SpecError
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES, SCALE_DTYPES, SpecError
 
-OPERAND_DTYPES = DTYPES | {"f64": torch.float64}  # the latter for scales only
-SCALES = ("scale", "kron_scale")
 
-DECODE: dict[str, Callable[[KernelSpec, int], Gemv]] = {
-    "stream": Gemv,
-    "kron_epilogue": Gemv,
-    "single_launch": SingleLaunch,
-    "redundant_shrink": RedundantShrink,
-    "two_launch": Gemv,
+@dataclass(frozen=True)
+class PlanKind:
+    """What prints the kernels of a plan, and whether it can run a spec (as one of few tokens would see it)."""
+
+    style: type[Style]
+    applies: Callable[[KernelSpec, Gemv], bool]
+
+    def of(self, spec: KernelSpec, rows: int | None) -> Style:
+        """The kernels for a spec."""
+        make: Callable[..., Style] = self.style
+        return make(spec, rows) if self.decodes else make(spec)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is for few tokens, and has rows."""
+        return issubclass(self.style, Gemv)
+
+
+PLANS = {
+    "stream": PlanKind(Gemv, lambda spec, few: not few.width and not any(p.kronecker for p in spec.projections)),
+    "kron_epilogue": PlanKind(Gemv, lambda spec, few: not few.width and any(p.kronecker for p in spec.projections)),
+    "single_launch": PlanKind(SingleLaunch, lambda spec, few: few.width > 0),
+    "two_launch": PlanKind(Gemv, lambda spec, few: few.width > 0),
+    "redundant_shrink": PlanKind(RedundantShrink, lambda spec, few: few.width > 0 and not few.written),
+    "fused_tile": PlanKind(Tile, lambda spec, few: True),
+    "gemm_accumulate": PlanKind(
+        Accumulate, lambda spec, few: all(spec.x == p.weight.dtype == p.out for p in spec.projections)
+    ),
 }
-MANY: dict[str, Callable[[KernelSpec], Tile]] = {"fused_tile": Tile, "gemm_accumulate": Accumulate}
+"""Every plan. To add one: a class that prints its kernels, and a line here."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a group runs: a name of `DECODE` with the most `rows` of W per program, or a name of `MANY`.
+    """How a group runs: a name of `PLANS`, for few tokens with the most `rows` of W per program.
 
     Prints as ``single_launch[8]`` or ``fused_tile`` and parses back.
     """
@@ -64,13 +85,19 @@ class Plan:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in (MANY if self.rows is None else DECODE):
+        kind = PLANS.get(self.name)
+        if kind is None or kind.decodes != (self.rows is not None):
             raise SpecError(f"not a plan for Triton: {self.name} with {self.rows} rows; {_PLANS}")
         if self.rows is not None and self.rows not in GEMV_ROWS:
             raise SpecError(f"a program of {self.name} takes {', '.join(map(str, GEMV_ROWS))} rows, not {self.rows}")
 
     def __str__(self) -> str:
         return self.name if self.rows is None else f"{self.name}[{self.rows}]"
+
+    @property
+    def style(self) -> type[Style]:
+        """The class that prints its kernels."""
+        return PLANS[self.name].style
 
     @staticmethod
     def parse(text: str) -> Plan:
@@ -80,19 +107,24 @@ class Plan:
         return Plan(match[1], int(match[2]) if match[2] else None)
 
 
-_PLANS = f"these are: {', '.join(f'{name}[rows]' for name in DECODE)}, {', '.join(MANY)}"
+_PLANS = f"these are: {', '.join(f'{name}[rows]' if kind.decodes else name for name, kind in PLANS.items())}"
 
 
 def plans(spec: KernelSpec) -> list[Plan]:
     """Every plan that can run `spec`. Raises `SpecError` as `emit` does."""
     _check_spec(spec)
     gemv = Gemv(spec, GEMV_ROWS[0])
-    names = ["single_launch", "two_launch", *["redundant_shrink"] * (not gemv.written)]
-    if not gemv.width:
-        names = ["kron_epilogue" if any(p.kronecker for p in spec.projections) else "stream"]
-    many = ["fused_tile", *["gemm_accumulate"] * all(spec.x == p.weight == p.out for p in spec.projections)]
     few = GEMV_ROWS[1:] if gemv.written else GEMV_ROWS  # 32 rows and a chain of modes after them spill on sm_80
-    return [Plan(name, rows) for name in names for rows in few] + [Plan(name) for name in many]
+    applying = {name: kind for name, kind in PLANS.items() if kind.applies(spec, gemv)}
+    return [Plan(name, rows) for name, kind in applying.items() for rows in (few if kind.decodes else (None,))]
+
+
+def fits(spec: KernelSpec, plan: Plan) -> bool:
+    """Whether a grid can hold the programs of `plan`."""
+    try:
+        return bool(launches(spec, plan)) or plan.style.uses_library
+    except SpecError:
+        return False
 
 
 def emit(spec: KernelSpec, plan: Plan, tuned: bool = False) -> str:
@@ -115,7 +147,7 @@ def kernels(spec: KernelSpec, plan: Plan) -> Style:
     """The kernels of `plan`. Raises `SpecError` as `emit` does."""
     if plan not in plans(spec):
         raise SpecError(f"the plan {plan} cannot run {spec}")
-    style = MANY[plan.name](spec) if plan.rows is None else DECODE[plan.name](spec, plan.rows)
+    style = PLANS[plan.name].of(spec, plan.rows)
     for kernel in style.kernels():
         if kernel.programs > MAX_ROW_BLOCKS:
             raise SpecError(f"{kernel.name} needs {kernel.programs} row blocks, more than {MAX_ROW_BLOCKS}: {spec}")
@@ -189,7 +221,7 @@ def launch(
     has a driver, or anywhere if ``TRITON_INTERPRET=1`` was set before its import.
     """
     _check_arguments(spec, x, operands)
-    kept = {"flags": flags} if plan.name == "single_launch" else {}
+    kept = {"flags": flags} if plan.style.keeps_state else {}
     outs: list[torch.Tensor] = load(spec, plan, tuned).launch(x, operands, **kept)
     return outs
 
@@ -225,7 +257,7 @@ def _header(spec: KernelSpec, plan: Plan, style: Style, steps: list[Kernel]) -> 
     }
     if spec.swiglu:
         said = {what: f"{text}; y is silu(y0) y1" if what != "shrink" else text for what, text in said.items()}
-    launches = [f"torch.mm: y{i} = W{i} x" for i in range(len(spec.projections)) if plan.name == "gemm_accumulate"]
+    launches = [f"torch.mm: y{i} = W{i} x" for i in range(len(spec.projections)) if plan.style.uses_library]
     for kernel in steps:
         text = said[kernel.what].format(width=style.width, computes=_computes(style, kernel.stage))
         launches.append(f"{kernel.step}: {text}")
@@ -284,7 +316,7 @@ def _host(spec: KernelSpec, plan: Plan, style: Style, steps: list[Kernel], tuned
     operands = list(spec.operands())
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     activations = ["x", *(o.name for o in operands if o.activation)]
-    scales = [o.name for o in operands if o.role in SCALES]
+    scales = [o.name for o in operands if o.scale]
     single = isinstance(style, SingleLaunch)
     doc = [
         f'"""Run the group on x[m, {spec.k}], m >= 1; return [{", ".join(ys)}], written to `outs` if given.',
@@ -313,7 +345,7 @@ def _host(spec: KernelSpec, plan: Plan, style: Style, steps: list[Kernel], tuned
             "if flags is None:",
             "    flags = torch.zeros((m, FLAGS.value), dtype=torch.int32, device=x.device)",
         ]
-    if plan.name == "gemm_accumulate":
+    if plan.style.uses_library:
         if spec.swiglu:
             body += [f"y{i} = {_empty(str(p.n), p.out)}" for i, p in enumerate(spec.projections)]
         turned = ["" if p.transposed else ".t()" for p in spec.projections]
@@ -371,10 +403,10 @@ def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch
         raise ValueError(f"{len(operands)} operands for {len(wanted)}: {', '.join(o.name for o in wanted)}")
     for operand, tensor in zip(wanted, operands, strict=True):
         shape = [x.shape[0] if size == "m" else size for size in operand.shape]
-        dtype = OPERAND_DTYPES[operand.dtype]
+        dtype = SCALE_DTYPES[operand.dtype]
         if list(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{operand.name} is {list(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
-        if operand.role not in SCALES and tensor.device != x.device:
+        if not operand.scale and tensor.device != x.device:
             raise ValueError(f"{operand.name} is on {tensor.device}, x on {x.device}")
         if not operand.activation and not tensor.is_contiguous():
             raise ValueError(f"{operand.name} is not contiguous: strides {tensor.stride()} of {shape}")

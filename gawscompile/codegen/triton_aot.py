@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gawscompile.codegen import triton as emitter
-from gawscompile.ir.spec import KernelSpec, SpecError
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import SpecError
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 """What tests and tables are made for."""

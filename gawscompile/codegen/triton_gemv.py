@@ -16,7 +16,8 @@ import dataclasses
 from gawscompile.codegen.triton_kernels import Narrow, Style, blocks_of_rows, dividing, k_columns, row_of_w
 from gawscompile.codegen.triton_modes import Emitter, Product
 from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Work, cut, fn, function, scaled, shape, store, v
-from gawscompile.ir.spec import KernelSpec, LowRankSpec
+from gawscompile.ir.operators import LowRank
+from gawscompile.ir.spec import KernelSpec
 
 GEMV_ROWS = (32, 16, 8, 4)  # rows of W per program
 GEMV_TRANSPOSED = 16  # the least of a weight kept as [k, n], whose rows then fill 32-byte sectors
@@ -63,7 +64,7 @@ class Gemv(Style):
     def _cut_columns(self, rows: int) -> Cut:
         return cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // rows])
 
-    def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
+    def shrink_work(self, term: LowRank) -> tuple[Work, int]:
         cols = self.shrink_columns
         ok = [cols.mask(v.col_ok)]
         step = [
@@ -108,7 +109,7 @@ class Gemv(Style):
         step = [
             *k_columns(cols),
             *xs,
-            *v.ws.load(w, ok, p.weight),
+            *v.ws.load(w, ok, p.weight.dtype),
             v.acc.let(v.ws * v.xs, cols.sign),
         ]
         return [
@@ -126,8 +127,8 @@ class Gemv(Style):
         p, columns, ok = self.spec.projections[i], self.columns[i], [rows.mask(v.row_ok)]
         low = self.low_rank(p)
         lines = self.to_rows(p)
-        added = v.out.load(v.bias + v.rows, ok, p.bias, sign="+=") if p.bias else []
-        added += v.out.load(v.residual + v.rows, ok, p.residual, sign="+=") if p.residual else []
+        added = v.out.load(v.bias + v.rows, ok, p.bias.dtype, sign="+=") if p.bias else []
+        added += v.out.load(v.residual + v.rows, ok, p.residual.dtype, sign="+=") if p.residual else []
         lines += [] if p.rowscale else added  # loads that need not wait for u
         for narrow in self.given(p):
             lines += self._add(narrow, rows)
@@ -141,7 +142,7 @@ class Gemv(Style):
         for ending in of_u:
             lines += self._add_mode(ending, rows)
         if p.rowscale:
-            lines += [*v.out.load(v.rowscale + v.rows, ok, p.rowscale, sign="*="), *added]
+            lines += [*v.out.load(v.rowscale + v.rows, ok, p.rowscale.dtype, sign="*="), *added]
         return lines
 
     def _add_mode(self, ending: Product, rows: Cut) -> list[Code]:
@@ -170,6 +171,8 @@ class SingleLaunch(Gemv):
     On AMD a release waits for the stores of its own wave alone, and `publish` counts from the first: that wave holds
     all that a program writes to u, since the columns are at most GEMV_ROWS[0] = 32 and a wave has 64 lanes.
     """
+
+    keeps_state = True
 
     def __init__(self, spec: KernelSpec, rows: int) -> None:
         super().__init__(spec, rows)
@@ -225,7 +228,9 @@ class SingleLaunch(Gemv):
 class RedundantShrink(Gemv):
     """Every program computes u = s A x for itself; only low-rank terms need a u here."""
 
-    expanded = ("weight", "bias", "residual", "rowscale", "a", "b", "scale", "c", "z")
+    repeats_shrink = True
+
+    expanded = ("base", "rows", "shrink")
 
     def kernels(self) -> list[Kernel]:
         return [self._kernel("project", "The rows of every y", self.expands())]

@@ -16,7 +16,10 @@ from typing import TypeAlias
 
 from gawscompile.codegen.triton_modes import Product, columns, common
 from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Tensor, Work, fn, function, printed, reads, v
-from gawscompile.ir.spec import KernelSpec, LowRankSpec, Operand, ProjectionSpec
+from gawscompile.ir.operators import LowRank
+from gawscompile.ir.spec import KernelSpec, Operand
+from gawscompile.ir.sums import Sum
+from gawscompile.ir.types import dtype_of
 
 MAX_ROW_BLOCKS = 65535  # CUDA's limit for the second axis of a grid
 
@@ -43,7 +46,7 @@ class Narrow:
     vectors: Code
     columns: Code
     ok: Code
-    term: LowRankSpec | None = None
+    term: LowRank | None = None
 
     @property
     def common(self) -> str:
@@ -68,12 +71,15 @@ class Style(ABC):
     token: Definitions  # of `token` and others in `passed`
     passed: tuple[str, ...] = ("token",)  # what work may use beside tensors
     extra: tuple[tuple[str, str], ...] = ()  # further parameters, with their Triton types
-    # operands of an expanding case
-    expanded: tuple[str, ...] = ("weight", "bias", "residual", "rowscale", "b", "c", "z")
+    # the stages whose operands an expanding case reads
+    expanded: tuple[str, ...] = ("base", "rows")
     does = "BLOCK_N rows of a y"
     expanding = "expand"  # the step that makes the rows of y
     total: Code  # what the work calls the rows before they are stored
     names: Definitions = ()  # further ones for the rows of a W or a mode
+    keeps_state = False  # counters, between calls
+    uses_library = False  # for the products of the bases
+    repeats_shrink = False  # every program computes u for itself
     reads_y = False  # whether an expanding case adds to what y holds
 
     def __init__(self, spec: KernelSpec) -> None:
@@ -94,7 +100,7 @@ class Style(ABC):
         """Columns of u: s A x for every low-rank term in the first stage, and mode products."""
         cases = []
         for i, j, term, offset in self.terms() if stage == 0 else ():
-            mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.role in ("a", "scale")]
+            mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.place.stage == "shrink"]
             work, programs = self.shrink_work(term)
             cases.append(Case(f"A{i}_{j}", work, tuple(map(_tensor, mine)), programs, offset))
         for i, product in self.written:
@@ -173,7 +179,7 @@ class Style(ABC):
 
     def tensors(self, i: int, temporary: bool = False) -> list[Tensor]:
         """What the rows of one W read beside x and u, what they add to included if it is `temporary`."""
-        operands = [o for o in self.spec.operands() if o.projection == i and o.role in self.expanded]
+        operands = [o for o in self.spec.operands() if o.projection == i and o.place.stage in self.expanded]
         tensors = [_tensor(o, numbered=True) for o in operands]
         tensors += [_tensor(o) for ending in self.columns[i].endings for o in _factors(self.spec, i, ending)]
         return tensors + [Tensor("y", f"y{i}", self.spec.projections[i].out)] * (temporary and self.reads_y)
@@ -190,21 +196,23 @@ class Style(ABC):
         """Of u, the first that belongs to a projection."""
         return self.offsets[i] if self.columns[i].width else 0
 
-    def low_rank(self, p: ProjectionSpec) -> list[Narrow]:
+    def low_rank(self, p: Sum) -> list[Narrow]:
         """Of every low-rank term, B u."""
         return [
             Narrow(j, term.rank, term.dtype, "f32", v.u + offset, v.WIDTH, *_own(j, "b", "u", "ranks", "rank"), term)
             for j, (term, offset) in enumerate(with_offsets(p))
         ]
 
-    def given(self, p: ProjectionSpec) -> list[Narrow]:
+    def given(self, p: Sum) -> list[Narrow]:
         """Every C z."""
         return [
-            Narrow(j, term.rank, term.dtype, term.z, v[f"z{j}"], term.rank, *_own(j, "c", "z", "given", "given"))
+            Narrow(
+                j, term.rank, term.dtype, dtype_of(term.z), v[f"z{j}"], term.rank, *_own(j, "c", "z", "given", "given")
+            )
             for j, term in enumerate(p.given)
         ]
 
-    def to_rows(self, p: ProjectionSpec) -> list[Code]:
+    def to_rows(self, p: Sum) -> list[Code]:
         """Move what is added to its token (where it has tokens) and to its first row."""
         given, to_y = self.given(p), v.token * v.N + v.first
         return [
@@ -219,7 +227,7 @@ class Style(ABC):
         """What comes before the first read of u."""
         return []
 
-    def terms(self) -> list[tuple[int, int, LowRankSpec, int]]:
+    def terms(self) -> list[tuple[int, int, LowRank, int]]:
         """Every low-rank term of the group: its projection, its index there, itself, its first column in u."""
         return [
             (i, j, term, self.offsets[i] + offset)
@@ -270,7 +278,7 @@ class Style(ABC):
         """What the autotuner tries instead."""
 
     @abstractmethod
-    def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
+    def shrink_work(self, term: LowRank) -> tuple[Work, int]:
         """What a program does for `term`, and the number of programs."""
 
     @abstractmethod
@@ -333,7 +341,7 @@ def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], most: int) -> tupl
     return tuple(block for block in enough if block <= most) or enough[-1:]
 
 
-def with_offsets(p: ProjectionSpec) -> list[tuple[LowRankSpec, int]]:
+def with_offsets(p: Sum) -> list[tuple[LowRank, int]]:
     """The terms of `p`, each with its first column in the part of u that belongs to `p`."""
     return [(term, sum(t.rank for t in p.lowrank[:j])) for j, term in enumerate(p.lowrank)]
 
@@ -348,7 +356,7 @@ def row_range(range_: Cut, block: Code, end: Code | int) -> Definitions:
     return (*names, *[(v.row_ok, v.first + v.rows < end)] * range_.masked)
 
 
-def row_of_w(p: ProjectionSpec, k: int) -> Code:
+def row_of_w(p: Sum, k: int) -> Code:
     """The offset of the columns in a weight kept as ``[k, n]``."""
     cols = v.cols[:, None]
     return (cols.to("i64") if k * p.n >= 1 << 31 else cols) * Code(str(p.n))

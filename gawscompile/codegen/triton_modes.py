@@ -23,7 +23,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gawscompile.codegen.triton_text import Code, Cut, cut, fn, scaled, shape, v
-from gawscompile.ir.spec import DTYPES, KernelSpec, KroneckerSpec, ModeSpec, ProjectionSpec, SpecError
+from gawscompile.ir.operators import Kronecker, Mode, fixed
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import Sum
+from gawscompile.ir.types import DTYPES, SpecError, shape_of
 
 REPEATED_ROWS = 64  # of a block mode that is no epilogue: up to here a mix before it is folded into its load
 REPEATED_SHARE = 4  # a mix is folded into an epilogue that then does at most K / 4 more multiplications per token
@@ -46,7 +49,7 @@ class Product:
     """
 
     term: int
-    kron: KroneckerSpec
+    kron: Kronecker
     start: int
     at: int
     launch: int
@@ -54,7 +57,7 @@ class Product:
     column: int | None
 
     @property
-    def mode(self) -> ModeSpec:
+    def mode(self) -> Mode:
         return self.kron.modes[self.at]
 
     @property
@@ -104,7 +107,7 @@ class Columns:
         return [product for product in self.products if product.column is None]
 
 
-def columns(spec: KernelSpec, p: ProjectionSpec) -> Columns:
+def columns(spec: KernelSpec, p: Sum) -> Columns:
     """All mode products of `p`. Raises `SpecError`, naming the term, for one that is no chain from x to y."""
     width = p.rank
     products: list[Product] = []
@@ -121,22 +124,22 @@ def columns(spec: KernelSpec, p: ProjectionSpec) -> Columns:
     return Columns(tuple(products), width)
 
 
-def _check(spec: KernelSpec, p: ProjectionSpec, kron: KroneckerSpec) -> None:
+def _check(spec: KernelSpec, p: Sum, kron: Kronecker) -> None:
     sizes = [spec.k, *(mode.outputs for mode in kron.modes)]
     for mode, inputs in zip(kron.modes, sizes, strict=False):
-        if min(mode.before, *mode.shape, mode.after) < 1:
-            raise SpecError(f"the sizes of mode {mode} of {kron} must be at least 1")
+        if min(mode.before, *shape_of(mode.matrix), mode.after) < 1:
+            raise SpecError(f"the sizes of mode {mode.text()} of {kron.text()} must be at least 1")
         if mode.inputs != inputs:
-            raise SpecError(f"mode {mode} of {kron} takes {mode.inputs} features, not {inputs}")
+            raise SpecError(f"mode {mode.text()} of {kron.text()} takes {mode.inputs} features, not {inputs}")
         if (mode.rows or 1) * mode.columns >= 1 << 31:
-            raise SpecError(f"the factor of mode {mode} of {kron} is too large for 32-bit offsets")
+            raise SpecError(f"the factor of mode {mode.text()} of {kron.text()} is too large for 32-bit offsets")
     if sizes[-1] != p.n:
-        raise SpecError(f"{kron} makes {sizes[-1]} features, not {p.n}")
+        raise SpecError(f"{kron.text()} makes {sizes[-1]} features, not {p.n}")
     if not kron.modes or kron.modes[-1].rows is None:
-        raise SpecError(f"{kron} does not end with a matrix, and only such terms have a Triton kernel")
+        raise SpecError(f"{kron.text()} does not end with a matrix, and only such terms have a Triton kernel")
 
 
-def _cuts(k: int, kron: KroneckerSpec) -> list[tuple[int, int]]:
+def _cuts(k: int, kron: Kronecker) -> list[tuple[int, int]]:
     """(start, at) of each product, the first one first."""
     found: list[tuple[int, int]] = []
     end = len(kron.modes)
@@ -150,7 +153,7 @@ def _cuts(k: int, kron: KroneckerSpec) -> list[tuple[int, int]]:
     return found[::-1]
 
 
-def _folded(k: int, kron: KroneckerSpec, at: int, candidate: int, cost: int) -> int:
+def _folded(k: int, kron: Kronecker, at: int, candidate: int, cost: int) -> int:
     """Multiplications per token and block of rows if `candidate` is folded into the load of `at`; 0 if it is not."""
     mode, earlier = kron.modes[at], kron.modes[candidate]
     if earlier.rows is None:
@@ -326,8 +329,8 @@ class Emitter:
     def formula(self) -> Code:
         """What is added to the rows, as a comment."""
         p = self.product
-        factors = " ".join(f"({p.kron.modes[at]} {p.factor(at)})" for at in reversed(p.factors))
-        scale = "" if not p.scaled else f"kron_scale{p.term} " if p.kron.scale is None else f"{p.kron.scale:g} "
+        factors = " ".join(f"({p.kron.modes[at].text()} {p.factor(at)})" for at in reversed(p.factors))
+        scale = "" if not p.scaled else f"kron_scale{p.term} " if fixed(p.kron.scale) is None else f"{p.kron.scale:g} "
         return Code(f"# {scale}{factors} {'x' if p.source is None else 'u'}")
 
     # --- Inputs

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from gawscompile.ir.spec import KroneckerSpec, LowRankSpec
+from gawscompile.ir.operators import Kronecker, LowRank
+from gawscompile.ir.types import TensorType
 
 TL = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "i32": "tl.int32", "i64": "tl.int64"}
 POINTER = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64", "i32": "*i32"}
@@ -141,10 +142,10 @@ def _mask(ok: Iterable[Code | None]) -> list[Code]:
     return [Code(f"mask={' & '.join(printed(present))}", reads(present))] if present else []
 
 
-def scaled(term: LowRankSpec | KroneckerSpec, name: Code, value: Code) -> Code:
+def scaled(term: LowRank | Kronecker, name: Code, value: Code) -> Code:
     """`value` times the scale of `term`: a number, or the 0-d tensor `name`."""
-    if term.scale is None:
-        return fn("tl.load", name).to("f32", term.scale_dtype) * value
+    if isinstance(term.scale, TensorType):
+        return fn("tl.load", name).to("f32", term.scale.dtype) * value
     # The repr of what is not finite is no expression.
     factor = Code(repr(term.scale) if math.isfinite(term.scale) else f'float("{term.scale}")')
     return value if term.scale == 1.0 else factor * value

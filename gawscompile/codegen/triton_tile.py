@@ -9,7 +9,10 @@ from __future__ import annotations
 from gawscompile.codegen.triton_kernels import Narrow, Style, blocks_of_rows, dividing, k_columns, row_of_w, row_range
 from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Emitter, Product, common
 from gawscompile.codegen.triton_text import Case, Code, Cut, Work, cut, fn, scaled, shape, store, v
-from gawscompile.ir.spec import DTYPES, KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.ir.operators import LowRank
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import Sum
+from gawscompile.ir.types import DTYPES
 
 TILE_ROWS = (64, 32, 16)
 TILE_PROGRAMS = 128  # about one per multiprocessor of a large GPU; fewer rows per program where there are fewer
@@ -44,7 +47,7 @@ class Tile(Style):
 
     def tokens(self) -> tuple[int, int]:
         """BLOCK_M for few tokens and for many."""
-        dots = [common(p.weight, self.spec.x) for p in self.spec.projections]
+        dots = [common(p.weight.dtype, self.spec.x) for p in self.spec.projections]
         dots += [common(term.dtype, self.spec.x) for _, _, term, _ in self.terms()]
         dots += [n.common for p in self.spec.projections for n in (*self.low_rank(p), *self.given(p))]
         for mine in self.columns:
@@ -60,7 +63,7 @@ class Tile(Style):
         stages = (1, 2) if self.crowded else (2, 3, 4)
         return tuple((("num_warps", warps), ("num_stages", count)) for warps in (4, 8) for count in stages)
 
-    def shrink_work(self, term: LowRankSpec) -> tuple[Work, int]:
+    def shrink_work(self, term: LowRank) -> tuple[Work, int]:
         rows = cut(term.rank, TILE_RANKS, DOT_MINIMUM)
         body = [
             v.BLOCK_R.constant(rows.block),
@@ -89,9 +92,9 @@ class Tile(Style):
     def multiply(self, i: int, rows: Cut) -> list[Code]:
         p = self.spec.projections[i]
         return [
-            v.BLOCK_K.constant(self._cut_columns("w", p.weight, rows).block),
+            v.BLOCK_K.constant(self._cut_columns("w", p.weight.dtype, rows).block),
             v.w.let(v.first if p.transposed else v.first * v.K, "+="),
-            *self._product(v.w, p.weight, rows, v.BLOCK_N, p if p.transposed else None),
+            *self._product(v.w, p.weight.dtype, rows, v.BLOCK_N, p if p.transposed else None),
         ]
 
     def store(self, value: Code, dtype: str, rows: Cut) -> list[Code]:
@@ -105,7 +108,7 @@ class Tile(Style):
         return cut(self.spec.k, blocks[self.crowded :], DOT_MINIMUM)
 
     def _product(
-        self, matrix: Code, dtype: str, rows: Cut, block: Code, transposed: ProjectionSpec | None = None
+        self, matrix: Code, dtype: str, rows: Cut, block: Code, transposed: Sum | None = None
     ) -> list[Code]:
         """``acc[tokens, rows] = x matrixᵀ``, or x matrix where it is the weight of `transposed`."""
         meet, cols = common(dtype, self.spec.x), self._cut_columns(matrix.text, dtype, rows)
@@ -137,11 +140,11 @@ class Tile(Style):
             lines += emitter.tile(sums, fresh=not joins)
             lines += [] if joins else [v.acc.let(ending.rescaled(sums), "+=")]
         if p.rowscale:
-            lines += v.acc.load(v.rowscale + v.rows, row_ok, p.rowscale, view="[None, :]", sign="*=")
+            lines += v.acc.load(v.rowscale + v.rows, row_ok, p.rowscale.dtype, view="[None, :]", sign="*=")
         if p.bias:
-            lines += v.acc.load(v.bias + v.rows, row_ok, p.bias, view="[None, :]", sign="+=")
+            lines += v.acc.load(v.bias + v.rows, row_ok, p.bias.dtype, view="[None, :]", sign="+=")
         if p.residual:
-            lines += v.acc.load(_at(v.residual), _ok(rows), p.residual, sign="+=")
+            lines += v.acc.load(_at(v.residual), _ok(rows), p.residual.dtype, sign="+=")
         return lines
 
     def _add(self, narrow: Narrow, rows: Cut) -> list[Code]:
@@ -161,15 +164,16 @@ class Tile(Style):
 class Accumulate(Tile):
     """What is to be added to the products that the vendor library has written to every y."""
 
+    uses_library = True
     expanding = "accumulate"
     does = "Added to BLOCK_N rows of a y"
-    expanded = ("bias", "residual", "rowscale", "b", "c", "z")
+    expanded = ("rows",)
     reads_y = True
 
     def expands(self) -> list[Case]:
         if self.spec.swiglu:
             return [self.gated()]
-        adds = (bool(p.bias or p.residual or p.adapted) for p in self.spec.projections)
+        adds = (not p.plain for p in self.spec.projections)
         return [self.expand(i) for i, adds_ in enumerate(adds) if adds_]
 
     def multiply(self, i: int, rows: Cut) -> list[Code]:

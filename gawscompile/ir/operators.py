@@ -1,84 +1,194 @@
-"""Operators on one activation, and their sums.
+"""The algebra: linear operators on one activation, and their sums.
 
-Each operator is a NamedTuple, so it may stand in the arguments of an fx node with nodes as its leaves: the graph
-between passes *is* the algebra, prints as such, and runs (``operator_sum`` and its kin are plain functions whose
-meaning is the segment-by-segment computation that frameworks execute).
+Every operator is written down once. Its leaves may be fx nodes, tensors or `TensorType`s:
 
-Shapes: x ``[..., K]``; a base weight ``[N, K]`` or its transpose; LoRA's A ``[r, K]`` and B ``[N, r]``; a bias ``[N]``;
-Kronecker factors as `Mode` says.
+- nodes, in the arguments of `operator_sum`, `operator_group` and `project`: between passes the graph *is* the algebra;
+- tensors, when such a graph runs: `apply` is the segment-by-segment computation that frameworks execute;
+- types, in a `KernelSpec`: what an emitter prints a kernel from.
+
+The order of a class's fields, in the order of `ORDER`, is the order of a kernel's operands. A field's `Place` says what
+the operand is to a kernel. To add an operator: a class here and its place in `ORDER`.
+
+Shapes: x ``[..., k]``; a base weight ``[n, k]`` or its transpose; LoRA's A ``[r, k]`` and B ``[n, r]``; vectors
+``[n]``; Kronecker factors as `Mode` says.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
 
 import torch
 import torch.nn.functional as F
 
-# In a graph the leaves are fx nodes; when it runs they are tensors.
+from gawscompile.ir.types import DTYPES, SpecError, TensorType, dtype_of, shape_of, type_of
+
 Leaf = Any
+"""A node, a tensor or a `TensorType`."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an operand is to a kernel: its role, the stem of its name in code, what kind of tensor it is, and the stage
+    that reads it: the ``base`` product, ``shrink`` (u = A x), each of the ``rows`` of y, or a ``chain`` of modes."""
+
+    role: str
+    stem: str
+    kind: Literal["matrix", "vector", "activation", "number"]
+    stage: Literal["base", "shrink", "rows", "chain"]
 
 
 class Dense(NamedTuple):
-    """``W x``, W ``[N, K]``, or kept as ``[K, N]`` where it is `transposed` (GPT-2's Conv1D)."""
+    """``W x``, W ``[n, k]``, or kept as ``[k, n]`` where it is `transposed` (GPT-2's Conv1D)."""
 
-    weight: Leaf
+    weight: Annotated[Leaf, Place("weight", "w", "matrix", "base")]
     transposed: bool = False
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """``(N, K)``."""
-        sizes = _shape(self.weight)
+    def sizes(self) -> tuple[Any, ...]:
+        """``(n, k)``."""
+        sizes = shape_of(self.weight)
         return sizes[::-1] if self.transposed else sizes
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight.T if self.transposed else self.weight)
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight.T if self.transposed else self.weight, bias)
+
+    def features(self, k: Any) -> Any:
+        n, columns = self.sizes
+        return n if columns == k else _misfit(self, k)
+
+    def multiplications(self, k: int) -> int:
+        return int(self.sizes[0]) * k
+
+    def describe(self) -> str:
+        return "Dense[{}x{}]".format(*self.sizes)
+
+    def formula(self, at: str) -> str:
+        return f"W{at}' x" if self.transposed else f"W{at} x"
+
+    def text(self) -> str:
+        return f"{'wt' if self.transposed else 'w'}={dtype_of(self.weight)}"
+
+
+class _Single(NamedTuple):
+    """An operator of one leaf, whose last axis is y's features. Its class says which `PLACE` it has."""
+
+    value: Leaf
+
+    def features(self, k: Any) -> Any:
+        return shape_of(self.value)[-1]
+
+    def multiplications(self, k: int) -> int:
+        return 0
+
+    def describe(self) -> str:
+        return f"{type(self).__name__}[{shape_of(self.value)[-1]}]"
+
+    def formula(self, at: str) -> str:
+        return f"{cast(Any, self).PLACE.stem}{at}"
+
+    def text(self) -> str:
+        return f"{cast(Any, self).PLACE.role}={dtype_of(self.value)}"
+
+
+class Opaque(_Single):
+    """``y``, ``[..., n]``: what a base that keeps its own matmul, since its weight is quantised, has made of x."""
+
+    PLACE = Place("opaque", "base", "activation", "base")
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.value if bias is None else self.value + bias
+
+
+class Bias(_Single):
+    """``+ v``, v ``[n]``."""
+
+    PLACE = Place("bias", "bias", "vector", "rows")
+
+
+class Residual(_Single):
+    """``+ r``, r ``[..., n]``, to what the sum has become after its cast."""
+
+    PLACE = Place("residual", "res", "activation", "rows")
+
+
+class RowScale(_Single):
+    """``c ⊙`` all else in the sum but biases and residual: c ``[n]`` (DoRA: Liu et al. 2024, eq. 5; (IA)³: Liu et al.
+    2022)."""
+
+    PLACE = Place("rowscale", "rowscale", "vector", "rows")
 
 
 class LowRank(NamedTuple):
-    """``s * B (A x)`` (LoRA: Hu et al. 2021, eq. 3). `scale` is a number or a 0-d tensor."""
+    """``s * B (A x)`` (LoRA: Hu et al. 2021, eq. 3). `scale` is a number or a 0-d leaf of fp32 or fp64."""
 
-    b: Leaf
-    a: Leaf
-    scale: Any = 1.0
+    a: Annotated[Leaf, Place("a", "a", "matrix", "shrink")]
+    b: Annotated[Leaf, Place("b", "b", "matrix", "rows")]
+    scale: Annotated[Any, Place("scale", "scale", "number", "shrink")] = 1.0
+
+    @property
+    def rank(self) -> int:
+        return int(shape_of(self.a)[0])
+
+    @property
+    def dtype(self) -> str:
+        return dtype_of(self.a)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b) * self.scale
 
+    def features(self, k: Any) -> Any:
+        (rank, columns), (n, ranks) = shape_of(self.a), shape_of(self.b)
+        return n if (columns, ranks, dtype_of(self.b)) == (k, rank, self.dtype) else _misfit(self, k)
 
-class Kept(NamedTuple):
-    """``y``, ``[..., N]``: what a base that stays as it is, since its weight is quantised, has made of x already."""
+    def multiplications(self, k: int) -> int:
+        return self.rank * (k + int(shape_of(self.b)[0]))
 
-    product: Leaf
+    def describe(self) -> str:
+        return f"{_number(self.scale, 's')}·LowRank(r={self.rank})"
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product
+    def formula(self, at: str) -> str:
+        return f"{_number(self.scale, f's{at}')} B{at}[{'x'.join(map(str, shape_of(self.b)))}] (A{at} x)"
+
+    def text(self) -> str:
+        return f"lora(r={self.rank} {self.dtype} s={_scale_text(self.scale)})"
 
 
 class Given(NamedTuple):
-    """``B z``: z ``[..., r]`` is an activation that is there already, few features wide, B ``[N, r]`` (zFLoRA's widened
+    """``C z``: z ``[..., r]`` is an activation that is there already, few features wide, C ``[n, r]`` (zFLoRA's widened
     stream: Gowda et al. 2025)."""
 
-    b: Leaf
-    z: Leaf
+    c: Annotated[Leaf, Place("c", "c", "matrix", "rows")]
+    z: Annotated[Leaf, Place("z", "z", "activation", "rows")]
+
+    @property
+    def rank(self) -> int:
+        return int(shape_of(self.c)[1])
+
+    @property
+    def dtype(self) -> str:
+        return dtype_of(self.c)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.z.to(self.b.dtype), self.b)
+        return F.linear(self.z.to(self.c.dtype), self.c)
 
+    def features(self, k: Any) -> Any:
+        n, rank = shape_of(self.c)
+        return n if shape_of(self.z)[-1] == rank else _misfit(self, k)
 
-class Bias(NamedTuple):
-    """``+ v``, v ``[N]``."""
+    def multiplications(self, k: int) -> int:
+        return self.rank * int(shape_of(self.c)[0])
 
-    vector: Leaf
+    def describe(self) -> str:
+        return f"Given(r={self.rank})"
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.vector
+    def formula(self, at: str) -> str:
+        return f"C{at}[{'x'.join(map(str, shape_of(self.c)))}] z{at}"
 
-
-class RowScale(NamedTuple):
-    """``c ⊙`` all else in the sum but biases: c ``[N]`` (DoRA: Liu et al. 2024, eq. 5; (IA)³: Liu et al. 2022)."""
-
-    vector: Leaf
+    def text(self) -> str:
+        return f"given(r={self.rank} {dtype_of(self.c)} z={dtype_of(self.z)})"
 
 
 class Mode(NamedTuple):
@@ -87,14 +197,48 @@ class Mode(NamedTuple):
     """
 
     before: int
-    matrix: Leaf
+    matrix: Annotated[Leaf, Place("mode", "g", "matrix", "chain")]
     after: int
+
+    @property
+    def rows(self) -> int | None:
+        """None for a diagonal."""
+        sizes = shape_of(self.matrix)
+        return int(sizes[0]) if len(sizes) == 2 else None
+
+    @property
+    def columns(self) -> int:
+        return int(shape_of(self.matrix)[-1])
+
+    @property
+    def inputs(self) -> int:
+        return self.before * self.columns * self.after
+
+    @property
+    def outputs(self) -> int:
+        return self.before * (self.rows or self.columns) * self.after if self.columns else 0
+
+    @property
+    def multiplications(self) -> int:
+        """For one token."""
+        return self.inputs if self.rows is None else self.outputs * self.columns
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         g = self.matrix
         axes = x.unflatten(-1, (self.before, g.shape[-1], self.after))
         product = axes * g[:, None] if g.dim() == 1 else torch.einsum("oi,...bia->...boa", g, axes)
         return product.flatten(-3)
+
+    def describe(self) -> str:
+        """``I10⊗[256x256]``; an identity of one is left out."""
+        middle = f"diag[{self.columns}]" if self.rows is None else f"[{self.rows}x{self.columns}]"
+        parts = [f"I{self.before}"] * (self.before > 1) + [middle] + [f"I{self.after}"] * (self.after > 1)
+        return "⊗".join(parts)
+
+    def text(self) -> str:
+        """``10*256x256*1``."""
+        middle = f"diag{self.columns}" if self.rows is None else f"{self.rows}x{self.columns}"
+        return f"{self.before}*{middle}*{self.after}"
 
 
 class Kronecker(NamedTuple):
@@ -105,7 +249,11 @@ class Kronecker(NamedTuple):
     """
 
     modes: tuple[Mode, ...]
-    scale: Any = 1.0
+    scale: Annotated[Any, Place("kron_scale", "kron_scale", "number", "chain")] = 1.0
+
+    @property
+    def dtype(self) -> str:
+        return dtype_of(self.modes[0].matrix)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.modes[0].matrix.dtype)
@@ -113,79 +261,162 @@ class Kronecker(NamedTuple):
             x = mode.apply(x)
         return x * self.scale
 
+    def features(self, k: Any) -> Any:
+        n = k
+        for mode in self.modes:
+            if mode.inputs != n or dtype_of(mode.matrix) != self.dtype:
+                raise SpecError(f"mode {mode.text()} of {self.text()} takes {mode.inputs} features, not {n}")
+            n = mode.outputs
+        return n
 
-Summand = Dense | Kept | LowRank | Given | Bias | Kronecker
-Operator = Summand | RowScale
-OPERATORS: tuple[type, ...] = (Dense, Kept, LowRank, Given, Bias, Kronecker, RowScale)
+    def multiplications(self, k: int) -> int:
+        return sum(mode.multiplications for mode in self.modes)
 
+    def describe(self) -> str:
+        return f"{_number(self.scale, 's')}·Kronecker({' '.join(mode.describe() for mode in reversed(self.modes))})"
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The canonical spelling of a linear: x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` → ``[..., N]``."""
-    return F.linear(x, weight, bias)
+    def formula(self, at: str) -> str:
+        factors = reversed(list(enumerate(self.modes)))
+        chain = " ".join(f"({mode.text()} G{at}_{number})" for number, mode in factors)
+        return f"{_number(self.scale, f's{at}')} {chain} x"
 
-
-def operator_sum(x: torch.Tensor, terms: tuple[Operator, ...], out: torch.dtype) -> torch.Tensor:
-    """The sum of `terms` on x ``[..., K]``, cast to `out`: ``[..., N]``."""
-    scales, biases, (first, *rest) = split_sum(terms)
-    total = first.apply(x)
-    for term in rest:
-        total = total + term.apply(x)
-    for scale in scales:
-        total = total * scale.vector
-    for bias in biases:
-        total = total + bias.apply(x)
-    return total.to(out)
-
-
-def split_sum(
-    terms: tuple[Operator, ...],
-) -> tuple[list[RowScale], list[Bias], list[Dense | Kept | LowRank | Given | Kronecker]]:
-    """What scales the rows of a sum, what is added after that, and the sum itself."""
-    scales = [term for term in terms if isinstance(term, RowScale)]
-    biases = [term for term in terms if isinstance(term, Bias)]
-    return scales, biases, [term for term in terms if not isinstance(term, (RowScale, Bias))]
+    def text(self) -> str:
+        return f"kron({' '.join(mode.text() for mode in self.modes)} {self.dtype} s={_scale_text(self.scale)})"
 
 
-def operator_group(
-    x: torch.Tensor, sums: tuple[tuple[Operator, ...], ...], outs: tuple[torch.dtype, ...]
-) -> list[torch.Tensor]:
-    """Several sums on one activation."""
-    return [operator_sum(x, terms, out) for terms, out in zip(sums, outs, strict=True)]
+Operator = Dense | Opaque | Bias | Residual | RowScale | LowRank | Given | Kronecker
+ORDER: tuple[type, ...] = (Dense, Opaque, Bias, Residual, RowScale, LowRank, Given, Kronecker)
+"""The order of a sum's terms, and so of a kernel's operands."""
+
+REPEATED: tuple[type, ...] = (LowRank, Given, Kronecker)
+"""Adapters, of which a sum may have several. It has at most one of each of the others."""
 
 
-def describe(terms: tuple[Operator, ...]) -> str:
-    """A sum in words: ``Dense[576x576] + 2·LowRank(r=16)``. Leaves need a shape (tensors, or nodes with a value)."""
-    scales, _, scaled = split_sum(terms)
-    if not scales:
-        return " + ".join(_describe(term) for term in terms if not isinstance(term, RowScale))
-    sizes = "".join(f"diag[{_shape(scale.vector)[0]}]·" for scale in scales)
-    biases = "".join(f" + {_describe(term)}" for term in terms if isinstance(term, Bias))
-    return f"{sizes}({' + '.join(map(_describe, scaled))}){biases}"
+# ---- scales -----------------------------------------------------------------------------------------------
 
 
-def _describe(term: Summand) -> str:
-    if isinstance(term, Dense):
-        return "Dense[{}x{}]".format(*term.sizes)
-    if isinstance(term, LowRank):
-        scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
-        return f"{scale}·LowRank(r={_shape(term.a)[0]})"
-    if isinstance(term, Kronecker):
-        scale = f"{term.scale:g}" if isinstance(term.scale, (int, float)) else "s"
-        return f"{scale}·Kronecker({' '.join(map(_describe_mode, reversed(term.modes)))})"
-    if isinstance(term, Kept):
-        return f"Kept[{_shape(term.product)[-1]}]"
-    if isinstance(term, Given):
-        return f"Given(r={_shape(term.b)[1]})"
-    return f"Bias[{_shape(term.vector)[0]}]"
+def fixed(scale: Any) -> float | None:
+    """A scale that is a number; None where it is a tensor."""
+    return float(scale) if isinstance(scale, (int, float)) else None
 
 
-def _describe_mode(mode: Mode) -> str:
-    """``I10⊗[256x256]``; an identity of one is left out."""
-    sizes = _shape(mode.matrix)
-    middle = f"[{'x'.join(map(str, sizes))}]" if len(sizes) == 2 else f"diag[{sizes[0]}]"
-    parts = [f"I{mode.before}"] * (mode.before > 1) + [middle] + [f"I{mode.after}"] * (mode.after > 1)
-    return "⊗".join(parts)
+def _number(scale: Any, name: str) -> str:
+    return name if fixed(scale) is None else f"{scale:g}"
 
 
-def _shape(leaf: Leaf) -> tuple[int, ...]:
-    return tuple(leaf.meta["val"].shape if isinstance(leaf, torch.fx.Node) else leaf.shape)
+def _scale_text(scale: Any) -> str:
+    number = fixed(scale)
+    return f"tensor.{dtype_of(scale)}" if number is None else repr(number)
+
+
+def _misfit(term: Operator, k: Any) -> Any:
+    raise SpecError(f"{term.describe()} does not fit {k} features: {[type_of(leaf) for _, _, leaf in leaves(term)]}")
+
+
+# ---- leaves -----------------------------------------------------------------------------------------------
+
+
+def _places(kind: type) -> dict[str, Place | None]:
+    """The fields of an operator; those that are leaves with their place."""
+    if kind not in _KNOWN:
+        _KNOWN[kind] = _read_places(kind)
+    return _KNOWN[kind]
+
+
+_KNOWN: dict[type, dict[str, Place | None]] = {}
+
+
+def _read_places(kind: Any) -> dict[str, Place | None]:
+    if issubclass(kind, _Single):
+        return {"value": kind.PLACE}
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: getattr(hints[name], "__metadata__", (None,))[0] for name in kind._fields}
+
+
+def leaves(term: Operator | Mode, at: int | None = None) -> Iterator[tuple[Place, int | None, Leaf]]:
+    """The leaves of an operator in the order of its fields. A mode's have their number in the chain."""
+    for name, place in _places(type(term)).items():
+        value = getattr(term, name)
+        if name == "modes":
+            for number, mode in enumerate(value):
+                yield from leaves(mode, number)
+        elif place is not None and not isinstance(value, (int, float)):
+            yield place, at, value
+
+
+def rebuilt(term: Any, change: Callable[[Place, Leaf], Leaf]) -> Any:
+    """The same operator with other leaves, which are asked for in the order of `leaves`."""
+    values = []
+    for name, place in _places(type(term)).items():
+        value = getattr(term, name)
+        if name == "modes":
+            value = tuple(rebuilt(mode, change) for mode in value)
+        elif place is not None and not isinstance(value, (int, float)):
+            value = change(place, value)
+        values.append(value)
+    return type(term)(*values)
+
+
+# ---- text -------------------------------------------------------------------------------------------------
+
+
+def known(dtype: str) -> str:
+    """`dtype`, if kernels know it."""
+    if dtype not in DTYPES:
+        raise SpecError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    return dtype
+
+
+_MODE = re.compile(r"(\d+)\*(?:(\d+)x|diag)(\d+)\*(\d+)")
+
+
+def _words(name: str, pattern: str, text: str) -> re.Match[str]:
+    match = re.fullmatch(pattern, text)
+    if match is None:
+        raise SpecError(f"not a projection spec: {name}({text})")
+    return match
+
+
+def _scale(text: str) -> float | TensorType:
+    dtype = text.removeprefix("tensor.")
+    if dtype == text:
+        try:
+            return float(text)
+        except ValueError:
+            raise SpecError(f"not a scale: {text!r}") from None
+    if dtype not in ("f32", "f64"):
+        raise SpecError(f"a scale is a number, tensor.f32 or tensor.f64, not {text!r}")
+    return TensorType((), dtype)
+
+
+def _lora(text: str, n: int, k: int) -> LowRank:
+    rank, dtype, scale = _words("lora", r"r=(\d+) (\w+) s=(\S+)", text).groups()
+    return LowRank(TensorType((int(rank), k), known(dtype)), TensorType((n, int(rank)), dtype), _scale(scale))
+
+
+def _given(text: str, n: int, k: int) -> Given:
+    rank, dtype, z = _words("given", r"r=(\d+) (\w+) z=(\w+)", text).groups()
+    return Given(TensorType((n, int(rank)), known(dtype)), TensorType(("m", int(rank)), known(z)))
+
+
+def _kron(text: str, n: int, k: int) -> Kronecker:
+    chain, dtype, scale = _words("kron", rf"((?:{_MODE.pattern} )+)(\w+) s=(\S+)", text).group(1, 6, 7)
+    shapes = [(int(b), (int(r), int(c)) if r else (int(c),), int(a)) for b, r, c, a in _MODE.findall(chain)]
+    modes = tuple(Mode(before, TensorType(shape, known(dtype)), after) for before, shape, after in shapes)
+    return Kronecker(modes, _scale(scale))
+
+
+PARSERS: dict[str, Callable[[str, int, int], Operator]] = {
+    "w": lambda dtype, n, k: Dense(TensorType((n, k), known(dtype))),
+    "wt": lambda dtype, n, k: Dense(TensorType((k, n), known(dtype)), True),
+    "opaque": lambda dtype, n, k: Opaque(TensorType(("m", n), known(dtype))),
+    "bias": lambda dtype, n, k: Bias(TensorType((n,), known(dtype))),
+    "residual": lambda dtype, n, k: Residual(TensorType(("m", n), known(dtype))),
+    "rowscale": lambda dtype, n, k: RowScale(TensorType((n,), known(dtype))),
+    "lora": _lora,
+    "given": _given,
+    "kron": _kron,
+}
+
+ROLES = frozenset(place.role for kind in (*ORDER, Mode) for place in _places(kind).values() if place)
+"""Of all operands."""

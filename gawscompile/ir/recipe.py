@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gawscompile.ir.operators import linear
+from gawscompile.ir.sums import linear
 
 
 def constant(numbers: Any, dtype: torch.dtype) -> torch.Tensor:

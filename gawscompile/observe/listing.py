@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.ir.records import plain
+from gawscompile.planning.table import Program
 
 SHORT = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 SHORT |= {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8"}
@@ -76,7 +77,7 @@ def spell(value: Any) -> str:
     """An argument as Python."""
     if isinstance(value, Node):
         return value.name
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # an operator: Dense(W), LowRank(B, A, 2.0)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # an operator: Dense(W), LowRank(A, B, 2.0)
         return f"{type(value).__name__}({', '.join(map(spell, value))})"
     if isinstance(value, tuple):
         return f"({', '.join(map(spell, value))}{',' * (len(value) == 1)})"
@@ -86,6 +87,8 @@ def spell(value: Any) -> str:
         return f"slice({spell(value.start)}, {spell(value.stop)}, {spell(value.step)})"
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
+    if isinstance(value, Program):
+        return repr(str(value))
     if isinstance(value, torch.device):
         return f'torch.device("{value}")'
     return repr(value)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from gawscompile.codegen import triton
+from gawscompile.analysis.paths import path_of_source
 from gawscompile.ir.records import GraphRecord
 from gawscompile.observe import logs
 from gawscompile.observe.dump import Dump
 from gawscompile.observe.store import RECORDS
 from gawscompile.options import Options
-from gawscompile.passes.context import Context, path_of_source
+from gawscompile.passes.context import Context
 from gawscompile.planning.table import Program
 
 log = logging.getLogger("gawscompile")
@@ -92,12 +92,5 @@ def kernels(record: GraphRecord) -> dict[str, dict[str, Any]]:
     for name, text in dict.fromkeys((group.kernel, group.program) for group in record.groups):
         program = Program.parse(text)
         kernel = {"spec": str(program.spec), "formulas": program.spec.formulas(), "sources": {}}
-        found.setdefault(name, kernel)["sources"].update(_sources(program))
+        found.setdefault(name, kernel)["sources"].update(program.sources())
     return found
-
-
-def _sources(program: Program) -> dict[str, str]:
-    if program.emitter == "cpp":
-        return {"kernel.cpp": program.cpp_source()}
-    plans = [triton.Plan.parse(plan) for plan, _ in program.table.rows]
-    return {f"{plan}.py": triton.emit(program.spec, plan, program.tuned) for plan in plans}

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from gawscompile import cache
-from gawscompile.ir.spec import DTYPES
+from gawscompile.ir.types import DTYPES
 
 log = logging.getLogger(__name__)
 

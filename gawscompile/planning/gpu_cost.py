@@ -16,7 +16,8 @@ from typing import Any
 import sympy
 
 from gawscompile.codegen import triton
-from gawscompile.ir.spec import DTYPES, KernelSpec, SpecError
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 from gawscompile.planning.devices import Gpu
 
 RESIDENT, RESIDENT_TILES = 8, 4
@@ -29,28 +30,13 @@ TILE_STEPS = 128
 """Columns of W that a tile keeps in flight: two steps of 64 while a third is multiplied."""
 
 
-def costs(spec: KernelSpec, gpu: Gpu, m: sympy.Symbol) -> dict[str, sympy.Expr]:
-    """Each plan that can run `spec`, with its time in `m`. Raises `SpecError` where there is none."""
-    plans = [plan for plan in triton.plans(spec) if _fits(spec, plan)]
-    if not plans:
-        raise SpecError(f"no grid can hold the programs of {spec}")
-    return {str(plan): seconds(spec, plan, gpu, m) for plan in plans}
-
-
-def _fits(spec: KernelSpec, plan: triton.Plan) -> bool:
-    try:
-        return bool(triton.launches(spec, plan)) or plan.name == "gemm_accumulate"
-    except SpecError:  # more programs than a grid can hold
-        return False
-
-
 def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int) -> Any:
     """Of one call by `plan`: an expression in the symbol `m`, or a number where `m` is one."""
     weights, factors = operand_bytes(spec)
     work = 2 * spec.k * sum(p.n for p in spec.projections)
     launches = triton.launches(spec, plan)
     overhead = len(launches) * gpu.launch
-    if plan.name == "gemm_accumulate":
+    if plan.style.uses_library:
         outputs = m * sum(p.n * DTYPES[p.out].itemsize for p in spec.projections)
         library = _most(weights / (gpu.tensor_share * gpu.bandwidth), _matrix(spec, gpu.library_share, gpu, m, work))
         return overhead + len(spec.projections) * gpu.launch + library + (factors + 2 * outputs) / gpu.bandwidth
@@ -66,9 +52,9 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
         again = _most(m / 64 - 1, 0) * weights / gpu.cache_bandwidth  # every tile of tokens reads all of W
         return overhead + _most(streamed + again, _matrix(spec, gpu.tile_share, gpu, m, work))
     taken = overhead + streamed + (m - 1) * weights / gpu.cache_bandwidth + m * work / gpu.vector_rate
-    if plan.name == "single_launch":
+    if plan.style.keeps_state:
         taken += gpu.publish
-    if plan.name == "redundant_shrink":  # a program reads the A's of its own projection
+    if plan.style.repeats_shrink:  # a program reads the A's of its own projection
         a = [(p.n, t.rank * DTYPES[t.dtype].itemsize) for p in spec.projections for t in p.lowrank]
         taken += m * sum(-(-n // rows) * spec.k * column for n, column in a) / gpu.cache_bandwidth
     return taken
@@ -77,9 +63,8 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
 @functools.lru_cache(maxsize=4096)
 def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
     """Of base weights, and of factors."""
-    weights = sum(p.n * spec.k * DTYPES[p.weight].itemsize for p in spec.projections)
-    mine = (o for o in spec.operands() if o.role in FACTORS)
-    return weights, sum(math.prod(map(int, o.shape)) * DTYPES[o.dtype].itemsize for o in mine)
+    weights = sum(p.weight.bytes for p in spec.projections)
+    return weights, sum(o.type.bytes for o in spec.operands() if o.factor)
 
 
 def _matrix(spec: KernelSpec, share: float, gpu: Gpu, m: sympy.Symbol | int, work: int) -> Any:
@@ -97,5 +82,3 @@ def _ceiling(m: sympy.Symbol | int, programs: int, seats: int) -> Any:
     """Waves of `m` times as many programs."""
     return -(-m * programs // seats) if isinstance(m, int) else sympy.ceiling(m * sympy.Rational(programs, seats))
 
-
-FACTORS = ("a", "b", "c", "mode")

@@ -13,11 +13,15 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from gawscompile.codegen import cpp, triton
-from gawscompile.codegen.cpp_sums import SUMMED
-from gawscompile.ir.spec import KernelSpec, Operand, SpecError
+import torch
+
+from gawscompile.codegen import cpp_sums
+from gawscompile.ir.spec import KernelSpec, Operand
+from gawscompile.ir.sums import project
+from gawscompile.ir.types import SpecError
+from gawscompile.planning.targets import CPP, TARGETS, Target
 
 T = TypeVar("T")
 
@@ -63,35 +67,51 @@ class Derived:
 
 @dataclass(frozen=True)
 class Program:
-    """A planned group: which plan runs for which m, the spec of its kernels, and the emitter that prints them.
+    """A planned group: which plan runs for which m, the spec of its kernels, and the target that runs them.
 
-    `tuned`: Triton's autotuner has the last word (``triton autotuned single_launch[8] | …``). `derived`: operands that
-    are hoisted (``… | k=576 x=bf16; … | [[2,[0,1],"[…"]]``).
+    `tuned`: the target's autotuner has the last word (``triton autotuned single_launch[8] | …``). `derived`: operands
+    that are hoisted (``… | k=576 x=bf16; … | [[2,[0,1],"[…"]]``).
     """
 
     table: PlanTable
     spec: KernelSpec
-    emitter: str = "cpp"
+    target: Target = CPP
     tuned: bool = False
     derived: tuple[Derived, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.derived and self.emitter != "cpp":
+        if self.derived and not self.target.hoists:
             raise SpecError(f"nothing is hoisted on a GPU: {self.spec}")
-        for plan, _ in self.table.rows:
-            if self.emitter == "triton":
-                triton.Plan.parse(plan)
-            elif plan not in cpp.PLANS or self.emitter != "cpp" or self.tuned:
-                raise SpecError(f"not a plan of the emitter {self.emitter}: {plan}")
+        for plan in self.plans:
+            self.target.kind(plan)
+        if self.tuned and not self.target.tunes:
+            raise SpecError(f"the emitter {self.target.name} has no autotuner: {self.table}")
 
     def __str__(self) -> str:
         return f"{self.prefix}{self.table} | {self.spec}{self.suffix}"
+
+    @property
+    def prefix(self) -> str:
+        """What comes before the table."""
+        return self.target.prefix + "autotuned " * self.tuned
 
     @property
     def suffix(self) -> str:
         """What comes after the spec."""
         rows = [[d.operand, d.sources, d.recipe] for d in self.derived]
         return " | " + json.dumps(rows, separators=(",", ":")) if rows else ""
+
+    @property
+    def plans(self) -> list[str]:
+        """Of all rows."""
+        return [plan for plan, _ in self.table.rows]
+
+    @property
+    def stateless(self) -> bool:
+        """Whether Inductor may see a GPU's kernels themselves: one plan is left, so that the choice adds no guard, and
+        it keeps nothing between calls."""
+        one = len(self.plans) == 1 and self.target.device == "cuda"
+        return one and not self.target.kind(self.plans[0]).keeps_state
 
     def operands(self, arguments: Sequence[T], derive: Callable[[str, list[T]], T]) -> list[T]:
         """What the kernels take, of what the op takes; `derive` computes a recipe from its sources."""
@@ -106,28 +126,32 @@ class Program:
                 found.append(next(given))
         return found
 
-    @property
-    def prefix(self) -> str:
-        """What comes before the table."""
-        return "triton " * (self.emitter == "triton") + "autotuned " * self.tuned
-
-    def cpp_source(self) -> str:
-        """The C++ of its kernels: of those that a row of its table runs, as half of a build is for the other."""
-        return cpp.emit(self.spec, [plan for plan, _ in self.table.rows], [operand for _, operand in self.summed])
+    def run(self, x: torch.Tensor, arguments: Sequence[torch.Tensor], derive: Callable[..., Any]) -> list[torch.Tensor]:
+        """What its kernels compute of what the op takes, segment by segment, in the dtypes that eager would use."""
+        sums = self.spec.bound(self.operands(arguments, derive))
+        return project(x, sums, self.spec.swiglu, self)
 
     @property
     def summed(self) -> list[tuple[int, Operand]]:
-        """The sources of hoisted operands of which `gemv` takes a checksum as it reads them: (argument, operand)."""
-        if not any(plan == "gemv_cpp" for plan, _ in self.table.rows):
+        """The sources of hoisted operands of which a kernel takes a checksum as it reads them: (argument, operand)."""
+        if not any(self.target.kind(plan).takes_sums for plan in self.plans):
             return []
         derived = {d.operand for d in self.derived}
         given = [operand for at, operand in enumerate(self.spec.operands()) if at not in derived]
         sources = sorted({source for d in self.derived for source in d.sources if source < len(given)})
-        return [(source, given[source]) for source in sources if given[source].role in SUMMED]
+        return [(source, given[source]) for source in sources if cpp_sums.takes(given[source])]
 
-    def triton_plan(self, m: int) -> triton.Plan:
-        """The plan that runs `m` tokens on a GPU."""
-        return triton.Plan.parse(self.table.pick(m))
+    def sources(self) -> dict[str, str]:
+        """The generated code, by file name: of the plans that a row runs, as half of a build is for the other."""
+        return self.target.sources(self.spec, self.plans, [operand for _, operand in self.summed], self.tuned)
+
+    def start(self) -> None:
+        """Begin to build it in the background."""
+        self.target.start(self.spec, self.plans, [operand for _, operand in self.summed])
+
+    def finish(self) -> None:
+        """Wait until it is built, or print and import it. Raises what building raises."""
+        self.target.finish(self.spec, self.plans, [operand for _, operand in self.summed], self.tuned)
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
@@ -135,9 +159,9 @@ class Program:
         """The program that prints as `text`. Raises `SpecError`, naming the part that is not understood."""
         table, _, rest = text.partition(" | ")
         spec, _, suffix = rest.partition(" | ")
-        match = re.fullmatch("(triton )?(autotuned )?(.*)", table)
-        assert match is not None
-        emitter = "triton" if match[1] else "cpp"
+        target = next(one for one in reversed(TARGETS) if table.startswith(one.prefix))
+        table = table.removeprefix(target.prefix)
+        tuned, table = table.startswith("autotuned "), table.removeprefix("autotuned ")
         rows = json.loads(suffix) if suffix else []
         derived = tuple(Derived(at, tuple(sources), recipe) for at, sources, recipe in rows)
-        return Program(PlanTable.parse(match[3]), KernelSpec.parse(spec), emitter, bool(match[2]), derived)
+        return Program(PlanTable.parse(table), KernelSpec.parse(spec), target, tuned, derived)

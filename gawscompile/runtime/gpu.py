@@ -21,7 +21,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gawscompile.codegen import triton
-from gawscompile.ir.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 from gawscompile.planning.table import Program
 
 BLOCK, LINE = 1 << 18, 32
@@ -51,7 +52,7 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list
     m = math.prod(x.shape[:-1])
     if m == 0:
         return _nothing(x, spec)
-    plan = parsed.triton_plan(m)
+    plan = triton.Plan.parse(parsed.table.pick(m))
     tensors = [t.contiguous() for t in _flat(m, spec, operands)]
     with torch.cuda.device_of(x):  # Triton launches on the current device and its current stream
         if any(t.device != x.device for t in tensors) and torch.cuda.is_current_stream_capturing():
@@ -60,7 +61,8 @@ def project(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list
                 f"gaws: {', '.join(there)} of {spec} on the CPU, while a CUDA graph is captured on {x.device}: make the"
                 " scaling a tensor there, or compile with dynamic=False, where it is a constant"
             )
-        flags = counters(x.device, m * triton.flags_per_token(spec, plan)) if plan.name == "single_launch" else None
+        count = m * triton.flags_per_token(spec, plan)
+        flags = counters(x.device, count) if count else None
         outs = triton.launch(spec, plan, x.reshape(m, spec.k).contiguous(), tensors, flags, parsed.tuned)
     return _shaped(x, spec, outs)
 
@@ -131,7 +133,7 @@ def project_traced(x: torch.Tensor, operands: list[torch.Tensor], program: str) 
     m = math.prod(x.shape[:-1])
     if m == 0:
         return _nothing(x, spec)
-    module = triton.load(spec, parsed.triton_plan(m), parsed.tuned)
+    module = triton.load(spec, triton.Plan.parse(parsed.table.pick(m)), parsed.tuned)
     tensors = [t.contiguous() for t in _flat(m, spec, operands)]
     kernels = [torch.library.wrap_triton(kernel) for kernel in module.KERNELS]
     return _shaped(x, spec, module.launch(x.reshape(m, spec.k), tensors, kernels=kernels))

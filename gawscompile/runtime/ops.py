@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from gawscompile.codegen import build, triton
+from gawscompile.codegen import build
 from gawscompile.codegen.cpp_sums import CHECKSUM, unit_rows
 from gawscompile.ir.recipe import hoisted
-from gawscompile.ir.spec import DTYPES, SpecError
+from gawscompile.ir.types import DTYPES, SpecError
 from gawscompile.planning.table import Program
+from gawscompile.planning.targets import CPP
 from gawscompile.runtime import forks, gpu
 
 _library = torch.library.Library("gaws", "DEF")
@@ -97,9 +98,7 @@ def ensure_loaded() -> ctypes.CDLL:
 
 def prepare(program: str) -> None:
     """Start building the kernels of `program` in the background, so that they are ready when first called."""
-    parsed = Program.parse(program)
-    if parsed.emitter == "cpp":
-        build.start(parsed.cpp_source())
+    Program.parse(program).start()
 
 
 def build_all(programs: Iterable[str]) -> None:
@@ -109,12 +108,10 @@ def build_all(programs: Iterable[str]) -> None:
     disk, say), `ImportError` (no Triton).
     """
     parsed = [Program.parse(program) for program in dict.fromkeys(programs)]
-    pending = [build.start(program.cpp_source()) for program in parsed if program.emitter == "cpp"]
     for program in parsed:
-        for plan, _ in program.table.rows if program.emitter == "triton" else ():
-            triton.load(program.spec, triton.Plan.parse(plan), program.tuned)
-    for built in pending:
-        built.result()
+        program.start()
+    for program in parsed:
+        program.finish()
 
 
 def _resolve(text: bytes) -> int | None:
@@ -131,18 +128,20 @@ def _resolve(text: bytes) -> int | None:
 def register(program: str) -> None:
     """Build the kernels of `program` and hand them to the dispatcher."""
     planned = Program.parse(program)
-    if planned.emitter != "cpp":
+    if planned.target is not CPP:
         raise SpecError(f"tensors on the CPU meet a program for a GPU: {program}")
     spec = planned.spec
-    kernels = build.load(planned.cpp_source())
+    (source,) = planned.sources().values()
+    kernels = build.load(source)
     operands = list(spec.operands())
     weights = {o.projection: i for i, o in enumerate(operands) if o.role == "weight"}
     shapes = [[-1 if size == "m" else int(size) for size in o.shape] for o in operands]
     flat = [size for shape in shapes for size in shape]
-    first, rest = planned.table.rows[0], planned.table.rows[1:]
-    if len(rest) > 1 or (rest and first[0] != "gemv_cpp"):
+    by_library = [CPP.kind(plan).uses_library for plan in planned.plans]
+    if by_library not in ([False], [True], [False, True]):
         raise SpecError(f"the op runs gemv_cpp up to some m and gemm_accumulate beyond, not {planned.table}")
-    gemv_max = 0 if first[0] != "gemv_cpp" else (2**62 if first[1] is None else first[1])
+    bound = planned.table.rows[0][1]
+    gemv_max = 0 if by_library[0] else 2**62 if bound is None else bound
     gemv, accumulate = (
         ctypes.cast(getattr(kernels, name), ctypes.c_void_p) if hasattr(kernels, name) else None
         for name in ("gemv", "accumulate")

@@ -21,10 +21,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gawscompile.analysis.identity import reinterpreted, through_casts
+from gawscompile.analysis.reading import args, aten, is_call, is_cast
 from gawscompile.ir import recipe
-from gawscompile.ir.project import project
 from gawscompile.ir.records import Reason, plain
-from gawscompile.passes.context import Context, args, aten, is_call, is_cast, reinterpreted, through_casts
+from gawscompile.passes.context import Context
 from gawscompile.planning.table import PlanTable, Program
 from gawscompile.runtime.ops import OPS
 
@@ -77,8 +78,7 @@ class Values:
                 result = inputs[0]
             elif is_call(node, *OPS):
                 program = Program.parse(inputs[2])
-                operands = program.operands(inputs[1], functools.partial(recipe.run, exact=True))
-                result = project(inputs[0], operands, str(program.spec))
+                result = program.run(inputs[0], inputs[1], functools.partial(recipe.run, exact=True))
             else:
                 result = node.target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result
@@ -261,7 +261,7 @@ def _kernel_fault(rewrite: Rewrite, new: Values, wanted: list[torch.Tensor]) -> 
     def own(node: Node) -> torch.Tensor:
         return new.known[node].to(node.meta["val"].device, node.meta["val"].dtype).contiguous()
 
-    for plan, _ in program.table.rows:
+    for plan in program.plans:
         alone = dataclasses.replace(program, table=PlanTable(((plan, None),)))
         outputs = torch.ops.gaws.project(own(x), [own(node) for node in operands], str(alone))
         for node, want in zip(rewrite.nodes, wanted, strict=True):

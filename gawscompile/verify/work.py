@@ -13,10 +13,11 @@ import sympy
 import torch
 from torch.fx import Node
 
-from gawscompile.codegen import triton
+from gawscompile.analysis.reading import args, is_view
 from gawscompile.ir.records import Work
-from gawscompile.ir.spec import DTYPES, KernelSpec
-from gawscompile.passes.context import Context, args, is_view
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES, SCALE_DTYPES
+from gawscompile.passes.context import Context
 from gawscompile.planning.table import Program
 from gawscompile.verify.proof import cone, rewrites
 
@@ -39,7 +40,7 @@ def account(context: Context) -> None:
         program = Program.parse(args(rewrite.call)[2])
         group = context.record.groups[entries[0].group]
         group.before = _traced(inside)
-        group.after = Work(_launches(program), str(_traffic(program.spec, tokens)))
+        group.after = Work(program.target.launches(program.spec, program.plans[0]), str(_traffic(program.spec, tokens)))
 
 
 def _traced(nodes: list[Node]) -> Work:
@@ -67,16 +68,5 @@ def _traffic(spec: KernelSpec, m: Any) -> Any:
     """Bytes of x, of all operands and of the outputs, once each."""
     total = m * spec.k * DTYPES[spec.x].itemsize
     for one in spec.operands():
-        size = 8 if one.dtype == "f64" else DTYPES[one.dtype].itemsize  # a scale may be of fp64
-        total += size * math.prod(m if n == "m" else int(n) for n in one.shape)
+        total += SCALE_DTYPES[one.dtype].itemsize * math.prod(m if n == "m" else int(n) for n in one.shape)
     return total + sum(m * n * DTYPES[dtype].itemsize for n, dtype in spec.outputs)
-
-
-def _launches(program: Program) -> int:
-    """Of the plan in the table's first row."""
-    plan, _ = program.table.rows[0]
-    library = sum(p.dtype is not None for p in program.spec.projections) if plan == "gemm_accumulate" else 0
-    if program.emitter == "triton":
-        return len(triton.launches(program.spec, triton.Plan.parse(plan))) + library
-    added = any(p.adapted or p.bias or p.residual for p in program.spec.projections) or program.spec.swiglu
-    return library + added if library else 1

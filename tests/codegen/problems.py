@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gawscompile.ir.spec import DTYPES, KernelSpec
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 
 GUARD = 96
 TORCH = {**DTYPES, "f64": torch.float64}
@@ -63,7 +64,7 @@ class Problem:
 
 def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     """A projection's base weight as ``[n, k]``, in fp64; zeros where it has none."""
-    if spec.projections[i].dtype is None:
+    if spec.projections[i].dense is None:
         return torch.zeros(spec.projections[i].n, spec.k, dtype=torch.float64)
     w = operands[f"w{i}"].double()
     return w.T if spec.projections[i].transposed else w
@@ -89,14 +90,14 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
     total = base.clone()
     for j, term in enumerate(p.lowrank):
         a, b = operands[f"a{i}_{j}"].double(), operands[f"b{i}_{j}"].double()
-        scale = float(operands[f"scale{i}_{j}"]) if term.scale is None else term.scale
+        scale = float(operands.get(f"scale{i}_{j}", term.scale))
         total = total + scale * (x @ a.T) @ b.T
         size = size + abs(scale) * (x.abs() @ a.abs().T) @ b.abs().T
     for j in range(len(p.given)):
         c, z = operands[f"c{i}_{j}"].double(), operands[f"z{i}_{j}"].double()
         total, size = total + z @ c.T, size + z.abs() @ c.abs().T
     for j, kron in enumerate(p.kronecker):
-        scale = float(operands[f"kron_scale{i}_{j}"]) if kron.scale is None else kron.scale
+        scale = float(operands.get(f"kron_scale{i}_{j}", kron.scale))
         factors = [operands[f"g{i}_{j}_{at}"].double() for at in range(len(kron.modes))]
         dense = torch.eye(spec.k, dtype=torch.float64)
         for mode, g in zip(kron.modes, factors, strict=True):
@@ -111,7 +112,7 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
     if p.rowscale:
         rows = operands[f"rowscale{i}"].double()
         base, total, size = base * rows, total * rows, size * rows.abs()
-    for name in (f"bias{i}", f"res{i}"):
+    for name in (f"base{i}", f"bias{i}", f"res{i}"):
         if name in operands:
             total, size = total + operands[name].double(), size + operands[name].double().abs()
     half_ulp = torch.finfo(TORCH[p.out]).eps / 2 if p.out != "f32" else 0.0

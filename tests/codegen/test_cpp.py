@@ -50,10 +50,10 @@ SPECS = {
     "n=9 w=f32 out=f32 rowscale=f32",
     "rowscale_kron": "k=64 x=bf16; n=48 wt=bf16 out=bf16 bias=bf16 rowscale=f32 kron(4*12x16*1 f32 s=1.0) "
     "lora(r=3 f32 s=1.0)",
-    "kept": "k=70 x=bf16; n=21 out=bf16 bias=f32 residual=bf16 lora(r=5 f32 s=2.0) given(r=3 f32 z=bf16); "
-    "n=64 out=f32 residual=bf16 lora(r=16 f32 s=tensor.f32); n=9 w=bf16 out=bf16 lora(r=4 f32 s=1.0)",
-    "kept_kron": "k=64 x=f32; n=48 out=f32 residual=f32 kron(4*12x16*1 f32 s=1.5); "
-    "n=32 out=f16 residual=f32 kron(1*2x4*16 2*16x16*1 f32 s=1.0) lora(r=3 f32 s=1.0)",
+    "opaque": "k=70 x=bf16; n=21 opaque=bf16 out=bf16 bias=f32 lora(r=5 f32 s=2.0) given(r=3 f32 z=bf16); "
+    "n=64 opaque=bf16 out=f32 lora(r=16 f32 s=tensor.f32); n=9 w=bf16 out=bf16 lora(r=4 f32 s=1.0)",
+    "opaque_kron": "k=64 x=f32; n=48 opaque=f32 out=f32 kron(4*12x16*1 f32 s=1.5); "
+    "n=32 opaque=f32 out=f16 lora(r=3 f32 s=1.0) kron(1*2x4*16 2*16x16*1 f32 s=1.0)",
     "long_rows": "k=307 x=f32; n=21 w=f32 out=f32 bias=f32 lora(r=5 f32 s=2.0);"
     " n=8 w=bf16 out=f32 lora(r=3 bf16 s=1.0)",
     "long_rows_16": "k=365 x=bf16; n=22 w=bf16 out=bf16 residual=bf16 lora(r=5 f32 s=2.0); n=7 w=f16 out=bf16",
@@ -121,7 +121,7 @@ def test_accumulate(libraries, name, threads):
             problem = Problem.of(SPECS[name], m, seed=m)
             x = problem.x.double()
             products = [
-                x @ weight(problem.spec, i, problem.operands).T if p.dtype else torch.full((m, p.n), float("nan"))
+                x @ weight(problem.spec, i, problem.operands).T if p.dense else torch.full((m, p.n), float("nan"))
                 for i, p in enumerate(problem.spec.projections)
             ]
             problem.check(run(libraries[name], "accumulate", problem, products))
@@ -149,7 +149,7 @@ def test_infinities_and_nans_stay_where_they_are(libraries):
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_numbers_are_rounded_to_the_nearest(dtype):
     """Of what a kernel writes: ties to even, NaNs stay, too much is infinite. (Subnormal numbers may become zeros.)"""
-    text = f"k=16 x=f32; n=77 out={dtype} residual=f32 lora(r=1 f32 s=1.0)"
+    text = f"k=16 x=f32; n=77 opaque=f32 out={dtype} lora(r=1 f32 s=1.0)"
     library = ctypes.CDLL(str(build.start(cpp.emit(KernelSpec.parse(text))).result()))
     problem = Problem.of(text, 9)
     problem.operands["b0_0"].zero_()
@@ -159,7 +159,7 @@ def test_numbers_are_rounded_to_the_nearest(dtype):
     numbers = bits.view(torch.float32)
     numbers = torch.where(numbers.abs() < torch.finfo(torch.float32).tiny, 0.0, numbers)
     numbers[6:] = numbers[6:].frexp()[0] * 2.0 ** torch.randint(-13, 16, (3, 77))
-    problem.operands["res0"].copy_(numbers)
+    problem.operands["base0"].copy_(numbers)
     for entry in ("gemv", "accumulate"):
         (got,) = run(library, entry, problem, None)
         torch.testing.assert_close(got, numbers.to(TORCH[dtype]), rtol=0, atol=0, equal_nan=True)

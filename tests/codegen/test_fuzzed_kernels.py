@@ -17,7 +17,7 @@ from tests.fuzz.specs import FEATURES, random_spec
 
 EVERYTHING = (
     "k=60 x={0}; n=66 w={0} out={0} bias={0} residual={0} rowscale=f32 lora(r=3 {0} s=0.5) given(r=5 {0} z={0})"
-    " kron(1*6x5*12 6*4x12*1 6*11x4*1 f32 s=2.0); n=33 out={0} residual={0} lora(r=17 f32 s=tensor.f64)"
+    " kron(1*6x5*12 6*4x12*1 6*11x4*1 f32 s=2.0); n=33 opaque={0} out={0} lora(r=17 f32 s=tensor.f64)"
 )
 
 
@@ -91,16 +91,16 @@ def test_a_write_beyond_an_end_is_seen():
 
 
 def test_a_failure_is_shrunk_to_what_still_fails(monkeypatch):
-    """Where more than three tokens meet a residual."""
+    """Where more than three tokens meet an opaque base."""
 
     def fault(case: Call) -> tuple[str, str] | None:
-        bad = case.m > 3 and any(p.residual for p in case.kernel.projections)
-        return ("wrong", "residual") if bad else None
+        bad = case.m > 3 and any(p.opaque for p in case.kernel.projections)
+        return ("wrong", "opaque") if bad else None
 
     monkeypatch.setattr(kernels, "_fault", fault)
     monkeypatch.setattr(kernels, "TRIALS", 500)
     case = Call(EVERYTHING.format("bf16"), "gemv", 50, threads=3, numbers="huge", seed=3)
-    smallest, found = kernels.shrunk(case, ("wrong", "residual"))
-    assert found == ("wrong", "residual")
+    smallest, found = kernels.shrunk(case, ("wrong", "opaque"))
+    assert found == ("wrong", "opaque")
     assert (smallest.m, smallest.threads, smallest.numbers) == (4, 1, "normal")
-    assert smallest.spec == "k=60 x=bf16; n=33 out=bf16 residual=bf16 lora(r=17 f32 s=tensor.f64)"
+    assert smallest.spec == "k=60 x=bf16; n=33 opaque=bf16 out=bf16 lora(r=17 f32 s=tensor.f64)"

@@ -11,7 +11,8 @@ from gawscompile import ahead
 from gawscompile.cli import main
 from gawscompile.codegen import triton_aot
 from gawscompile.codegen.triton import Plan
-from gawscompile.ir.spec import KernelSpec, SpecError
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import SpecError
 
 BAD = {
     "cuda:12": "cuda:120",

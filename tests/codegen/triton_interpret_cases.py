@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gawscompile.codegen import triton as emitter
-from gawscompile.ir.operators import Kronecker, Mode
-from gawscompile.ir.spec import DTYPES, KernelSpec, Operand, ProjectionSpec
+from gawscompile.ir.operators import Kronecker, Mode, fixed
+from gawscompile.ir.spec import KernelSpec, Operand
+from gawscompile.ir.sums import Sum
+from gawscompile.ir.types import DTYPES, SCALE_DTYPES
 
 GUARD = 128  # elements of NaN on both sides of a tensor
 
@@ -177,7 +179,7 @@ class Problem:
         named = {o.name: t.double() if exact else t for o, t in self.arguments.items()}
         factors = [named[f"g{projection}_{term}_{at}"] for at in range(len(spec.modes))]
         modes = (Mode(mode.before, g, mode.after) for mode, g in zip(spec.modes, factors, strict=True))
-        scale = named[f"kron_scale{projection}_{term}"] if spec.scale is None else torch.tensor(spec.scale)
+        scale = named[f"kron_scale{projection}_{term}"] if fixed(spec.scale) is None else torch.tensor(spec.scale)
         return Kronecker(tuple(modes), scale.to(factors[0].dtype))
 
     def weight(self, projection: int) -> Tensor:
@@ -186,7 +188,7 @@ class Problem:
         return w.T if self.spec.projections[projection].transposed else w
 
     def scale(self, projection: int, term: int) -> Tensor:
-        number = self.spec.projections[projection].lowrank[term].scale
+        number = fixed(self.spec.projections[projection].lowrank[term].scale)
         return self.get("scale", projection, term) if number is None else torch.tensor(number, dtype=torch.float64)
 
 
@@ -209,7 +211,7 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Tensor:
-        return guarded((torch.randn(shape, generator=generator) * scale).to(emitter.OPERAND_DTYPES[dtype]))
+        return guarded((torch.randn(shape, generator=generator) * scale).to(SCALE_DTYPES[dtype]))
 
     arguments = {}
     for o in spec.operands():
@@ -317,7 +319,7 @@ def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list
     return results
 
 
-def parts(q: ProjectionSpec) -> list[str]:
+def parts(q: Sum) -> list[str]:
     """What `reference` can leave out."""
     found = ["bias"] * bool(q.bias) + ["residual"] * bool(q.residual) + [f"term{j}" for j in range(len(q.lowrank))]
     found += [f"given{j}" for j in range(len(q.given))]

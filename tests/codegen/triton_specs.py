@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gawscompile.ir.spec import KernelSpec, LowRankSpec, ProjectionSpec
+from gawscompile.ir.spec import KernelSpec
 
-LORA = LowRankSpec(rank=16, dtype="bf16", scale=2.0)
-QKV = KernelSpec(
-    k=576, x="bf16", projections=tuple(ProjectionSpec(n, "bf16", "bf16", lowrank=(LORA,)) for n in (576, 192, 192))
+QKV = KernelSpec.parse(
+    "; ".join(["k=576 x=bf16", *(f"n={n} w=bf16 out=bf16 lora(r=16 bf16 s=2.0)" for n in (576, 192, 192))])
 )  # SmolLM2-135M
 F32_ADAPTERS = KernelSpec.parse(str(QKV).replace("r=16 bf16", "r=16 f32"))
 F32 = KernelSpec.parse(str(QKV).replace("bf16", "f32"))

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gawscompile.codegen import build, cpp, triton
 from gawscompile.ir.recipe import write
-from gawscompile.ir.spec import DTYPES, KernelSpec
-from gawscompile.planning.cost import library_takes
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 from gawscompile.planning.table import Derived, PlanTable, Program
+from gawscompile.planning.targets import library_takes
 from gawscompile.runtime import ops
 from tests.fuzz.kernel_answers import Answer, answers, naive, weight
 
@@ -182,7 +183,7 @@ def by_entry(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]
     if call.plan == "accumulate":
         products = [
             (x.double() @ weight(spec, i, operands).double().T).to(DTYPES[p.out])
-            if p.dtype
+            if p.dense
             else torch.full((call.m, p.n), torch.nan, dtype=DTYPES[p.out])
             for i, p in enumerate(spec.projections)
         ]

@@ -17,6 +17,7 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.passes import PIPELINE, choose_plan
 from gawscompile.planning import cost, devices
 from gawscompile.planning.table import PlanTable
+from gawscompile.planning.targets import CPP, TRITON
 from gawscompile.runtime import ops
 from gawscompile.verify import proof
 from tests.fuzz import data, graphs
@@ -115,10 +116,9 @@ def _any_plans(spec: KernelSpec, config: Config) -> cost.Planned:
     if config.device == "cuda":
         names = [str(plan) for plan in triton.plans(spec)]
     else:
-        library = all(p.dtype is None or spec.x == p.dtype == p.out for p in spec.projections)
-        names = ["gemv_cpp", *["gemm_accumulate"] * library]
+        names = CPP.plans(spec)
     chosen = rng.sample(names, min(len(names), rng.choice((1, 2, 3))))
     bounds = sorted(rng.sample(range(1, 9), len(chosen) - 1))
     table = PlanTable(tuple(zip(chosen, (*bounds, None), strict=True)))
-    emitter = "triton" if config.device == "cuda" else "cpp"
-    return cost.Planned(table, emitter, cache.digest(str(spec))[:12], {name: sympy.Float(1e-6) for name in names})
+    target = TRITON if config.device == "cuda" else CPP
+    return cost.Planned(table, target, cache.digest(str(spec))[:12], {name: sympy.Float(1e-6) for name in names})

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gawscompile.ir.spec import DTYPES, KernelSpec, ModeSpec
+from gawscompile.ir.operators import Mode, fixed
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
 
 EPS = torch.finfo(torch.float32).eps
 SUBNORMAL = torch.finfo(torch.float32).smallest_normal
@@ -44,7 +46,7 @@ class Value:
         peak = torch.maximum(size, _most(self.peak)).expand_as(size)
         return Value(self.exact @ matrix.double().T, size, lost, peak, self.depth + m.shape[1])
 
-    def mode(self, mode: ModeSpec, g: Tensor) -> Value:
+    def mode(self, mode: Mode, g: Tensor) -> Value:
         """``(I ⊗ G ⊗ I) x``."""
         if mode.rows is None:
             return self.scaled(g.double().repeat_interleave(mode.after).repeat(mode.before))
@@ -71,13 +73,13 @@ class Value:
         return (8 + self.depth**0.5 / 2) * EPS * self.size + self.lost
 
 
-def turned(x: Tensor, mode: ModeSpec) -> Tensor:
+def turned(x: Tensor, mode: Mode) -> Tensor:
     """``[m, k]`` as the rows that a mode's matrix meets: ``[m * before * after, columns]``."""
     sizes = (len(x), mode.before, mode.columns, mode.after)
     return x.reshape(sizes).movedim(2, 3).reshape(len(x) * mode.before * mode.after, mode.columns)
 
 
-def straightened(y: Tensor, mode: ModeSpec, m: int) -> Tensor:
+def straightened(y: Tensor, mode: Mode, m: int) -> Tensor:
     """What became of them as ``[m, n]``."""
     sizes = (m, mode.before, mode.after, y.shape[-1])
     return y.reshape(sizes).movedim(3, 2).reshape(m, mode.outputs)
@@ -122,7 +124,7 @@ def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
 def projection(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) -> tuple[Value, Value | None]:
     """(y_i, its base's product), for x ``[m, k]``."""
     p, given = spec.projections[i], Value.of(x)
-    base = given.times(weight(spec, i, operands)) if p.dtype else None
+    base = given.times(weight(spec, i, operands)) if p.dense else None
     added: list[Value] = []
     for j, term in enumerate(p.lowrank):
         u = given.times(operands[f"a{i}_{j}"]).scaled(_scale(term.scale, f"scale{i}_{j}", operands))
@@ -139,14 +141,15 @@ def projection(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor])
         total = total.plus(part)
     if p.rowscale:
         total = total.scaled(operands[f"rowscale{i}"])
-    for name in (f"bias{i}", f"res{i}"):
+    for name in (f"base{i}", f"bias{i}", f"res{i}"):
         if name in operands:
             total = total.plus(Value.of(operands[name].expand_as(total.exact)))
     return total, base.scaled(operands[f"rowscale{i}"]) if base and p.rowscale else base
 
 
-def _scale(number: float | None, name: str, operands: dict[str, Tensor]) -> Tensor | float:
+def _scale(scale: object, name: str, operands: dict[str, Tensor]) -> Tensor | float:
     """In fp32, as kernels take it."""
+    number = fixed(scale)
     return (operands[name] if number is None else torch.tensor(number)).float().double()
 
 
@@ -213,7 +216,7 @@ def naive(spec: KernelSpec, x: Tensor, operands: dict[str, Tensor]) -> list[Tens
     """Every output as frameworks execute it, segment by segment, each result rounded to its dtype."""
     found = []
     for i, p in enumerate(spec.projections):
-        parts: list[Tensor] = [_linear(x, weight(spec, i, operands))] if p.dtype else []
+        parts: list[Tensor] = [_linear(x, weight(spec, i, operands))] if p.dense else [operands[f"base{i}"]]
         for j, term in enumerate(p.lowrank):
             u = _linear(x, operands[f"a{i}_{j}"])
             part = _linear(u, operands[f"b{i}_{j}"])

@@ -10,11 +10,14 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal, get_args
+from typing import Literal
 
 from gawscompile.codegen import cpp, triton
-from gawscompile.ir.spec import KernelSpec, ProjectionSpec, Role
-from gawscompile.planning.cost import library_takes
+from gawscompile.ir.operators import ROLES, Dense
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import Sum
+from gawscompile.ir.types import TensorType
+from gawscompile.planning.targets import library_takes
 from tests.fuzz import interpreted
 from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built
 from tests.fuzz.coverage import Coverage, Failure
@@ -31,11 +34,11 @@ AHEAD = 2
 TRIALS = 40
 """Simpler calls at most that are tried to shrink a failure."""
 
-TRITON = frozenset(f"triton: {name}" for name in (*triton.DECODE, *triton.MANY))
+TRITON = frozenset(f"triton: {name}" for name in triton.PLANS)
 MUST_REACH: dict[str, frozenset[str]] = {
     "kernel": frozenset({"gemv", "accumulate", *(f"{how}: {name}" for how in ("op", "hoisted") for name in cpp.PLANS)})
     | TRITON,
-    "operand": frozenset(get_args(Role)),
+    "operand": ROLES,
     "spec": frozenset(FEATURES),
     "numbers": frozenset(NUMBERS),
     "activation": frozenset(FLOATS),
@@ -79,7 +82,7 @@ def call(seed: int) -> Call:
         plan = random.choice([plan for plan in plans if plan.name == name])
         most = DECODED if plan.rows else TOKENS  # a program for each token takes long in the interpreter
         return Call(str(spec), str(plan), max(1, min(m, most)), 1, numbers, seed)
-    added = library_takes(spec) and (spec.swiglu or any(cpp.has_epilogue(p) for p in spec.projections))
+    added = library_takes(spec) and (spec.swiglu or not all(p.plain for p in spec.projections))
     scaled = any(p.rowscale for p in spec.projections)
     plan = random.choice(("gemv", "op", *["accumulate"] * added, *["hoisted"] * scaled))
     return Call(str(spec), plan, m, random.choice(THREADS), numbers, seed, one.vectors)
@@ -162,7 +165,7 @@ def simplified(case: Call) -> Iterator[Call]:
     for spec in simpler_specs(case.kernel):
         smaller = replace(case, spec=str(spec))
         possible = case.by.startswith("triton") is False or triton.Plan.parse(case.plan) in triton.plans(spec)
-        possible = possible and (case.plan != "accumulate" or any(cpp.has_epilogue(p) for p in spec.projections))
+        possible = possible and (case.plan != "accumulate" or not all(p.plain for p in spec.projections))
         if possible and (case.plan != "hoisted" or any(p.rowscale for p in spec.projections)):
             yield smaller
 
@@ -179,15 +182,12 @@ def simpler_specs(spec: KernelSpec) -> Iterator[KernelSpec]:
         yield replace(spec, swiglu=False)
 
 
-def simpler_projections(p: ProjectionSpec) -> Iterator[ProjectionSpec]:
+def simpler_projections(p: Sum) -> Iterator[Sum]:
     """Without a term or a vector, as far as what is left is a projection."""
-    alone = p.dtype is None and len((*p.lowrank, *p.given, *p.kronecker)) == 1  # of a kept base
-    for name in ("bias", "rowscale", *["residual"] * bool(p.dtype)):
-        if getattr(p, name) is not None:
-            yield replace(p, **{name: None})
-    for name in ("lowrank", "given", "kronecker") if not alone else ():
-        terms = getattr(p, name)
-        for j in range(len(terms)):
-            yield replace(p, **{name: (*terms[:j], *terms[j + 1 :])})
+    for at in range(1, len(p.terms)):
+        smaller = p._replace(terms=(*p.terms[:at], *p.terms[at + 1 :]))
+        if (p.dense or smaller.adapted):
+            yield smaller
     if p.transposed:
-        yield replace(p, transposed=False)
+        turned = Dense(TensorType(p.dense.sizes, p.weight.dtype))
+        yield p._replace(terms=(turned, *p.terms[1:]))

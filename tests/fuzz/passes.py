@@ -17,10 +17,9 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.codegen import triton
-from gawscompile.ir.operators import linear, operator_group, operator_sum
-from gawscompile.ir.project import project
 from gawscompile.ir.recipe import hoisted
 from gawscompile.ir.records import GraphRecord, Reason
+from gawscompile.ir.sums import linear, operator_group, operator_sum, project
 from gawscompile.options import Options
 from gawscompile.passes.context import Context, Rewrite, verify
 from gawscompile.planning.table import Program as Planned
@@ -44,7 +43,7 @@ left as it was for one of them may be sums once that one is settled."""
 
 MUST_REACH: dict[str, frozenset[str]] = {
     "pass": frozenset(STAGES),
-    "plan": frozenset({"gemv_cpp", *triton.DECODE, *triton.MANY}),
+    "plan": frozenset({"gemv_cpp", *triton.PLANS}),
     "reason": frozenset(
         reason.name
         for reason in (
@@ -158,14 +157,11 @@ def rewrite(
     barred: dict[Rewrite, str] | None = None,
 ) -> Context:
     """Run the pipeline over a copy, as the backend does. Raises what passes raise, and `VerifierError`."""
-    work = Graph()
-    copies: dict[Any, Any] = {}
-    work.output(work.graph_copy(traced.graph, copies))
-    inputs = traced.graph.find_nodes(op="placeholder")
-    stored = frozenset(copies[list(inputs)[i]] for i in traced.stored) if config.stored else frozenset()
+    inputs = list(traced.graph.find_nodes(op="placeholder"))
+    stored = [inputs[i] for i in traced.stored] if config.stored else []
     options = Options(strict=True, fuel=config.fuel, disable=config.disable)
-    context = _Watched(work, options, record, stored, holder=traced.module, barred=barred or {})
-    context.copied = {copy: node for node, copy in copies.items()}
+    context = _Watched.of(traced.graph, options, record, stored, barred, holder=traced.module)
+    work = context.graph
     for name, stage in STAGES.items():
         context.stage = name
         if name not in config.disable:

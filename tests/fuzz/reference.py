@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map_only
 
-from gawscompile.ir.operators import operator_group, operator_sum
-from gawscompile.ir.project import project
+from gawscompile.analysis.reading import is_cast
 from gawscompile.ir.recipe import hoisted, iota
-from gawscompile.ir.spec import DTYPE_NAMES, DTYPES, KernelSpec
-from gawscompile.passes.context import is_cast
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import operands_of, operator_group, operator_sum, project
+from gawscompile.ir.types import DTYPE_NAMES, DTYPES, SCALE_DTYPES
 from gawscompile.planning.table import Program as Planned
 from gawscompile.runtime.ops import OPS
 
@@ -74,18 +74,18 @@ def _call(node: Node, inputs: Any, keywords: Any, exact: bool) -> Any:
     if target is torch.ops.prims.iota.default:
         return iota(*inputs, **keywords)
     if target in (operator_sum, operator_group):
-        x, terms, out = inputs
-        return target(x.float(), tree_map_only(torch.Tensor, _single, terms), out)
-    if target is project and " | " not in inputs[2]:
-        return kernel(*inputs)
-    if target is project or target in OPS:
+        return target(inputs[0].float(), map_aggregate(inputs[1], _single))
+    if target is project:
+        x, sums, swiglu, _ = inputs
+        return kernel(x, operands_of(sums), str(KernelSpec.of(x, sums, swiglu)))
+    if target in OPS:
         program = Planned.parse(inputs[2])
         return kernel(inputs[0], program.operands(inputs[1], hoisted), str(program.spec))
     return tree_map_only(torch.Tensor, lambda t: _wide(t, exact), target(*inputs, **keywords))
 
 
-def _single(t: torch.Tensor) -> torch.Tensor:
-    return t.float() if t.dtype in DTYPE_NAMES else t
+def _single(t: Any) -> Any:
+    return t.float() if isinstance(t, torch.Tensor) and t.dtype in DTYPE_NAMES else t
 
 
 def kernel(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[torch.Tensor]:
@@ -95,12 +95,12 @@ def kernel(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[tor
         raise Refused(f"x is {tuple(x.shape)} {x.dtype} in {spec}")
     m = math.prod(x.shape[:-1])
     for operand, tensor in zip(parsed.operands(), operands, strict=True):
-        dtype = {**DTYPES, "f64": torch.float64}[operand.dtype]
+        dtype = SCALE_DTYPES[operand.dtype]
         shape = tuple(m if size == "m" else size for size in operand.shape)
         found = (math.prod(tensor.shape[:-1]), tensor.shape[-1]) if operand.activation else tuple(tensor.shape)
         if tensor.dtype != dtype or found != shape:
             raise Refused(f"{operand.name} is {tuple(tensor.shape)} {tensor.dtype} in {spec}")
-    made = project(x.float(), [_single(t) for t in operands], spec)
+    made = project(x.float(), parsed.bound([_single(t) for t in operands]), parsed.swiglu, None)
     return [y.to(DTYPES[out]).contiguous() for y, (_, out) in zip(made, parsed.outputs, strict=True)]
 
 

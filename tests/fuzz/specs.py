@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from random import Random
 
-from gawscompile.ir.spec import GivenSpec, KernelSpec, KroneckerSpec, LowRankSpec, ModeSpec, ProjectionSpec
+from gawscompile.ir.operators import Mode, fixed
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import TensorType
 
 FLOATS = ("f32", "bf16", "f16")
 AROUND = (15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 96, 100, 127, 128, 129)
@@ -15,6 +18,26 @@ AROUND = (15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 96, 100, 127, 128, 129)
 LONG = (255, 256, 257, 300, 307, 512, 1024, 1030)
 """Rows that are streamed one after the other where there is one token."""
 RANKS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70)
+@dataclass(frozen=True)
+class Words:
+    """Those of a projection. Without a `weight`, the base is opaque, and what it made is of the dtype `residual`."""
+
+    n: int
+    weight: str | None
+    transposed: bool
+    out: str
+    bias: str | None
+    residual: str | None
+    rowscale: str | None
+    terms: tuple[str, ...]
+
+    def __str__(self) -> str:
+        base = f"{'wt' if self.transposed else 'w'}={self.weight}" if self.weight else f"opaque={self.residual}"
+        vectors = {"bias": self.bias, "residual": self.weight and self.residual, "rowscale": self.rowscale}
+        words = [f"{name}={dtype}" for name, dtype in vectors.items() if dtype]
+        return " ".join([f"n={self.n}", base, f"out={self.out}", *words, *self.terms])
+
+
 TERMS = 5
 """Of a group at most: each is code of its own, which takes g++ about half a second."""
 
@@ -36,11 +59,11 @@ def random_spec(random: Random, triton: bool = False) -> KernelSpec:
         p, budget = _projection(random, k, n, x if uniform else None, out, (lowrank, kronecker), budget, triton)
         if swiglu:
             turned = p.transposed and triton
-            p = dataclasses.replace(p, dtype=p.dtype or x, residual=None, transposed=turned)
+            p = dataclasses.replace(p, weight=p.weight or x, residual=None, transposed=turned)
         projections.append(p)
     if count > 1 and random.random() < 0.3:  # siblings alike, as q, k and v are
         projections = [projections[0]] * count
-    return KernelSpec(k, x, tuple(projections), swiglu)
+    return KernelSpec.parse("; ".join([f"k={k} x={x}{' swiglu' * swiglu}", *map(str, projections)]))
 
 
 def _size(random: Random, composite: bool, more: Sequence[int] = ()) -> int:
@@ -60,7 +83,7 @@ def _projection(
     kinds: tuple[bool, bool],
     budget: int,
     triton: bool,
-) -> tuple[ProjectionSpec, int]:
+) -> tuple[Words, int]:
     """A projection and what is left of `budget`. `uniform`: the base's dtype, if there is one for the whole group;
     `kinds`: whether the group may have low-rank and Kronecker terms."""
 
@@ -76,51 +99,55 @@ def _projection(
     def maybe(chance: float) -> str | None:
         return dtype() if random.random() < chance else None
 
-    lowrank = tuple(LowRankSpec(random.choice(RANKS), dtype(), *_scale(random)) for _ in range(some(0.8 * kinds[0], 3)))
-    given = tuple(GivenSpec(random.choice(RANKS), dtype(), dtype()) for _ in range(some(0.2, 2)))
-    chains = tuple(
-        KroneckerSpec(_chain(random, k, n, triton), dtype(), *_scale(random)) for _ in range(some(0.8 * kinds[1], 2))
-    )
-    kept = bool(lowrank or given or chains) and not triton and random.random() < 0.15
-    spec = ProjectionSpec(
+    lowrank = [f"lora(r={random.choice(RANKS)} {dtype()} s={_scale(random)})" for _ in range(some(0.8 * kinds[0], 3))]
+    given = [f"given(r={random.choice(RANKS)} {dtype()} z={dtype()})" for _ in range(some(0.2, 2))]
+    chains = [
+        f"kron({_chain(random, k, n, triton)} {dtype()} s={_scale(random)})" for _ in range(some(0.8 * kinds[1], 2))
+    ]
+    opaque = bool(lowrank or given or chains) and not triton and random.random() < 0.15
+    spec = Words(
         n=n,
-        dtype=None if kept else uniform or random.choice(FLOATS),
+        weight=None if opaque else uniform or random.choice(FLOATS),
         out=out,
         bias=maybe(0.35),
-        residual=dtype() if kept else maybe(0.25),
-        lowrank=lowrank,
-        transposed=not kept and random.random() < 0.2,
-        kronecker=chains,
-        given=given,
-        rowscale=None if kept else maybe(0.15),
+        residual=dtype() if opaque else maybe(0.25),
+        transposed=not opaque and random.random() < 0.2,
+        rowscale=None if opaque else maybe(0.15),
+        terms=(*lowrank, *given, *chains),
     )
     return spec, budget
 
 
-def _scale(random: Random) -> tuple[float | None, str]:
-    """`scale` and `scale_dtype` of a term."""
+def _scale(random: Random) -> str:
+    """A term's scale."""
     numbers = (1.0, 2.0, 0.5, -1.0, random.uniform(-4, 4))
-    return random.choice([*((number, "f32") for number in numbers), (None, "f32"), (None, "f64")])
+    return random.choice([*map(repr, numbers), "tensor.f32", "tensor.f64"])
 
 
-def _chain(random: Random, k: int, n: int, triton: bool) -> tuple[ModeSpec, ...]:
+def _chain(random: Random, k: int, n: int, triton: bool) -> str:
     """Mode products that make `n` features of `k`; for `triton` the last is a matrix."""
-    modes: list[ModeSpec] = []
+    modes: list[Mode] = []
     size = k
     for _ in range(random.choice((0, 0, 0, 1, 1, 2, 3))):
         before, columns, after = _factorised(random, size)
         diagonal = random.random() < 0.3
         rows = None if diagonal else random.randint(1, max(1, min(24, 256 // (before * after))))
-        modes.append(ModeSpec(before, rows, columns, after))
+        modes.append(_mode(before, rows, columns, after))
         size = modes[-1].outputs
     if not triton and size == n and random.random() < 0.2:
         before, columns, after = _factorised(random, size)
-        return (*modes, ModeSpec(before, None, columns, after))
-    before, _, after = _factorised(random, math.gcd(size, n))
-    if random.random() < 0.5:
-        before, after = (before * after, 1) if random.random() < 0.7 else (1, before * after)
-    shared = before * after
-    return (*modes, ModeSpec(before, n // shared, size // shared, after))
+        modes.append(_mode(before, None, columns, after))
+    else:
+        before, _, after = _factorised(random, math.gcd(size, n))
+        if random.random() < 0.5:
+            before, after = (before * after, 1) if random.random() < 0.7 else (1, before * after)
+        shared = before * after
+        modes.append(_mode(before, n // shared, size // shared, after))
+    return " ".join(mode.text() for mode in modes)
+
+
+def _mode(before: int, rows: int | None, columns: int, after: int) -> Mode:
+    return Mode(before, TensorType((rows, columns) if rows else (columns,), "f32"), after)
 
 
 def _factorised(random: Random, size: int) -> tuple[int, int, int]:
@@ -134,25 +161,26 @@ def _divisors(size: int) -> list[int]:
     return [d for d in range(1, size + 1) if size % d == 0]
 
 
-def _modes(spec: KernelSpec) -> list[ModeSpec]:
+def _modes(spec: KernelSpec) -> list[Mode]:
     return [mode for p in spec.projections for term in p.kronecker for mode in term.modes]
 
 
 def _fp64_scale(spec: KernelSpec) -> bool:
     terms = [term for p in spec.projections for term in (*p.lowrank, *p.kronecker)]
-    return any(term.scale is None and term.scale_dtype == "f64" for term in terms)
+    return any(fixed(term.scale) is None and term.scale.dtype == "f64" for term in terms)
 
 
 def _mixed(spec: KernelSpec) -> bool:
-    return len({spec.x, *(p.dtype for p in spec.projections), *(p.out for p in spec.projections)} - {None}) > 1
+    weights = (p.weight.dtype for p in spec.projections if p.dense)
+    return len({spec.x, *weights, *(p.out for p in spec.projections)}) > 1
 
 
 FEATURES: dict[str, Callable[[KernelSpec], bool]] = {
     "swiglu": lambda spec: spec.swiglu,
     "siblings": lambda spec: len(spec.projections) > 1,
-    "siblings alike": lambda spec: len(spec.projections) > 1 and len(set(spec.projections)) == 1,
+    "siblings alike": lambda spec: len(spec.projections) > 1 and len({p.text() for p in spec.projections}) == 1,
     "several terms": lambda spec: any(len((*p.lowrank, *p.given, *p.kronecker)) > 1 for p in spec.projections),
-    "kept base": lambda spec: any(p.dtype is None for p in spec.projections),
+    "opaque base": lambda spec: any(p.dense is None for p in spec.projections),
     "no adapter": lambda spec: any(not p.adapted for p in spec.projections),
     "transposed": lambda spec: any(p.transposed for p in spec.projections),
     "mixed dtypes": _mixed,

@@ -12,9 +12,9 @@ import torch
 
 from gawscompile import explain
 from gawscompile.backend import STAGES
-from gawscompile.ir.operators import operator_group
 from gawscompile.ir.records import GraphRecord, GroupRecord
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import operator_group
 from gawscompile.observe.observer import kernels
 from gawscompile.planning.cost import plan
 from gawscompile.planning.devices import GPUS

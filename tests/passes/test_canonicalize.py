@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir.operators import linear
-from gawscompile.passes.context import aten, shape
+from gawscompile.analysis.reading import aten, shape
+from gawscompile.ir.sums import linear
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 
 

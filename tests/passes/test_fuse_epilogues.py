@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir.project import project
-from gawscompile.passes.context import aten
+from gawscompile.analysis.reading import aten
+from gawscompile.ir.sums import project
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 from tests.passes.test_fuse_zflora import specs
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from gawscompile.adapters import GAWSConfig, GAWSDConfig
-from gawscompile.ir.operators import Kronecker, operator_sum
+from gawscompile.ir.operators import Kronecker
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import operator_sum
 from tests.architectures import ARCHITECTURES
 from tests.graphs import capture, small_llama, tokens
 
@@ -79,7 +80,7 @@ def call(function, tensors, **settings):
 
 
 def kroneckers(context):
-    sums = [node.args[1] for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
+    sums = [node.args[1].terms for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
     return sum(isinstance(term, Kronecker) for terms in sums for term in terms)
 
 

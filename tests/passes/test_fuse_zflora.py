@@ -2,14 +2,14 @@
 
 import torch
 
-from gawscompile.ir.operators import operator_group
-from gawscompile.ir.project import project
+from gawscompile.ir.operators import LowRank
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.sums import Sum, operands_of, operator_group, project
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 
 
 def specs(context):
-    return [KernelSpec.parse(n.args[2]) for n in context.graph.find_nodes(op="call_function", target=project)]
+    return [KernelSpec.of(*n.args[:3]) for n in context.graph.find_nodes(op="call_function", target=project)]
 
 
 def test_specs_say_what_the_model_has():
@@ -26,10 +26,10 @@ def test_operands_come_in_the_order_of_the_spec():
     captured = capture(small_bert(torch.bfloat16), tokens(2, 4))
     context = captured.until("fuse_zflora")
     for node in context.graph.find_nodes(op="call_function", target=project):
-        spec = KernelSpec.parse(node.args[2])
-        for operand, given in zip(spec.operands(), node.args[1], strict=True):
+        spec = KernelSpec.of(*node.args[:3])
+        for operand, given in zip(spec.operands(), operands_of(node.args[1]), strict=True):
             assert tuple(given.meta["val"].shape) == operand.shape, operand.name
-        assert all(p.bias == "bf16" for p in spec.projections)
+        assert all(p.bias.dtype == "bf16" for p in spec.projections)
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 
@@ -38,6 +38,8 @@ def test_dropping_an_adapter_from_the_spec_changes_the_values():
     captured = capture(small_llama(layers=1), tokens(1, 4), use_cache=False)
     context = captured.until("fuse_zflora")
     node = context.graph.find_nodes(op="call_function", target=project)[0]
-    node.args = (node.args[0], node.args[1], node.args[2].replace("s=2.0", "s=0.0"))
+    x, sums, *rest = node.args
+    lost = [Sum(tuple(t._replace(scale=0.0) if isinstance(t, LowRank) else t for t in s.terms), s.out) for s in sums]
+    node.args = (x, tuple(lost), *rest)
     got = captured.run(context)
     assert not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, captured.outputs, strict=True))

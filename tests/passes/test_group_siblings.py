@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir.operators import operator_group, operator_sum
+from gawscompile.ir.sums import operator_group, operator_sum
 from gawscompile.passes import group_siblings
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 

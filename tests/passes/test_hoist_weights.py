@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from gawscompile.ir.operators import RowScale, operator_sum
+from gawscompile.ir.operators import RowScale
 from gawscompile.ir.recipe import RecipeError, hoisted, run, write
-from gawscompile.ir.spec import SpecError
+from gawscompile.ir.sums import operator_sum
+from gawscompile.ir.types import SpecError
 from gawscompile.planning.table import Derived, PlanTable, Program
+from gawscompile.planning.targets import TRITON
 from tests.graphs import capture, count
 
 K, N, R = 24, 20, 3
@@ -107,12 +109,12 @@ def test_what_is_not_of_parameters_alone_stays(kind):
 def test_rows_are_scaled_in_the_sum():
     context = captured("dora").until("recover_operators")
     (node,) = context.graph.find_nodes(op="call_function", target=operator_sum)
-    assert [type(term).__name__ for term in node.args[1]] == ["Dense", "Bias", "LowRank", "RowScale"]
+    assert [type(term).__name__ for term in node.args[1].terms] == ["Dense", "Bias", "RowScale", "LowRank"]
     (entry,) = context.record.linears
     assert entry.operators == f"diag[{N}]·(Dense[{N}x{K}] + 2·LowRank(r={R})) + Bias[{N}]"
     context = captured("row scale").until("recover_operators")
     (node,) = context.graph.find_nodes(op="call_function", target=operator_sum)
-    assert isinstance(node.args[1][-1], RowScale)
+    assert isinstance(node.args[1].terms[-1], RowScale)
 
 
 def test_a_base_that_others_read_runs_once():
@@ -150,4 +152,4 @@ def test_constants_are_spelled_out_while_they_are_few():
 def test_no_recipe_for_a_gpu():
     with pytest.raises(SpecError, match="hoisted on a GPU"):
         table = PlanTable((("two_launch", None),))
-        Program(table, Program.parse(f"gemv_cpp | {SPEC}").spec, "triton", derived=(Derived(1, (0,), "[]"),))
+        Program(table, Program.parse(f"gemv_cpp | {SPEC}").spec, TRITON, derived=(Derived(1, (0,), "[]"),))

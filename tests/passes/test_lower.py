@@ -2,8 +2,8 @@
 
 import torch
 
-from gawscompile.ir.operators import linear
-from gawscompile.passes.context import aten
+from gawscompile.analysis.reading import aten
+from gawscompile.ir.sums import linear
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 from tests.passes.test_choose_plan import FAST_LIBRARY
 

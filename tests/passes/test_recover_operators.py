@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir.operators import Dense, LowRank, linear, operator_sum
-from gawscompile.passes.context import aten
+from gawscompile.analysis.reading import aten
+from gawscompile.ir.operators import Dense, LowRank
+from gawscompile.ir.sums import linear, operator_sum
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 
 K, N, R = 32, 24, 4
@@ -18,7 +19,7 @@ def tensors(dtype=torch.float32, factors=torch.float32):
 
 
 def terms_of(context):
-    return [node.args[1] for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
+    return [node.args[1].terms for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
 
 
 SPELLINGS = {
@@ -47,7 +48,7 @@ def test_fp32_adapter_on_a_bf16_base_takes_the_narrow_activation():
     captured = capture(peft_forward, *tensors(torch.bfloat16))
     context = captured.until("recover_operators")
     (node,) = context.graph.find_nodes(op="call_function", target=operator_sum)
-    assert node.args[0].op == "placeholder" and node.args[2] == torch.bfloat16
+    assert node.args[0].op == "placeholder" and node.args[1].out == "bf16"
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir.operators import LowRank, RowScale, operator_sum
+from gawscompile.ir.operators import LowRank, RowScale
+from gawscompile.ir.sums import operator_sum
 from tests.graphs import capture
 
 N, R = 8, 2
@@ -21,7 +22,7 @@ def tensors(dtype=torch.float32):
 
 
 def terms_of(context):
-    sums = [node.args[1] for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
+    sums = [node.args[1].terms for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
     return [type(term) for terms in sums for term in terms]
 
 

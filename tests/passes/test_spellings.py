@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gawscompile.ir.operators import LowRank, operator_sum
+from gawscompile.ir.operators import LowRank
+from gawscompile.ir.sums import operator_sum
 from tests.graphs import capture, tokens
 
 K, N, R = 64, 48, 4
@@ -132,7 +133,7 @@ NOT_RECOVERED = {
 
 
 def low_ranks(context):
-    sums = [node.args[1] for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
+    sums = [node.args[1].terms for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
     return sum(isinstance(term, LowRank) for terms in sums for term in terms)
 
 

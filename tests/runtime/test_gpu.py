@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gawscompile.ir.spec import KernelSpec, SpecError
-from gawscompile.passes.lower import is_transparent
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import SpecError
 from gawscompile.planning.table import Program
 from gawscompile.runtime import gpu, ops
 
@@ -166,7 +166,7 @@ def test_a_transparent_op_takes_no_tokens():
 )
 def test_only_plans_that_keep_nothing_and_add_no_guard_are_transparent(program: str, transparent: bool):
     parsed = Program.parse(f"{program} | {SPEC}")
-    assert is_transparent(parsed) == transparent and str(parsed) == f"{program} | {SPEC}"
+    assert parsed.stateless == transparent and str(parsed) == f"{program} | {SPEC}"
 
 
 @pytest.mark.parametrize(

@@ -268,9 +268,10 @@ def test_no_tokens():
 def test_programs_say_what_is_derived():
     program = Group("halves").program
     assert Program.parse(str(program)) == program
-    assert "uint64_t* sums)" in program.cpp_source()
+    assert "uint64_t* sums)" in program.sources()["kernel.cpp"]
     plain = Program(TABLE, program.spec)
-    assert not plain.summed and "* sums" not in plain.cpp_source() and "Checksum" not in plain.cpp_source()
+    text = plain.sources()["kernel.cpp"]
+    assert not plain.summed and "* sums" not in text and "Checksum" not in text
     library = Program(PlanTable((("gemm_accumulate", None),)), program.spec, derived=program.derived)
     assert not library.summed
 

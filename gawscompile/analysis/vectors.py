@@ -7,20 +7,11 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from gawscompile.ir.spec import DTYPE_NAMES
-from gawscompile.passes.context import (
-    args,
-    aten,
-    dtype,
-    is_call,
-    reinterpreted,
-    same_size,
-    same_sizes,
-    shape,
-    through_casts,
-    value,
-)
-from gawscompile.passes.matrices import Product, Scale
+from gawscompile.analysis.identity import reinterpreted, through_casts
+from gawscompile.analysis.matrices import Product, Scale
+from gawscompile.analysis.reading import args, aten, dtype, is_call, shape, value
+from gawscompile.ir.sizes import same_size, same_sizes
+from gawscompile.ir.types import DTYPE_NAMES
 
 
 class Vector(NamedTuple):

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gawscompile.ir.operators import Dense, Kept, LowRank, operator_group, operator_sum
+from gawscompile.analysis.reading import aten
+from gawscompile.ir.operators import Dense, LowRank, Opaque
 from gawscompile.ir.spec import KernelSpec
-from gawscompile.passes.context import aten
+from gawscompile.ir.sums import operator_group, operator_sum
 from tests.graphs import capture, count
 
 K, N, R = 32, 24, 4
@@ -57,7 +58,7 @@ def delta(x, a, b):
 
 
 def terms_of(context):
-    return [node.args[1] for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
+    return [node.args[1].terms for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
 
 
 def right(captured, tolerance=1e-5):
@@ -80,11 +81,11 @@ def test_an_adapter_is_added_to_what_the_base_made(name, dynamic):
     captured = capture(function, x, *rest, dynamic=None)
     context = captured.until("recover_operators")
     (terms,) = terms_of(context)
-    assert [type(term) for term in terms] == [Kept, LowRank] and terms[1].scale == 2.0
+    assert [type(term) for term in terms] == [Opaque, LowRank] and terms[1].scale == 2.0
     (entry,) = context.record.linears
     assert (entry.shape, entry.adapters) == ((N, K), 1)
     context = right(captured)
-    assert entry.operators == "Kept[24] + 2·LowRank(r=4)"
+    assert entry.operators == "Opaque[24] + 2·LowRank(r=4)"
     assert count(context, torch.ops.gaws.project.default) == 1
     assert count(context, aten.mm.default) == (name != "packed")  # the base's own
 
@@ -95,7 +96,7 @@ def test_peft_over_a_narrow_base():
 
     captured = capture(function, *tensors(dtype=torch.bfloat16), kernels=True)
     (group,) = right(captured, 1e-2).record.groups
-    assert group.spec == "k=32 x=bf16; n=24 out=bf16 residual=bf16 lora(r=4 f32 s=2.0)"
+    assert group.spec == "k=32 x=bf16; n=24 opaque=bf16 out=bf16 lora(r=4 f32 s=2.0)"
 
 
 SUMS = {
@@ -132,7 +133,7 @@ def summed(how):
 def test_sums(name):
     captured = summed(SUMS[name])
     (terms,) = terms_of(captured.until("recover_operators"))
-    assert Kept in map(type, terms) and Dense not in map(type, terms)
+    assert Opaque in map(type, terms) and Dense not in map(type, terms)
     right(captured)
 
 
@@ -149,7 +150,8 @@ def test_what_is_no_base_is_not_added_to():
 
     x, _, _, a, b = tensors()
     captured = capture(function, x, torch.randn(N, K), a, b, torch.randint(-9, 9, (2, 3, N), dtype=torch.int8))
-    assert not any(isinstance(term, Kept) for terms in terms_of(captured.until("recover_operators")) for term in terms)
+    found = [term for terms in terms_of(captured.until("recover_operators")) for term in terms]
+    assert not any(isinstance(term, Opaque) for term in found)
     right(captured)
 
 
@@ -171,7 +173,7 @@ def test_siblings_are_one_group_and_their_bases_come_first():
     assert len(group.args[1]) == 3
     (record,) = right(captured).record.groups
     spec = KernelSpec.parse(record.spec)
-    assert [(p.n, p.dtype, p.residual, p.rank) for p in spec.projections] == [(n, None, "f32", R) for n in sizes]
+    assert [(p.n, p.dense, p.opaque.dtype, p.rank) for p in spec.projections] == [(n, None, "f32", R) for n in sizes]
 
 
 def test_a_sibling_whose_base_reads_the_first_stays_alone():

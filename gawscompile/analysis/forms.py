@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gawscompile.ir.operators import linear
-from gawscompile.ir.spec import DTYPE_NAMES
-from gawscompile.passes.activations import source_of, widens
-from gawscompile.passes.context import (
+from gawscompile.analysis.identity import reinterpreted, source_of, through_casts, widens
+from gawscompile.analysis.layouts import Layout, Unknown, moved, split
+from gawscompile.analysis.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
+from gawscompile.analysis.reading import (
     CASTS,
     VIEWS,
     args,
@@ -25,16 +25,14 @@ from gawscompile.passes.context import (
     is_call,
     is_cast,
     is_parameter,
-    reinterpreted,
-    same_sizes,
     shape,
-    through_casts,
     transposed,
     value,
 )
-from gawscompile.passes.layouts import Layout, Unknown, moved, split
-from gawscompile.passes.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
-from gawscompile.passes.vectors import Vector, merged, merged_vectors, readable, shifted, vector_of
+from gawscompile.analysis.vectors import Vector, merged, merged_vectors, readable, shifted, vector_of
+from gawscompile.ir.sizes import same_sizes
+from gawscompile.ir.sums import linear
+from gawscompile.ir.types import DTYPE_NAMES
 
 PLAIN = torch.contiguous_format
 
@@ -44,7 +42,7 @@ class Form:
     """A node's value as products and vectors on one activation. `inner`: the nodes it folds, itself included.
 
     Where it is `turned`, the node is the transpose of that, ``[N, m]``; where it has a `layout`, its features are
-    several axes. Where a value is `kept`, that is added to it: what an opaque base makes of the activation.
+    several axes. `opaque` is what an opaque base makes of the activation, and a part of the sum.
     """
 
     activation: Node
@@ -53,7 +51,7 @@ class Form:
     inner: tuple[Node, ...]
     turned: bool = False
     layout: Layout | None = None
-    kept: Node | None = None
+    opaque: Node | None = None
 
     @property
     def bases(self) -> list[Product]:
@@ -72,7 +70,7 @@ class Form:
     def added(self) -> bool:
         """Whether it is what adapters add to a base, and no more."""
         products = [p.matrices if p.given is None else () for p in self.products]
-        return self.plain and self.kept is None and all(len(matrices) > 1 for matrices in products)
+        return self.plain and self.opaque is None and all(len(matrices) > 1 for matrices in products)
 
     def without_row_scale(self) -> tuple[Form, Node | None]:
         """``c ⊙ S`` as (S, c), where a sum without a base is a base's whose rows are scaled (DoRA, (IA)³)."""
@@ -105,7 +103,7 @@ def form_of(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
     if scaling is not None:
         inner, by = scaling
         form = summed(inner, forms) if same_sizes(shape(node), shape(inner)) else None
-        return form.scaled(by, node) if form is not None and form.kept is None else None
+        return form.scaled(by, node) if form is not None and form.opaque is None else None
     if is_call(node, aten.mul.Tensor):
         return _of_diagonal(node, forms) or _of_rows(node, forms, fixed)
     if is_call(node, aten.add.Tensor, aten.sub.Tensor):
@@ -124,7 +122,7 @@ def _of_view(node: Node, forms: dict[Node, Form]) -> Form | None:
         while widens(source) or is_call(source, aten.clone.default):
             source = args(source)[0]
         return Form(source, (Product((), node),), (), (node,), layout=layout)
-    if form.kept is not None:
+    if form.opaque is not None:
         return None
     form = replace(form, inner=(*form.inner, node))
     if form.layout is None and transposed(node) is not None:
@@ -173,7 +171,7 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
     """A sum whose rows are scaled by a vector, ``v ⊙ S``; by v = u - 1 (DoRA) it is ``u ⊙ S - S``."""
     for x, v in (args(node), args(node)[::-1]):
         form = summed(x, forms)
-        if form is None or not form.plain or form.kept is not None or form.regrouped:
+        if form is None or not form.plain or form.opaque is not None or form.regrouped:
             continue
         if not same_sizes(shape(x), shape(node)):
             continue
@@ -200,7 +198,7 @@ def summed(node: Any, forms: dict[Node, Form]) -> Form | None:
     if form is not None or not isinstance(node, Node) or len(node.users) > READERS:
         return form
     form = _known(node, forms)
-    together = form is not None and form.plain and not form.kept
+    together = form is not None and form.plain and not form.opaque
     together = together and all(is_call(user, *SUMMED) for user in node.users)
     return form if together else None
 
@@ -223,7 +221,7 @@ def escapes(form: Form, forms: dict[Node, Form]) -> bool:
         if part is None or source_of(part.activation) is not source_of(form.activation):
             continue  # a product of parameters on its way into a weight
         outside = any(user not in inside for user in node.users)
-        if outside and (part.vectors or part.kept or not all(map(_small, part.products))):
+        if outside and (part.vectors or part.opaque or not all(map(_small, part.products))):
             return True
     return False
 
@@ -237,7 +235,7 @@ def _folded(node: Any, forms: dict[Node, Form]) -> Form | None:
     form = _known(node, forms)
     if form is None or len(node.users) == 1 or form.regrouped:
         return form
-    return form if not form.vectors and not form.kept and all(_small(p) for p in form.products) else None
+    return form if not form.vectors and not form.opaque and all(_small(p) for p in form.products) else None
 
 
 def _small(product: Product) -> bool:
@@ -259,7 +257,7 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
         if found is not None:
             return found
         inner = None  # a projection of the regrouped features, then
-    alone = inner is not None and inner.plain and not inner.vectors and not inner.kept
+    alone = inner is not None and inner.plain and not inner.vectors and not inner.opaque
     if inner is not None and alone and len(inner.products) == len(products) == 1 and _matrices(inner.products[0]):
         (first,), (second,) = inner.products, products
         chain = Product((*first.matrices, *second.matrices), node, first.scale.times(second.scale))
@@ -272,7 +270,9 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
 def _matrices(p: Product) -> bool:
     """Whether it is one matrix on the activation, its rows scaled or not (VeRA)."""
     first, *rest = p.matrices or (None,)
-    return p.given is None and first is not None and first.dense and not any(f.dense or not f.whole for f in rest)
+    if p.given is not None or first is None or not first.whole or first.diagonal:
+        return False
+    return all(f.whole and f.diagonal for f in rest)
 
 
 def _along_an_axis(
@@ -328,13 +328,15 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
             a, b = on_its_slices(a) or a, on_its_slices(b) or b
     if a is not None and b is not None and same_sizes(shape(left), shape(right)) and _same_activation(a, b):
         b = b if weight == 1.0 else b.scaled(weight, node)
-        if (a.kept or b.kept) and (a.bases or b.bases or (a.kept and b.kept) or (b.kept and weight != 1.0)):
+        if (a.opaque or b.opaque) and (a.bases or b.bases or (a.opaque and b.opaque) or (b.opaque and weight != 1.0)):
             return None
         # where an adapter narrows the activation for itself, the base's is the one to read
         activation = a.activation if a.bases else b.activation
         inner = (*a.inner, *b.inner, node)
         products, vectors = merged(a.products + b.products), merged_vectors(a.vectors + b.vectors)
-        return Form(activation, products, vectors, inner, a.turned, a.layout, a.kept or b.kept) if products else None
+        if not products:
+            return None
+        return Form(activation, products, vectors, inner, a.turned, a.layout, a.opaque or b.opaque)
     if a is not None and b is not None and weight == 1.0 and same_sizes(shape(left), shape(right)):
         for wide, narrow in ((a, b), (b, a)):
             if (given := _given(narrow, wide)) is not None:
@@ -343,7 +345,7 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
     if a is not None and a.plain and _is_vector(right, left, node):
         vectors = merged_vectors((*a.vectors, Vector(readable(right), Scale(weight))))
         return replace(a, vectors=vectors, inner=(*a.inner, node))
-    if b is not None and b.plain and (weight == 1.0 or not b.kept) and _is_vector(left, right, node):
+    if b is not None and b.plain and (weight == 1.0 or not b.opaque) and _is_vector(left, right, node):
         b = b if weight == 1.0 else b.scaled(weight, node)
         vectors = merged_vectors((*b.vectors, Vector(readable(left))))
         return replace(b, vectors=vectors, inner=(*b.inner, node))
@@ -379,7 +381,7 @@ def _is_vector(other: Node, summand: Node, node: Node) -> bool:
 def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> Form:
     """``B A (s x)`` as ``s B A x``, and ``B A (v ⊙ x)`` as ``B A diag(v) x``, where the other summand reads x."""
     x = through_casts(form.activation)
-    for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not (form.bases or form.kept) else ()):
+    for of, v in ((args(x), args(x)[::-1]) if is_call(x, aten.mul.Tensor) and not (form.bases or form.opaque) else ()):
         v = vector_of(v, shape(x)[-1])
         stands = v is not None and (is_parameter(through_casts(v)) or v in fixed)
         stands = stands and value(of) is not None and same_sizes(shape(of), shape(x))
@@ -388,7 +390,7 @@ def _on_activation_of(form: Form, other: Form, fixed: Container[Node] = ()) -> F
             products = tuple(p._replace(matrices=(columns, *p.matrices)) for p in form.products)
             return replace(form, activation=other.activation, products=products)
     scaling = scaling_of(x)
-    if form.bases or form.kept or scaling is None or source_of(scaling[0]) is not source_of(other.activation):
+    if form.bases or form.opaque or scaling is None or source_of(scaling[0]) is not source_of(other.activation):
         return form
     if not same_sizes(shape(scaling[0]), shape(x)):
         return form

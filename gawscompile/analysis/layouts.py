@@ -11,17 +11,9 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from gawscompile.passes.context import (
-    ONES,
-    VIEWS,
-    args,
-    aten,
-    is_call,
-    reinterpreted,
-    same_sizes,
-    shape,
-    value,
-)
+from gawscompile.analysis.identity import reinterpreted
+from gawscompile.analysis.reading import ONES, VIEWS, args, aten, is_call, shape, value
+from gawscompile.ir.sizes import same_sizes
 
 
 class Layout(NamedTuple):

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from gawscompile.ir.operators import linear
-from gawscompile.passes.context import (
+from gawscompile.analysis.identity import reinterpreted, through_casts
+from gawscompile.analysis.layouts import kronecker_factors
+from gawscompile.analysis.reading import (
     CASTS,
     MATRIX_MATHS,
     ONES,
@@ -20,15 +21,12 @@ from gawscompile.passes.context import (
     is_call,
     is_cast,
     is_parameter,
-    reinterpreted,
-    same_size,
-    same_sizes,
     shape,
-    through_casts,
     transposed,
     value,
 )
-from gawscompile.passes.layouts import kronecker_factors
+from gawscompile.ir.sizes import same_size, same_sizes
+from gawscompile.ir.sums import linear
 
 
 class Factor(NamedTuple):
@@ -45,14 +43,18 @@ class Factor(NamedTuple):
         return self.before == self.after == 1
 
     @property
+    def diagonal(self) -> bool:
+        return len(shape(self.node)) == 1
+
+    @property
     def dense(self) -> bool:
-        """Whether it is M alone, and M a matrix."""
+        """Whether it is M alone, and M a matrix of as many numbers as it has places."""
         return self.whole and len(shape(self.node)) == 2
 
     @property
     def own(self) -> tuple[Any, Any]:
         """(rows, columns) of M."""
-        rows, columns = (*shape(self.node), *shape(self.node))[:2] if len(shape(self.node)) == 1 else shape(self.node)
+        rows, columns = (*shape(self.node), *shape(self.node))[:2] if self.diagonal else shape(self.node)
         return (columns, rows) if self.turned else (rows, columns)
 
     @property
@@ -63,7 +65,7 @@ class Factor(NamedTuple):
     @property
     def multiplications(self) -> Any:
         """For one token."""
-        rows = 1 if len(shape(self.node)) == 1 else self.own[0]
+        rows = 1 if self.diagonal else self.own[0]
         return rows * self.sizes[1]
 
 

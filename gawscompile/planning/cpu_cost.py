@@ -1,0 +1,65 @@
+"""The cost model of a CPU: seconds per call of each plan, as a sympy expression in m, the number of tokens.
+
+The generated kernel's first tile of tokens takes the longer of its bytes and its operations; later tiles, and the
+vendor library's matmul, add the two up.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES
+from gawscompile.planning.devices import Device
+
+TILE_TOKENS, FIRST_CACHE = 6, 32 << 10
+"""Tokens in a tile of the generated kernel, and bytes of first cache that every CPU has."""
+
+
+def weight_bytes(spec: KernelSpec) -> int:
+    """Bytes of the group's base weights."""
+    return sum(o.type.bytes for o in spec.operands() if o.role == "weight")
+
+
+def adapter_bytes(spec: KernelSpec) -> int:
+    """Bytes of the group's factors."""
+    return sum(o.type.bytes for o in spec.operands() if o.factor)
+
+
+def _adapter_products(spec: KernelSpec) -> int:
+    """Multiplications a token, of all factors. They run on fp32 vectors, whatever the factors' dtype."""
+    return sum(term.multiplications(spec.k) for p in spec.projections for term in p.terms[1:])
+
+
+def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
+    """One region. What the first tile of tokens multiplies hides behind its weights' way from memory, or hides that;
+    later tiles find the weights in a cache."""
+    token = 2 * _adapter_products(spec) / device.kernel_rate["f32"]
+    for p in spec.projections:
+        if p.dense is None:
+            continue
+        # bf16's dot products eat twice what fp32's do: only there do tiles from the second cache slow them down
+        fits = p.weight.dtype == "f32" or TILE_TOKENS * spec.k * DTYPES[spec.x].itemsize <= FIRST_CACHE
+        # sums of columns go through the first cache, and are read and written there once in a few rows
+        rate = device.kernel_rate[p.weight.dtype] * (1.0 if fits else 0.8) * (0.8 if p.transposed else 1.0)
+        token += 2 * p.n * spec.k / rate
+    memory = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth
+    first = sympy.Min(m, TILE_TOKENS)
+    return device.launch + sympy.Max(memory, token * first) + token * (m - first)
+
+
+def gemm(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
+    """The library's matmul per projection, then one region that adds what the product lacks, in place."""
+    seconds = sympy.Float(0)
+    for p in spec.projections:
+        if p.dense is None:
+            continue
+        dtype = p.weight.dtype
+        seconds += device.library_launch + p.weight.bytes / device.library_bandwidth[dtype]
+        seconds += 2 * m * p.n * spec.k / device.library_rate[dtype]
+    if not all(p.plain for p in spec.projections):
+        traffic = 2 * m * sum(p.n * DTYPES[p.out].itemsize for p in spec.projections)
+        factors = adapter_bytes(spec) / device.bandwidth
+        adapters = factors + 2 * m * _adapter_products(spec) / device.kernel_rate["f32"]
+        seconds += device.launch + adapters + traffic / (4 * device.bandwidth)
+    return seconds
