@@ -1,4 +1,4 @@
-"""Two batched products over blocks of a token's features become two linears.
+"""Batched products over blocks of a token's features become linears.
 
 before (GraLoRA: Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation", with k = 2 blocks)::
 
@@ -17,6 +17,13 @@ A' and B' are block-diagonal, the rows of A' in the order in which the permutati
 `recover_operators` makes a low-rank term of them and `hoist_weights` has them computed once. They hold k times the
 numbers of A and B, so wide ones are left alone; so are all on a GPU, where nothing is hoisted. Where A or B holds inf
 or NaN, so do features of other blocks then: a zero times that is NaN.
+
+One product whose blocks stay in order is the linear of a block-diagonal matrix, whose blocks are read as they are::
+
+    bmm      = aten.bmm(…view…, G)                                           # G [n, K/n, N/n]
+    linear   = operators.linear(x, G')                                       # G' [n, N/n, K/n], a view
+
+A chain of such is a butterfly; with a dense factor before or after, one is block-diagonal LoRA (BD-LoRA).
 
 Which features end up where is followed through views and permutations axis by axis, not matched by spelling.
 """
@@ -106,7 +113,7 @@ def _merge(context: Context, node: Node) -> None:
     if next_node is not None and _of_parameters(next_node, context):
         second = _blocks(next_node, axes, tokens)
     if second is None or not _all_of(ranks, second.read):
-        _left(context, node, Reason.FACTOR_SHAPE, "no second product over blocks follows it")
+        _alone(context, x, first, _end(node, (blocks, tokens, ranks[-1:]), ranks, shape(x)[:-1]))
         return
     features = (*second.blocks, Axis(shape(second.node)[2], (len(ranks),)))
     end = _end(second.node, (second.blocks, tokens, features[-1:]), features, shape(x)[:-1])
@@ -114,6 +121,27 @@ def _merge(context: Context, node: Node) -> None:
         _left(context, node, Reason.RESHAPED, "what the two return is not put back into one row of features")
         return
     _replace(context, x, first, second, end)
+
+
+def _alone(context: Context, x: Node, product: Blocks, end: Node | None) -> None:
+    """One product, whose blocks `end` has one after the other."""
+    if end is None:
+        _left(context, product.node, Reason.FACTOR_SHAPE, "its blocks are dealt out, and no second product follows")
+        return
+    if not context.allows(product.node, end):
+        return
+    with context.graph.inserting_before(end):
+        blocks = _step(context, product.node, aten.permute.default, product.matrices, [0, 2, 1])
+        activation = base_activation(x)
+        sizes = (*shape(activation)[:-1], shape(end)[-1])
+        new = context.insert(linear, (activation, blocks), product.node, empty_like(x, sizes, dtype(end)))
+        context.seen.add(new)
+        if not same_sizes(shape(new), shape(end)):
+            value = empty_like(x, shape(end), dtype(end))
+            new = context.insert(aten.view.default, (new, list(args(end)[1])), end, value)
+    context.replace(end, new)
+    context.erase(end)
+    context.matched()
 
 
 def _replace(context: Context, x: Node, first: Blocks, second: Blocks, end: Node) -> None:

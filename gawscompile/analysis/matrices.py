@@ -30,7 +30,8 @@ from gawscompile.ir.sums import linear
 
 
 class Factor(NamedTuple):
-    """``I_before ⊗ M ⊗ I_after``: M a parameter matrix, its transpose, or the diagonal matrix of a parameter vector."""
+    """``I_before ⊗ M ⊗ I_after``: M a parameter matrix, its transpose, the diagonal matrix of a parameter vector, or
+    the block-diagonal one of a parameter ``[blocks, rows, columns]``."""
 
     node: Node
     turned: bool = False
@@ -54,7 +55,10 @@ class Factor(NamedTuple):
     @property
     def own(self) -> tuple[Any, Any]:
         """(rows, columns) of M."""
-        rows, columns = (*shape(self.node), *shape(self.node))[:2] if self.diagonal else shape(self.node)
+        sizes = shape(self.node)
+        if len(sizes) == 3:
+            return sizes[0] * sizes[1], sizes[0] * sizes[2]
+        rows, columns = (*sizes, *sizes)[:2] if self.diagonal else sizes
         return (columns, rows) if self.turned else (rows, columns)
 
     @property
@@ -65,7 +69,7 @@ class Factor(NamedTuple):
     @property
     def multiplications(self) -> Any:
         """For one token."""
-        rows = 1 if self.diagonal else self.own[0]
+        rows = 1 if self.diagonal else shape(self.node)[1] if len(shape(self.node)) == 3 else self.own[0]
         return rows * self.sizes[1]
 
 

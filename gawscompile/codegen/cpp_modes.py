@@ -69,7 +69,8 @@ class Scratch:
         factors = [f"g{i}_{j}_{at}" for at in range(len(term.modes))]
         scale = f"float(*kron_scale{i}_{j})" if fixed(term.scale) is None else f"{term.scale!r}f"
         final = term.modes[-1]
-        last = final if final.rows is not None and final.after == 1 and final.before < FEW_SLICES else None
+        joins = final.rows is not None and final.after == final.blocks == 1 and final.before < FEW_SLICES
+        last = final if joins else None
         steps: list[Mode | None] = list(term.modes[:-1] if last else term.modes)
         if last and not steps and term.scale != 1.0:
             steps = [None]
@@ -89,7 +90,8 @@ def work(step: Step) -> tuple[str, str]:
     mode = step.mode
     if mode is None or mode.rows is None:
         return f"blocks({step.width}, CHUNK)", "CHUNK"
-    return f"blocks({mode.rows}, ROWS)", str(mode.before * mode.columns * mode.after)
+    each = f"{mode.blocks} * " if mode.blocks > 1 else ""
+    return f"{each}blocks({mode.rows}, ROWS)", str(mode.before * mode.columns * mode.after)
 
 
 def step_code(step: Step, share: str) -> str:
@@ -97,6 +99,11 @@ def step_code(step: Step, share: str) -> str:
     if mode is None or mode.rows is None:
         sizes, factor = (f"{mode.columns}, {mode.after}", step.factor) if mode else ("1, 1", "(const float*)nullptr")
         call = f"diagonal<{sizes}, LDU, {source.stride}>({share}, m, {step.width}, {to}, {factor}"
+    elif mode.blocks > 1:  # each a product of its own
+        call = f"mode_product<1, {mode.rows}, {mode.columns}, 1, LDU, {source.stride}>({share}, m"
+        own = f"{to} + b * {mode.rows}, {step.factor} + b * {mode.rows * mode.columns}"
+        each = f"    for (int64_t b = 0; b < {mode.blocks}; ++b)"
+        return f"{each} {call}, {own}, {source.pointer} + b * {mode.columns}, {step.scale});"
     else:
         sizes = f"{mode.before}, {mode.rows}, {mode.columns}, {mode.after}"
         call = f"mode_product<{sizes}, LDU, {source.stride}>({share}, m, {to}, {step.factor}"

@@ -131,7 +131,7 @@ def _check(spec: KernelSpec, p: Sum, kron: Kronecker) -> None:
             raise SpecError(f"the sizes of mode {mode.text()} of {kron.text()} must be at least 1")
         if mode.inputs != inputs:
             raise SpecError(f"mode {mode.text()} of {kron.text()} takes {mode.inputs} features, not {inputs}")
-        if (mode.rows or 1) * mode.columns >= 1 << 31:
+        if mode.blocks * (mode.rows or 1) * mode.columns >= 1 << 31:
             raise SpecError(f"the factor of mode {mode.text()} of {kron.text()} is too large for 32-bit offsets")
     if sizes[-1] != p.n:
         raise SpecError(f"{kron.text()} makes {sizes[-1]} features, not {p.n}")
@@ -209,7 +209,7 @@ class Emitter:
     @property
     def uniform(self) -> bool:
         """Whether a program's rows have one slice of x, or of a mix one row of G, in common."""
-        whole = self.product.mode.before == self.product.mode.after == 1
+        whole = self.product.mode.slices == self.product.mode.after == 1
         return whole or self.product.period % self.rows.block == 0
 
     @property
@@ -230,10 +230,11 @@ class Emitter:
         """Offsets of these rows in G and in the input: of each row, or of all where they agree."""
         p, mode = self.product, self.product.mode
         row, within = (v.start, v.rows) if self.uniform else (v.row, 0)
-        if mode.after == mode.before == 1:
+        if mode.after == mode.slices == 1:
             return v.row * mode.columns, None
         if mode.after == 1:
-            return (row % p.rows + within) * mode.columns, row // p.rows * mode.columns
+            of_g = v.row if mode.blocks > 1 else row % p.rows + within
+            return of_g * mode.columns, row // p.rows * mode.columns
         g, place = row // mode.after, row % mode.after + within
         if mode.before == 1:
             return g * mode.columns, place
@@ -295,7 +296,7 @@ class Emitter:
         if self.uniform:
             body = [*place, *body]
         else:
-            last = fn("tl.minimum", (v.start + v.BLOCK_N - 1) // p.rows + 1, mode.before)
+            last = fn("tl.minimum", (v.start + v.BLOCK_N - 1) // p.rows + 1, mode.slices)
             owned = (v.row // p.rows).equals(slice_)
             owned = v.row_ok & owned if self.rows.masked else owned
             body = [
@@ -357,7 +358,7 @@ class Emitter:
             return [place.let(at), *self._folded(name, others, place, where), *g]
         outer, inner = mode.rows * mode.after, mode.columns * mode.after
         first = place % mode.after
-        first = place // outer * inner + first if mode.before > 1 else first
+        first = place // outer * inner + first if mode.slices > 1 else first
         step = [
             *self._folded(summand, others, slices + i * mode.after, where),
             *self._factor(weight, last, along * mode.columns + i, where, view=view),

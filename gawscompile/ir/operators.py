@@ -193,7 +193,9 @@ class Given(NamedTuple):
 
 class Mode(NamedTuple):
     """``(I_before ⊗ G ⊗ I_after) x``: a mode product, G applied along the middle of x's features as three axes
-    (Van Loan 2000, "The ubiquitous Kronecker product"). G ``[rows, columns]``, or a vector ``[columns]``, its diagonal.
+    (Van Loan 2000, "The ubiquitous Kronecker product"). G ``[rows, columns]``, or a vector ``[columns]``, its diagonal,
+    or ``[blocks, rows, columns]``: ``blockdiag(G_1 … G_n)``, a factor of butterflies (Monarch: Dao et al. 2022) and of
+    block-diagonal LoRA (BD-LoRA). That one stands alone, between identities of one.
     """
 
     before: int
@@ -202,21 +204,32 @@ class Mode(NamedTuple):
 
     @property
     def rows(self) -> int | None:
-        """None for a diagonal."""
+        """Of a block; None for a diagonal."""
         sizes = shape_of(self.matrix)
-        return int(sizes[0]) if len(sizes) == 2 else None
+        return int(sizes[-2]) if len(sizes) > 1 else None
 
     @property
     def columns(self) -> int:
         return int(shape_of(self.matrix)[-1])
 
     @property
+    def blocks(self) -> int:
+        """Distinct ones, where G is block-diagonal."""
+        sizes = shape_of(self.matrix)
+        return int(sizes[0]) if len(sizes) == 3 else 1
+
+    @property
+    def slices(self) -> int:
+        """Of x's features, each of which meets G or a block of it."""
+        return self.before * self.blocks
+
+    @property
     def inputs(self) -> int:
-        return self.before * self.columns * self.after
+        return self.slices * self.columns * self.after
 
     @property
     def outputs(self) -> int:
-        return self.before * (self.rows or self.columns) * self.after if self.columns else 0
+        return self.slices * (self.rows or self.columns) * self.after if self.columns else 0
 
     @property
     def multiplications(self) -> int:
@@ -225,6 +238,8 @@ class Mode(NamedTuple):
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         g = self.matrix
+        if g.dim() == 3:
+            return torch.einsum("noi,...ni->...no", g, x.unflatten(-1, (len(g), g.shape[-1]))).flatten(-2)
         axes = x.unflatten(-1, (self.before, g.shape[-1], self.after))
         product = axes * g[:, None] if g.dim() == 1 else torch.einsum("oi,...bia->...boa", g, axes)
         return product.flatten(-3)
@@ -232,12 +247,14 @@ class Mode(NamedTuple):
     def describe(self) -> str:
         """``I10⊗[256x256]``; an identity of one is left out."""
         middle = f"diag[{self.columns}]" if self.rows is None else f"[{self.rows}x{self.columns}]"
+        middle = f"blockdiag({self.blocks} {middle})" if self.blocks > 1 else middle
         parts = [f"I{self.before}"] * (self.before > 1) + [middle] + [f"I{self.after}"] * (self.after > 1)
         return "⊗".join(parts)
 
     def text(self) -> str:
-        """``10*256x256*1``."""
+        """``10*256x256*1``, or ``1*10of256x256*1`` where there are distinct blocks."""
         middle = f"diag{self.columns}" if self.rows is None else f"{self.rows}x{self.columns}"
+        middle = f"{self.blocks}of{middle}" if len(shape_of(self.matrix)) == 3 else middle
         return f"{self.before}*{middle}*{self.after}"
 
 
@@ -264,6 +281,8 @@ class Kronecker(NamedTuple):
     def features(self, k: Any) -> Any:
         n = k
         for mode in self.modes:
+            if mode.blocks > 1 and (mode.before, mode.after) != (1, 1):
+                raise SpecError(f"mode {mode.text()} of {self.text()}: distinct blocks stand alone")
             if mode.inputs != n or dtype_of(mode.matrix) != self.dtype:
                 raise SpecError(f"mode {mode.text()} of {self.text()} takes {mode.inputs} features, not {n}")
             n = mode.outputs
@@ -367,7 +386,7 @@ def known(dtype: str) -> str:
     return dtype
 
 
-_MODE = re.compile(r"(\d+)\*(?:(\d+)x|diag)(\d+)\*(\d+)")
+_MODE = re.compile(r"(\d+)\*(?:(\d+)of)?(?:(\d+)x|diag)(\d+)\*(\d+)")
 
 
 def _words(name: str, pattern: str, text: str) -> re.Match[str]:
@@ -400,9 +419,9 @@ def _given(text: str, n: int, k: int) -> Given:
 
 
 def _kron(text: str, n: int, k: int) -> Kronecker:
-    chain, dtype, scale = _words("kron", rf"((?:{_MODE.pattern} )+)(\w+) s=(\S+)", text).group(1, 6, 7)
-    shapes = [(int(b), (int(r), int(c)) if r else (int(c),), int(a)) for b, r, c, a in _MODE.findall(chain)]
-    modes = tuple(Mode(before, TensorType(shape, known(dtype)), after) for before, shape, after in shapes)
+    chain, dtype, scale = _words("kron", rf"((?:{_MODE.pattern} )+)(\w+) s=(\S+)", text).group(1, 7, 8)
+    found = [(int(b), tuple(int(size) for size in sizes if size), int(a)) for b, *sizes, a in _MODE.findall(chain)]
+    modes = tuple(Mode(before, TensorType(shape, known(dtype)), after) for before, shape, after in found)
     return Kronecker(modes, _scale(scale))
 
 

@@ -24,6 +24,7 @@ from gawscompile.ir.operators import (
     Kronecker,
     Leaf,
     LowRank,
+    Mode,
     Opaque,
     Operator,
     Residual,
@@ -222,7 +223,10 @@ def operands_of(sums: Iterable[Sum]) -> list[Leaf]:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The canonical spelling of a linear: x ``[..., k]``, weight ``[n, k]``, bias ``[n]`` → ``[..., n]``."""
+    """The canonical spelling of a linear: x ``[..., k]``, weight ``[n, k]``, bias ``[n]`` → ``[..., n]``. A weight
+    ``[blocks, n/blocks, k/blocks]`` is the block-diagonal matrix of these, and comes without a bias."""
+    if weight.dim() == 3:
+        return Mode(1, weight, 1).apply(x)
     return F.linear(x, weight, bias)
 
 

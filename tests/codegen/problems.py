@@ -62,6 +62,11 @@ class Problem:
             assert excess <= 1, f"projection {i} of {self.spec}: error is {excess:.3g} times what rounding allows"
 
 
+def _whole(g: Tensor) -> Tensor:
+    """A mode's factor as a matrix."""
+    return (torch.diag, lambda matrix: matrix, lambda blocks: torch.block_diag(*blocks))[g.dim() - 1](g)
+
+
 def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     """A projection's base weight as ``[n, k]``, in fp64; zeros where it has none."""
     if spec.projections[i].dense is None:
@@ -101,12 +106,12 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
         factors = [operands[f"g{i}_{j}_{at}"].double() for at in range(len(kron.modes))]
         dense = torch.eye(spec.k, dtype=torch.float64)
         for mode, g in zip(kron.modes, factors, strict=True):
-            middle = torch.diag(g) if mode.rows is None else g
+            middle = _whole(g)
             dense = torch.kron(torch.kron(torch.eye(mode.before), middle), torch.eye(mode.after)).double() @ dense
         total = total + scale * x @ dense.T
         bound = torch.eye(spec.k, dtype=torch.float64)
         for mode, g in zip(kron.modes, factors, strict=True):
-            middle = torch.diag(g).abs() if mode.rows is None else g.abs()
+            middle = _whole(g).abs()
             bound = torch.kron(torch.kron(torch.eye(mode.before), middle), torch.eye(mode.after)).double() @ bound
         size = size + abs(scale) * x.abs() @ bound.T
     if p.rowscale:

@@ -42,6 +42,9 @@ SPECS = {
     "kron(4*6x10*1 f32 s=1.0)",
     "gaws_conv1d": "k=64 x=f32; n=48 wt=f32 out=f32 bias=f32 kron(4*12x16*1 f32 s=1.0) kron(1*3x4*16 f32 s=1.0); "
     "n=8 w=f32 out=f32 lora(r=4 f32 s=1.0)",
+    "blocks": "k=60 x=bf16; n=66 w=bf16 out=bf16 bias=f32 kron(1*6of11x10*1 f32 s=2.0); n=20 w=f32 out=f32",
+    "blocks_chain": "k=64 x=f32; n=48 w=f32 out=f32 kron(1*8x64*1 1*4of12x2*1 f32 s=tensor.f32) "
+    "kron(1*16of2x4*1 1*3x2*16 f32 s=0.5); n=48 wt=f32 out=f32 kron(1*4of4x16*1 1*48x16*1 bf16 s=1.0)",
     "given": "k=48 x=f32; n=20 w=f32 out=f32 bias=f32 given(r=4 f32 z=f32); n=9 w=f32 out=f32 given(r=17 f32 z=bf16)",
     "given_too": "k=70 x=bf16; n=21 w=bf16 out=bf16 lora(r=5 f32 s=2.0) given(r=8 f32 z=bf16) given(r=3 bf16 z=bf16) "
     "kron(7*3x10*1 f32 s=1.0); n=16 w=f32 out=bf16",

@@ -48,6 +48,10 @@ KRONECKER = {
     "gaws_tiny": "k=66 x=f32; n=33 w=f32 out=f32 kron(33*1x2*1 f32 s=1.0)",
     "gaws_one_column": "k=4 x=f32; n=64 w=f32 out=f32 kron(4*16x1*1 f32 s=1.0)",
     "gaws_same": "; ".join(["k=64 x=bf16"] + ["n=64 w=bf16 out=bf16 kron(2*32x32*1 bf16 s=1.0)"] * 3),
+    "blocks": "k=64 x=f32; n=128 w=f32 out=f32 kron(1*4of32x16*1 f32 s=2.0); n=20 w=f32 out=f32",
+    "blocks_crossing": "k=60 x=bf16; n=66 w=bf16 out=bf16 kron(1*6of11x10*1 f32 s=tensor.f32)",
+    "blocks_chain": "k=64 x=f32; n=48 w=f32 out=f32 kron(1*8x64*1 1*4of12x2*1 f32 s=2.0)"
+    " kron(1*16of2x4*1 1*48x32*1 f32 s=0.5)",
     "gawsd": "k=96 x=f32; n=72 w=f32 out=f32 kron(1*6x8*12 f32 s=1.0); n=48 w=f32 out=f32 kron(1*4x8*12 f32 s=-2.0)",
     "gawsd_even": "k=128 x=bf16; n=96 w=bf16 out=bf16 kron(1*3x4*32 bf16 s=1.0); n=32 w=bf16 out=bf16",
     "gawsd_diag": "k=300 x=bf16; n=200 w=bf16 out=bf16 bias=bf16 kron(1*diag3*100 1*2x3*100 bf16 s=tensor.f32)",
@@ -216,7 +220,7 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
     arguments = {}
     for o in spec.operands():
         shape = tuple(m if size == "m" else int(size) for size in o.shape)
-        fan_in = shape[-1] if o.role in ("weight", "a", "b", "c") or (o.role == "mode" and len(shape) == 2) else 1
+        fan_in = shape[-1] if o.role in ("weight", "a", "b", "c") or (o.role == "mode" and len(shape) > 1) else 1
         if o.role == "weight" and spec.projections[o.projection].transposed:
             fan_in = shape[0]
         arguments[o] = normal(shape, o.dtype, fan_in**-0.5)

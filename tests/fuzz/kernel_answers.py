@@ -50,6 +50,11 @@ class Value:
         """``(I ⊗ G ⊗ I) x``."""
         if mode.rows is None:
             return self.scaled(g.double().repeat_interleave(mode.after).repeat(mode.before))
+        if g.dim() == 3:  # each by itself: zeros between the blocks would spread what is not finite
+            parts = [(t.chunk(len(g), -1)) for t in (self.exact, self.size, self.lost, self.peak)]
+            found = [Value(*part, depth=self.depth).times(block) for *part, block in zip(*parts, g, strict=True)]
+            fields = ([getattr(one, name) for one in found] for name in ("exact", "size", "lost", "peak"))
+            return Value(*(torch.cat(field, -1) for field in fields), depth=found[0].depth)
         parts = (turned(t, mode) for t in (self.exact, self.size, self.lost, self.peak))
         found = Value(*parts, depth=self.depth).times(g)
         back = (straightened(t, mode, len(self.exact)) for t in (found.exact, found.size, found.lost, found.peak))
@@ -164,7 +169,8 @@ def answers(
         info = torch.finfo(DTYPES[p.out])
         error, safe = total.error(), total.peak < RANGE
         if library and base is not None:
-            error = error + info.eps / 2 * base.exact.abs() + info.tiny * info.eps
+            rows = operands[f"rowscale{i}"].double().abs() if p.rowscale else 1.0  # it magnifies what a subnormal lost
+            error = error + info.eps / 2 * base.exact.abs() + info.tiny * info.eps * rows
             safe = safe & (base.peak < info.max / 3)
         if library and spec.swiglu:  # gate and up are stored before their product is taken
             error = error + info.eps / 2 * total.exact.abs() + info.tiny * info.eps
@@ -228,6 +234,8 @@ def naive(spec: KernelSpec, x: Tensor, operands: dict[str, Tensor]) -> list[Tens
                 g = operands[f"g{i}_{j}_{at}"]
                 if mode.rows is None:
                     part = part * g.repeat_interleave(mode.after).repeat(mode.before)
+                elif g.dim() == 3:
+                    part = torch.cat([_linear(*one) for one in zip(part.chunk(len(g), -1), g, strict=True)], -1)
                 else:
                     part = straightened(_linear(turned(part, mode), g), mode, len(x))
             parts.append(part * _scale(term.scale, f"kron_scale{i}_{j}", operands).to(part.dtype))

@@ -132,7 +132,8 @@ def _chain(random: Random, k: int, n: int, triton: bool) -> str:
         before, columns, after = _factorised(random, size)
         diagonal = random.random() < 0.3
         rows = None if diagonal else random.randint(1, max(1, min(24, 256 // (before * after))))
-        modes.append(_mode(before, rows, columns, after))
+        distinct = rows is not None and after == 1 < before and random.random() < 0.4
+        modes.append(_blocks(before, rows, columns) if rows and distinct else _mode(before, rows, columns, after))
         size = modes[-1].outputs
     if not triton and size == n and random.random() < 0.2:
         before, columns, after = _factorised(random, size)
@@ -142,12 +143,18 @@ def _chain(random: Random, k: int, n: int, triton: bool) -> str:
         if random.random() < 0.5:
             before, after = (before * after, 1) if random.random() < 0.7 else (1, before * after)
         shared = before * after
-        modes.append(_mode(before, n // shared, size // shared, after))
+        distinct = after == 1 < before and random.random() < 0.3
+        rows, columns = n // shared, size // shared
+        modes.append(_blocks(before, rows, columns) if distinct else _mode(before, rows, columns, after))
     return " ".join(mode.text() for mode in modes)
 
 
 def _mode(before: int, rows: int | None, columns: int, after: int) -> Mode:
     return Mode(before, TensorType((rows, columns) if rows else (columns,), "f32"), after)
+
+
+def _blocks(blocks: int, rows: int, columns: int) -> Mode:
+    return Mode(1, TensorType((blocks, rows, columns), "f32"), 1)
 
 
 def _factorised(random: Random, size: int) -> tuple[int, int, int]:
@@ -189,6 +196,7 @@ FEATURES: dict[str, Callable[[KernelSpec], bool]] = {
     "G ⊗ I": lambda spec: any(mode.rows and mode.after > 1 for mode in _modes(spec)),
     "narrow slices": lambda spec: any(mode.rows and 1 < mode.after < 16 for mode in _modes(spec)),
     "wide slices": lambda spec: any(mode.rows and mode.after >= 32 for mode in _modes(spec)),
+    "distinct blocks": lambda spec: any(mode.blocks > 1 for mode in _modes(spec)),
     "diagonal": lambda spec: any(mode.rows is None for mode in _modes(spec)),
     "chain": lambda spec: any(len(term.modes) > 1 for p in spec.projections for term in p.kronecker),
     "long rows": lambda spec: spec.k > max(AROUND),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gawscompile.analysis.reading import aten
-from gawscompile.ir.operators import LowRank
+from gawscompile.ir.operators import Kronecker, LowRank
 from gawscompile.ir.sums import linear, operator_sum
 from tests.graphs import capture, count
 
@@ -178,3 +178,74 @@ def test_merged_blocks_beside_a_base_that_is_refused_are_what_inductor_knows():
     assert context.record.passes["merge_blocks"] == 1 and not context.record.groups
     used = {node.target for node in context.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     assert not [target for target in used if target not in lowerings]
+
+
+# ---- one product: a block-diagonal factor ---------------------------------------------------------------------
+
+
+def blocks(x: Tensor, g: Tensor) -> Tensor:
+    """``blockdiag(G_1 … G_n) x``, g ``[n, rows, columns]``."""
+    return torch.einsum("noi,...ni->...no", g, x.unflatten(-1, (g.shape[0], g.shape[2]))).flatten(-2)
+
+
+def batched(x: Tensor, g: Tensor) -> Tensor:
+    """The same by a batched product."""
+    slices = x.reshape(-1, g.shape[0], g.shape[2]).transpose(0, 1)
+    return torch.bmm(slices, g.transpose(1, 2)).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape) for shape in shapes]
+
+
+ALONE = {
+    "alone": (lambda x, w, g: F.linear(x, w) + 2.0 * blocks(x, g), [(4, 6, 8)], "blockdiag(4 [6x8])"),
+    "batched": (lambda x, w, g: F.linear(x, w) + 2.0 * batched(x, g), [(4, 6, 8)], "blockdiag(4 [6x8])"),
+    "B of BD-LoRA": (
+        lambda x, w, a, b: F.linear(x, w) + 2.0 * blocks(F.linear(x, a), b),
+        [(8, 32), (4, 6, 2)],
+        "blockdiag(4 [6x2]) [8x32]",
+    ),
+    "A of BD-LoRA": (
+        lambda x, w, a, b: F.linear(x, w) + 2.0 * F.linear(blocks(x, a), b),
+        [(4, 2, 8), (24, 8)],
+        "[24x8] blockdiag(4 [2x8])",
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, None])
+@pytest.mark.parametrize("name", ALONE)
+def test_distinct_blocks_are_read_as_they_are(name, dynamic):
+    function, shapes, says = ALONE[name]
+    x, *rest = drawn((2, 5, 32), (24, 32), *shapes)
+    if dynamic is None:
+        torch._dynamo.mark_dynamic(x, 1)
+    found = captured(function, x, *rest, dynamic=dynamic)
+    context = found.until("recover_operators")
+    (total,) = context.graph.find_nodes(op="call_function", target=operator_sum)
+    (_, term) = total.args[1].terms
+    assert isinstance(term, Kronecker) and term.scale == 2.0
+    (entry,) = context.record.linears
+    assert entry.operators == f"Dense[24x32] + 2·Kronecker({says})"
+    context = right(found)
+    assert count(context, torch.ops.gaws.project.default) == 1 and not count(context, aten.bmm.default)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, g: F.linear(x, w).relu() + blocks(x, g).relu(),  # no sum
+        lambda x, w, g: F.linear(x, w) + blocks(x, g).unflatten(-1, (4, 6)).transpose(-1, -2).flatten(-2),
+        lambda x, w, g: F.linear(x, w) + blocks(x, g) + 1.5 * batched(x, g.tanh()),
+    ],
+)
+def test_near_misses_of_blocks_are_right(function):
+    right(captured(function, *drawn((2, 5, 32), (24, 32), (4, 6, 8))))
+
+
+def test_distinct_blocks_run_in_a_kernel():
+    function, shapes, _ = ALONE["B of BD-LoRA"]
+    x, *rest = drawn((1, 1, 32), (24, 32), *shapes)
+    right(capture(Module(function, *rest).eval(), x, kernels=True))
