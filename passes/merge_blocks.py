@@ -98,6 +98,7 @@ def _merge(context: Context, node: Node) -> None:
     x = _activation(node)
     if x is None or not _of_parameters(node, context):
         return
+    x = base_activation(x)  # with its tokens in as many dimensions as what is returned may have
     leading: Axes = tuple(() if same_size(size, 1) else (Axis(size),) for size in shape(x)[:-1])
     tokens = tuple(axis for dim in leading for axis in dim)
     first = _blocks(node, _along(x, node, (*leading, (Axis(shape(x)[-1], (0,)),))), tokens)
@@ -132,9 +133,8 @@ def _alone(context: Context, x: Node, product: Blocks, end: Node | None) -> None
         return
     with context.graph.inserting_before(end):
         blocks = _step(context, product.node, aten.permute.default, product.matrices, [0, 2, 1])
-        activation = base_activation(x)
-        sizes = (*shape(activation)[:-1], shape(end)[-1])
-        new = context.insert(linear, (activation, blocks), product.node, empty_like(x, sizes, dtype(end)))
+        sizes = (*shape(x)[:-1], shape(end)[-1])
+        new = context.insert(linear, (x, blocks), product.node, empty_like(x, sizes, dtype(end)))
         context.seen.add(new)
         if not same_sizes(shape(new), shape(end)):
             value = empty_like(x, shape(end), dtype(end))
@@ -159,10 +159,9 @@ def _replace(context: Context, x: Node, first: Blocks, second: Blocks, end: Node
         a = _block_diagonal(context, first)
         a = _dealt(context, a, [axis.size for axis in order], [order.index(axis) for axis in second.read])
         b = _block_diagonal(context, second)
-        activation = base_activation(x)
-        sizes = shape(activation)[:-1]
+        sizes = shape(x)[:-1]
         inner = context.insert(
-            linear, (activation, a), first.node, empty_like(x, (*sizes, rank), dtype(first.node))
+            linear, (x, a), first.node, empty_like(x, (*sizes, rank), dtype(first.node))
         )
         outer = context.insert(
             linear, (inner, b), second.node, empty_like(x, (*sizes, shape(end)[-1]), dtype(second.node))
