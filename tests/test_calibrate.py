@@ -13,6 +13,7 @@ from gawscompile import cache, cli
 from gawscompile.calibration import fit_cpu
 from gawscompile.calibration.fit_cpu import Sample
 from gawscompile.planning import cost, devices
+from gawscompile.planning.targets import CPP
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def times(device: devices.Device, noise: float = 0.0) -> list[Sample]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for dtype in ("f32", "bf16"):
-        for plan in fit_cpu.PLANS:
+        for plan in CPP.kinds:
             for shape in fit_cpu.SHAPES:
                 for tokens in fit_cpu.TOKENS:
                     sample = Sample(dtype, plan, shape, tokens, 0.0)

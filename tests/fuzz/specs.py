@@ -132,7 +132,7 @@ def _chain(random: Random, k: int, n: int, triton: bool) -> str:
         before, columns, after = _factorised(random, size)
         diagonal = random.random() < 0.3
         rows = None if diagonal else random.randint(1, max(1, min(24, 256 // (before * after))))
-        distinct = rows is not None and after == 1 < before and random.random() < 0.4
+        distinct = rows is not None and after == 1 < before and columns % 2 == 0
         modes.append(_blocks(before, rows, columns) if rows and distinct else _mode(before, rows, columns, after))
         size = modes[-1].outputs
     if not triton and size == n and random.random() < 0.2:
@@ -143,7 +143,7 @@ def _chain(random: Random, k: int, n: int, triton: bool) -> str:
         if random.random() < 0.5:
             before, after = (before * after, 1) if random.random() < 0.7 else (1, before * after)
         shared = before * after
-        distinct = after == 1 < before and random.random() < 0.3
+        distinct = after == 1 < before and (before + shared) % 3 == 0
         rows, columns = n // shared, size // shared
         modes.append(_blocks(before, rows, columns) if distinct else _mode(before, rows, columns, after))
     return " ".join(mode.text() for mode in modes)
