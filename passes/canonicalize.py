@@ -26,6 +26,7 @@ from torch.fx import Graph, Node
 from gawscompile.analysis.identity import base_activation, reinterpreted
 from gawscompile.analysis.reading import (
     ONES,
+    PRODUCTS,
     VIEWS,
     args,
     aten,
@@ -50,8 +51,7 @@ Casts = dict[tuple[Node, torch.dtype], Node]
 
 def run(graph: Graph, context: Context) -> None:
     casts: Casts = {}
-    targets = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-    for node in sorted(node for target in targets for node in graph.find_nodes(op="call_function", target=target)):
+    for node in sorted(node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)):
         if not context.looks_at(node):
             continue
         if node.target in (aten.bmm.default, aten.baddbmm.default):

@@ -283,9 +283,6 @@ def _mistyped(node: Node) -> str | None:
     return None if agree else f"its values are {sizes}, and its operators make {wanted}"
 
 
-# ---- reading the graph --------------------------------------------------------------------------------------
-
-
 def _brief(node: Node) -> str:
     found = node.meta.get("val")
     return f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else str(found)

@@ -22,7 +22,7 @@ after::
 
 A bias is there already (``addmm`` brought it into the sum). A residual is taken where it has the output's shape and
 dtype, comes before the projection, and nobody else reads the projection's output. So is a product, of the two outputs
-of a group that nobody else reads. What is not taken is told, with the reason.
+of a group that nobody else reads. Where either is recognised and not taken, a note has the reason.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def _residual(context: Context, node: Node, item: Node) -> None:
     (add, *_), (x, sums, *rest), index = adds, args(node), args(item)[1]
     left, right = args(add)
     residual = left if right is item else right
+    if value(residual) is None:
+        return  # a number is no residual
     why = _no_residual(node, item, add, residual, sums[index])
     if why is not None:
         if not _made_of(residual, node):
@@ -97,8 +99,8 @@ def _no_residual(node: Node, item: Node, add: Node, residual: object, total: Sum
     """Why `residual` cannot be added in the kernel, if it cannot."""
     if len(item.users) > 1 or residual is item:
         return "others read the projection's output too"
-    if not isinstance(residual, Node) or value(residual) is None or add.kwargs:
-        return "it is no tensor that is added as it is"
+    if not isinstance(residual, Node) or add.kwargs:
+        return "it is scaled as it is added"
     if not residual < node:
         return "it comes after the projection"
     if not same_value(value(residual), value(item)) or not same_value(value(add), value(item)):
@@ -123,6 +125,8 @@ def _swiglu(context: Context, node: Node) -> None:
         if silu is None or product is None or not is_call(product, aten.mul.Tensor):
             continue
         (up,) = [other for other in args(product) if other is not silu] or [silu]
+        if value(up) is None:
+            continue
         why = _no_swiglu(node, gate, up, product, sums)
         if why is not None:
             _tell(context, node, gate, "silu(gate) * up", why)
@@ -148,7 +152,7 @@ def _no_swiglu(node: Node, gate: Node, up: object, product: Node, sums: tuple[Su
     if up is gate or not is_call(up, operator.getitem) or up not in node.users:
         return "gate and up are not of one group"
     if len(sums) != 2 or len(node.users) != 2:
-        return f"their group has {len(sums)} projections"
+        return f"{len(node.users)} of their group's {len(sums)} projections are read"
     if len(up.users) != 1:
         return "others read up too"
     if product.kwargs or not same_value(value(product), value(up)) or not same_value(value(gate), value(up)):

@@ -23,7 +23,7 @@ One product whose blocks stay in order is the linear of a block-diagonal matrix,
     bmm      = aten.bmm(…view…, G)                                           # G [n, K/n, N/n]
     linear   = operators.linear(x, G')                                       # G' [n, N/n, K/n], a view
 
-A chain of such is a butterfly; with a dense factor before or after, one is block-diagonal LoRA (BD-LoRA).
+With a dense factor before or after, that is block-diagonal LoRA (BD-LoRA).
 
 Which features end up where is followed through views and permutations axis by axis, not matched by spelling.
 """
@@ -114,10 +114,10 @@ def _merge(context: Context, node: Node) -> None:
     if next_node is not None and _of_parameters(next_node, context):
         second = _blocks(next_node, axes, tokens)
     if second is None or not _all_of(ranks, second.read):
-        _alone(context, x, first, _end(node, (blocks, tokens, ranks[-1:]), ranks, shape(x)[:-1]))
+        _alone(context, x, first, _end(node, (blocks, tokens, ranks[-1:]), ranks, tokens))
         return
     features = (*second.blocks, Axis(shape(second.node)[2], (len(ranks),)))
-    end = _end(second.node, (second.blocks, tokens, features[-1:]), features, shape(x)[:-1])
+    end = _end(second.node, (second.blocks, tokens, features[-1:]), features, tokens)
     if end is None:
         _left(context, node, Reason.RESHAPED, "what the two return is not put back into one row of features")
         return
@@ -127,12 +127,13 @@ def _merge(context: Context, node: Node) -> None:
 def _alone(context: Context, x: Node, product: Blocks, end: Node | None) -> None:
     """One product, whose blocks `end` has one after the other."""
     if end is None:
-        _left(context, product.node, Reason.FACTOR_SHAPE, "its blocks are dealt out, and no second product follows")
+        detail = "what it returns is not put back in order, and no second product follows"
+        _left(context, product.node, Reason.FACTOR_SHAPE, detail)
         return
     if not context.allows(product.node, end):
         return
     with context.graph.inserting_before(end):
-        blocks = _step(context, product.node, aten.permute.default, product.matrices, [0, 2, 1])
+        blocks = _rows_first(context, product)
         sizes = (*shape(x)[:-1], shape(end)[-1])
         new = context.insert(linear, (x, blocks), product.node, empty_like(x, sizes, dtype(end)))
         context.seen.add(new)
@@ -194,6 +195,19 @@ def _block_diagonal(context: Context, product: Blocks) -> Node:
     whole = step(aten.view.default, step(aten.slice.Tensor, flat, 1, 0, blocks * width), [rows, blocks, width])
     plain = context.contiguous(step(aten.permute.default, whole, [1, 0, 2]), product.node)
     return step(aten.view.default, plain, [blocks * rows, width])
+
+
+def _rows_first(context: Context, product: Blocks) -> Node:
+    """``[blocks, rows, columns]``: the parameter itself where that is how it is kept. A view of it stands as early as
+    it may: siblings group only if all that they read comes before the first."""
+    source, order = product.matrices, [0, 2, 1]
+    while is_call(source, aten.permute.default):
+        order = [args(source)[1][place] % 3 for place in order]
+        source = args(source)[0]
+    if order == sorted(order):
+        return source
+    with context.graph.inserting_after(source):
+        return _step(context, product.node, aten.permute.default, source, order)
 
 
 def _dealt(context: Context, matrix: Node, sizes: list[int], order: list[int]) -> Node:
@@ -262,10 +276,11 @@ def _next_product(node: Node, axes: Axes) -> tuple[Node | None, Axes | None]:
     return None, None
 
 
-def _end(node: Node, axes: Axes, features: tuple[Axis, ...], leading: tuple[Any, ...]) -> Node | None:
-    """Where what a product returns is ``[…tokens, features]``."""
+def _end(node: Node, axes: Axes, features: tuple[Axis, ...], tokens: tuple[Axis, ...]) -> Node | None:
+    """Where what a product returns is ``[…tokens, features]``, the tokens in their order."""
     for last, found in _readers(node, axes):
-        if found[-1] == features and same_sizes(shape(last)[:-1], leading) and is_call(last, *VIEWS):
+        in_order = tuple(axis for dim in found[:-1] for axis in dim) == tokens
+        if found[-1] == features and in_order and is_call(last, *VIEWS):
             return last
     return None
 
@@ -294,6 +309,9 @@ def _moved(axes: Axes, node: Node) -> Axes | None:
             taken.append(axis)
             have = have * axis.size
         found.append(tuple(taken))
+    if rest and found and all(same_size(axis.size, 1) for axis in rest):  # one rank for each block, say
+        found[-1] = (*found[-1], *rest)
+        rest = []
     return tuple(found) if not rest else None
 
 

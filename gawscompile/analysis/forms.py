@@ -76,7 +76,7 @@ class Form:
         """``c ⊙ S`` as (S, c), where a sum without a base is a base's whose rows are scaled (DoRA, (IA)³)."""
         last = {p.matrices[-1] if p.matrices and p.given is None else None for p in self.products}
         (factor,) = last if len(last) == 1 else (None,)
-        if self.bases or not self.plain or factor is None or not factor.whole or factor.dense:
+        if self.bases or not self.plain or factor is None or not factor.whole or not factor.diagonal:
             return self, None
         products = tuple(p._replace(matrices=p.matrices[:-1]) for p in self.products)
         inner = replace(self, products=products)
@@ -280,7 +280,7 @@ def _along_an_axis(
 ) -> Form | None:
     """A linear on features that are several axes: a mode product along the last of them."""
     assert inner.layout is not None
-    whole = all(factor.whole for p in products for factor in p.matrices)
+    whole = all(factor.whole and not factor.distinct for p in products for factor in p.matrices)
     if len(products) != 1 or len(inner.products) != 1 or inner.vectors or not whole:
         return None
     (first,), (second,) = inner.products, products

@@ -48,6 +48,11 @@ class Factor(NamedTuple):
         return len(shape(self.node)) == 1
 
     @property
+    def distinct(self) -> bool:
+        """Whether M is block-diagonal."""
+        return len(shape(self.node)) == 3
+
+    @property
     def dense(self) -> bool:
         """Whether it is M alone, and M a matrix of as many numbers as it has places."""
         return self.whole and len(shape(self.node)) == 2
@@ -56,7 +61,7 @@ class Factor(NamedTuple):
     def own(self) -> tuple[Any, Any]:
         """(rows, columns) of M."""
         sizes = shape(self.node)
-        if len(sizes) == 3:
+        if self.distinct:
             return sizes[0] * sizes[1], sizes[0] * sizes[2]
         rows, columns = (*sizes, *sizes)[:2] if self.diagonal else sizes
         return (columns, rows) if self.turned else (rows, columns)
@@ -69,7 +74,7 @@ class Factor(NamedTuple):
     @property
     def multiplications(self) -> Any:
         """For one token."""
-        rows = 1 if self.diagonal else shape(self.node)[1] if len(shape(self.node)) == 3 else self.own[0]
+        rows = 1 if self.diagonal else shape(self.node)[1] if self.distinct else self.own[0]
         return rows * self.sizes[1]
 
 

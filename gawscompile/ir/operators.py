@@ -7,7 +7,8 @@ Every operator is written down once. Its leaves may be fx nodes, tensors or `Ten
 - types, in a `KernelSpec`: what an emitter prints a kernel from.
 
 The order of a class's fields, in the order of `ORDER`, is the order of a kernel's operands. A field's `Place` says what
-the operand is to a kernel. To add an operator: a class here and its place in `ORDER`.
+the operand is to a kernel. To add an operator: a class here, its places in `ORDER` and `PARSERS` (and `REPEATED`, if it
+is an adapter), and its part of ``Sum.apply``.
 
 Shapes: x ``[..., k]``; a base weight ``[n, k]`` or its transpose; LoRA's A ``[r, k]`` and B ``[n, r]``; vectors
 ``[n]``; Kronecker factors as `Mode` says.
@@ -78,7 +79,9 @@ class _Single(NamedTuple):
     value: Leaf
 
     def features(self, k: Any) -> Any:
-        return shape_of(self.value)[-1]
+        sizes = shape_of(self.value)
+        vector = cast(Any, self).PLACE.kind == "vector"
+        return _misfit(cast(Any, self), k) if vector and len(sizes) != 1 else sizes[-1]
 
     def multiplications(self, k: int) -> int:
         return 0
@@ -281,7 +284,7 @@ class Kronecker(NamedTuple):
     def features(self, k: Any) -> Any:
         n = k
         for mode in self.modes:
-            if mode.blocks > 1 and (mode.before, mode.after) != (1, 1):
+            if len(shape_of(mode.matrix)) == 3 and (mode.before, mode.after) != (1, 1):
                 raise SpecError(f"mode {mode.text()} of {self.text()}: distinct blocks stand alone")
             if mode.inputs != n or dtype_of(mode.matrix) != self.dtype:
                 raise SpecError(f"mode {mode.text()} of {self.text()} takes {mode.inputs} features, not {n}")
@@ -386,7 +389,7 @@ def known(dtype: str) -> str:
     return dtype
 
 
-_MODE = re.compile(r"(\d+)\*(?:(\d+)of)?(?:(\d+)x|diag)(\d+)\*(\d+)")
+_MODE = re.compile(r"(\d+)\*(?:(\d+)of(?!diag))?(?:(\d+)x|diag)(\d+)\*(\d+)")
 
 
 def _words(name: str, pattern: str, text: str) -> re.Match[str]:

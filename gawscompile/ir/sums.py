@@ -34,7 +34,7 @@ from gawscompile.ir.operators import (
 )
 from gawscompile.ir.types import DTYPES, SpecError, shape_of
 
-_FIELD = re.compile(r"(\w+)(?:=(\w+)|\(([^)]*)\))(?: |$)")
+_FIELD = re.compile(r"(?:(\w+)=(\w+)|(lora|given|kron)\(([^)]*)\))(?: |$)")
 
 
 class Sum(NamedTuple):
@@ -203,7 +203,7 @@ class Sum(NamedTuple):
             if not (match := _FIELD.match(text, position)):
                 raise SpecError(f"not a projection spec: {text!r} at {text[position:]!r}")
             position = match.end()
-            name, value = match[1], match[2] if match[2] is not None else match[3]
+            name, value = (match[1], match[2]) if match[1] else (match[3], match[4])
             if name in ("n", "out") and name not in fields:
                 fields[name] = value
             else:
@@ -226,6 +226,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """The canonical spelling of a linear: x ``[..., k]``, weight ``[n, k]``, bias ``[n]`` → ``[..., n]``. A weight
     ``[blocks, n/blocks, k/blocks]`` is the block-diagonal matrix of these, and comes without a bias."""
     if weight.dim() == 3:
+        assert bias is None, "a block-diagonal weight comes without a bias"
         return Mode(1, weight, 1).apply(x)
     return F.linear(x, weight, bias)
 

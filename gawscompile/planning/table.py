@@ -162,6 +162,9 @@ class Program:
         target = next(one for one in reversed(TARGETS) if table.startswith(one.prefix))
         table = table.removeprefix(target.prefix)
         tuned, table = table.startswith("autotuned "), table.removeprefix("autotuned ")
-        rows = json.loads(suffix) if suffix else []
-        derived = tuple(Derived(at, tuple(sources), recipe) for at, sources, recipe in rows)
+        try:
+            rows = json.loads(suffix) if suffix else []
+            derived = tuple(Derived(at, tuple(sources), recipe) for at, sources, recipe in rows)
+        except ValueError as error:
+            raise SpecError(f"not the recipes of a program: {suffix[:200]!r}: {error}") from None
         return Program(PlanTable.parse(table), KernelSpec.parse(spec), target, tuned, derived)

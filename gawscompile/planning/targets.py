@@ -51,7 +51,7 @@ class Target(ABC):
 
     def kind(self, plan: str) -> PlanKind:
         """Of a plan's text. Raises `SpecError` for one that this target does not have."""
-        found = self.kinds.get(plan.partition("[")[0])
+        found = self.kinds.get(plan)
         if found is None:
             raise SpecError(f"not a plan of the emitter {self.name}: {plan}")
         return found

@@ -36,7 +36,7 @@ struct Operand {
 struct Projection {
   int64_t n;
   ScalarType dtype;
-  int64_t weight;  // index of its weight among the operands, or -1: its base's product is its residual
+  int64_t weight;  // index of its weight among the operands, or -1: its base is opaque
   bool transposed;  // the weight is [k, n]
 };
 

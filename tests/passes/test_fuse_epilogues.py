@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gawscompile.analysis.reading import aten
+from gawscompile.ir.records import Reason
 from gawscompile.ir.sums import project
 from tests.graphs import capture, count, small_bert, small_llama, tokens
 from tests.passes.test_fuse_zflora import specs
@@ -134,3 +135,43 @@ def test_gate_of_three_siblings_keeps_its_product():
     context = captured.until("fuse_epilogues")
     assert gated(context) == 0 and count(context, project) == 1
     torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+RESIDUAL = torch.linspace(-1, 1, 96).view(2, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("says", "function", "r"),
+    [
+        ("others read the projection's output too", lambda y, r: (y + r, y.sin()), RESIDUAL),
+        ("it comes after the projection", lambda y, r: y + r.sin(), RESIDUAL),
+        ("it has another shape or dtype", lambda y, r: y + r, RESIDUAL[0]),
+        ("it is scaled as it is added", lambda y, r: torch.add(y, r, alpha=0.5), RESIDUAL),
+        ("it is laid out otherwise", lambda y, r: y + r, RESIDUAL.mT.contiguous().mT),
+        (None, lambda y, r: y + r, RESIDUAL),
+        (None, lambda y, r: (y + 1.0) * r, RESIDUAL),
+        (None, lambda y, r: y + (y.sin() * r).sum(-1, keepdim=True), RESIDUAL),
+    ],
+)
+def test_a_residual_that_is_not_taken_is_told(says, function, r):
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 3, 16), torch.randn(16, 16)
+    context = capture(lambda x, w, r: function(F.linear(x, w), r), x, w, r).until("fuse_epilogues")
+    notes = [note for note in context.record.notes if Reason.EPILOGUE.value in note]
+    assert [says in note for note in notes] == [True] if says else not notes
+
+
+def test_a_product_that_is_not_taken_is_told():
+    def others(x, w, v):
+        gate, up = F.linear(x, w), F.linear(x, v)
+        return F.silu(gate) * up, up.sin()
+
+    def apart(x, w, v):
+        return F.silu(F.linear(x, w)) * x, F.linear(x, v)
+
+    torch.manual_seed(0)
+    tensors = torch.randn(2, 3, 16), torch.randn(16, 16), torch.randn(16, 16)
+    for function, says in ((others, "others read up too"), (apart, "gate and up are not of one group")):
+        context = capture(function, *tensors).until("fuse_epilogues")
+        (note,) = [note for note in context.record.notes if Reason.EPILOGUE.value in note]
+        assert says in note

@@ -233,19 +233,51 @@ def test_distinct_blocks_are_read_as_they_are(name, dynamic):
     assert count(context, torch.ops.gaws.project.default) == 1 and not count(context, aten.bmm.default)
 
 
+def turned_tokens(x: Tensor, g: Tensor) -> Tensor:
+    """Blocks of features, with the tokens' two dimensions exchanged on the way."""
+    a, b, _ = x.shape
+    slices = torch.bmm(x.reshape(a * b, len(g), -1).transpose(0, 1), g.transpose(1, 2))
+    return slices.view(len(g), a, b, -1).permute(2, 1, 0, 3).reshape(b, a, -1)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda x, w, g: F.linear(x, w).relu() + blocks(x, g).relu(),  # no sum
         lambda x, w, g: F.linear(x, w) + blocks(x, g).unflatten(-1, (4, 6)).transpose(-1, -2).flatten(-2),
         lambda x, w, g: F.linear(x, w) + blocks(x, g) + 1.5 * batched(x, g.tanh()),
+        lambda x, w, g: F.linear(x, w).sin() + turned_tokens(x, g),
+        lambda x, w, g: F.linear(x, w).relu() + blocks(blocks(x, g).sin(), g.mT).sum(-1, keepdim=True),
+        lambda x, w, g: blocks(F.linear(x, w.T @ w), g),
+        lambda x, w, g: F.linear(x, w) + blocks(x.unflatten(-1, (4, 8)), g[:2, :3, :4]).flatten(-2),
+        lambda x, w, g: F.linear(x.flatten(0, 1), w) + 2.0 * blocks(x.flatten(0, 1), g),
     ],
 )
 def test_near_misses_of_blocks_are_right(function):
-    right(captured(function, *drawn((2, 5, 32), (24, 32), (4, 6, 8))))
+    right(captured(function, *drawn((4, 4, 32), (24, 32), (4, 6, 8))))
 
 
 def test_distinct_blocks_run_in_a_kernel():
     function, shapes, _ = ALONE["B of BD-LoRA"]
     x, *rest = drawn((1, 1, 32), (24, 32), *shapes)
     right(capture(Module(function, *rest).eval(), x, kernels=True))
+
+
+def test_siblings_with_blocks_are_one_group_and_a_block_may_have_one_rank():
+    def function(x, w, v, g, h, a, b):
+        ranks = F.linear(batched(x, a), b)
+        return F.linear(x, w) + 2.0 * blocks(x, g), F.linear(x, v) + 0.5 * batched(x, h) + ranks
+
+    shapes = (1, 3, 32), (24, 32), (16, 32), (4, 6, 8), (4, 4, 8), (4, 1, 8), (16, 4)
+    context = right(captured(function, *drawn(*shapes)))
+    (group,) = context.record.groups
+    assert len(group.members) == 2 and group.spec.count("kron(") == 3, group.spec
+
+
+def test_flat_tokens_are_followed():
+    def flat(x, w, a, b):
+        return F.linear(x.flatten(0, 1), w) + 1.5 * gralora(x.flatten(0, 1), a, b)
+
+    context = captured(flat, *tensors()).until("recover_operators")
+    (entry,) = context.record.linears
+    assert "LowRank(r=8)" in entry.operators
