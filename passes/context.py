@@ -188,7 +188,7 @@ class Context:
         return new
 
     def erase(self, node: Node) -> None:
-        """Remove `node`, which nobody reads any more, and whatever only it read (a dead reader is a false reader)."""
+        """Remove `node`, which nobody reads any more, and whatever only it read: passes count the readers of a node."""
         pending = [node]
         while pending:
             dead = pending.pop()
@@ -219,6 +219,8 @@ class Context:
 def _lowered(x: Node, arguments: list[Node], text: str) -> KernelSpec:
     """The spec of a lowered group. Raises `SpecError` where its operands are not what that says."""
     program = Program.parse(text)
+    if len(arguments) < sum(1 for _ in program.spec.operands()) - len(program.derived):
+        raise SpecError(f"{len(arguments)} operands for {text}")
     inputs: list[Node | None] = list(arguments)
     given = program.operands(inputs, lambda recipe, sources: None)
     wanted = list(program.spec.operands())

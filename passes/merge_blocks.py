@@ -83,7 +83,7 @@ class Blocks:
 
 
 def run(graph: Graph, context: Context) -> None:
-    """Merge every such pair, or note why a product over blocks of features stays."""
+    """Rewrite every such product or pair, or note why a product over blocks of features stays."""
     products = graph.find_nodes(op="call_function", target=aten.bmm.default)
     for node in products:
         if not node._erased and context.looks_at(node):
@@ -137,9 +137,13 @@ def _alone(context: Context, x: Node, product: Blocks, end: Node | None) -> None
         sizes = (*shape(x)[:-1], shape(end)[-1])
         new = context.insert(linear, (x, blocks), product.node, empty_like(x, sizes, dtype(end)))
         context.seen.add(new)
-        if not same_sizes(shape(new), shape(end)):
-            value = empty_like(x, shape(end), dtype(end))
-            new = context.insert(aten.view.default, (new, list(args(end)[1])), end, value)
+        _put(context, end, new)
+
+
+def _put(context: Context, end: Node, new: Node) -> None:
+    """`new` in the place of the view `end`, and of its shape."""
+    if not same_sizes(shape(new), shape(end)):
+        new = context.insert(aten.view.default, (new, list(args(end)[1])), end, empty_like(new, shape(end), dtype(end)))
     context.replace(end, new)
     context.erase(end)
     context.matched()
@@ -167,12 +171,7 @@ def _replace(context: Context, x: Node, first: Blocks, second: Blocks, end: Node
         outer = context.insert(
             linear, (inner, b), second.node, empty_like(x, (*sizes, shape(end)[-1]), dtype(second.node))
         )
-        if not same_sizes(shape(outer), shape(end)):
-            value = empty_like(x, shape(end), dtype(end))
-            outer = context.insert(aten.view.default, (outer, list(args(end)[1])), end, value)
-    context.replace(end, outer)
-    context.erase(end)
-    context.matched()
+        _put(context, end, outer)
 
 
 # ---- matrices ---------------------------------------------------------------------------------------------

@@ -181,9 +181,9 @@ FAULTS: dict[str, Fault] = {
         unproven=EITHER,
     ),
     "the library is given what it cannot write": Fault(
-        "planning/targets.py",
-        "spec.x == p.weight.dtype == p.out for p",
-        "spec.x == p.weight.dtype for p",
+        "ir/spec.py",
+        "self.x == p.weight.dtype == p.out for p",
+        "self.x == p.weight.dtype for p",
         "tests/planning/test_cost.py",
         unproven="it is an error of torch's matmul, and no value",
     ),

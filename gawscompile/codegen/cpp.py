@@ -31,7 +31,7 @@ from pathlib import Path
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
 from gawscompile.codegen.cpp_parts import Parts
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
-from gawscompile.ir.operators import fixed
+from gawscompile.ir.operators import as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of
@@ -98,7 +98,7 @@ def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
         name = f"phase{number}"
         lines.append(f"    Share {name}(({' + '.join(costs)}) * blocks(m, TILE), id, threads);")
         for i, j, term in terms:
-            scale = f"float(*scale{i}_{j})" if fixed(term.scale) is None else f"{term.scale!r}f"
+            scale = f"float(*scale{i}_{j})" if as_number(term.scale) is None else f"{term.scale!r}f"
             own = f"{term.rank}, a{i}_{j}, x, {scale}, u + {ranks.offsets[i, j]}{parts.seen(f'a{i}_{j}')}"
             lines.append(f"    low_rank<even({term.rank}), K, LDU>({name}, {'K' if steps else 1}, m, {own});")
         lines += [step_code(step, name) for step in steps]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gawscompile.ir.operators import Kronecker, Mode, fixed
+from gawscompile.ir.operators import Kronecker, Mode, as_number
 from gawscompile.ir.spec import KernelSpec
 
 FEW_SLICES = 4  # fewer do not share loads of G well enough to pay for a stage of their own
@@ -67,7 +67,7 @@ class Scratch:
 
     def _chain(self, i: int, j: int, term: Kronecker) -> Ending:
         factors = [f"g{i}_{j}_{at}" for at in range(len(term.modes))]
-        scale = f"float(*kron_scale{i}_{j})" if fixed(term.scale) is None else f"{term.scale!r}f"
+        scale = f"float(*kron_scale{i}_{j})" if as_number(term.scale) is None else f"{term.scale!r}f"
         final = term.modes[-1]
         joins = final.rows is not None and final.after == final.blocks == 1 and final.before < FEW_SLICES
         last = final if joins else None

@@ -67,9 +67,7 @@ PLANS = {
     "two_launch": PlanKind(Gemv, lambda spec, few: few.width > 0),
     "redundant_shrink": PlanKind(RedundantShrink, lambda spec, few: few.width > 0 and not few.written),
     "fused_tile": PlanKind(Tile, lambda spec, few: True),
-    "gemm_accumulate": PlanKind(
-        Accumulate, lambda spec, few: all(spec.x == p.weight.dtype == p.out for p in spec.projections)
-    ),
+    "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes),
 }
 """Every plan. To add one: a class that prints its kernels, and a line here."""
 
@@ -389,6 +387,8 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
 def _check_spec(spec: KernelSpec) -> None:
     if not spec.projections:
         raise SpecError(f"no projections in {spec}")
+    if any(p.opaque is not None for p in spec.projections):
+        raise SpecError(f"no kernel on a GPU adds to what an opaque base makes: {spec}")
     ranks = [term.rank for p in spec.projections for term in p.lowrank]
     ranks += [term.rank for p in spec.projections for term in p.given]
     if min(spec.k, *(p.n for p in spec.projections), *ranks) < 1:

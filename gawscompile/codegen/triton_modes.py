@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gawscompile.codegen.triton_text import Code, Cut, cut, fn, scaled, shape, v
-from gawscompile.ir.operators import Kronecker, Mode, fixed
+from gawscompile.ir.operators import Kronecker, Mode, as_number
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import DTYPES, SpecError, shape_of
@@ -331,7 +331,8 @@ class Emitter:
         """What is added to the rows, as a comment."""
         p = self.product
         factors = " ".join(f"({p.kron.modes[at].text()} {p.factor(at)})" for at in reversed(p.factors))
-        scale = "" if not p.scaled else f"kron_scale{p.term} " if fixed(p.kron.scale) is None else f"{p.kron.scale:g} "
+        number = as_number(p.kron.scale)
+        scale = "" if not p.scaled else f"kron_scale{p.term} " if number is None else f"{number:g} "
         return Code(f"# {scale}{factors} {'x' if p.source is None else 'u'}")
 
     # --- Inputs

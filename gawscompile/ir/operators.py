@@ -7,8 +7,8 @@ Every operator is written down once. Its leaves may be fx nodes, tensors or `Ten
 - types, in a `KernelSpec`: what an emitter prints a kernel from.
 
 The order of a class's fields, in the order of `ORDER`, is the order of a kernel's operands. A field's `Place` says what
-the operand is to a kernel. To add an operator: a class here, its places in `ORDER` and `PARSERS` (and `REPEATED`, if it
-is an adapter), and its part of ``Sum.apply``.
+the operand is to a kernel. To add an operator: a class here and its place in `ORDER` (and `REPEATED`, if it is an
+adapter), its parser in `ir.parsing`, and its part of ``Sum.apply``.
 
 Shapes: x ``[..., k]``; a base weight ``[n, k]`` or its transpose; LoRA's A ``[r, k]`` and B ``[n, r]``; vectors
 ``[n]``; Kronecker factors as `Mode` says.
@@ -16,7 +16,6 @@ Shapes: x ``[..., k]``; a base weight ``[n, k]`` or its transpose; LoRA's A ``[r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
@@ -24,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir.types import DTYPES, SpecError, TensorType, dtype_of, shape_of, type_of
+from gawscompile.ir.types import SpecError, dtype_of, shape_of, type_of
 
 Leaf = Any
 """A node, a tensor or a `TensorType`."""
@@ -317,17 +316,17 @@ REPEATED: tuple[type, ...] = (LowRank, Given, Kronecker)
 # ---- scales -----------------------------------------------------------------------------------------------
 
 
-def fixed(scale: Any) -> float | None:
+def as_number(scale: Any) -> float | None:
     """A scale that is a number; None where it is a tensor."""
     return float(scale) if isinstance(scale, (int, float)) else None
 
 
 def _number(scale: Any, name: str) -> str:
-    return name if fixed(scale) is None else f"{scale:g}"
+    return name if as_number(scale) is None else f"{scale:g}"
 
 
 def _scale_text(scale: Any) -> str:
-    number = fixed(scale)
+    number = as_number(scale)
     return f"tensor.{dtype_of(scale)}" if number is None else repr(number)
 
 
@@ -338,26 +337,22 @@ def _misfit(term: Operator, k: Any) -> Any:
 # ---- leaves -----------------------------------------------------------------------------------------------
 
 
-def _places(kind: type) -> dict[str, Place | None]:
+def _places(kind: Any) -> dict[str, Place | None]:
     """The fields of an operator; those that are leaves with their place."""
-    if kind not in _KNOWN:
-        _KNOWN[kind] = _read_places(kind)
-    return _KNOWN[kind]
-
-
-_KNOWN: dict[type, dict[str, Place | None]] = {}
-
-
-def _read_places(kind: Any) -> dict[str, Place | None]:
     if issubclass(kind, _Single):
         return {"value": kind.PLACE}
     hints = get_type_hints(kind, include_extras=True)
     return {name: getattr(hints[name], "__metadata__", (None,))[0] for name in kind._fields}
 
 
+_PLACES = {kind: _places(kind) for kind in (*ORDER, Mode)}
+ROLES = frozenset(place.role for places in _PLACES.values() for place in places.values() if place)
+"""Of all operands."""
+
+
 def leaves(term: Operator | Mode, at: int | None = None) -> Iterator[tuple[Place, int | None, Leaf]]:
     """The leaves of an operator in the order of its fields. A mode's have their number in the chain."""
-    for name, place in _places(type(term)).items():
+    for name, place in _PLACES[type(term)].items():
         value = getattr(term, name)
         if name == "modes":
             for number, mode in enumerate(value):
@@ -369,7 +364,7 @@ def leaves(term: Operator | Mode, at: int | None = None) -> Iterator[tuple[Place
 def rebuilt(term: Any, change: Callable[[Place, Leaf], Leaf]) -> Any:
     """The same operator with other leaves, which are asked for in the order of `leaves`."""
     values = []
-    for name, place in _places(type(term)).items():
+    for name, place in _PLACES[type(term)].items():
         value = getattr(term, name)
         if name == "modes":
             value = tuple(rebuilt(mode, change) for mode in value)
@@ -377,68 +372,3 @@ def rebuilt(term: Any, change: Callable[[Place, Leaf], Leaf]) -> Any:
             value = change(place, value)
         values.append(value)
     return type(term)(*values)
-
-
-# ---- text -------------------------------------------------------------------------------------------------
-
-
-def known(dtype: str) -> str:
-    """`dtype`, if kernels know it."""
-    if dtype not in DTYPES:
-        raise SpecError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    return dtype
-
-
-_MODE = re.compile(r"(\d+)\*(?:(\d+)of(?!diag))?(?:(\d+)x|diag)(\d+)\*(\d+)")
-
-
-def _words(name: str, pattern: str, text: str) -> re.Match[str]:
-    match = re.fullmatch(pattern, text)
-    if match is None:
-        raise SpecError(f"not a projection spec: {name}({text})")
-    return match
-
-
-def _scale(text: str) -> float | TensorType:
-    dtype = text.removeprefix("tensor.")
-    if dtype == text:
-        try:
-            return float(text)
-        except ValueError:
-            raise SpecError(f"not a scale: {text!r}") from None
-    if dtype not in ("f32", "f64"):
-        raise SpecError(f"a scale is a number, tensor.f32 or tensor.f64, not {text!r}")
-    return TensorType((), dtype)
-
-
-def _lora(text: str, n: int, k: int) -> LowRank:
-    rank, dtype, scale = _words("lora", r"r=(\d+) (\w+) s=(\S+)", text).groups()
-    return LowRank(TensorType((int(rank), k), known(dtype)), TensorType((n, int(rank)), dtype), _scale(scale))
-
-
-def _given(text: str, n: int, k: int) -> Given:
-    rank, dtype, z = _words("given", r"r=(\d+) (\w+) z=(\w+)", text).groups()
-    return Given(TensorType((n, int(rank)), known(dtype)), TensorType(("m", int(rank)), known(z)))
-
-
-def _kron(text: str, n: int, k: int) -> Kronecker:
-    chain, dtype, scale = _words("kron", rf"((?:{_MODE.pattern} )+)(\w+) s=(\S+)", text).group(1, 7, 8)
-    found = [(int(b), tuple(int(size) for size in sizes if size), int(a)) for b, *sizes, a in _MODE.findall(chain)]
-    modes = tuple(Mode(before, TensorType(shape, known(dtype)), after) for before, shape, after in found)
-    return Kronecker(modes, _scale(scale))
-
-
-PARSERS: dict[str, Callable[[str, int, int], Operator]] = {
-    "w": lambda dtype, n, k: Dense(TensorType((n, k), known(dtype))),
-    "wt": lambda dtype, n, k: Dense(TensorType((k, n), known(dtype)), True),
-    "opaque": lambda dtype, n, k: Opaque(TensorType(("m", n), known(dtype))),
-    "bias": lambda dtype, n, k: Bias(TensorType((n,), known(dtype))),
-    "residual": lambda dtype, n, k: Residual(TensorType(("m", n), known(dtype))),
-    "rowscale": lambda dtype, n, k: RowScale(TensorType((n,), known(dtype))),
-    "lora": _lora,
-    "given": _given,
-    "kron": _kron,
-}
-
-ROLES = frozenset(place.role for kind in (*ORDER, Mode) for place in _places(kind).values() if place)
-"""Of all operands."""

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gawscompile.ir.operators import REPEATED, Leaf, Place, known, leaves, rebuilt
+from gawscompile.ir.operators import REPEATED, Leaf, Place, leaves, rebuilt
+from gawscompile.ir.parsing import known
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, TensorType, type_of
 
@@ -123,6 +124,11 @@ class KernelSpec:
     def outputs(self) -> list[tuple[int, str]]:
         """(features, dtype) of every output."""
         return [(p.n, p.out) for p in self.projections[: 1 if self.swiglu else None]]
+
+    @property
+    def library_takes(self) -> bool:
+        """Whether the vendor library can multiply the bases: activation, weight and product have one dtype."""
+        return all(p.dense is None or self.x == p.weight.dtype == p.out for p in self.projections)
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)

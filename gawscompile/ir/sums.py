@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from gawscompile.ir.operators import (
     ORDER,
-    PARSERS,
     REPEATED,
     Bias,
     Dense,
@@ -29,9 +28,9 @@ from gawscompile.ir.operators import (
     Operator,
     Residual,
     RowScale,
-    known,
     leaves,
 )
+from gawscompile.ir.parsing import PARSERS, known
 from gawscompile.ir.types import DTYPES, SpecError, shape_of
 
 _FIELD = re.compile(r"(?:(\w+)=(\w+)|(lora|given|kron)\(([^)]*)\))(?: |$)")
@@ -68,7 +67,7 @@ class Sum(NamedTuple):
     def weight(self) -> Leaf:
         """Of the base. Raises `SpecError` where the base is opaque."""
         if self.dense is None:
-            raise SpecError(f"no kernel on a GPU for a projection without a weight: {self.text()}")
+            raise SpecError(f"an opaque base has no weight: {self.text()}")
         return self.dense.weight
 
     @property

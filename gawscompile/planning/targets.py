@@ -25,13 +25,14 @@ from gawscompile.planning.devices import Device, Gpu
 class PlanKind:
     """A way to run a group. A plan is a kind by its `name`, with its rows on a GPU: ``single_launch[8]``.
 
-    `applies` to a spec; `kernels` counts the generated kernels that one call launches; `cost` is seconds of a call in
-    m, the number of tokens; with `keeps_state` something is kept between calls; with `uses_library` the vendor library
-    multiplies the bases; with `takes_sums` the kernel takes the checksums of what it reads.
+    `plans` are those of this kind that can run a spec; `kernels` counts the generated kernels that one call launches;
+    `cost` is seconds of a call in m, the number of tokens; with `keeps_state` something is kept between calls; with
+    `uses_library` the vendor library multiplies the bases; with `takes_sums` the kernel takes the checksums of what it
+    reads.
     """
 
     name: str
-    applies: Callable[[KernelSpec], bool]
+    plans: Callable[[KernelSpec], list[str]]
     kernels: Callable[[KernelSpec, str], int]
     cost: Callable[[KernelSpec, str, Any, Any], Any]
     keeps_state: bool = False
@@ -56,9 +57,12 @@ class Target(ABC):
             raise SpecError(f"not a plan of the emitter {self.name}: {plan}")
         return found
 
-    @abstractmethod
     def plans(self, spec: KernelSpec) -> list[str]:
-        """Those that can run `spec`."""
+        """Those that can run `spec`. Raises `SpecError` where there is none."""
+        found = [plan for kind in self.kinds.values() for plan in kind.plans(spec)]
+        if not found:
+            raise SpecError(f"no grid can hold the programs of {spec}")
+        return found
 
     def costs(self, spec: KernelSpec, device: Any, m: sympy.Symbol) -> dict[str, sympy.Expr]:
         """Each plan that can run `spec`, with its time in `m`. Raises `SpecError` where there is none."""
@@ -82,25 +86,23 @@ class Target(ABC):
         """Wait until that is built."""
 
 
-def library_takes(spec: KernelSpec) -> bool:
-    """Whether the vendor library can multiply the bases of `spec`: activation, weight and product have one dtype."""
-    return all(p.dense is None or spec.x == p.weight.dtype == p.out for p in spec.projections)
-
-
 class Cpp(Target):
     """Generated C++ for CPUs."""
 
     name, device, prefix, hoists, tunes = "cpp", "cpu", "", True, False
 
     def __init__(self) -> None:
-        one = PlanKind("gemv_cpp", lambda _: True, lambda *_: 1, _on_cpu(cpu_cost.gemv), takes_sums=True)
-        library = PlanKind(
-            "gemm_accumulate", library_takes, _accumulated, _on_cpu(cpu_cost.gemm), uses_library=True
-        )
-        self.kinds = {kind.name: kind for kind in (one, library)}
-
-    def plans(self, spec: KernelSpec) -> list[str]:
-        return [name for name, kind in self.kinds.items() if kind.applies(spec)]
+        one, library = "gemv_cpp", "gemm_accumulate"
+        self.kinds = {
+            one: PlanKind(one, lambda _: [one], lambda *_: 1, _on_cpu(cpu_cost.gemv), takes_sums=True),
+            library: PlanKind(
+                library,
+                lambda spec: [library] * spec.library_takes,
+                _accumulated,
+                _on_cpu(cpu_cost.gemm),
+                uses_library=True,
+            ),
+        }
 
     def sources(self, spec: KernelSpec, plans: Sequence[str], summed: Sequence[Operand], tuned: bool) -> dict[str, str]:
         return {"kernel.cpp": cpp.emit(spec, plans, summed)}
@@ -132,12 +134,6 @@ class Triton(Target):
     def kind(self, plan: str) -> PlanKind:
         return self.kinds[triton.Plan.parse(plan).name]
 
-    def plans(self, spec: KernelSpec) -> list[str]:
-        found = [str(plan) for plan in triton.plans(spec) if triton.fits(spec, plan)]
-        if not found:
-            raise SpecError(f"no grid can hold the programs of {spec}")
-        return found
-
     def sources(self, spec: KernelSpec, plans: Sequence[str], summed: Sequence[Operand], tuned: bool) -> dict[str, str]:
         return {f"{plan}.py": triton.emit(spec, triton.Plan.parse(plan), tuned) for plan in plans}
 
@@ -149,7 +145,7 @@ class Triton(Target):
 def _on_gpu(name: str, style: type[Style]) -> PlanKind:
     return PlanKind(
         name,
-        applies=lambda spec: any(plan.name == name for plan in triton.plans(spec)),
+        plans=lambda spec: [str(p) for p in triton.plans(spec) if p.name == name and triton.fits(spec, p)],
         kernels=lambda spec, plan: len(triton.launches(spec, triton.Plan.parse(plan))),
         cost=lambda spec, plan, device, m: gpu_cost.seconds(spec, triton.Plan.parse(plan), device, m),
         keeps_state=style.keeps_state,

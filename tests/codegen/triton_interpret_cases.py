@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gawscompile.codegen import triton as emitter
-from gawscompile.ir.operators import Kronecker, Mode, fixed
+from gawscompile.ir.operators import Kronecker, Mode, as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import DTYPES, SCALE_DTYPES
@@ -183,7 +183,7 @@ class Problem:
         named = {o.name: t.double() if exact else t for o, t in self.arguments.items()}
         factors = [named[f"g{projection}_{term}_{at}"] for at in range(len(spec.modes))]
         modes = (Mode(mode.before, g, mode.after) for mode, g in zip(spec.modes, factors, strict=True))
-        scale = named[f"kron_scale{projection}_{term}"] if fixed(spec.scale) is None else torch.tensor(spec.scale)
+        scale = named[f"kron_scale{projection}_{term}"] if as_number(spec.scale) is None else torch.tensor(spec.scale)
         return Kronecker(tuple(modes), scale.to(factors[0].dtype))
 
     def weight(self, projection: int) -> Tensor:
@@ -192,7 +192,7 @@ class Problem:
         return w.T if self.spec.projections[projection].transposed else w
 
     def scale(self, projection: int, term: int) -> Tensor:
-        number = fixed(self.spec.projections[projection].lowrank[term].scale)
+        number = as_number(self.spec.projections[projection].lowrank[term].scale)
         return self.get("scale", projection, term) if number is None else torch.tensor(number, dtype=torch.float64)
 
 

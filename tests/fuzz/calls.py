@@ -20,7 +20,6 @@ from gawscompile.ir.recipe import write
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
 from gawscompile.planning.table import Derived, PlanTable, Program
-from gawscompile.planning.targets import library_takes
 from gawscompile.runtime import ops
 from tests.fuzz.kernel_answers import Answer, answers, naive, weight
 
@@ -56,7 +55,7 @@ class Call:
     @property
     def table(self) -> tuple[str, str]:
         """(a plan table of the op, which plan it picks): the library multiplies where it can, and beyond some m."""
-        bound = 1 + self.seed % 8 if library_takes(self.kernel) else TOKENS
+        bound = 1 + self.seed % 8 if self.kernel.library_takes else TOKENS
         return f"gemv_cpp<={bound}, gemm_accumulate", "gemv_cpp" if self.m <= bound else "gemm_accumulate"
 
     @property

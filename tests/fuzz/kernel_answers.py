@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gawscompile.ir.operators import Mode, fixed
+from gawscompile.ir.operators import Mode, as_number
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
 
@@ -154,7 +154,7 @@ def projection(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor])
 
 def _scale(scale: object, name: str, operands: dict[str, Tensor]) -> Tensor | float:
     """In fp32, as kernels take it."""
-    number = fixed(scale)
+    number = as_number(scale)
     return (operands[name] if number is None else torch.tensor(number)).float().double()
 
 

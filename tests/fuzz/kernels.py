@@ -17,7 +17,6 @@ from gawscompile.ir.operators import ROLES, Dense
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import TensorType
-from gawscompile.planning.targets import library_takes
 from tests.fuzz import interpreted
 from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built
 from tests.fuzz.coverage import Coverage, Failure
@@ -82,7 +81,7 @@ def call(seed: int) -> Call:
         plan = random.choice([plan for plan in plans if plan.name == name])
         most = DECODED if plan.rows else TOKENS  # a program for each token takes long in the interpreter
         return Call(str(spec), str(plan), max(1, min(m, most)), 1, numbers, seed)
-    added = library_takes(spec) and (spec.swiglu or not all(p.plain for p in spec.projections))
+    added = spec.library_takes and (spec.swiglu or not all(p.plain for p in spec.projections))
     scaled = any(p.rowscale for p in spec.projections)
     plan = random.choice(("gemv", "op", *["accumulate"] * added, *["hoisted"] * scaled))
     return Call(str(spec), plan, m, random.choice(THREADS), numbers, seed, one.vectors)

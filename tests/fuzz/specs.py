@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from gawscompile.ir.operators import Mode, fixed
+from gawscompile.ir.operators import Mode, as_number
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import TensorType
 
@@ -174,7 +174,7 @@ def _modes(spec: KernelSpec) -> list[Mode]:
 
 def _fp64_scale(spec: KernelSpec) -> bool:
     terms = [term for p in spec.projections for term in (*p.lowrank, *p.kronecker)]
-    return any(fixed(term.scale) is None and term.scale.dtype == "f64" for term in terms)
+    return any(as_number(term.scale) is None and term.scale.dtype == "f64" for term in terms)
 
 
 def _mixed(spec: KernelSpec) -> bool:

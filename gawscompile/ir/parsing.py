@@ -1,0 +1,68 @@
+"""The parsers of operators' texts: what each ``text()`` of `ir.operators` prints, as an operator over types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from gawscompile.ir.operators import Bias, Dense, Given, Kronecker, LowRank, Mode, Opaque, Operator, Residual, RowScale
+from gawscompile.ir.types import DTYPES, SpecError, TensorType
+
+
+def known(dtype: str) -> str:
+    """`dtype`, if kernels know it."""
+    if dtype not in DTYPES:
+        raise SpecError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    return dtype
+
+
+_MODE = re.compile(r"(\d+)\*(?:(\d+)of(?!diag))?(?:(\d+)x|diag)(\d+)\*(\d+)")
+
+
+def _words(name: str, pattern: str, text: str) -> re.Match[str]:
+    match = re.fullmatch(pattern, text)
+    if match is None:
+        raise SpecError(f"not a projection spec: {name}({text})")
+    return match
+
+
+def _scale(text: str) -> float | TensorType:
+    dtype = text.removeprefix("tensor.")
+    if dtype == text:
+        try:
+            return float(text)
+        except ValueError:
+            raise SpecError(f"not a scale: {text!r}") from None
+    if dtype not in ("f32", "f64"):
+        raise SpecError(f"a scale is a number, tensor.f32 or tensor.f64, not {text!r}")
+    return TensorType((), dtype)
+
+
+def _lora(text: str, n: int, k: int) -> LowRank:
+    rank, dtype, scale = _words("lora", r"r=(\d+) (\w+) s=(\S+)", text).groups()
+    return LowRank(TensorType((int(rank), k), known(dtype)), TensorType((n, int(rank)), dtype), _scale(scale))
+
+
+def _given(text: str, n: int, k: int) -> Given:
+    rank, dtype, z = _words("given", r"r=(\d+) (\w+) z=(\w+)", text).groups()
+    return Given(TensorType((n, int(rank)), known(dtype)), TensorType(("m", int(rank)), known(z)))
+
+
+def _kron(text: str, n: int, k: int) -> Kronecker:
+    chain, dtype, scale = _words("kron", rf"((?:{_MODE.pattern} )+)(\w+) s=(\S+)", text).group(1, 7, 8)
+    found = [(int(b), tuple(int(size) for size in sizes if size), int(a)) for b, *sizes, a in _MODE.findall(chain)]
+    modes = tuple(Mode(before, TensorType(shape, known(dtype)), after) for before, shape, after in found)
+    return Kronecker(modes, _scale(scale))
+
+
+PARSERS: dict[str, Callable[[str, int, int], Operator]] = {
+    "w": lambda dtype, n, k: Dense(TensorType((n, k), known(dtype))),
+    "wt": lambda dtype, n, k: Dense(TensorType((k, n), known(dtype)), True),
+    "opaque": lambda dtype, n, k: Opaque(TensorType(("m", n), known(dtype))),
+    "bias": lambda dtype, n, k: Bias(TensorType((n,), known(dtype))),
+    "residual": lambda dtype, n, k: Residual(TensorType(("m", n), known(dtype))),
+    "rowscale": lambda dtype, n, k: RowScale(TensorType((n,), known(dtype))),
+    "lora": _lora,
+    "given": _given,
+    "kron": _kron,
+}
