@@ -25,7 +25,7 @@ from gawscompile.options import Options
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, verify
 from gawscompile.planning.table import Program
-from gawscompile.runtime import ops
+from gawscompile.runtime import ops, polyfills
 from tests.fuzz import reference
 
 
@@ -117,6 +117,7 @@ def capture(
 
 def rewriting(records: list[GraphRecord], kernels: bool = True) -> Callable[..., Any]:
     """A backend that runs our passes and no Inductor, for any number of graphs; `records` get what each pass said."""
+    polyfills.install()  # the real backend may have loaded in this process before PEFT did
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         stored = stored_inputs(gm, inputs)

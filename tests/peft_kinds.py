@@ -38,7 +38,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LORA patterns": ("LORA", {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 5}}),
     "LORA rslora": ("LORA", {"use_rslora": True}),
     "LORA dora": ("LORA", {"use_dora": True}),
-    "LORA bd": ("LORA", {"use_bdlora": {"target_modules_bd_a": [], "nblocks": 2, "match_strict": False}}),
+    "LORA bd": (
+        "LORA",
+        {
+            "use_bdlora": {
+                "target_modules_bd_a": ["o_proj", "down_proj", "c_proj", "dense"],
+                "target_modules_bd_b": ["q_proj", "v_proj", "gate_proj", "c_attn", "query", "value"],
+                "nblocks": 2,
+                "match_strict": False,
+            }
+        },
+    ),
     "LOHA rank dropout": ("LOHA", {"rank_dropout": 0.1}),
     "LOKR both": ("LOKR", {"r": 4, "decompose_both": True, "decompose_factor": 4}),
     "IA3 feedforward": ("IA3", {"feedforward_modules": "target"}),

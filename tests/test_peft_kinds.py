@@ -33,7 +33,7 @@ MODELS = {
     "GPT-2": (small_gpt2, ["c_attn", "c_proj", "c_fc"]),
     "BERT": (lambda: small_bert(layers=1, lora=None), ["query", "value", "dense"]),
 }
-EVERY_DAY = ["ADALORA", "GRALORA", "HRA", "LOHA", "OFT", "VERA", "LORA dora", "LORA lora_bias"]
+EVERY_DAY = ["ADALORA", "GRALORA", "HRA", "LOHA", "OFT", "VERA", "LORA bd", "LORA dora", "LORA lora_bias"]
 """Rows that run with the suite, on Llama; the others with ``-m slow``."""
 
 
@@ -96,6 +96,16 @@ def test_everyday_kinds(name):
     assert not row.outcome.startswith("not"), row.outcome
     if name != "OFT":  # what they do to activations is no product of two thin matrices
         assert "recovered" in row.outcome or "hoisted" in row.outcome, row.outcome
+
+
+def test_blocks_of_bd_lora_are_read_as_they_are():
+    model = adapted("LORA bd", small_llama(layers=1, lora=None), ["q_proj", "v_proj", "o_proj", "down_proj"])
+    records: list[GraphRecord] = []
+    with torch.no_grad():
+        torch.compile(model, backend=rewriting(records, False), dynamic=False)(tokens(1, 5), use_cache=False)
+    found = {entry.path.rpartition(".")[2]: entry.operators for record in records for entry in record.linears}
+    for name in ("q_proj", "v_proj", "o_proj", "down_proj"):
+        assert "blockdiag(2 " in found[name], found
 
 
 def test_rows_name_what_exists():

@@ -18,6 +18,7 @@ import torch
 from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.backend import register
+from gawscompile.runtime import polyfills
 from gawscompile.serving import unchanged, watched
 
 log = logging.getLogger("gawscompile")
@@ -37,6 +38,7 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
     if taken := [name for name in ("backend", "mode") if name in settings]:
         raise ValueError(f"gawscompile.compile takes no {' and no '.join(taken)}; pass what the mode means as options")
     register()
+    polyfills.install()  # the backend may have loaded before PEFT was imported
     return torch.compile(
         model, backend="gaws", options={**(options or {}), "guard_filter_fn": inference_guards}, **settings
     )

@@ -19,6 +19,7 @@ from gawscompile.codegen.triton import Plan
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import SpecError
 from tests.codegen import triton_interpret_cases as cases
+from tests.codegen.interpreted_specs import CASES, CORE
 from tests.codegen.triton_specs import (
     CROSSING,
     F32,
@@ -40,7 +41,7 @@ ROOT = HERE.parent.parent
 UPDATE = "GAWS_UPDATE_SNAPSHOTS"
 
 F32_EPSILON = torch.finfo(torch.float32).eps
-SPECS = sorted({text for text, _ in cases.CASES.values()})
+SPECS = sorted({text for text, _ in CASES.values()})
 
 SMALL_GAWS = KernelSpec.parse(
     "k=576 x=bf16; " + "; ".join(f"n={n} w=bf16 out=bf16 kron(3*{n // 3}x192*1 bf16 s=1.0)" for n in (576, 192, 192))
@@ -231,7 +232,7 @@ def test_autotuned_modules_of_unlike_siblings_load(tmp_path: Path, monkeypatch: 
     pytest.importorskip("triton")
     monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path))
     restored = 0
-    for spec in {KernelSpec.parse(text) for text, _ in cases.CASES.values()}:
+    for spec in {KernelSpec.parse(text) for text, _ in CASES.values()}:
         for plan in {plan.name: plan for plan in emitter.plans(spec)}.values():
             restored += "restore_value" in emitter.emit(spec, plan, True)
             assert emitter.load(spec, plan, True).launch
@@ -366,35 +367,13 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     numbers = [item for item in request.session.items if item.nodeid.split("::")[-1].startswith("test_numbers[")]
     asked = [item.callspec.params["case"] for item in numbers]
     asked += [name for name, test in OTHERS.items() if any(item.name == test for item in request.session.items)]
-    command = [sys.executable, str(HERE / "triton_interpret_cases.py"), *asked]
+    command = [sys.executable, "-m", "tests.codegen.triton_interpret_cases", *asked]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     lines: dict[str, list[dict]] = {}
     for line in map(json.loads, done.stdout.splitlines()):
         lines.setdefault(line["case"], []).append(line)
     return lines
-
-
-CORE = frozenset(
-    [
-        "qkv",
-        "swiglu",
-        "gaws",
-        "gawsd",
-        "lokr",
-        "rowscale",
-        "residual",
-        "bias",
-        "given",
-        "two_adapters",
-        "everything",
-        "transposed",
-        "f16",
-        "long_k",
-        "odd_n_and_k",
-        "bf16_with_f32_adapters",
-    ]
-)
 
 
 def takes_long(case: str) -> bool:
@@ -404,10 +383,10 @@ def takes_long(case: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(one, marks=pytest.mark.slow) if takes_long(one) else one for one in cases.CASES]
+    "case", [pytest.param(one, marks=pytest.mark.slow) if takes_long(one) else one for one in CASES]
 )
 def test_numbers(interpreted: dict[str, list[dict]], case: str):
-    text, m = cases.CASES[case]
+    text, m = CASES[case]
     spec = KernelSpec.parse(text)
     plans = cases.plans_for(spec, m)
     assert [line["plan"] for line in interpreted[case]] == list(map(str, plans))

@@ -13,6 +13,7 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
 from tests.codegen import triton_interpret_cases as cases
 from tests.codegen import triton_specs
+from tests.codegen.interpreted_specs import CASES
 from tests.codegen.triton_interpret_cases import GUARD
 from tests.gpu.conftest import rehearsable
 
@@ -55,19 +56,19 @@ def check(text: str, m: int, device: str) -> None:
 
 @pytest.mark.parametrize("case", rehearsable(CHOSEN, 2))
 def test_every_plan(case: str, device: str):
-    check(*cases.CASES[case], device)
+    check(*CASES[case], device)
 
 
 @pytest.mark.slow
 @pytest.mark.device_only
-@pytest.mark.parametrize("case", [case for case in cases.CASES if case not in CHOSEN])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in CHOSEN])
 def test_every_other_case(case: str, device: str):
-    check(*cases.CASES[case], device)
+    check(*CASES[case], device)
 
 
 def test_the_chosen_cases_run_every_plan():
     ran = set()
-    for text, m in map(cases.CASES.__getitem__, CHOSEN):
+    for text, m in map(CASES.__getitem__, CHOSEN):
         ran |= {plan.name for plan in cases.plans_for(KernelSpec.parse(text), m)}
     assert ran == {*triton.PLANS}
 
