@@ -33,7 +33,17 @@ from gawscompile.options import OptionError, Options, process_fuel
 from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, Rewrite, VerifierError, inputs_of, verify
 from gawscompile.planning import devices
-from gawscompile.runtime import forks, gpu, lost_records, operand_checks, ops, pages, polyfills
+from gawscompile.runtime import (
+    eager_generate,
+    executor,
+    forks,
+    gpu,
+    lost_records,
+    operand_checks,
+    ops,
+    pages,
+    polyfills,
+)
 from gawscompile.runtime.recompile_limits import LIMITS
 from gawscompile.verify import unfinished
 from gawscompile.verify.containment import Attempts, said
@@ -46,6 +56,7 @@ STAGES = {stage.__name__.rpartition(".")[2]: stage for stage in PIPELINE}
 
 # torch.compile has asked for the backend: nothing is traced yet.
 polyfills.install()
+eager_generate.install()
 forks.install()
 ops.start_loading()
 
@@ -81,7 +92,12 @@ def gaws(
     weights = [example_inputs[i] for i in stored] if ours.huge_pages and kind == "cpu" else []
     hook.names = observer.names(gm) if traced else []
     number = len(RECORDS)
-    with Progress(f"graph {number}") as progress, pages.beside(weights), operand_checks.without_ours(hook.operands):
+    with (
+        Progress(f"graph {number}") as progress,
+        pages.beside(weights),
+        operand_checks.without_ours(hook.operands),
+        executor.reading(ours.executor and kind == "cpu") as wrappers,
+    ):
         hook.say = progress.say
         progress.say("torch's passes")
         try:
@@ -93,6 +109,7 @@ def gaws(
         if hook.record is None and RECORDS.lacks(hook.key, traced):
             lost_records.passes_alone(gm, example_inputs, _with_hook(inductor, hook), hook)
         record = RECORDS.compiled(hook.key, hook.record)
+        record.wrapper = "; ".join(wrappers)
         observer.show(number, record, hook.dumps, ours, traced)
         try:
             _build(record, progress)

@@ -34,6 +34,10 @@ class Options:
     """On Linux, put weights on pages of 2 MiB where that costs no memory (`gawscompile.runtime.pages`).
     ``GAWS_HUGE_PAGES=0`` sets the default."""
 
+    executor: bool = True
+    """On a CPU, run Inductor's wrapper without Python (`gawscompile.runtime.executor`). ``GAWS_EXECUTOR=0`` sets the
+    default."""
+
     dump: str = ""
     """A folder for what the compiler did (`gawscompile.observe.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
 
@@ -46,7 +50,7 @@ class Options:
 
     def key(self, traced: bool) -> str:
         """What of them decides the outcome of a compile, for cache keys: whether there is a dump, not where it goes."""
-        return f"{dataclasses.replace(self, dump='', huge_pages=True)} traced={traced}"
+        return f"{dataclasses.replace(self, dump='', huge_pages=True, executor=True)} traced={traced}"
 
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -55,7 +59,7 @@ class Options:
 
         ours: dict[str, Any] = {
             name: os.environ.get(f"GAWS_{name.upper()}", default) not in ("", "0")
-            for name, default in (("strict", "0"), ("verify", "0"), ("huge_pages", "1"))
+            for name, default in (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"))
         }
         ours["dump"] = os.environ.get("GAWS_DUMP", "")
         ours["disable"] = tuple(filter(None, os.environ.get("GAWS_DISABLE", "").replace(" ", "").split(",")))
@@ -75,7 +79,7 @@ class Options:
 
 
 KINDS = {
-    **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages"), "bool"),
+    **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages", "executor"), "bool"),
     "dump": "str (a folder)",
     "disable": "list of pass names",
     "fuel": "int (0 or more)",

@@ -217,8 +217,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "key that misses an option": Fault(
         "options.py",
-        "dataclasses.replace(self, dump='', huge_pages=True)",
-        "dataclasses.replace(self, dump='', huge_pages=True, disable=())",
+        "dataclasses.replace(self, dump='', huge_pages=True, executor=True)",
+        "dataclasses.replace(self, dump='', huge_pages=True, executor=True, disable=())",
         "tests/test_keys.py",
         unproven=A_KEY,
     ),

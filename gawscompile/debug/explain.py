@@ -99,7 +99,7 @@ def assemble(records: list[GraphRecord], model: torch.nn.Module | None = None) -
         seen = {entry.path for entry in linears}
         reason = Reason.RECORD_LOST if any(record.lost for record in records) else Reason.NOT_TRACED
         linears += [entry for entry in _untraced(model, reason) if entry.path not in seen]
-    notes = [note for record in records for note in record.notes]
+    notes = [note for record in records for note in (*record.notes, *filter(None, [record.wrapper]))]
     for group in groups:
         if "autotuned" in group.prefix:
             notes += _tuned(group)

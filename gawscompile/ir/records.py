@@ -114,6 +114,8 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
     matches: int = 0
     """Rewrites that went ahead, of all passes: so much fuel the graph took."""
+    wrapper: str = ""
+    """How the code that Inductor prints around our kernels runs, on a CPU (`gawscompile.runtime.executor`)."""
     lost: bool = False
     """The graph came from a warm cache, and what our passes did to it is not known."""
 

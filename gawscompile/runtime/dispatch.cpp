@@ -87,8 +87,7 @@ Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t 
 
 constexpr int ATTEMPTS = 4;  // the first may meet old values; more only where someone writes while the op reads
 
-c10::List<Tensor> project(Tensor x, Tensors arguments, const std::string& text) {
-  const Program& program = find(text);
+c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, const std::string& text) {
   const Hoisted& hoisted = program.hoisted;
   TORCH_CHECK(
       x.dim() > 0 && x.size(-1) == program.k && x.scalar_type() == program.x_dtype,
@@ -170,7 +169,8 @@ void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   const auto arguments = stack->end() - 3;
   Tensors tensors;
   for (const c10::IValue& one : arguments[1].toListRef()) tensors.all.push_back(&one.toTensor());
-  c10::List<Tensor> outputs = project(arguments[0].toTensor(), std::move(tensors), arguments[2].toStringRef());
+  const std::string& text = arguments[2].toStringRef();
+  c10::List<Tensor> outputs = project(find(text), arguments[0].toTensor(), std::move(tensors), text);
   stack->erase(arguments, stack->end());
   stack->emplace_back(std::move(outputs));
 }

@@ -28,8 +28,8 @@ from gawscompile.planning.table import Program
 from gawscompile.planning.targets import CPP
 from gawscompile.runtime import forks, gpu
 
-_library = torch.library.Library("gaws", "DEF")
-_library.define(
+LIBRARY = torch.library.Library("gaws", "DEF")
+LIBRARY.define(
     "project(Tensor x, Tensor[] operands, str program) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -40,8 +40,8 @@ def _fake(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[t
     return [x.new_empty((*x.shape[:-1], n), dtype=DTYPES[dtype]) for n, dtype in outputs]
 
 
-torch.library.register_fake("gaws::project", _fake, lib=_library)
-_library.define("derive(Tensor[] sources, str recipe) -> Tensor")
+torch.library.register_fake("gaws::project", _fake, lib=LIBRARY)
+LIBRARY.define("derive(Tensor[] sources, str recipe) -> Tensor")
 
 
 def _derive(sources: list[torch.Tensor], recipe: str) -> torch.Tensor:
@@ -52,8 +52,8 @@ def _derive(sources: list[torch.Tensor], recipe: str) -> torch.Tensor:
         return found.clone() if found.untyped_storage().data_ptr() in kept else found
 
 
-_library.impl("derive", _derive, "CPU")
-_library.impl("project", gpu.project, "CUDA")
+LIBRARY.impl("derive", _derive, "CPU")
+LIBRARY.impl("project", gpu.project, "CUDA")
 
 OPS = (torch.ops.gaws.project.default, torch.ops.gaws.project_traced.default)
 
@@ -78,7 +78,7 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     here = Path(__file__).parent
-    parts = ("hoisted.cpp", "dispatch.cpp", "unchanged.cpp")
+    parts = ("hoisted.cpp", "dispatch.cpp", "executor.cpp", "unchanged.cpp")
     return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in parts)])
 
 

@@ -19,13 +19,16 @@ from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.backend import register
 from gawscompile.runtime import polyfills
-from gawscompile.serving import unchanged, watched
+from gawscompile.serving import generation, unchanged, watched
 
 log = logging.getLogger("gawscompile")
 
 
 def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings: Any) -> Any:
     """``torch.compile(model, backend="gaws", options=…, …)`` with `inference_guards`; `settings` are torch.compile's.
+
+    Where `model` generates (transformers' models, PEFT around them), so does what is returned, compiled: see
+    `gawscompile.serving.generation.CompiledModel`.
 
     Nothing is noticed less than there: parameters that are written to, replaced, or of another dtype or shape by now,
     ``set_adapter``, ``disable_adapter``, scaling, ``merge_adapter``, adapters added and deleted, hooks, attributes.
@@ -39,9 +42,11 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
         raise ValueError(f"gawscompile.compile takes no {' and no '.join(taken)}; pass what the mode means as options")
     register()
     polyfills.install()  # the backend may have loaded before PEFT was imported
-    return torch.compile(
-        model, backend="gaws", options={**(options or {}), "guard_filter_fn": inference_guards}, **settings
-    )
+    given = {"backend": "gaws", "options": {**(options or {}), "guard_filter_fn": inference_guards}, **settings}
+    compiled: Any = torch.compile(model, **given)
+    if isinstance(model, torch.nn.Module) and generation.generating(model) is not None:
+        return generation.CompiledModel(model, compiled.dynamo_ctx, functools.partial(torch.compile, **given))
+    return compiled
 
 
 def inference_guards(entries: Sequence[Any]) -> list[bool]:
