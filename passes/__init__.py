@@ -12,6 +12,7 @@ if __name__ == "passes":
 from gawscompile.passes import (
     canonicalize,
     choose_plan,
+    fuse_attention,
     fuse_epilogues,
     fuse_kronecker,
     fuse_zflora,
@@ -35,6 +36,7 @@ PIPELINE = (
     fuse_epilogues,
     choose_plan,
     lower,
+    fuse_attention,
 )
 
 __all__ = ["PIPELINE"]

@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -58,7 +58,10 @@ LIBRARY.impl("project", gpu.project, "CUDA")
 OPS = (torch.ops.gaws.project.default, torch.ops.gaws.project_traced.default)
 
 # The numbers of torch's ScalarType.
-_DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
+DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
+
+REGISTERS: dict[str, Callable[[str], None]] = {}
+"""What builds kernels of other ops than this one, by how their names begin."""
 
 _Resolver = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)
 _lock = threading.RLock()
@@ -78,7 +81,7 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     here = Path(__file__).parent
-    parts = ("hoisted.cpp", "dispatch.cpp", "executor.cpp", "unchanged.cpp")
+    parts = ("hoisted.cpp", "dispatch.cpp", "executor.cpp", "attention.cpp", "unchanged.cpp")
     return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in parts)])
 
 
@@ -116,8 +119,9 @@ def build_all(programs: Iterable[str]) -> None:
 
 def _resolve(text: bytes) -> int | None:
     """Called by the dispatcher for a program that it does not know. Returns an error message's address, or None."""
+    name = text.decode()
     try:
-        register(text.decode())
+        next((known for start, known in REGISTERS.items() if name.startswith(start)), register)(name)
     except BaseException as error:  # Ctrl-C too: what is raised into C++ is no answer that it can read
         message = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
         _kept.append(message)  # C++ reads it after we return
@@ -156,15 +160,15 @@ def register(program: str) -> None:
         accumulate,
         ctypes.c_int64(gemv_max),
         ctypes.c_int64(spec.k),
-        ctypes.c_int32(_DTYPE_CODES[spec.x]),
+        ctypes.c_int32(DTYPE_CODES[spec.x]),
         ctypes.c_int64(len(operands)),
-        (ctypes.c_int32 * len(operands))(*[_DTYPE_CODES[o.dtype] for o in operands]),
+        (ctypes.c_int32 * len(operands))(*[DTYPE_CODES[o.dtype] for o in operands]),
         (ctypes.c_int64 * len(operands))(*map(len, shapes)),
         (ctypes.c_int64 * len(flat))(*flat),
         (ctypes.c_char_p * len(operands))(*[o.name.encode() for o in operands]),
         ctypes.c_int64(len(spec.projections)),
         (ctypes.c_int64 * len(spec.projections))(*[p.n for p in spec.projections]),
-        (ctypes.c_int32 * len(spec.projections))(*[_DTYPE_CODES[p.out] for p in spec.projections]),
+        (ctypes.c_int32 * len(spec.projections))(*[DTYPE_CODES[p.out] for p in spec.projections]),
         (ctypes.c_int64 * len(spec.projections))(*[weights.get(i, -1) for i in range(len(spec.projections))]),
         (ctypes.c_bool * len(spec.projections))(*[p.transposed for p in spec.projections]),
         ctypes.c_bool(spec.swiglu),

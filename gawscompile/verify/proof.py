@@ -27,6 +27,7 @@ from gawscompile.ir import recipe
 from gawscompile.ir.records import Reason, plain
 from gawscompile.passes.context import Context
 from gawscompile.planning.table import PlanTable, Program
+from gawscompile.runtime import attention
 from gawscompile.runtime.ops import OPS
 
 SIZES = (3, 2, 7)
@@ -79,6 +80,8 @@ class Values:
             elif is_call(node, *OPS):
                 program = Program.parse(inputs[2])
                 result = program.run(inputs[0], inputs[1], functools.partial(recipe.run, exact=True))
+            elif is_call(node, torch.ops.gaws.attend.default):
+                result = attention.meaning(*inputs)
             else:
                 result = node.target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result

@@ -1,0 +1,155 @@
+// Attention of few queries over keys and values as a cache holds them: ``softmax(s Q Kᵀ + mask) V``, the heads of a group
+// over one key and one value head. All in fp32 before the one rounding. `T` and `D` (features of a head) stand in front.
+
+#include <cstdlib>
+#include <limits>
+
+namespace {
+
+constexpr int NV = (D + V - 1) / V;  // vectors of one head
+constexpr int LEFT = D % V;          // numbers in its last one, 0 where that is whole
+constexpr int MOST = max(1, min(4, (V >= 16 ? 16 : 8) / NV));  // queries whose sums stay in registers
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+// Addresses, and strides in numbers by row, head (of keys: of a group) and token; what a mask has for all it has once.
+struct Call {
+  const T *q, *k, *v;
+  const void* mask;
+  T* out;
+  int64_t rows, heads, groups, queries, keys;
+  int64_t qs[3], ks[3], vs[3], os[3], ms[4];
+  int64_t kind;  // of mask: 0 none, 1 what may be seen, 2 added, a T, 3 added, a float
+  float scale;
+};
+
+inline F vector_of(const float* p) { return F::loadu(p); }
+
+template <class H>
+inline F vector_of(const H* p) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return widened(p);
+#else
+  float all[V];
+  for (int i = 0; i < V; ++i) all[i] = float(p[i]);
+  return F::loadu(all);
+#endif
+}
+
+inline F features(const T* p, int j) {
+  if (LEFT == 0 || j < NV - 1) return vector_of(p + j * V);
+  float end[V] = {};
+  for (int i = 0; i < LEFT; ++i) end[i] = float(p[j * V + i]);
+  return F::loadu(end);
+}
+
+// What is added to the score of a key: 0 or -infinity of a mask that says what may be seen.
+inline float masked(const Call& c, const char* row, int64_t l) {
+  switch (c.kind) {
+    case 0: return 0;
+    case 1: return reinterpret_cast<const bool*>(row)[l * c.ms[3]] ? 0 : MINUS_INFINITY;
+    case 2: return float(reinterpret_cast<const T*>(row)[l * c.ms[3]]);
+    default: return reinterpret_cast<const float*>(row)[l * c.ms[3]];
+  }
+}
+
+template <int R>
+void attend_rows(const Call& c, int64_t row, int64_t group, int64_t first) {
+  const int64_t shared = c.heads / c.groups;
+  F q[R][NV];
+  const char* mask[R] = {};
+  T* out[R];
+  int64_t begin = c.keys, end = 0;
+  for (int r = 0; r < R; ++r) {
+    const int64_t head = group * shared + (first + r) / c.queries, query = (first + r) % c.queries;
+    const T* from = c.q + row * c.qs[0] + head * c.qs[1] + query * c.qs[2];
+    for (int j = 0; j < NV; ++j) q[r][j] = features(from, j) * F(c.scale);
+    out[r] = c.out + row * c.os[0] + head * c.os[1] + query * c.os[2];
+    const int64_t size = c.kind == 1 ? 1 : c.kind == 2 ? sizeof(T) : sizeof(float);
+    if (c.kind) mask[r] = static_cast<const char*>(c.mask) + size * (row * c.ms[0] + head * c.ms[1] + query * c.ms[2]);
+    int64_t last = c.keys, at = 0;  // the keys in between are all that this query can see
+    while (last > 0 && masked(c, mask[r], last - 1) == MINUS_INFINITY) --last;
+    while (at < last && masked(c, mask[r], at) == MINUS_INFINITY) ++at;
+    begin = min(begin, at);
+    end = max(end, last);
+  }
+  const int64_t span = max<int64_t>(end - begin, 0), padded = (span + V - 1) / V * V + 4;
+  float* scores = static_cast<float*>(std::malloc(sizeof(float) * size_t(R * padded)));
+  const T* keys = c.k + row * c.ks[0] + group * c.ks[1] + begin * c.ks[2];
+  for (int64_t l = 0; l < span; l += 4) {  // past the end, the last one again
+    F sums[R][4];
+    for (int t = 0; t < 4; ++t) {
+      const T* key = keys + min(l + t, span - 1) * c.ks[2];
+      for (int r = 0; r < R; ++r) sums[r][t] = F(0.0f);
+      for (int j = 0; j < NV; ++j) {
+        const F part = features(key, j);
+        for (int r = 0; r < R; ++r) sums[r][t] = fmadd(part, q[r][j], sums[r][t]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const Quad four = sum4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+      std::memcpy(scores + r * padded + l, &four, sizeof four);
+    }
+  }
+  float whole[R];
+  for (int r = 0; r < R; ++r) {
+    float* s = scores + r * padded;
+    if (c.kind)
+      for (int64_t l = 0; l < span; ++l) s[l] += masked(c, mask[r], begin + l);
+    for (int64_t l = span; l < padded; ++l) s[l] = MINUS_INFINITY;
+    float most = MINUS_INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t l = 0; l < span; ++l) most = s[l] > most ? s[l] : most;
+    F total(0.0f);
+    const F shift(most == MINUS_INFINITY ? 0.0f : -most);  // a query that sees nothing gets zeros
+    for (int64_t l = 0; l < span; l += V) {
+      const F part = (F::loadu(s + l) + shift).exp();
+      part.store(s + l);
+      total = total + part;
+    }
+    whole[r] = sum(total);
+  }
+  F made[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < NV; ++j) made[r][j] = F(0.0f);
+  const T* values = c.v + row * c.vs[0] + group * c.vs[1] + begin * c.vs[2];
+  for (int64_t l = 0; l < span; ++l) {
+    const T* value = values + l * c.vs[2];
+    F weight[R];
+    for (int r = 0; r < R; ++r) weight[r] = F(scores[r * padded + l]);
+    for (int j = 0; j < NV; ++j) {
+      const F part = features(value, j);
+      for (int r = 0; r < R; ++r) made[r][j] = fmadd(part, weight[r], made[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float all[NV * V];
+    const F scale(whole[r] == 0 ? 0.0f : 1 / whole[r]);
+    for (int j = 0; j < NV; ++j) (made[r][j] * scale).store(all + j * V);
+    for (int i = 0; i < D; ++i) out[r][i] = T(all[i]);
+  }
+  std::free(scores);
+}
+
+template <int R>
+void attend_few(const Call& c, int64_t row, int64_t group, int64_t first, int64_t count) {
+  if constexpr (R > 1) {
+    if (count < R) return attend_few<R - 1>(c, row, group, first, count);
+  }
+  attend_rows<R>(c, row, group, first);
+}
+
+}  // namespace
+
+extern "C" void attend(const Call* call) {
+  const Call& c = *call;
+  const int64_t queries = c.heads / c.groups * c.queries, groups = c.rows * c.groups;
+  const int64_t threads = omp_get_max_threads();
+  // a whole group at a time spares loads of its keys; every thread has a piece where there are as many queries
+  const int64_t pieces = min(queries, max<int64_t>(blocks(queries, MOST), blocks(threads, max<int64_t>(groups, 1))));
+  const int64_t size = blocks(queries, pieces), count = blocks(queries, size);
+#pragma omp parallel for schedule(static) if (c.rows * c.heads * c.queries * c.keys * D > 1 << 15)
+  for (int64_t i = 0; i < groups * count; ++i) {
+    const int64_t group = i / count, first = i % count * size;
+    attend_few<MOST>(c, group / c.groups, group % c.groups, first, min(size, queries - first));
+  }
+}

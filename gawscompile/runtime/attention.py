@@ -1,0 +1,66 @@
+"""The op of attention over an unexpanded cache, ``gaws::attend``.
+
+    gaws::attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str kernel) -> Tensor
+
+`q` is ``[rows, heads, queries, features]``; `k` and `v` are ``[rows, groups, keys, features]``, each of their heads for
+``heads / groups`` of q's. `mask` broadcasts to ``[rows, heads, queries, keys]``: what may be seen (bool), or what is
+added to the scores (fp32, or q's dtype). The result has q's shape and lies in memory as q does. `kernel` names the
+generated kernel (`codegen.cpp_attention.kernel`). On CPUs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import torch
+
+from gawscompile.codegen import build, cpp_attention
+from gawscompile.runtime import ops
+
+ops.LIBRARY.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str kernel) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, kernel: str
+) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+torch.library.register_fake("gaws::attend", _fake, lib=ops.LIBRARY)
+
+
+def meaning(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, kernel: str = ""
+) -> torch.Tensor:
+    """What the op computes, in plain torch, in the dtype that it is given. A query that sees no key gets zeros."""
+    k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (k, v))
+    scores = scale * (q @ k.transpose(-1, -2))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    whole = scores.amax(-1, keepdim=True)
+    return torch.where(whole == float("-inf"), 0.0, scores.softmax(-1)) @ v
+
+
+def start(kernel: str) -> None:
+    """Begin to build a kernel in the background."""
+    build.start(cpp_attention.emit(kernel))
+
+
+def register(kernel: str) -> None:
+    """Build a kernel and hand it to the op."""
+    library = build.load(cpp_attention.emit(kernel))
+    match = re.fullmatch(r"attend d=(\d+) x=(\w+)", kernel)
+    assert match is not None
+    ops.ensure_loaded().gaws_register_attention(
+        kernel.encode(),
+        ctypes.cast(library.attend, ctypes.c_void_p),
+        ctypes.c_int64(int(match[1])),
+        ctypes.c_int32(ops.DTYPE_CODES[match[2]]),
+    )
+
+
+ops.REGISTERS["attend "] = register

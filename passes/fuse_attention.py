@@ -1,0 +1,148 @@
+"""Attention of few queries reads keys and values where the cache has them.
+
+before::
+
+    where  = aten.where(mask, 0.0, -inf)
+    k      = aten.view(aten.clone(aten.expand(aten.unsqueeze(keys, 2), [B, G, H // G, L, D])), [B, H, L, D])
+    v      = …                                                             # the same of the cache's values
+    sdpa   = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=where, scale=s)
+    out    = sdpa[0]
+
+after::
+
+    out    = torch.ops.gaws.attend(q, keys, values, mask, s, "attend d=64 x=bf16")
+
+With grouped queries, Inductor writes every key and value out once for each head that reads it, in every step, and a
+mask of the activation's dtype beside them. The kernel does not need them (`codegen/attention.cpp`). Many queries stay
+with the library, whose kernel shares the loads of keys between them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from gawscompile.analysis.reading import VIEWS, args, aten, dtype, is_call, shape, value
+from gawscompile.codegen import cpp_attention
+from gawscompile.ir.records import Reason
+from gawscompile.ir.sizes import same_sizes
+from gawscompile.ir.types import DTYPE_NAMES
+from gawscompile.passes.context import Context
+from gawscompile.runtime import attention
+
+MOST_QUERIES = 16
+
+SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def run(graph: Graph, context: Context) -> None:
+    for node in graph.find_nodes(op="call_function", target=SDPA):
+        if context.looks_at(node):
+            _attention(context, node)
+
+
+def _attention(context: Context, node: Node) -> None:
+    q, keys, values, mask, scale = _parts(node)
+    why = _refusal(node, q, keys, values, mask)
+    if why is not None:
+        note = f"{Reason.ATTENTION.value}: {why}"
+        if note not in context.record.notes:
+            context.record.notes.append(note)
+        return
+    (item,) = node.users
+    if not context.allows(item):
+        return
+    kernel = cpp_attention.kernel(shape(q)[3], DTYPE_NAMES[dtype(q)])
+    with context.graph.inserting_before(node):
+        given = (q, keys, values, mask, scale, kernel)
+        new = context.insert(torch.ops.gaws.attend.default, given, node, item.meta["val"])
+    context.replace(item, new)
+    context.erase(item)
+    context.matched()
+    attention.start(kernel)
+
+
+def _parts(node: Node) -> tuple[Any, ...]:
+    """Queries, keys and values before they are repeated, mask, scale."""
+    q, k, v, *_ = args(node)
+    mask, scale = node.kwargs.get("attn_mask"), node.kwargs.get("scale")
+    if not isinstance(scale, float):
+        features = shape(q)[3]
+        scale = features**-0.5 if type(features) is int and features else None
+    times = [_repeated(one) for one in (k, v)]
+    if times[0][1:] == times[1][1:]:
+        k, v = times[0][0], times[1][0]
+    return q, k, v, _seen(mask), scale
+
+
+def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None) -> str | None:
+    """Why the library keeps it, if it does."""
+    rest = args(node)[3:]  # dropout, is_causal
+    if len(node.users) != 1 or not is_call(item := next(iter(node.users)), operator.getitem) or args(item)[1] != 0:
+        return "something reads its log-sum-exp"
+    if any(rest) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal"):
+        return "it is causal or drops out"
+    rows, heads, queries, features = shape(q)
+    if type(queries) is not int or queries > MOST_QUERIES:
+        return f"{'any number of' if type(queries) is not int else queries} queries; kernels take up to {MOST_QUERIES}"
+    if type(features) is not int or not 0 < features <= cpp_attention.MOST_FEATURES:
+        return f"heads of {features} features; kernels take up to {cpp_attention.MOST_FEATURES}"
+    if dtype(q) not in DTYPE_NAMES or any(dtype(one) != dtype(q) for one in (keys, values)):
+        return f"{dtype(q)}, {dtype(keys)} and {dtype(values)}"
+    groups = shape(keys)[1]
+    if type(groups) is not int or type(heads) is not int or heads % groups or shape(values) != shape(keys):
+        return f"{heads} heads over {groups}"
+    if mask is not None:
+        sizes, whole = shape(mask), (rows, heads, queries, shape(keys)[2])
+        fits = len(sizes) == 4 and all(a == 1 or same_sizes((a,), (b,)) for a, b in zip(sizes, whole, strict=True))
+        if not fits or dtype(mask) not in (torch.bool, torch.float32, dtype(q)):
+            return f"a mask of {tuple(sizes)}, {dtype(mask)}"
+    with q.meta["val"].fake_mode:
+        strides = torch.empty_like(q.meta["val"]).stride()
+    return None if same_sizes(strides, item.meta["val"].stride()) else "its result is laid out otherwise"
+
+
+def _repeated(node: Node) -> tuple[Node, Any]:
+    """The tensor of which `node` has every head several times, and how often; itself and once, where it has not."""
+    found: Any = node
+    sizes = shape(node)
+    seen: list[Node] = []
+    while is_call(found, *VIEWS, aten.clone.default) and len(seen) < 4:
+        seen.append(found)
+        found = args(found)[0]
+    if not is_call(found, aten.expand.default) or len(shape(found)) != 5:
+        return node, 1
+    single = args(found)[0]
+    if not is_call(single, aten.unsqueeze.default) or args(single)[1] not in (2, -3):
+        return node, 1
+    source, times = args(single)[0], shape(found)[2]
+    rows, groups, keys, features = shape(source)
+    wanted = ((rows, groups, times, keys, features), (rows, groups * times, keys, features))
+    if not same_sizes(shape(found), wanted[0]) or not same_sizes(sizes, wanted[1]):
+        return node, 1
+    if any(not (same_sizes(shape(one), wanted[0]) or same_sizes(shape(one), wanted[1])) for one in seen):
+        return node, 1
+    return source, times
+
+
+def _seen(mask: Any) -> Any:
+    """What may be seen (bool), where the mask is made of that: 0 there, and -inf elsewhere."""
+    if not is_call(mask, aten.where.self):
+        return mask
+    condition, yes, no = args(mask)
+    if value(condition) is None or dtype(condition) != torch.bool:
+        return mask
+    if (_number(yes), _number(no)) != (0.0, float("-inf")) or not same_sizes(shape(condition), shape(mask)):
+        return mask
+    return condition
+
+
+def _number(node: Any) -> float | None:
+    """The number that a 0-d tensor was made of."""
+    if is_call(node, aten.scalar_tensor.default, aten.full.default) and not shape(node):
+        number = args(node)[0] if node.target is aten.scalar_tensor.default else args(node)[1]
+        return float(number) if isinstance(number, (int, float)) else None
+    return float(node) if isinstance(node, (int, float)) else None

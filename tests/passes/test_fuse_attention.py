@@ -1,0 +1,131 @@
+"""Which attention becomes one op over an unexpanded cache, and what stays with the library, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gawscompile.ir.records import Reason
+from tests.graphs import capture, count
+
+ROWS, HEADS, GROUPS, KEYS, FEATURES = 2, 6, 2, 11, 16
+SCALE = 0.3
+MASK = torch.arange(KEYS) < 7
+ATTEND = torch.ops.gaws.attend.default
+
+
+def repeated(keys, times=HEADS // GROUPS):
+    """As transformers writes `repeat_kv`."""
+    rows, groups, length, features = keys.shape
+    wide = keys[:, :, None].expand(rows, groups, times, length, features)
+    return wide.reshape(rows, groups * times, length, features)
+
+
+def inputs(queries=1, groups=GROUPS, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(ROWS, queries, HEADS, FEATURES, generator=generator).to(dtype)
+    k, v = torch.randn(2, ROWS, groups, KEYS, FEATURES, generator=generator).to(dtype)
+    return q, k, v
+
+
+def attention(q, k, v, mask=None, **settings):
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=SCALE, **settings)
+
+
+def grouped(q, k, v, mask=None, **settings):
+    return attention(q, repeated(k), repeated(v), mask, **settings)
+
+
+def seen(queries):
+    return (MASK & (torch.arange(KEYS) != 2)).expand(ROWS, 1, queries, KEYS).clone()
+
+
+TAKEN = {
+    "grouped": lambda q, k, v: grouped(q, k, v),
+    "what may be seen": lambda q, k, v: grouped(q, k, v, seen(q.shape[1])),
+    "added": lambda q, k, v: grouped(q, k, v, torch.arange(HEADS * KEYS).view(1, HEADS, 1, KEYS) / 20 - 2),
+    "as many key heads": lambda q, k, v: attention(q, repeated(k) + 1, repeated(v) * 2),
+    "torch's grouped queries": lambda q, k, v: attention(q, k, v, enable_gqa=True),
+    "features to the end": lambda q, k, v: grouped(q, k, v).transpose(1, 2).reshape(ROWS, -1, HEADS * FEATURES),
+}
+
+
+def taken(captured):
+    """The context, if one op stands for the attention; and its numbers are those of the traced graph."""
+    context = captured.until()
+    for one, other in zip(captured.run(context), captured.outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert one.stride() == other.stride()
+    return context if count(context, ATTEND) == 1 else None
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name, queries):
+    context = taken(capture(TAKEN[name], *inputs(queries), kernels=True))
+    assert context is not None and context.record.passes["fuse_attention"] == 1
+
+
+@pytest.mark.parametrize("name", ["grouped", "what may be seen", "torch's grouped queries"])
+def test_the_cache_is_read_unexpanded(name):
+    context = taken(capture(TAKEN[name], *inputs(), kernels=True))
+    (node,) = context.graph.find_nodes(op="call_function", target=ATTEND)
+    _, k, v, mask, scale, kernel = node.args
+    assert [one.op for one in (k, v)] == ["placeholder"] * 2 and k.meta["val"].shape[1] == GROUPS
+    assert (scale, kernel) == (SCALE, "attend d=16 x=f32")
+    assert not count(context, torch.ops.aten.expand.default) or name == "what may be seen"
+    assert mask is None or mask.meta["val"].dtype == torch.bool
+
+
+def test_heads_in_another_order_are_not_a_repetition():
+    """As often as there are key heads, so that sizes tell nothing: `repeat` goes around all of them."""
+
+    def around(keys):
+        return keys[:, None].expand(ROWS, GROUPS, GROUPS, KEYS, FEATURES).reshape(ROWS, GROUPS**2, KEYS, FEATURES)
+
+    q, k, v = inputs(3)
+    captured = capture(lambda q, k, v: attention(q, around(k), around(v)), q[:, :, : GROUPS**2], k, v, kernels=True)
+    context = taken(captured)
+    (node,) = context.graph.find_nodes(op="call_function", target=ATTEND)
+    assert node.args[1].meta["val"].shape[1] == GROUPS**2
+
+
+def test_one_of_two_that_is_repeated_stays_so():
+    q, k, _ = inputs()
+    wide = torch.randn(ROWS, HEADS, KEYS, FEATURES)
+    context = taken(capture(lambda q, k, v: attention(q, repeated(k), v), q, k, wide, kernels=True))
+    (node,) = context.graph.find_nodes(op="call_function", target=ATTEND)
+    assert [one.meta["val"].shape[1] for one in node.args[1:3]] == [HEADS, HEADS]
+
+
+def heads_of(features, queries=1):
+    return [torch.randn(ROWS, *sizes, features) for sizes in ((queries, HEADS), (HEADS, KEYS), (HEADS, KEYS))]
+
+
+REFUSED = {
+    "17 queries": (grouped, inputs(17)),
+    "heads of 264 features": (attention, heads_of(264)),
+    "torch.float64": (attention, [one.double() for one in heads_of(16)]),
+    "causal": (lambda q, k, v: attention(q, k, v, is_causal=True), heads_of(16, 3)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refused_with_a_reason(why):
+    function, given = REFUSED[why]
+    captured = capture(function, *given, kernels=True)
+    assert taken(captured) is None
+    (note,) = captured.until().record.notes
+    assert note.startswith(Reason.ATTENTION.value) and why in note
+
+
+def test_any_number_of_rows_and_keys_but_not_of_queries():
+    q, k, v = inputs()
+    torch._dynamo.mark_dynamic(k, 2)
+    torch._dynamo.mark_dynamic(v, 2)
+    assert taken(capture(TAKEN["grouped"], q, k, v, kernels=True, dynamic=None)) is not None
+    q, k, v = inputs(5)
+    torch._dynamo.mark_dynamic(q, 1)
+    captured = capture(TAKEN["grouped"], q, k, v, kernels=True, dynamic=None)
+    assert taken(captured) is None and "any number of queries" in captured.until().record.notes[0]

@@ -1,0 +1,149 @@
+"""gaws::attend: softmax(s Q Kᵀ + mask) V over keys as a cache has them, against fp64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from gawscompile.codegen import cpp_attention
+from gawscompile.ir.types import DTYPE_NAMES, SpecError
+from gawscompile.runtime import attention, ops
+
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+"""Largest error over the largest answer."""
+
+SHAPES = [(1, 9, 3, 1, 200), (2, 4, 4, 3, 7), (3, 8, 2, 5, 1), (1, 6, 1, 16, 33)]
+"""Rows, heads, heads of keys, queries, keys."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    ops.ensure_loaded()
+
+
+def drawn(dtype, features, rows, heads, groups, queries, keys, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, queries, heads, features, generator=generator).to(dtype).transpose(1, 2)
+    k, v = torch.randn(2, rows, groups, keys, features, generator=generator).to(dtype)
+    return q, k, v
+
+
+def masks(q, k):
+    """None, bools by row, numbers for all heads, numbers of its own dtype for each, what is past."""
+    rows, heads, queries, keys = *q.shape[:3], k.shape[2]
+    generator = torch.Generator().manual_seed(1)
+    yield None
+    yield torch.rand(rows, 1, queries, keys, generator=generator) > 0.4
+    yield torch.randn(1, 1, queries, keys, generator=generator)
+    yield torch.randn(rows, heads, queries, keys, generator=generator).to(q.dtype)
+    yield (torch.arange(keys) <= keys // 2).view(1, 1, 1, keys)
+    yield torch.zeros(rows, 1, queries, keys).masked_fill(torch.arange(keys) > keys // 2, float("-inf"))
+
+
+def check(q, k, v, mask, scale=0.3):
+    kernel = cpp_attention.kernel(q.shape[3], DTYPE_NAMES[q.dtype])
+    got = torch.ops.gaws.attend(q, k, v, mask, scale, kernel)
+    exact = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+    want = attention.meaning(q.double(), k.double(), v.double(), exact, scale)
+    assert got.shape == q.shape and got.dtype == q.dtype
+    error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1.0)
+    assert error <= BOUNDS[q.dtype], (q.shape, k.shape, float(error))
+    return got
+
+
+KERNELS = [
+    *((torch.float32, features) for features in (16, 64, 5, 256)),
+    *((torch.bfloat16, features) for features in (64, 80)),
+    (torch.float16, 80),
+]
+
+
+@pytest.mark.parametrize(("dtype", "features"), KERNELS)
+def test_numbers(dtype, features):
+    for sizes in SHAPES:
+        q, k, v = drawn(dtype, features, *sizes)
+        for mask in masks(q, k):
+            check(q, k, v, mask)
+
+
+def test_any_strides():
+    q, k, v = drawn(torch.float32, 16, 2, 4, 2, 3, 10)
+    want = check(q, k, v, None)
+    wide = torch.randn(2, 2, 14, 32)
+    wide[:, :, 2:12, :16] = k
+    turned = torch.empty(2, 10, 16, 2).permute(0, 3, 1, 2)
+    turned.copy_(v)
+    for given in (q, q.contiguous(), q.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)):
+        got = check(given, wide[:, :, 2:12, :16], turned, None)
+        assert torch.equal(got, want)
+    mask = (torch.rand(2, 1, 10, 3) > 0.3).transpose(2, 3)
+    check(q, k, v, mask)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_what_is_masked_is_not_read():
+    q, k, v = drawn(torch.float32, 16, 1, 4, 2, 2, 9)
+    mask = torch.ones(1, 1, 2, 9, dtype=torch.bool)
+    mask[:, :, 1] = False
+    mask[:, :, 0, 5:] = False
+    k[:, :, 5:], v[:, :, 5:] = float("nan"), float("inf")
+    got = torch.ops.gaws.attend(q, k, v, mask, 0.3, "attend d=16 x=f32")
+    assert torch.equal(got[:, :, 1], torch.zeros(1, 4, 16)) and got.isfinite().all()
+    k[:, :, 2] = float("nan")
+    assert torch.ops.gaws.attend(q, k, v, mask, 0.3, "attend d=16 x=f32")[:, :, 0].isnan().all()
+
+
+def test_nothing_to_attend_to():
+    q, k, v = drawn(torch.float32, 16, 2, 4, 2, 3, 0)
+    assert torch.equal(torch.ops.gaws.attend(q, k, v, None, 1.0, "attend d=16 x=f32"), torch.zeros(2, 4, 3, 16))
+    q, k, v = drawn(torch.float32, 16, 0, 4, 2, 3, 5)
+    assert torch.ops.gaws.attend(q, k, v, None, 1.0, "attend d=16 x=f32").shape == (0, 4, 3, 16)
+
+
+def test_its_fake_has_its_strides():
+    q, k, v = drawn(torch.float32, 16, 2, 4, 2, 3, 10)
+    for given in (q, q.contiguous(), torch.randn(2, 3, 7, 16)[:, :, 1:5].transpose(1, 2)):
+        real = torch.ops.gaws.attend(given, k, v, None, 1.0, "attend d=16 x=f32")
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(one) for one in (given, k, v)]
+            fake = torch.ops.gaws.attend(*fakes, None, 1.0, "attend d=16 x=f32")
+            assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def test_errors_name_what_does_not_fit():
+    q, k, v = drawn(torch.float32, 16, 2, 4, 2, 3, 10)
+
+    def call(q=q, k=k, v=v, mask=None, kernel="attend d=16 x=f32"):
+        return torch.ops.gaws.attend(q, k, v, mask, 1.0, kernel)
+
+    wrong = [
+        ({"k": k.double()}, "k is Double"),
+        ({"v": v[..., :8]}, "v is Float"),
+        ({"v": v[:, :, 1:]}, "q is"),
+        ({"q": q[:, :3]}, "q is"),
+        ({"mask": torch.ones(2, 1, 3, 9, dtype=torch.bool)}, "the mask is Bool"),
+        ({"mask": torch.ones(1, 1, 3, 10, dtype=torch.int64)}, "the mask is Long"),
+        ({"kernel": "attend d=0 x=f32"}, "no attention kernel"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            call(**settings)
+    for text in ("attend", "attend d=257 x=f32", "attend d=16 x=f64"):
+        with pytest.raises(SpecError, match="no attention kernel"):
+            cpp_attention.emit(text)
+
+
+def test_more_rows_than_threads_and_the_other_way_round():
+    before = torch.get_num_threads()
+    try:
+        answers = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            q, k, v = drawn(torch.float32, 64, 3, 12, 2, 3, 300)
+            answers.append(check(q, k, v, None))
+        for one, other in itertools.pairwise(answers):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
