@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from gawscompile.calibration import measure
@@ -65,8 +66,8 @@ class Peer:
     def logits(self, ids: list[int], past: int = 0) -> torch.Tensor:
         """``[vocabulary]``, of the last of `ids`, which follow the first `past` tokens in the cache."""
         self._eval(ids, past)
-        size = self.llama.n_vocab()
-        return torch.tensor(self.llama._ctx.get_logits()[:size])
+        found = numpy.ctypeslib.as_array(self.llama._ctx.get_logits(), (self.llama.n_vocab(),))
+        return torch.from_numpy(found.copy())
 
     def timed(self, ids: list[int], past: int) -> float:
         """Milliseconds."""

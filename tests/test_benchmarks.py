@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import common, compile_time, gaws_gap, growth, kernels, limits, memory, runtime, zflora
+from benchmarks import common, compile_time, gaws_gap, generate, growth, kernels, limits, memory, runtime, zflora
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
 from gawscompile.calibration import measure
@@ -291,3 +291,28 @@ def test_fresh_processes(tiny_llama_dir, tmp_path, capsys):
     assert all(row["processes"] == 2 for row in result["rows"])
     assert len(result["memory"]) == 4
     assert "Tax over gaws base" in capsys.readouterr().out
+
+
+def test_generate(tiny_llama_dir, tmp_path, capsys, monkeypatch):
+    """Eager mode alone; what would be compiled is compiled by a backend that does nothing."""
+    monkeypatch.setattr(generate.gawscompile, "compile", lambda model: model)
+    flags = ["--model", str(tiny_llama_dir), "--dtype", "float32", "--backends", "eager,gaws"]
+    flags += ["--prompt", "4", "--new", "5", "--rounds", "2"]
+    out = tmp_path / "g.json", tmp_path / "g.md", tmp_path / "g.png"
+    generate.main([*flags, "--json", str(out[0]), "--markdown", str(out[1])])
+    found = json.loads(out[0].read_text())
+    assert [(row["backend"], row["adapter"]) for row in found["rows"]] == [
+        (backend, adapter) for backend in ("eager", "gaws") for adapter in ("base", "lora")
+    ]
+    for row in found["rows"]:
+        assert row["same"] == 5 and len(row["rates"]) == 2 and min(row["rates"]) > 0 < min(row["firsts"])
+    assert 0 < found["loops"]["float32"] < 1e3 / found["rows"][0]["rate"] * 2
+    assert "5 of 5" in capsys.readouterr().out and "| eager lora |" in out[1].read_text()
+    other = [{**row, "rate": 3 * row["rate"]} for row in found["rows"]]
+    both = generate.merged([found["rows"], other, other])
+    assert [row["rate"] for row in both] == [row["rate"] for row in other]
+    pytest.importorskip("matplotlib")
+    generate.plot(found["rows"], out[2])
+    assert out[2].stat().st_size
+    with pytest.raises(SystemExit):
+        generate.main(["--new", "2"])

@@ -114,6 +114,7 @@ def test_quantised_caches(pair, library):
         assert torch.equal(*(generated(each, do_sample=False, cache_config=config, **QUANTISED) for each in pair))
 
 
+@pytest.mark.slow
 def test_offloaded_cache(pair):
     """Needs a stream of an accelerator, compiled or not: the error is torch's."""
     for each in pair:

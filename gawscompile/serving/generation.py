@@ -26,7 +26,7 @@ Entry = Callable[..., Any]
 STEP = 128
 """The room in a static cache is a multiple of so many tokens: every size is a shape of its own."""
 
-TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "input_features")
+TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 """Arguments of a forward whose dimension 1 is a number of tokens, in the order in which `generate` prefers them."""
 
 CACHES = ("past_key_values", "cache")
@@ -115,8 +115,9 @@ class Calls:
         """The compiled call for arguments like these, whose lengths are marked as dynamic."""
         tokens = next((kwargs[name] for name in TOKENS if kwargs.get(name) is not None), None)
         phase = "decode" if tokens is not None and tokens.shape[1] == 1 else "prompt"
-        for value in kwargs.values():
-            _mark_lengths(value)
+        for argument, value in kwargs.items():
+            if argument in TOKENS or argument.endswith(("_ids", "_mask")):
+                _mark_length(value)
         name = f"{phase}_{type(module).__name__}"
         with self._lock:
             if name not in self._entries:
@@ -124,7 +125,7 @@ class Calls:
             return self._entries[name]
 
 
-def _mark_lengths(value: Any) -> None:
+def _mark_length(value: Any) -> None:
     """Tokens, masks and positions are ``[rows, length, …]``, and prepared masks ``[rows, heads, length, past]``."""
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import FunctionType
 
 import pytest
@@ -216,26 +215,6 @@ def test_models_run_by_it_and_get_the_numbers_of_inductors_python(compiled, monk
         for n in (5, 9, 14):
             model(tokens(2, n), use_cache=False)
     assert lengths == [5, 9, 14]
-
-
-def test_threads_share_it(compiled):
-    model, _ = compiled
-    ids = [tokens(2, 4, seed=seed) for seed in range(4)]
-    with torch.no_grad():
-        want = [model(one, use_cache=False).logits for one in ids]
-    found = [None] * 4
-
-    def run(i):
-        with torch.no_grad():
-            for _ in range(20):
-                found[i] = model(ids[i], use_cache=False).logits
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(one, other) for one, other in zip(want, found, strict=True))
 
 
 def test_it_is_an_option(monkeypatch):
