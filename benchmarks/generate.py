@@ -134,16 +134,13 @@ def measured(setup: Setup, backends: list[str], prompt: int, new: int, rounds: i
     base = common.load_base(setup)
     models = {"base": base, "lora": common.with_adapter(base, setup)}
     ids = torch.randint(0, base.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
-    variants, ready = {}, {}
+    variants = {}
     for backend in backends:
         for adapter, model in models.items():
-            begun = time.perf_counter()
-            run = variant(model, backend, ids, new)
+            variants[backend, adapter] = run = variant(model, backend, ids, new)
             run()
-            variants[backend, adapter], ready[backend, adapter] = run, time.perf_counter() - begun
-            note = f"{setup.dtype}: {backend} {adapter} ready ({ready[backend, adapter]:.0f} s)"
-            print(note, file=sys.stderr, flush=True)
             run()
+            print(f"{setup.dtype}: {backend} {adapter} is ready", file=sys.stderr, flush=True)
     graphs = measure.graphs_compiled()
     runs: dict[tuple[str, str], list[Run]] = {key: [] for key in variants}
     for turn in range(rounds):
@@ -165,7 +162,6 @@ def measured(setup: Setup, backends: list[str], prompt: int, new: int, rounds: i
                 "rates": rates,
                 "first": statistics.median(firsts),
                 "firsts": firsts,
-                "ready": ready[backend, adapter],
                 "same": same,
             }
         )
@@ -187,7 +183,7 @@ def merged(runs: list[list[Row]]) -> list[Row]:
 
 def table(rows: list[Row], loops: dict[str, float], new: int, markdown: bool) -> str:
     parts = []
-    heads = ["", "tokens/s", "range", "× Inductor, LoRA", "first token, ms", "range", "first call, s", "eager's tokens"]
+    heads = ["", "tokens/s", "range", "× Inductor, LoRA", "first token, ms", "range", "eager's tokens"]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         mine = [row for row in rows if row["dtype"] == dtype]
         theirs = next((r["rate"] for r in mine if (r["backend"], r["adapter"]) == ("inductor", "lora")), None)
@@ -199,7 +195,6 @@ def table(rows: list[Row], loops: dict[str, float], new: int, markdown: bool) ->
                 f"{row['rate'] / theirs:.2f}" if theirs else "",
                 f"{row['first']:.0f}",
                 f"{min(row['firsts']):.0f}-{max(row['firsts']):.0f}",
-                f"{row['ready']:.0f}",
                 f"{row['same']} of {new}",
             ]
             for row in mine
