@@ -21,7 +21,7 @@ FAULTS: dict[str, Fault] = {
         unproven=AROUND,
     ),
     "a buffer given back while a view of it is read": Fault(
-        "runtime/executor.py",
+        "runtime/wrapper.py",
         "if one not in inputs and one not in self._registers.values()",
         "if one not in inputs",
         "tests/runtime/test_executor.py",

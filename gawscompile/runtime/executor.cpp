@@ -1,4 +1,4 @@
-// The code that Inductor prints around its kernels, run without Python. `runtime/executor.py` reads that code and writes
+// The code that Inductor prints around its kernels, run without Python. `runtime/wrapper.py` reads that code and writes
 // it down as steps over registers; here they are run. Part of the op's library: `dispatch.cpp` stands in front.
 //
 // Registers hold what the code's variables hold: the first ones are the graph's inputs, which the caller owns.

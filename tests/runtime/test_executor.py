@@ -12,7 +12,7 @@ from torch._inductor.select_algorithm import extern_kernels
 import gawscompile
 from gawscompile.observe.store import RECORDS
 from gawscompile.options import Options
-from gawscompile.runtime import executor, ops
+from gawscompile.runtime import executor, ops, wrapper
 from tests.graphs import small_llama, tokens
 
 SPEC = "gemv_cpp | k=6 x=f32; n=6 w=f32 out=f32 lora(r=2 f32 s=2.0); n=3 w=f32 out=f32"
@@ -42,7 +42,7 @@ def both(lines, *inputs):
     exec(source, scope)
     python = scope["call"]
     assert isinstance(python, FunctionType)
-    return python, executor.Executor(executor.Code(source, scope, inputs), python)
+    return python, executor.Executor(wrapper.Code(source, scope, inputs), python)
 
 
 LINES = {
@@ -176,9 +176,9 @@ def test_project_is_called_without_the_dispatcher_and_seen_by_the_profiler():
     ],
 )
 def test_lines_that_are_not_known_are_told(line, why):
-    with pytest.raises(executor.Unreadable, match=why.replace("*", r"\*")):
+    with pytest.raises(wrapper.Unreadable, match=why.replace("*", r"\*")):
         both([line, "return (arg0_1, )"], torch.zeros(2))
-    with pytest.raises(executor.Unreadable, match="end with"):
+    with pytest.raises(wrapper.Unreadable, match="end with"):
         both(["return ()"], torch.zeros(2))
 
 
