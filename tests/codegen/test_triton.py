@@ -364,7 +364,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
         "PYTHONHASHSEED": "1",
         "GAWS_CACHE_DIR": str(tmp_path_factory.mktemp("interpreted")),
     }
-    numbers = [item for item in request.session.items if item.nodeid.split("::")[-1].startswith("test_numbers[")]
+    numbers = [item for item in request.session.items if "test_triton.py::test_numbers[" in item.nodeid]
     asked = [item.callspec.params["case"] for item in numbers]
     asked += [name for name, test in OTHERS.items() if any(item.name == test for item in request.session.items)]
     command = [sys.executable, "-m", "tests.codegen.triton_interpret_cases", *asked]

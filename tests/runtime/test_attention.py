@@ -62,7 +62,7 @@ KERNELS = [
 
 
 @pytest.mark.parametrize(("dtype", "features"), KERNELS)
-def test_numbers(dtype, features):
+def test_against_fp64(dtype, features):
     for sizes in SHAPES:
         q, k, v = drawn(dtype, features, *sizes)
         for mask in masks(q, k):
