@@ -6,7 +6,7 @@ model that `torch.compile` wrapped generates in eager mode: nothing of the loop 
 
     CompiledModel.generate → PeftModel.generate → LlamaForCausalLM.generate → self(…) → prompt or decode, compiled
 
-Nothing of the model itself changes: called directly, or by another thread, it runs as before.
+Called directly, or by another thread, the model runs as before.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ class CompiledModel(OptimizedModule):
             return model.generate(*args, **with_cache(model, args, kwargs))
 
 
+_here = threading.local()
+"""`_here.calls`: the `Calls` whose ``generate`` runs in this thread, the innermost last."""
+
+
 class Calls:
     """Compiled entries in the place of a model's calls, for the threads that generate."""
 
@@ -73,45 +77,25 @@ class Calls:
         self.compiling = compiling
         self._entries: dict[str, Entry] = {}
         self._lock = threading.RLock()
-        self._running: list[tuple[int, list[torch.nn.Module]]] = []  # threads, and whose calls they compile
 
     @contextlib.contextmanager
     def compiled(self) -> Iterator[None]:
         """Within, the modules that ``generate`` calls are compiled for this thread."""
-        with self._lock:
-            one = (threading.get_ident(), [module for module in self._modules() if self._put(module)])
-            self._running.append(one)
+        for module in self.modules():
+            _dispatched(module)
+        running: list[Calls] = vars(_here).setdefault("calls", [])
+        running.append(self)
         try:
             yield
         finally:
-            with self._lock:
-                self._running.remove(one)
-                for module in one[1]:
-                    if not any(module in others for _, others in self._running):
-                        module._compiled_call_impl = None
+            running.pop()
 
-    def _modules(self) -> list[torch.nn.Module]:
+    def modules(self) -> list[torch.nn.Module]:
+        """What ``generate`` calls: the model inside, and its encoder."""
         inner = generating(self.model)
-        if not getattr(inner.config, "is_encoder_decoder", False):
-            return [inner]
-        return [inner, inner.get_encoder()]
+        return [inner, inner.get_encoder()] if getattr(inner.config, "is_encoder_decoder", False) else [inner]
 
-    def _put(self, module: torch.nn.Module) -> bool:
-        """Whether the module's calls are compiled by us; not those that the user compiled (``module.compile()``)."""
-        there = module._compiled_call_impl
-        if there is not None:
-            return any(module in modules for _, modules in self._running)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(thread == threading.get_ident() for thread, _ in self._running):
-                return self._entry(module, kwargs)(module, args, kwargs)
-            return module._call_impl(*args, **kwargs)
-
-        skip_code(call.__code__)  # Dynamo, where another thread compiles what is around it, goes on with what it calls
-        module._compiled_call_impl = call
-        return True
-
-    def _entry(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Entry:
+    def entry(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> Entry:
         """The compiled call for arguments like these, whose lengths are marked as dynamic."""
         tokens = next((kwargs[name] for name in TOKENS if kwargs.get(name) is not None), None)
         phase = "decode" if tokens is not None and tokens.shape[1] == 1 else "prompt"
@@ -123,6 +107,26 @@ class Calls:
             if name not in self._entries:
                 self._entries[name] = self.compiling(_named(name))
             return self._entries[name]
+
+
+def _dispatched(module: torch.nn.Module) -> None:
+    """Calls of `module` go to the entry of whoever generates in this thread, and are its own elsewhere. Not where the
+    user compiled it (``module.compile()``).
+
+    For good: what is written to a module in every ``generate`` would look like a change to its guards. Dynamo, where it
+    traces a module, calls ``_call_impl``, and copies leave this out.
+    """
+    if module._compiled_call_impl is not None:
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for calls in reversed(vars(_here).get("calls", [])):
+            if any(one is module for one in calls.modules()):
+                return calls.entry(module, kwargs)(module, args, kwargs)
+        return module._call_impl(*args, **kwargs)
+
+    skip_code(call.__code__)  # Dynamo goes on with what it calls
+    module._compiled_call_impl = call
 
 
 def _mark_length(value: Any) -> None:

@@ -42,11 +42,18 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
         raise ValueError(f"gawscompile.compile takes no {' and no '.join(taken)}; pass what the mode means as options")
     register()
     polyfills.install()  # the backend may have loaded before PEFT was imported
-    given = {"backend": "gaws", "options": {**(options or {}), "guard_filter_fn": inference_guards}, **settings}
-    compiled: Any = torch.compile(model, **given)
+    compiling = functools.partial(_compiled, dict(options or {}), settings)
+    compiled = compiling(model)
     if isinstance(model, torch.nn.Module) and generation.generating(model) is not None:
-        return generation.CompiledModel(model, compiled.dynamo_ctx, functools.partial(torch.compile, **given))
+        return generation.CompiledModel(model, compiled.dynamo_ctx, compiling)
     return compiled
+
+
+def _compiled(options: dict[str, Any], settings: dict[str, Any], target: Any) -> Any:
+    """torch.compile takes the filter out of the options that it is given, so each call gets options of its own."""
+    return torch.compile(
+        target, backend="gaws", options={**options, "guard_filter_fn": inference_guards}, **settings
+    )
 
 
 def inference_guards(entries: Sequence[Any]) -> list[bool]:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 import gawscompile
 from gawscompile.calibration.measure import graphs_compiled
-from gawscompile.serving import generation
+from gawscompile.serving import generation, unchanged
 from tests.graphs import randomise, small_llama, tokens
 from tests.ways import fusing
 
@@ -55,6 +55,21 @@ def test_prompts_of_any_length_take_one_graph_and_decoding_another(pair):
     assert graphs_compiled() - graphs == 2
 
 
+def test_guards_are_checked_after_a_change_alone(pair, monkeypatch):
+    """As in a call of the model itself: one check whether anything changed stands for those on modules."""
+    made, real = [], unchanged.State.__init__
+
+    def counted(self, variables, found):
+        made.append(len(found.tensors))
+        real(self, variables, found)
+
+    monkeypatch.setattr(unchanged.State, "__init__", counted)
+    assert same(pair, max_new_tokens=40)
+    seen = len(made)
+    assert seen <= 2 and all(tensors > 3 * LINEARS for tensors in made)
+    assert same(pair, max_new_tokens=40) and len(made) == seen  # nor is a later `generate` a change
+
+
 def test_adapters_are_live(pair):
     assert same(pair)
     graphs, before = graphs_compiled(), pair[1].generate(input_ids=tokens(2, 5), **GREEDY)
@@ -91,10 +106,10 @@ def test_other_threads_and_later_calls_find_the_model_as_it_was(pair):
     want, beside = eager(), Beside(eager)
     compiled.generate(input_ids=tokens(2, 5), logits_processor=[beside], **GREEDY)
     assert len(beside.results) == 6 and all(torch.equal(result, want) for result in beside.results)
-    assert inner._compiled_call_impl is None and graphs_compiled() == graphs
     with pytest.raises(ValueError, match="nonsense"):
         compiled.generate(input_ids=tokens(2, 5), nonsense=1, **GREEDY)
-    assert inner._compiled_call_impl is None
+    assert torch.equal(eager(), want) and graphs_compiled() == graphs
+    assert copy.deepcopy(inner)._compiled_call_impl is None
 
 
 def test_what_the_user_compiled_stays(pair):
@@ -192,7 +207,6 @@ def test_assisted_decoding():
     want = model.generate(input_ids=ids, **settings)
     for more in ({"assistant_model": gawscompile.compile(small)}, {"prompt_lookup_num_tokens": 3}):
         assert torch.equal(compiled.generate(input_ids=ids, **more, **settings), want)
-    assert small.get_base_model()._compiled_call_impl is None
 
 
 @pytest.mark.slow
@@ -222,7 +236,7 @@ def test_threads_generate_at_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 4 and compiled.get_base_model()._compiled_call_impl is None
+    assert found == [True] * 4
 
 
 @pytest.mark.slow
