@@ -77,20 +77,21 @@ def variant(model: Any, backend: str, ids: torch.Tensor, new: int) -> Callable[[
     if backend == LLAMA_CPP:
         return _llama_cpp(model, ids, new)
     run: Any = measure.sharing_copy(model)
-    inner = run.get_base_model() if hasattr(run, "get_base_model") else run
-    settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    more = {}
     if backend == "inductor":
-        settings["cache_implementation"] = "static"
+        inner = run.get_base_model() if hasattr(run, "get_base_model") else run
         inner.forward = torch.compile(inner.forward)
+        more = {"cache_implementation": "static"}
     if backend == "gaws":
         run = gawscompile.compile(run)
+    return lambda: _generated(run, ids, new, **more)
 
-    def generate() -> Run:
-        stamps = Stamps()
-        made = run.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings)
-        return Run(made[0, ids.shape[1] :].tolist(), stamps.times)
 
-    return generate
+def _generated(model: Any, ids: torch.Tensor, new: int, **more: Any) -> Run:
+    settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    stamps = Stamps()
+    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings, **more)
+    return Run(made[0, ids.shape[1] :].tolist(), stamps.times)
 
 
 def _llama_cpp(model: Any, ids: torch.Tensor, new: int) -> Callable[[], Run]:
@@ -123,10 +124,9 @@ def loop(model: Any, ids: torch.Tensor, new: int) -> float:
 
     inner._compiled_call_impl = nothing
     try:
-        run = variant(model, "eager", ids, new)()
+        return 1e3 / _generated(model, ids, new).rate
     finally:
         inner._compiled_call_impl = None
-    return 1e3 / run.rate
 
 
 def measured(setup: Setup, backends: list[str], prompt: int, new: int, rounds: int) -> tuple[list[Row], float]:
@@ -150,8 +150,9 @@ def measured(setup: Setup, backends: list[str], prompt: int, new: int, rounds: i
     assert measure.graphs_compiled() == graphs, "something was compiled in the timed rounds"
     rows = []
     for (backend, adapter), found in runs.items():
-        eager = runs.get(("eager", adapter), found)[0].tokens
-        same = next((i for i, (a, b) in enumerate(zip(eager, found[0].tokens, strict=True)) if a != b), new)
+        eager = runs.get(("eager", adapter))
+        pairs = zip(eager[0].tokens, found[0].tokens, strict=True) if eager else ()
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), new) if eager else None
         rates, firsts = [run.rate for run in found], [run.first for run in found]
         rows.append(
             {
@@ -176,7 +177,7 @@ def merged(runs: list[list[Row]]) -> list[Row]:
         for name, each in (("rate", "rates"), ("first", "firsts")):
             row[each] = [one[name] for one in same]
             row[name] = statistics.median(row[each])
-        row["same"] = min(one["same"] for one in same)
+        row["same"] = None if row["same"] is None else min(one["same"] for one in same)
         rows.append(row)
     return rows
 
@@ -195,7 +196,7 @@ def table(rows: list[Row], loops: dict[str, float], new: int, markdown: bool) ->
                 f"{row['rate'] / theirs:.2f}" if theirs else "",
                 f"{row['first']:.0f}",
                 f"{min(row['firsts']):.0f}-{max(row['firsts']):.0f}",
-                f"{row['same']} of {new}",
+                "" if row["same"] is None else f"{row['same']} of {new}",
             ]
             for row in mine
         ]
