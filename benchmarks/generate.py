@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = measure.machine()
     found: list[Any] = []
     if given.processes > 1:
-        arguments = runtime.child_arguments([word for word in argv if word != "--plot" and word != str(given.plot)])
+        arguments = runtime.child_arguments(argv)
         found = [common.in_fresh_process("benchmarks.generate", arguments) for _ in range(given.processes)]
     else:
         setups = [Setup(given.model, dtype, given.rank, layers=given.layers) for dtype in given.dtype]

@@ -147,7 +147,7 @@ def run_processes(argv: list[str], count: int) -> list[Row]:
 
 def child_arguments(argv: list[str]) -> list[str]:
     """The command line `argv` as one of several processes gets it: without what only the parent does."""
-    dropped = ("--processes", "--json", "--markdown")
+    dropped = ("--processes", "--json", "--markdown", "--plot")
     kept: list[str] = []
     value_follows = False
     for word in argv:

@@ -21,12 +21,18 @@ def kernel(features: int, dtype: str) -> str:
     return f"attend d={features} x={dtype}"
 
 
-def emit(text: str) -> str:
-    """The C++ source of a `kernel`. Raises `SpecError`."""
+def parse(text: str) -> tuple[int, str]:
+    """Features and dtype of a `kernel`. Raises `SpecError`."""
     match = re.fullmatch(r"attend d=(\d+) x=(f32|bf16|f16)", text)
     if match is None or not 0 < int(match[1]) <= MOST_FEATURES:
         raise SpecError(f"no attention kernel: {text!r}")
+    return int(match[1]), match[2]
+
+
+def emit(text: str) -> str:
+    """The C++ source of a `kernel`. Raises `SpecError`."""
+    features, dtype = parse(text)
     parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude")]
-    constants = f"namespace {{\n\nusing T = {CPP_TYPES[match[2]]};\nconstexpr int D = {match[1]};\n\n}}  // namespace"
+    constants = f"namespace {{\n\nusing T = {CPP_TYPES[dtype]};\nconstexpr int D = {features};\n\n}}  // namespace"
     body = (_FOLDER / "attention.cpp").read_text().strip()
     return "\n\n".join([f"// gawscompile: {text}", *parts, "}  // namespace", constants, body]) + "\n"

@@ -11,7 +11,6 @@ generated kernel (`codegen.cpp_attention.kernel`). On CPUs.
 from __future__ import annotations
 
 import ctypes
-import re
 
 import torch
 
@@ -52,14 +51,13 @@ def start(kernel: str) -> None:
 
 def register(kernel: str) -> None:
     """Build a kernel and hand it to the op."""
+    features, dtype = cpp_attention.parse(kernel)
     library = build.load(cpp_attention.emit(kernel))
-    match = re.fullmatch(r"attend d=(\d+) x=(\w+)", kernel)
-    assert match is not None
     ops.ensure_loaded().gaws_register_attention(
         kernel.encode(),
         ctypes.cast(library.attend, ctypes.c_void_p),
-        ctypes.c_int64(int(match[1])),
-        ctypes.c_int32(ops.DTYPE_CODES[match[2]]),
+        ctypes.c_int64(features),
+        ctypes.c_int32(ops.scalar_type(dtype)),
     )
 
 

@@ -17,6 +17,9 @@ log = logging.getLogger("gawscompile")
 
 _SAID = "_gaws_said_eager_generate"
 
+ELSEWHERE = "_gaws_eager_elsewhere"
+"""An attribute of calls that are compiled for `gawscompile.compile`'s ``generate`` alone."""
+
 
 @functools.cache
 def install() -> None:
@@ -57,4 +60,6 @@ def _telling(compiled: OptimizedModule, generate: Callable[..., Any]) -> Callabl
 def _is_compiled(inner: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the user compiled what ``generate`` calls: the module, its forward, or by transformers' own means."""
     asked = kwargs.get("compile_config") or getattr(kwargs.get("generation_config"), "compile_config", None)
-    return bool(inner._compiled_call_impl or asked or hasattr(inner.forward, "_torchdynamo_orig_callable"))
+    call = inner._compiled_call_impl
+    theirs = call is not None and not hasattr(call, ELSEWHERE)
+    return bool(theirs or asked or hasattr(inner.forward, "_torchdynamo_orig_callable"))

@@ -1,7 +1,7 @@
 """Inductor's wrapper run without Python: the code that it prints around its kernels, as steps that C++ runs.
 
 For a decode step Inductor prints a thousand lines of Python: allocate, view, call a kernel, call an op, delete. They
-take as long as an adapter does. `wrapper.py` writes them down as steps over registers, and `executor.cpp` runs these,
+take their time in every token. `wrapper.py` writes them down as steps over registers, and `executor.cpp` runs these,
 ``gaws::project`` included, without the interpreter.
 
 Nothing is built for that, and nothing is kept: a graph from a warm cache is read again, in milliseconds. Where a line
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -24,6 +25,8 @@ from torch._inductor.output_code import CompiledFxGraph
 
 from gawscompile.runtime import ops
 from gawscompile.runtime.wrapper import Code, Unreadable
+
+log = logging.getLogger("gawscompile")
 
 ops.LIBRARY.define("execute(Tensor[] inputs, int[] integers, int executor) -> Tensor[]")
 
@@ -112,7 +115,10 @@ def _read(graph: CompiledFxGraph, examples: Sequence[Any]) -> str:
             raise Unreadable("it calls no kernel of ours")
         code = Code(graph.source_code, getattr(wrapper, "__func__", wrapper).__globals__, examples)
         executor = Executor(code, wrapper)
+    except Unreadable as error:
+        return f"Inductor's wrapper runs in Python: {error}"
     except Exception as error:  # another Inductor than we know
-        return f"Inductor's wrapper runs in Python: {error if isinstance(error, Unreadable) else repr(error)}"
+        log.warning("gaws: Inductor's wrapper cannot be read, and runs in Python: %r", error)
+        return f"Inductor's wrapper runs in Python: {error!r}"
     graph.current_callable = executor
     return f"Inductor's wrapper runs in C++, as {executor.steps} steps"

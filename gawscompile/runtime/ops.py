@@ -23,7 +23,7 @@ import torch
 from gawscompile.codegen import build
 from gawscompile.codegen.cpp_sums import CHECKSUM, unit_rows
 from gawscompile.ir.recipe import hoisted
-from gawscompile.ir.types import DTYPES, SpecError
+from gawscompile.ir.types import DTYPES, SCALE_DTYPES, SpecError
 from gawscompile.planning.table import Program
 from gawscompile.planning.targets import CPP
 from gawscompile.runtime import forks, gpu
@@ -57,8 +57,26 @@ LIBRARY.impl("project", gpu.project, "CUDA")
 
 OPS = (torch.ops.gaws.project.default, torch.ops.gaws.project_traced.default)
 
-# The numbers of torch's ScalarType.
-DTYPE_CODES = {"f32": 6, "f64": 7, "bf16": 15, "f16": 5}
+SCALAR_TYPES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+}
+"""The numbers of c10::ScalarType."""
+
+
+def scalar_type(name: str) -> int:
+    """That of a dtype by the name that specs have for it (``bf16``)."""
+    return SCALAR_TYPES[SCALE_DTYPES[name]]
+
+
 
 REGISTERS: dict[str, Callable[[str], None]] = {}
 """What builds kernels of other ops than this one, by how their names begin."""
@@ -160,15 +178,15 @@ def register(program: str) -> None:
         accumulate,
         ctypes.c_int64(gemv_max),
         ctypes.c_int64(spec.k),
-        ctypes.c_int32(DTYPE_CODES[spec.x]),
+        ctypes.c_int32(scalar_type(spec.x)),
         ctypes.c_int64(len(operands)),
-        (ctypes.c_int32 * len(operands))(*[DTYPE_CODES[o.dtype] for o in operands]),
+        (ctypes.c_int32 * len(operands))(*[scalar_type(o.dtype) for o in operands]),
         (ctypes.c_int64 * len(operands))(*map(len, shapes)),
         (ctypes.c_int64 * len(flat))(*flat),
         (ctypes.c_char_p * len(operands))(*[o.name.encode() for o in operands]),
         ctypes.c_int64(len(spec.projections)),
         (ctypes.c_int64 * len(spec.projections))(*[p.n for p in spec.projections]),
-        (ctypes.c_int32 * len(spec.projections))(*[DTYPE_CODES[p.out] for p in spec.projections]),
+        (ctypes.c_int32 * len(spec.projections))(*[scalar_type(p.out) for p in spec.projections]),
         (ctypes.c_int64 * len(spec.projections))(*[weights.get(i, -1) for i in range(len(spec.projections))]),
         (ctypes.c_bool * len(spec.projections))(*[p.transposed for p in spec.projections]),
         ctypes.c_bool(spec.swiglu),

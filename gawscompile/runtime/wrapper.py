@@ -22,25 +22,13 @@ from typing import Any
 
 import torch
 
+from gawscompile.runtime.ops import SCALAR_TYPES
+
 CODES = ("ALLOCATE", "VIEW", "FREE", "ITEM", "KERNEL", "CALL", "PROJECT", "FITS", "ALIGNED", "COMPUTE", "RESULT")
 KINDS = ("NONE", "TENSOR", "TENSORS", "INTEGER", "INTEGERS", "NUMBER", "BOOLEAN", "TEXT")
 SIGNS = {ast.Add: 0, ast.Sub: 1, ast.Mult: 2, ast.FloorDiv: 3, ast.Mod: 4, "max": 5, "min": 6}
-DTYPES = {
-    torch.uint8: 0,
-    torch.int8: 1,
-    torch.int16: 2,
-    torch.int32: 3,
-    torch.int64: 4,
-    torch.float16: 5,
-    torch.float32: 6,
-    torch.float64: 7,
-    torch.bool: 11,
-    torch.bfloat16: 15,
-}
-"""The numbers of torch's ScalarType."""
-
-OUT_OF_PLACE = {"mm": "mm.out", "addmm": "addmm.out", "bmm": "bmm.out", "baddbmm": "baddbmm.out"}
-"""What Inductor calls ``extern_kernels``: these of aten's ops, with the result's place as ``out``."""
+EXTERN = ("mm", "addmm", "bmm", "baddbmm")
+"""What Inductor calls ``extern_kernels``: aten's ops of these names, with the result's place as ``out``."""
 
 MOST_ARGUMENTS = 63
 """Of one kernel (`executor.cpp`: MOST)."""
@@ -98,8 +86,8 @@ class Code:
                 self.integers.append(0)
         self.tensors = [i for i, name in enumerate(inputs) if name in self._registers]
         self.given = [i for i, name in enumerate(inputs) if name in self._places]
-        # inputs are checked first: where one does not fit, nothing is done yet
-        for statement in sorted(body[1:], key=_order):
+        # sizes, then checks of inputs: where one does not fit, nothing is done yet
+        for statement in sorted(body[1:], key=lambda line: _order(line, inputs)):
             self._statement(statement)
         if not self.steps or self.steps[-1].code != "RESULT" or not self.steps[-1].given:
             raise Unreadable("a wrapper that does not end with its results")
@@ -227,10 +215,9 @@ class Code:
     def _named(self, name: str) -> Any:
         """The op that is called so."""
         if name.startswith("extern_kernels."):
-            known = OUT_OF_PLACE.get(name.removeprefix("extern_kernels."))
-            if known is None:
+            if (known := name.removeprefix("extern_kernels.")) not in EXTERN:
                 raise Unreadable(name)
-            return getattr(getattr(torch.ops.aten, known.split(".")[0]), known.split(".")[1])
+            return getattr(torch.ops.aten, known).out
         first, *rest = name.split(".")
         found = self.names[first]
         for part in rest:
@@ -251,7 +238,7 @@ class Code:
         if kind == "List[int]" and isinstance(value, (ast.List, ast.Tuple)):
             return "INTEGERS", self._integers(value)
         if kind in ("ScalarType", "int") and isinstance(value, ast.Attribute):
-            return "INTEGER", [self._constant_place(DTYPES[self._constant(value)])]
+            return "INTEGER", [self._constant_place(self._dtype(value))]
         constant = self._literal(value)
         if kind == "bool" and isinstance(constant, bool):
             return "BOOLEAN", [int(constant)]
@@ -273,7 +260,7 @@ class Code:
             what = ast.unparse(value.func)
             if what == "empty_strided_cpu":
                 sizes, strides = (self._integers(shape) for shape in value.args[:2])
-                return self._step("ALLOCATE", sizes=sizes, strides=strides, dtype=DTYPES[self._constant(value.args[2])])
+                return self._step("ALLOCATE", sizes=sizes, strides=strides, dtype=self._dtype(value.args[2]))
             if what == "reinterpret_tensor":
                 of = self._tensor(value.args[0])
                 sizes, strides = (self._integers(shape) for shape in value.args[1:3])
@@ -325,6 +312,13 @@ class Code:
             raise Unreadable(_text(value))
         return constant
 
+    def _dtype(self, value: ast.expr) -> int:
+        """The number of a dtype."""
+        number = SCALAR_TYPES.get(self._constant(value))
+        if number is None:
+            raise Unreadable(_text(value))
+        return number
+
     def _constant_place(self, constant: int) -> int:
         if constant not in self._constants:
             self._constants[constant] = len(self.integers)
@@ -361,11 +355,13 @@ def _is_symbol(name: str) -> bool:
     return re.fullmatch(r"(s|ks|ps|u|zuf)\d+", name) is not None
 
 
-def _order(line: ast.stmt) -> int:
+def _order(line: ast.stmt, inputs: Sequence[str]) -> int:
     """Sizes before checks of inputs, and these before the rest."""
     if isinstance(line, ast.Assign) and _is_symbol(ast.unparse(line.targets[0])):
         return 0
-    return 1 if _text(line).startswith("assert_size_stride(arg") else 2
+    call = line.value if isinstance(line, ast.Expr) else None
+    checks = isinstance(call, ast.Call) and ast.unparse(call.func) == "assert_size_stride"
+    return 1 if checks and ast.unparse(call.args[0]) in inputs else 2  # type: ignore[union-attr]
 
 
 def _text(node: ast.AST) -> str:

@@ -21,13 +21,15 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
+from gawscompile.runtime import eager_generate
+
 Entry = Callable[..., Any]
 
 STEP = 128
 """The room in a static cache is a multiple of so many tokens: every size is a shape of its own."""
 
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-"""Arguments of a forward whose dimension 1 is a number of tokens, in the order in which `generate` prefers them."""
+"""Arguments of a forward whose dimension 1 is a number of tokens."""
 
 CACHES = ("past_key_values", "cache")
 LOOPS = ("assistant_model", "custom_generate")
@@ -126,6 +128,7 @@ def _dispatched(module: torch.nn.Module) -> None:
         return module._call_impl(*args, **kwargs)
 
     skip_code(call.__code__)  # Dynamo goes on with what it calls
+    setattr(call, eager_generate.ELSEWHERE, True)
     module._compiled_call_impl = call
 
 

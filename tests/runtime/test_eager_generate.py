@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gawscompile
+from gawscompile.serving import generation
 from tests.graphs import small_llama, tokens
 
 SHORT = {"max_new_tokens": 1, "pad_token_id": 0, "do_sample": False}
@@ -36,4 +37,12 @@ def test_not_told_where_there_is_nothing_to_tell(caplog):
     inner.forward = torch.compile(inner.forward, backend="eager")
     assert said(torch.compile(by_hand, backend="gaws"), caplog) == []
     assert not hasattr(torch.compile(torch.nn.Linear(3, 3), backend="gaws"), "generate")
-    assert "generate" in vars(type(gawscompile.compile(small_llama(layers=1))))
+
+
+def test_told_although_the_same_model_is_compiled_elsewhere(caplog):
+    model = small_llama(layers=1)
+    serving = gawscompile.compile(model)
+    generation._dispatched(model.get_base_model())  # as its first `generate` does
+    (message,) = said(torch.compile(model, backend="gaws"), caplog)
+    assert "LlamaForCausalLM" in message
+    assert type(serving).generate is generation.CompiledModel.generate

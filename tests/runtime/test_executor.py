@@ -33,9 +33,9 @@ def loaded():
     ops.ensure_loaded()
 
 
-def both(lines, *inputs):
+def both(lines, *inputs, stem="arg{}_1"):
     """A wrapper of these lines in Python, and its executor."""
-    names = [f"arg{i}_1" for i in range(len(inputs))]
+    names = [stem.format(i) for i in range(len(inputs))]
     body = "\n    ".join([f"{', '.join(names)}, = args", "args.clear()", *lines])
     source = f"def call(args):\n    {body}\n"
     scope = dict(NAMES)
@@ -132,9 +132,17 @@ def test_an_input_that_does_not_fit_is_inductors_error_and_nothing_is_done():
     x = torch.zeros(2)
     _, steps = both(lines, x, torch.zeros(3))
     assert torch.equal(steps([x.clone(), torch.zeros(3)])[0], torch.ones(2))
+    with pytest.raises(RuntimeError, match="gaws::execute"):
+        steps([x, torch.zeros(3), torch.zeros(3)])
+    for stem in ("arg{}_1", "primals_{}"):  # the check comes first, wherever it is printed
+        said = []
+        named = [line.replace("arg0_1", stem.format(0)).replace("arg1_1", stem.format(1)) for line in lines]
+        _, steps = both(named, x, torch.zeros(3), stem=stem)
+        steps.wrapper = said.append
+        steps([x, torch.zeros(4)])
+        assert len(said) == 1 and torch.equal(x, torch.zeros(2))
     with pytest.raises(AssertionError, match="expected size"):
-        both(["assert_size_stride(arg1_1, (3, ), (1, ), 'input')", *lines], x, torch.zeros(3))[1]([x, torch.zeros(4)])
-    assert torch.equal(x, torch.zeros(2))
+        both([lines[1], lines[0], lines[2]], x, torch.zeros(3))[1]([x, torch.zeros(4)])
 
 
 def test_a_result_that_does_not_fit_is_an_error():
@@ -173,6 +181,7 @@ def test_project_is_called_without_the_dispatcher_and_seen_by_the_profiler():
         ("buf0 = aten.index.Tensor(arg0_1, [arg0_1])", "the argument indices"),
         ("buf0 = aten.add.Tensor(arg0_1, 2)", "the argument other"),
         ("buf0 = aten.relu.default(_tensor_constant0)", "_tensor_constant0"),
+        ("buf0 = empty_strided_cpu((2, ), (1, ), torch.complex64)", "torch.complex64"),
     ],
 )
 def test_lines_that_are_not_known_are_told(line, why):
