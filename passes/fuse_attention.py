@@ -58,7 +58,7 @@ def _attention(context: Context, node: Node) -> None:
     kernel = cpp_attention.kernel(shape(q)[3], DTYPE_NAMES[dtype(q)])
     with context.graph.inserting_before(node):
         given = (q, keys, values, mask, scale, kernel)
-        new = context.insert(torch.ops.gaws.attend.default, given, node, item.meta["val"])
+        new = context.insert(attention.ATTEND, given, node, item.meta["val"])
     context.replace(item, new)
     context.erase(item)
     context.matched()

@@ -30,6 +30,7 @@ def _fake(
 
 
 torch.library.register_fake("gaws::attend", _fake, lib=ops.LIBRARY)
+ATTEND = torch.ops.gaws.attend.default
 
 
 def meaning(

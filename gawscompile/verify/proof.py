@@ -80,7 +80,7 @@ class Values:
             elif is_call(node, *OPS):
                 program = Program.parse(inputs[2])
                 result = program.run(inputs[0], inputs[1], functools.partial(recipe.run, exact=True))
-            elif is_call(node, torch.ops.gaws.attend.default):
+            elif is_call(node, attention.ATTEND):
                 result = attention.meaning(*inputs)
             else:
                 result = node.target(*inputs, **keywords)
@@ -213,6 +213,9 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
                 fault = _kernel_fault(rewrite, new, [old.known[origin] for origin in wanted])
                 if fault:
                     return f"draw {draw}, {fault}"
+            for node, origin in zip(rewrite.nodes, wanted, strict=True):
+                if is_call(node, attention.ATTEND) and (fault := _attention_fault(node, new, old.known[origin])):
+                    return f"draw {draw}, {fault}"
         except Exception as error:
             return f"draw {draw}: cannot be run: {type(error).__name__}: {error}"
     return None
@@ -273,6 +276,18 @@ def _kernel_fault(rewrite: Rewrite, new: Values, wanted: list[torch.Tensor]) -> 
             if fault:
                 return f"plan {plan}, {got.dtype}: {fault}"
     return None
+
+
+def _attention_fault(node: Node, new: Values, want: torch.Tensor) -> str | None:
+    """Run the generated kernel of attention on the draw's inputs in their own dtypes."""
+
+    def own(one: Node) -> torch.Tensor:
+        fake = one.meta["val"]
+        return new.known[one].to(fake.device, fake.dtype)
+
+    inputs: Any = map_arg(node.args, own)
+    got = attention.ATTEND(*inputs)
+    return _difference(f"{inputs[-1]}, {got.dtype}", got, want, KERNEL[got.dtype])
 
 
 def _undo(context: Context, rewrite: Rewrite, fault: str) -> None:

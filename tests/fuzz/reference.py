@@ -24,6 +24,7 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import operands_of, operator_group, operator_sum, project
 from gawscompile.ir.types import DTYPE_NAMES, DTYPES, SCALE_DTYPES
 from gawscompile.planning.table import Program as Planned
+from gawscompile.runtime import attention
 from gawscompile.runtime.ops import OPS
 
 
@@ -81,6 +82,8 @@ def _call(node: Node, inputs: Any, keywords: Any, exact: bool) -> Any:
     if target in OPS:
         program = Planned.parse(inputs[2])
         return kernel(inputs[0], program.operands(inputs[1], hoisted), str(program.spec))
+    if target is attention.ATTEND:
+        return attention.meaning(*map(_single, inputs)).to(inputs[0].dtype)
     return tree_map_only(torch.Tensor, lambda t: _wide(t, exact), target(*inputs, **keywords))
 
 

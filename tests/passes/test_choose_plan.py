@@ -49,7 +49,8 @@ def test_plain_linears_go_back_to_inductor_where_the_library_is_faster(device):
 @pytest.mark.parametrize("device", [FAST_LIBRARY], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_that_goes_back_has_its_product_again(device, dtype):
-    captured = capture(small_llama(dtype, layers=1, lora=None), tokens(4, 16), use_cache=False)
+    # More queries than a kernel of attention takes: what is left is the library's, bit by bit.
+    captured = capture(small_llama(dtype, layers=1, lora=None), tokens(4, 24), use_cache=False)
     assert any(
         n.args[2]
         for n in captured.until("fuse_epilogues").graph.find_nodes(op="call_function", target=project)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from gawscompile.ir.records import Reason
+from gawscompile.runtime.attention import ATTEND
 from tests.graphs import capture, count
 
 ROWS, HEADS, GROUPS, KEYS, FEATURES = 2, 6, 2, 11, 16
 SCALE = 0.3
 MASK = torch.arange(KEYS) < 7
-ATTEND = torch.ops.gaws.attend.default
 
 
 def repeated(keys, times=HEADS // GROUPS):
