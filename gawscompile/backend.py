@@ -34,6 +34,7 @@ from gawscompile.passes import PIPELINE
 from gawscompile.passes.context import Context, Rewrite, VerifierError, inputs_of, verify
 from gawscompile.planning import devices
 from gawscompile.runtime import (
+    bound,
     eager_generate,
     executor,
     forks,
@@ -84,6 +85,7 @@ def gaws(
     if inductor.get("max_autotune"):
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
+    bound.want(ours.bind)
     traced = observer.wanted(ours)
     key = _key(gm, example_inputs, ours.key(traced), inductor, kind)
     stored = stored_inputs(gm, example_inputs)

@@ -38,6 +38,10 @@ class Options:
     """On a CPU, run Inductor's wrapper without Python (`gawscompile.runtime.executor`). ``GAWS_EXECUTOR=0`` sets the
     default."""
 
+    bind: bool = False
+    """Gather a graph's parameters once, and again only where something changed (`gawscompile.serving.bound`).
+    ``gawscompile.compile`` sets it, whose guards know."""
+
     dump: str = ""
     """A folder for what the compiler did (`gawscompile.observe.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
 
@@ -50,7 +54,7 @@ class Options:
 
     def key(self, traced: bool) -> str:
         """What of them decides the outcome of a compile, for cache keys: whether there is a dump, not where it goes."""
-        return f"{dataclasses.replace(self, dump='', huge_pages=True, executor=True)} traced={traced}"
+        return f"{dataclasses.replace(self, dump='', huge_pages=True, executor=True, bind=False)} traced={traced}"
 
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -79,7 +83,7 @@ class Options:
 
 
 KINDS = {
-    **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages", "executor"), "bool"),
+    **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages", "executor", "bind"), "bool"),
     "dump": "str (a folder)",
     "disable": "list of pass names",
     "fuel": "int (0 or more)",

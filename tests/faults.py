@@ -27,6 +27,20 @@ FAULTS: dict[str, Fault] = {
         "tests/runtime/test_executor.py",
         unproven=AROUND,
     ),
+    "what may change is kept from call to call": Fault(
+        "runtime/bound.py",
+        "if value.called or value.whole not in seen]",
+        "if value.called]",
+        "tests/runtime/test_bound.py",
+        unproven=A_CHANGE,
+    ),
+    "a call that no guard let through reads what was kept": Fault(
+        "runtime/bound.py",
+        'vars(self._watch.last).pop("state", None)',
+        'vars(self._watch.last).get("state", None)',
+        "tests/runtime/test_bound.py",
+        unproven=A_CHANGE,
+    ),
     "a mask of bools turned around": Fault(
         "codegen/attention.cpp",
         "? 0 : MINUS_INFINITY;",
@@ -248,8 +262,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "key that misses an option": Fault(
         "options.py",
-        "dataclasses.replace(self, dump='', huge_pages=True, executor=True)",
-        "dataclasses.replace(self, dump='', huge_pages=True, executor=True, disable=())",
+        "dataclasses.replace(self, dump='', huge_pages=True, executor=True, bind=False)",
+        "dataclasses.replace(self, dump='', huge_pages=True, executor=True, bind=False, disable=())",
         "tests/test_keys.py",
         unproven=A_KEY,
     ),

@@ -18,7 +18,7 @@ import torch
 from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.backend import register
-from gawscompile.runtime import polyfills
+from gawscompile.runtime import bound, polyfills
 from gawscompile.serving import generation, unchanged, watched
 
 log = logging.getLogger("gawscompile")
@@ -52,7 +52,7 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
 def _compiled(options: dict[str, Any], settings: dict[str, Any], target: Any) -> Any:
     """torch.compile takes the filter out of the options that it is given, so each call gets options of its own."""
     return torch.compile(
-        target, backend="gaws", options={**options, "guard_filter_fn": inference_guards}, **settings
+        target, backend="gaws", options={"bind": True, **options, "guard_filter_fn": inference_guards}, **settings
     )
 
 
@@ -111,5 +111,7 @@ def _install(builder: Any, replaced: list[Any]) -> None:
     _, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
     sources = [source for guard in replaced for source in watched.looks_at(guard)]
     guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"])
+    parameters = [one.originating_source for one in replaced if one.create_fn_name() == "TENSOR_MATCH"]
+    bound.tie(guard, {source.name for source in parameters})
     said = [f"{len(replaced)} guards on modules and their parameters (gawscompile.compile)"]
     builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)

@@ -17,6 +17,7 @@ import functools
 import itertools
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -118,7 +119,9 @@ class State:
     """What was there when the guards of a graph last held for certain variables: models, mostly."""
 
     def __init__(self, variables: list[Any], found: Found) -> None:
-        self.variables = [weakref.ref(variable) for variable in variables]
+        self.variables = [weakref.ref(variable, self._forget) for variable in variables]
+        self.bound: list[Any] | None = None
+        """What a graph reads of the variables, gathered (`serving/bound.py`)."""
         self.hooks = RemovableHandle.next_id
         words = found.words + [address + TYPE for address in found.tensors]
         slots = [_slot(tensor) for tensor in found.tensors.values()]
@@ -132,6 +135,10 @@ class State:
         self.handle = ctypes.c_void_p(handle)
         weakref.finalize(self, _library().gaws_unwatch, self.handle)
         self._unchanged = _library().gaws_unchanged
+
+    def _forget(self, _: Any) -> None:
+        """A model that is gone leaves nothing in memory."""
+        self.bound = None
 
     def same(self, variables: list[Any]) -> bool:
         """Whether everything is as it was."""
@@ -154,6 +161,7 @@ class Unchanged:
         self.states: dict[tuple[int, ...], State] = {}
         self.missed: dict[tuple[int, ...], int] = {}  # how often in a row something had changed
         self.waits: dict[tuple[int, ...], int] = {}  # calls until the next state is made
+        self.last = threading.local()  # `last.state`: by which this thread's guards held; see `runtime.bound`
 
     def __call__(self, scope: Any) -> bool:
         """Whether the guards hold. `scope`: the locals of the call.
@@ -169,7 +177,9 @@ class Unchanged:
         state = self.states.get(key)
         if state is not None and state.same(variables):
             self.missed.pop(key, None)
+            self.last.state = state
             return True
+        self.last.state = None
         self.states.pop(key, None)
         if not self.guards.check(scope):
             return False
@@ -189,7 +199,7 @@ class Unchanged:
             self.hooked = hooked
             if len(self.states) >= MOST:
                 self._forget()
-            self.states[key] = State(variables, found)
+            self.last.state = self.states[key] = State(variables, found)
         except (Unwatchable, TypeError) as error:  # right all the same: all the guards are checked in every call
             log.info("gaws: guards are checked in every call: %s", error)
         return True

@@ -1,0 +1,244 @@
+"""A call of a compiled graph whose parameters are gathered once, and not before every call.
+
+Dynamo's code for a frame hands everything to the graph that the graph reads: for a model with adapters hundreds of
+parameters, each at the end of a chain of attributes and dictionaries. Where one guard knows that nothing of this
+changed (`serving/unchanged.py`), neither did the parameters. So `rewritten`, a hook on that code, leaves the gathering
+to `BoundCall`, which keeps what it gathered as long as the guard's `State` holds:
+
+    __compiled_fn(kwargs["input_ids"], module._modules["layers"]._modules["0"]._parameters["weight"], …)
+    BoundCall(__compiled_fn, module, args, kwargs)
+
+Nothing else in the code is touched. What is called in between, what is read from globals or from closures, is not
+understood, and such code stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from types import CodeType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch._dynamo import bytecode_transformation as bytecode
+from torch._dynamo.convert_frame import register_bytecode_hook
+from torch._dynamo.eval_frame import skip_code
+
+log = logging.getLogger("gawscompile")
+
+_compile = threading.local()
+"""`_compile.wanted`: what this thread compiles is to be bound; `_compile.call`: the `BoundCall` made for it."""
+
+
+def want(wanted: bool) -> None:
+    """Said by the backend: whether the frame that this thread compiles is to have its parameters bound."""
+    if wanted:
+        _install()
+    _compile.wanted = wanted
+
+
+def tie(watch: Watch, seen: Collection[str]) -> None:
+    """Said when the guards of that frame are made: `watch` sees every change to the parameters that sources of the
+    names `seen` give."""
+    call: BoundCall | None = vars(_compile).pop("call", None)
+    if call is not None:
+        call.tie(watch, seen)
+
+
+@functools.cache
+def _install() -> None:
+    register_bytecode_hook(rewritten)
+
+
+def rewritten(code: CodeType, new_code: CodeType) -> CodeType | None:
+    """Dynamo's `new_code` for a frame, with a `BoundCall`; None where it stays as it is."""
+    state = vars(_compile)
+    state.pop("call", None)
+    if not state.pop("wanted", False) or torch._dynamo.config.caching_precompile:  # which keeps code in files
+        return None
+    found: list[BoundCall] = []
+
+    def change(instructions: list[bytecode.Instruction], options: dict[str, Any]) -> None:
+        found.append(_replace(instructions, options))
+
+    try:
+        new, _made = bytecode.transform_code_object(new_code, change)
+    except Exception as error:
+        how = error if isinstance(error, Unknown) else repr(error)  # or another Dynamo than we know
+        log.info("gaws: parameters are gathered in every call: %s", how)
+        return None
+    state["call"] = found[0]
+    return new
+
+
+class State(Protocol):
+    """Of parameters that did not change. `bound`: what a graph reads, gathered; None instead of what may change."""
+
+    bound: list[Any] | None
+
+
+class Watch(Protocol):
+    """A guard on parameters (`serving.unchanged.Unchanged`). `last.state`: by which this thread's guards held; that is
+    good for the call that they let through, and for that one alone."""
+
+    last: threading.local
+
+
+class Unknown(Exception):
+    """Code that is not gathered from variables alone: the message says what it is."""
+
+
+class Value(NamedTuple):
+    """What an instruction leaves on the stack: Python for it, in which temporaries stand for what they hold, the same
+    without temporaries, the names that it reads, and whether something is called for it."""
+
+    text: str
+    whole: str
+    reads: frozenset[str] = frozenset()
+    called: bool = False
+
+
+def _replace(instructions: list[bytecode.Instruction], options: dict[str, Any]) -> BoundCall:
+    """Put a `BoundCall` in the place of the gathering, and of the call. Raises `Unknown`."""
+    start = next((at for at, one in enumerate(instructions) if _is_graph(one)), None)
+    if start is None:
+        raise Unknown("it calls no graph")
+    starred = sum(bool(options["co_flags"] & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+    variables = dict.fromkeys(
+        options["co_varnames"][: options["co_argcount"] + options["co_kwonlyargcount"] + starred], "LOAD_FAST"
+    )
+    variables |= dict.fromkeys((*options["co_cellvars"], *options["co_freevars"]), "LOAD_DEREF")
+    end, values, temporaries = _gathered(instructions, start, variables)
+    after = [one for one in instructions[end:] if not (one.opname == "DELETE_FAST" and one.argval in temporaries)]
+    if any(one.argval in temporaries for one in after if one.opname.endswith("_FAST")):
+        raise Unknown("what was gathered is read again")
+    read = set().union(*(value.reads for value in (*values, *temporaries.values())))
+    variables = {name: load for name, load in variables.items() if name in read}
+    call = BoundCall(list(variables), temporaries, values)
+    instructions[start:] = [
+        *bytecode.add_push_null(bytecode.create_instruction("LOAD_CONST", argval=call)),
+        bytecode.create_instruction("LOAD_GLOBAL", arg=0, argval=instructions[start].argval),
+        *(bytecode.create_instruction(load, argval=name) for name, load in variables.items()),
+        *bytecode.create_call_function(1 + len(variables), push_null=False),
+        *after,
+    ]
+    return call
+
+
+def _is_graph(one: bytecode.Instruction) -> bool:
+    return one.opname == "LOAD_GLOBAL" and str(one.argval).startswith("__compiled_fn")
+
+
+def _gathered(
+    instructions: list[bytecode.Instruction], start: int, variables: Mapping[str, str]
+) -> tuple[int, list[Value], dict[str, Value]]:
+    """Where the call of the graph ends, its arguments, and the temporaries that these are made of. `variables`: by
+    which instruction each is loaded."""
+    stack = [_constant("graph")]
+    temporaries: dict[str, Value] = {}
+    for at in range(start + 1, len(instructions)):
+        one = instructions[at]
+        name, given = one.opname, one.argval
+        if name == "LOAD_FAST" and given in temporaries:
+            stack.append(Value(given, temporaries[given].whole, frozenset([given]), temporaries[given].called))
+        elif name == variables.get(given):
+            stack.append(Value(given, f"L[{given!r}]", frozenset([given])))
+        elif name == "STORE_FAST" and given not in (*variables, *temporaries):
+            temporaries[given] = stack.pop()
+        elif name == "LOAD_CONST":
+            stack.append(_constant(repr(given)))
+        elif name == "LOAD_ATTR":
+            stack.append(_made(f"{{}}.{given}", stack.pop()))
+        elif name == "BINARY_SUBSCR":
+            index = stack.pop()
+            stack.append(_made("{}[{}]", stack.pop(), index))
+        elif name == "COPY" and one.arg == 1:
+            stack.append(stack[-1])
+        elif name == "LOAD_GLOBAL" and given == UTILS:
+            stack.append(_constant(UTILS))
+        elif name == "POP_TOP":
+            stack.pop()
+        elif name == "CALL":
+            first = len(stack) - (one.arg or 0)
+            values, stack = stack[first:], stack[:first]
+            if len(stack) == 1:
+                return at + 1, values, temporaries
+            function = stack.pop()
+            if not function.reads and not function.whole.startswith(f"{UTILS}."):
+                raise Unknown(f"it calls {function.whole}")
+            made = _made(f"{{}}({', '.join(['{}'] * len(values))})", function, *values)
+            stack.append(made._replace(called=True))
+        elif name not in ("PUSH_NULL", "PRECALL", "NOP"):
+            raise Unknown(f"{name} {given}")
+    raise Unknown("its call of the graph has no end")
+
+
+UTILS = "__import_torch_dot__dynamo_dot_utils"
+"""How Dynamo's code calls its own helpers: one tells a tensor's size, one the profiler that there is gathering."""
+
+
+def _constant(text: str) -> Value:
+    return Value(text, text)
+
+
+def _made(form: str, *values: Value) -> Value:
+    """What `form` says of `values`."""
+    return Value(
+        form.format(*(value.text for value in values)),
+        form.format(*(value.whole for value in values)),
+        frozenset().union(*(value.reads for value in values)),
+        any(value.called for value in values),
+    )
+
+
+class BoundCall:
+    """The call of a graph in a frame of such `variables`. Its arguments are `values`, made of `temporaries`."""
+
+    def __init__(self, variables: Sequence[str], temporaries: dict[str, Value], values: list[Value]) -> None:
+        self._variables, self._temporaries, self._values = variables, temporaries, values
+        self._all = self._gather(values)
+        self._watch: Watch | None = None
+        self._free: list[int] = []
+        self._others = self._all
+
+    def _gather(self, values: list[Value]) -> Any:
+        """The function of the frame's variables whose result is the tuple of `values`."""
+        needed = set().union(*(value.reads for value in values))
+        lines = []
+        for name, value in reversed(self._temporaries.items()):
+            if name in needed:
+                needed |= value.reads
+                lines.append(f"    {name} = {value.text}")
+        returned = "".join(f"{value.text}, " for value in values)
+        source = [f"def gather({', '.join(self._variables)}):", *reversed(lines), f"    return ({returned})"]
+        made: dict[str, Any] = {UTILS: torch._dynamo.utils}
+        exec(compile("\n".join(source), "<gaws: what a graph reads>", "exec"), made)
+        skip_code(made["gather"].__code__)
+        return made["gather"]
+
+    def tie(self, watch: Watch, seen: Collection[str]) -> None:
+        """From now on keep the values that `watch` sees changes of: those that sources named so give."""
+        self._free = [at for at, value in enumerate(self._values) if value.called or value.whole not in seen]
+        self._others = self._gather([self._values[at] for at in self._free])
+        self._watch = watch
+
+    def __call__(self, graph: Any, *variables: Any) -> Any:
+        state = vars(self._watch.last).pop("state", None) if self._watch else None
+        if state is None:
+            return graph(*self._all(*variables))
+        if state.bound is None:
+            values = list(self._all(*variables))
+            state.bound = values.copy()
+            for at in self._free:
+                state.bound[at] = None
+        else:
+            values = state.bound.copy()
+            for at, value in zip(self._free, self._others(*variables), strict=True):
+                values[at] = value
+        return graph(*values)
+
+
+skip_code(BoundCall.__call__.__code__)  # or Dynamo would compile it
