@@ -15,6 +15,7 @@ from gawscompile.cache import CacheError
 from gawscompile.ir.types import SpecError
 from gawscompile.loading.arguments import Parser, new_file, new_folder, one_line, path, whole
 from gawscompile.loading.errors import ModelError
+from gawscompile.loading.quiet import quiet
 from gawscompile.options import OptionError
 
 
@@ -52,7 +53,8 @@ def _parser() -> Parser:
     shown = explain.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="plain data instead of tables")
     shown.add_argument("--html", type=path, help="write a page to this file instead")
-    explain.add_argument("--measure", action="store_true", help="time the groups' kernels and the guards, too")
+    explain.add_argument("--measure", action="store_true", help="time kernels, guards and the parts of a call, too")
+    explain.add_argument("--serving", action="store_true", help="compile as gawscompile.compile does")
     explain.add_argument("--dump", type=path, help="a folder for every step of the compiler, with a page")
     explain.set_defaults(run=_explain)
     emit = commands.add_parser("emit", help="a model's Triton kernels as files, for a GPU that need not be here")
@@ -112,7 +114,7 @@ def _explain(arguments: argparse.Namespace) -> str:
         new_folder("--dump", arguments.dump)
     model, inputs = _load(arguments)
     options = {"dump": arguments.dump} if arguments.dump else {}
-    report = gawscompile.explain(model, options=options, measure=arguments.measure, **inputs)
+    report = gawscompile.explain(model, options=options, measure=arguments.measure, serving=arguments.serving, **inputs)
     if arguments.html:
         arguments.html.write_text(report.to_html(), encoding="utf-8")
         return str(arguments.html)
@@ -178,6 +180,7 @@ def _cache_clear(arguments: argparse.Namespace) -> str:
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model, and the inputs of one call."""
+    quiet()
     import torch
 
     from gawscompile.demo import packaged

@@ -126,6 +126,9 @@ def test_breaks_recompiles_and_guards_with_cause_and_remedy(measured):
     clear_compilation_metrics()
     whole = explain(Pair().eval(), torch.randn(1, 3, 32), measure=True)
     assert 0 <= whole.guard_seconds < 1 and "µs)" in whole.verdict()
+    assert whole.parts["projections"] > 0 and whole.parts["guards"] > 0 and "attention" not in whole.parts
+    (rows,) = [rows for title, rows in whole.tables() if title == "Where a call's time goes"]
+    assert len(rows) == 1 + len(whole.parts) and whole.to_dict()["parts"] == whole.parts
     torch._dynamo.reset()
     compiled = torch.compile(Pair().eval(), backend="gaws", dynamic=False)
     with torch.no_grad():

@@ -25,12 +25,14 @@ def explain(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     measure: bool = False,
+    serving: bool = False,
     **inputs: Any,
 ) -> Report:
     """Compile `model` with the backend for one call ``model(*args, **inputs)`` and report what became of it.
 
     `model` may be compiled already. The call runs without gradients, on copies of the inputs. Linears that no graph
-    contains are reported too. `measure`: time every group's kernels and the guards on this machine, some seconds.
+    contains are reported too. `measure`: time every group's kernels, the guards and the parts of a call here, some
+    seconds. `serving`: compile as `gawscompile.compile` does.
     Raises what the model raises, and `OptionError` for bad options.
     """
     from gawscompile.backend import gaws
@@ -39,28 +41,41 @@ def explain(
 
     model = getattr(model, "_orig_mod", model)
     mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
-    call = call_once(model, functools.partial(gaws, options=dict(options or {})), args, inputs, dynamic)
+    given = {"bind": serving, **(options or {})}
+    call = call_once(model, functools.partial(gaws, options=given), args, inputs, dynamic, serving)
     report = assemble(RECORDS.since(mark), model)
     report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])
     report.guards = frames.guards(began)
     report.troubles = [*frames.limited(), *frames.broken(before), *frames.recompiled()]
     if measure:
         from gawscompile.calibration import measure as timing
+        from gawscompile.calibration import split
 
         timing.measure_groups(report.groups)
         try:
             report.guard_seconds = timing.guard_seconds(call)
         except RuntimeError as error:  # without guards torch cannot tell the graphs of a broken frame apart
             report.notes.append(f"guards were not measured: {error}")
+        report.parts = split.seconds(call)
     return report
 
 
 def call_once(
-    model: torch.nn.Module, backend: Any, args: tuple[Any, ...], inputs: dict[str, Any], dynamic: bool | None = None
+    model: torch.nn.Module,
+    backend: Any,
+    args: tuple[Any, ...],
+    inputs: dict[str, Any],
+    dynamic: bool | None = None,
+    serving: bool = False,
 ) -> Callable[[], Any]:
     """Compile `model` with `backend` for one call, without gradients and on copies of the inputs, and run it. Returns
-    what runs it again."""
-    compiled = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic)
+    what runs it again. `serving`: with the guards of `gawscompile.compile`."""
+    filtered: Any = None
+    if serving:
+        from gawscompile.serving.guards import inference_guards
+
+        filtered = {"guard_filter_fn": inference_guards}
+    compiled = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic, options=filtered)
 
     def call() -> Any:
         with torch.no_grad():

@@ -32,6 +32,7 @@ class Report:
     troubles: list[Trouble] = field(default_factory=list)
     guards: int | None = None
     guard_seconds: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def fused(self) -> list[LinearRecord]:
@@ -92,6 +93,7 @@ class Report:
             "troubles": [asdict(trouble) for trouble in self.troubles],
             "guards": self.guards,
             "guard_seconds": self.guard_seconds,
+            "parts": dict(self.parts),
         }
 
     def tables(self) -> list[tuple[str, list[Sequence[str]]]]:
@@ -109,6 +111,10 @@ class Report:
         if rows:
             titles = ("groups", "first", "m", "plan", "for every m", "launches", "bytes", "estimates in µs", "measured")
             found.append(("Groups: of kernels against operations as traced, and why this plan", [titles, *rows]))
+        if self.parts:
+            whole = sum(self.parts.values())
+            parts = [(name, f"{taken * 1e3:.3f}", f"{taken / whole:.0%}") for name, taken in self.parts.items()]
+            found.append(("Where a call's time goes", [("part", "ms", "share"), *parts]))
         if self.troubles:
             troubles = [(str(t.count), t.kind, t.cause, t.remedy) for t in self.troubles]
             found.append(("Breaks and recompiles", [("times", "what", "cause", "remedy"), *troubles]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import sys
 import tempfile
 import textwrap
@@ -27,6 +26,7 @@ from gawscompile.demo.decoding import Decoder
 from gawscompile.loading import folders
 from gawscompile.loading.arguments import Parser, one_line, path, whole
 from gawscompile.loading.errors import ModelError
+from gawscompile.loading.quiet import quiet
 from gawscompile.observe.store import RECORDS
 
 QUESTION = "How do I make a good cup of tea?"
@@ -113,9 +113,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     Raises `ModelError` for folders that do not hold them.
     """
-    # They warn while they are imported, of GPU extensions (torchao) and of a call that torch deprecates.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar

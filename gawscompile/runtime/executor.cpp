@@ -128,6 +128,7 @@ c10::List<Tensor> execute(const Executor& executor, at::ArrayRef<c10::IValue> in
         break;
       }
       case KERNEL: {
+        RECORD_FUNCTION(step.text, {});
         size_t count = 0;
         for (const int64_t r : step.in)
           arguments[count++] = r < 0 ? reinterpret_cast<void*>(n[-1 - r]) : value(r).toTensor().data_ptr();

@@ -179,7 +179,7 @@ class Code:
         library = ctypes.CDLL(self.names[name].__self__.__file__)
         address = ctypes.cast(library.kernel, ctypes.c_void_p).value
         assert address is not None
-        self.steps.append(Step("KERNEL", given=given, kernel=address))
+        self.steps.append(Step("KERNEL", given=given, kernel=address, text=name))
 
     def _op(self, call: ast.Call, keep: bool) -> int:
         """The register of what an op returns, -1 where nothing keeps it."""
