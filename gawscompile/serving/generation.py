@@ -60,7 +60,8 @@ class CompiledModel(OptimizedModule):
         by another. Takes and returns what that does.
 
         Keys and values go into a static cache with room for all tokens that are asked for, unless the caller chose
-        a cache (``cache_implementation="dynamic"``: one that grows), or the model cannot have a static one.
+        a cache (``cache_implementation="dynamic"``: one that grows), asked for attentions, or the model cannot have a
+        static one.
         """
         with self._calls.compiled():
             model: Any = self._orig_mod
@@ -169,6 +170,7 @@ def with_cache(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     chosen = [*map(asked, ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit"))]
     chosen += map(kwargs.get, (*CACHES, *LOOPS))
     free = all(value is None for value in chosen) and asked("use_cache") is not False and not asked("is_assistant")
+    free = free and not asked("output_attentions")  # over a static cache they have its length
     if free and getattr(inner, "_can_compile_fullgraph", False):
         more["cache_implementation"] = "static"
         if hasattr(inner.generation_config, "max_cache_len") and asked("max_cache_len") is None:
