@@ -13,14 +13,15 @@ after::
     out    = torch.ops.gaws.attend(q, keys, values, mask, s, "attend d=64 x=bf16")
 
 With grouped queries, Inductor writes every key and value out once for each head that reads it, in every step, and a
-mask of the activation's dtype beside them. The kernel does not need them (`codegen/attention.cpp`). Many queries stay
-with the library, whose kernel shares the loads of keys between them.
+mask of the activation's dtype beside them. The kernel does not need them (`codegen/attention.cpp`; on a GPU
+flash-decoding, `codegen/triton_attention.py`). Many queries stay with the library, whose kernel shares the loads of
+keys between them.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -31,22 +32,33 @@ from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
+from gawscompile.planning import devices
+from gawscompile.planning.targets import target_of
 from gawscompile.runtime import attention
 
 MOST_QUERIES = 16
 
-SDPA = aten._scaled_dot_product_flash_attention_for_cpu.default
+SDPA = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+"""Their first result is the attention's; the others, which training reads, differ."""
 
 
 def run(graph: Graph, context: Context) -> None:
-    for node in graph.find_nodes(op="call_function", target=SDPA):
-        if context.looks_at(node):
-            _attention(context, node)
+    for target in SDPA:
+        for node in graph.find_nodes(op="call_function", target=target):
+            if context.looks_at(node):
+                _attention(context, node)
 
 
 def _attention(context: Context, node: Node) -> None:
     q, keys, values, mask, scale = _parts(node)
     why = _refusal(node, q, keys, values, mask)
+    if context.options.transparent and q.meta["val"].device.type != "cpu":
+        why = "the graph is to have no op of ours (transparent)"
     if why is not None:
         note = f"{Reason.ATTENTION.value}: {why}"
         if note not in context.record.notes:
@@ -62,13 +74,14 @@ def _attention(context: Context, node: Node) -> None:
     context.replace(item, new)
     context.erase(item)
     context.matched()
-    attention.start(kernel)
+    attention.start(kernel, target_of(devices.of(q.meta["val"].device.type)).device)
 
 
 def _parts(node: Node) -> tuple[Any, ...]:
     """Queries, keys and values before they are repeated, mask, scale."""
-    q, k, v, *_ = args(node)
-    mask, scale = node.kwargs.get("attn_mask"), node.kwargs.get("scale")
+    given = _given(node)
+    q, k, v, scale = given["query"], given["key"], given["value"], given.get("scale")
+    mask = given.get("attn_mask") or given.get("attn_bias")
     if not isinstance(scale, float):
         features = shape(q)[3]
         scale = features**-0.5 if type(features) is int and features else None
@@ -78,12 +91,18 @@ def _parts(node: Node) -> tuple[Any, ...]:
     return q, k, v, _seen(mask), scale
 
 
+def _given(node: Node) -> dict[str, Any]:
+    """A call's arguments by their names."""
+    names = [argument.name for argument in cast(Any, node.target)._schema.arguments]
+    return {**dict(zip(names, args(node), strict=False)), **node.kwargs}
+
+
 def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None) -> str | None:
     """Why the library keeps it, if it does."""
-    rest = args(node)[3:]  # dropout, is_causal
+    given = _given(node)
     if len(node.users) != 1 or not is_call(item := next(iter(node.users)), operator.getitem) or args(item)[1] != 0:
         return "something reads its log-sum-exp"
-    if any(rest) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal"):
+    if any(given.get(name) for name in ("dropout_p", "is_causal", "return_debug_mask")):
         return "it is causal or drops out"
     rows, heads, queries, features = shape(q)
     if type(queries) is not int or queries > MOST_QUERIES:
@@ -130,6 +149,8 @@ def _repeated(node: Node) -> tuple[Node, Any]:
 
 def _seen(mask: Any) -> Any:
     """What may be seen (bool), where the mask is made of that: 0 there, and -inf elsewhere."""
+    if is_call(mask, aten.expand.default) and len(shape(args(mask)[0])) == 4:
+        return _seen(args(mask)[0])  # the kernel broadcasts
     if not is_call(mask, aten.where.self):
         return mask
     condition, yes, no = args(mask)

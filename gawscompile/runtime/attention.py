@@ -5,7 +5,7 @@
 `q` is ``[rows, heads, queries, features]``; `k` and `v` are ``[rows, groups, keys, features]``, each of their heads for
 ``heads / groups`` of q's. `mask` broadcasts to ``[rows, heads, queries, keys]``: what may be seen (bool), or what is
 added to the scores (fp32, or q's dtype). The result has q's shape and lies in memory as q does. `kernel` names the
-generated kernel (`codegen.cpp_attention.kernel`). On CPUs.
+generated kernel (`codegen.cpp_attention.kernel`). On CPUs it is C++, on GPUs Triton (`codegen/triton_attention.py`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,23 @@ def meaning(
     return torch.where(whole == float("-inf"), 0.0, scores.softmax(-1)) @ v
 
 
-def start(kernel: str) -> None:
-    """Begin to build a kernel in the background."""
-    build.start(cpp_attention.emit(kernel))
+def on_gpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, kernel: str
+) -> torch.Tensor:
+    """The CUDA kernel of the op. Raises `ValueError`, naming the tensor, where one does not fit `kernel`."""
+    from gawscompile.codegen import triton_attention
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device and its current stream
+        return triton_attention.launch(q, k, v, mask, scale, kernel)
+
+
+ops.LIBRARY.impl("attend", on_gpu, "CUDA")
+
+
+def start(kernel: str, device: str) -> None:
+    """Begin to build a kernel in the background. Triton's are compiled when they are first called."""
+    if device == "cpu":
+        build.start(cpp_attention.emit(kernel))
 
 
 def register(kernel: str) -> None:

@@ -350,6 +350,7 @@ OTHERS = {
     "seeds": "test_error_over_seeds",
     "overflow": "test_fp16_survives_a_large_scale",
     "live": "test_replaced_factors_show_in_the_next_call",
+    "attention": "test_attention_of_few_queries",
 }
 """What else is measured, and the test that reads it."""
 
@@ -418,6 +419,13 @@ def test_fp16_survives_a_large_scale(interpreted: dict[str, list[dict]]):
 
 def test_replaced_factors_show_in_the_next_call(interpreted: dict[str, list[dict]]):
     assert interpreted["live"][0]["shows"]
+
+
+def test_attention_of_few_queries(interpreted: dict[str, list[dict]]):
+    lines = interpreted["attention"]
+    assert len(lines) == 24 and {line["parts"] for line in lines} == {1, 3}
+    for line in lines:
+        assert line["error"] <= 2 * line["bound"], line
 
 
 def test_generated_module_is_a_file_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

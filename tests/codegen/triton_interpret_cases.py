@@ -1,15 +1,16 @@
 """Runs generated Triton modules in Triton's interpreter and prints one JSON line of measurements per case and plan.
 
 A program, as the interpreter must be chosen before Triton is imported: ``TRITON_INTERPRET=1 python -m
-tests.codegen.triton_interpret_cases NAMES``, names of `CASES`, "seeds", "overflow" or "live". `test_triton.py` runs it
-once and judges the lines. Every tensor lies between NaNs and outputs start as NaN, so a read or a write beyond an end,
-or an element that was left out, shows.
+tests.codegen.triton_interpret_cases NAMES``, names of `CASES`, "seeds", "overflow", "live" or "attention".
+`test_triton.py` runs it once and judges the lines. Every tensor lies between NaNs and outputs start as NaN, so a read
+or a write beyond an end, or an element that was left out, shows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -306,6 +307,28 @@ def repair_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_index
 
 
+def attention() -> Iterator[dict[str, Any]]:
+    """Errors against fp64, over the largest answer: keys in one part and in three, with every kind of mask."""
+    from gawscompile.codegen import triton_attention
+    from gawscompile.runtime.attention import meaning
+    from tests.runtime.test_attention import BOUNDS, drawn, masks
+
+    f32, bf16 = ("f32", torch.float32, 5), ("bf16", torch.bfloat16, 64)
+    blocks = (1, 70, 1, 2, 40)  # several of queries
+    cases = [(f32, (1, 9, 3, 1, 200), 6), (f32, (2, 4, 4, 3, 7), 2), (f32, blocks, 2), (bf16, blocks, 2)]
+    for (name, dtype, features), sizes, kinds in cases:
+        for parts in (1, 3):
+            triton_attention._parts = lambda *_, parts=parts: parts
+            q, k, v = drawn(dtype, features, *sizes)
+            for number, mask in itertools.islice(enumerate(masks(q, k)), kinds):
+                got = triton_attention.launch(q, k, v, mask, 0.3, f"attend d={features} x={name}")
+                exact = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+                want = meaning(q.double(), k.double(), v.double(), exact, 0.3)
+                error = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1.0))
+                line = {"dtype": name, "parts": parts, "sizes": sizes, "mask": number, "bound": BOUNDS[dtype]}
+                yield {"case": "attention", "error": error, **line}
+
+
 def main(names: list[str]) -> None:
     repair_interpreter()
     torch.set_num_threads(1)
@@ -323,6 +346,8 @@ def main(names: list[str]) -> None:
         print(json.dumps({"case": "overflow", **overflow()}))
     if "live" in names:
         print(json.dumps({"case": "live", "shows": live()}))
+    for line in attention() if "attention" in names else ():
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

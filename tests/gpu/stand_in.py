@@ -205,7 +205,7 @@ def install() -> None:
     from gawscompile import backend
     from gawscompile.calibration import gpu_timing
     from gawscompile.planning import devices
-    from gawscompile.runtime import gpu, ops
+    from gawscompile.runtime import attention, gpu, ops
     from tests.codegen.triton_interpret_cases import repair_interpreter
 
     repair_interpreter()
@@ -215,5 +215,6 @@ def install() -> None:
     fx.compile_fx = eager_fx
     backend._kind = lambda inputs: "cuda"
     devices.of = lambda kind: devices._gpu(0)
-    ops._library.impl("project", gpu.project, "CPU")
+    ops.LIBRARY.impl("project", gpu.project, "CPU")
+    ops.LIBRARY.impl("attend", attention.on_gpu, "CPU")
     ops.ensure_loaded = lambda: None  # whose kernel would take the op's place on CPU tensors
