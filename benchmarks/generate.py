@@ -39,10 +39,11 @@ BACKENDS = ("eager", "inductor", "gaws", LLAMA_CPP)
 
 @dataclass
 class Run:
-    """One call of ``generate``: the tokens, and the seconds after which each of them was there."""
+    """One call of ``generate``: the tokens of the first row, and the seconds after which each of them was there."""
 
     tokens: list[int]
     times: list[float]
+    rows: int = 1
 
     @property
     def first(self) -> float:
@@ -51,8 +52,8 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Tokens a second after the first."""
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+        """Tokens a second after the first, of all rows."""
+        return self.rows * (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
 
 class Stamps:
@@ -91,7 +92,7 @@ def _generated(model: Any, ids: torch.Tensor, new: int, **more: Any) -> Run:
     settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     stamps = Stamps()
     made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings, **more)
-    return Run(made[0, ids.shape[1] :].tolist(), stamps.times)
+    return Run(made[0, ids.shape[1] :].tolist(), stamps.times, len(ids))
 
 
 def _llama_cpp(model: Any, ids: torch.Tensor, new: int) -> Callable[[], Run]:
@@ -112,11 +113,11 @@ def _llama_cpp(model: Any, ids: torch.Tensor, new: int) -> Callable[[], Run]:
 
 
 def loop(model: Any, ids: torch.Tensor, new: int) -> float:
-    """ms a token of transformers' loop, around a forward that computes nothing."""
+    """ms a step of transformers' loop, around a forward that computes nothing."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     keyword = cache_keyword(model)
-    logits = torch.zeros(1, 1, model.config.vocab_size, dtype=model.dtype)
+    logits = torch.zeros(len(ids), 1, model.config.vocab_size, dtype=model.dtype)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def nothing(**given: Any) -> Any:
@@ -124,16 +125,18 @@ def loop(model: Any, ids: torch.Tensor, new: int) -> float:
 
     inner._compiled_call_impl = nothing
     try:
-        return 1e3 / _generated(model, ids, new).rate
+        return 1e3 * len(ids) / _generated(model, ids, new).rate
     finally:
         inner._compiled_call_impl = None
 
 
-def measured(setup: Setup, backends: list[str], prompt: int, new: int, rounds: int) -> tuple[list[Row], float]:
-    """A row for each variant of one dtype, and what the loop takes."""
+def measured(
+    setup: Setup, backends: list[str], shape: tuple[int, int], new: int, rounds: int
+) -> tuple[list[Row], float]:
+    """A row for each variant of one dtype, and what the loop takes. `shape`: rows and tokens of the prompt."""
     base = common.load_base(setup)
     models = {"base": base, "lora": common.with_adapter(base, setup)}
-    ids = torch.randint(0, base.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, base.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     variants = {}
     for backend in backends:
         for adapter, model in models.items():
@@ -202,7 +205,7 @@ def table(rows: list[Row], loops: dict[str, float], new: int, markdown: bool) ->
         ]
         title = f"{common.title(mine[0])}, {dtype}"
         parts.append((f"### {title}\n\n" if markdown else f"{title}\n") + measure.table(heads, body, markdown))
-        parts.append(f"transformers' loop alone: {loops[dtype]:.2f} ms a token.")
+        parts.append(f"transformers' loop alone: {loops[dtype]:.2f} ms a step.")
     return "\n\n".join(parts)
 
 
@@ -234,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backends", help=f"comma-separated (default {','.join(BACKENDS)}, where that is installed)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt (default 64)")
+    parser.add_argument("--batch", type=int, default=1, help="rows that are written at a time (default 1)")
     parser.add_argument("--new", type=int, default=128, help="tokens to write (default 128)")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each variant (default 4)")
     parser.add_argument("--processes", type=int, default=1, help="repeat in this many fresh processes")
@@ -242,10 +246,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="needs matplotlib: pip install 'gawscompile[bench]'")
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
-    if min(given.prompt, given.rounds, given.processes) < 1 or given.new < 4:
-        parser.error("--prompt, --rounds and --processes must be at least 1, and --new at least 4")
-    there = [name for name in BACKENDS if name != LLAMA_CPP or importlib.util.find_spec("llama_cpp")]
+    if min(given.prompt, given.batch, given.rounds, given.processes) < 1 or given.new < 4:
+        parser.error("--prompt, --batch, --rounds and --processes must be at least 1, and --new at least 4")
+    llama = given.batch == 1 and importlib.util.find_spec("llama_cpp")
+    there = [name for name in BACKENDS if name != LLAMA_CPP or llama]
     backends = given.backends.split(",") if given.backends else there
+    if given.batch > 1 and LLAMA_CPP in backends:
+        parser.error("llama.cpp is run with one row")
     facts = measure.machine()
     found: list[Any] = []
     if given.processes > 1:
@@ -253,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         found = [common.in_fresh_process("benchmarks.generate", arguments) for _ in range(given.processes)]
     else:
         setups = [Setup(given.model, dtype, given.rank, layers=given.layers) for dtype in given.dtype]
-        each = [measured(setup, backends, given.prompt, given.new, given.rounds) for setup in setups]
+        each = [measured(setup, backends, (given.batch, given.prompt), given.new, given.rounds) for setup in setups]
         found = [
             {
                 "rows": [row for rows, _ in each for row in rows],
