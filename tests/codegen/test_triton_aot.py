@@ -152,7 +152,9 @@ def test_decode_reads_weights_and_factors_in_16_byte_loads(spec: KernelSpec, pla
         assert set(compiled.loads["g0_0"]) == {16}
 
 
-@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    "target", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in NVIDIA]
+)
 def test_fp32_is_never_tf32(target: str):
     for compiled in ahead.compile_plan(F32_ADAPTERS, TILE, target):
         if compiled.kernel == "shrink_tile":
