@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from types import CodeType
@@ -35,9 +36,9 @@ _compile = threading.local()
 
 def want(wanted: bool) -> None:
     """Said by the backend: whether the frame that this thread compiles is to have its parameters bound."""
-    if wanted:
+    _compile.wanted = wanted and sys.version_info[:2] == (3, 11)  # whose bytecode this is, and whose guards know
+    if _compile.wanted:
         _install()
-    _compile.wanted = wanted
 
 
 def tie(watch: Watch, seen: Collection[str]) -> None:
