@@ -111,6 +111,7 @@ def test_models_of_one_class_each_have_their_own(gathered):
     for _ in range(3):
         for model, call in zip(models, calls, strict=True):
             check(call, model)
+    assert gathered == {"all": 3, "others": 6}
 
 
 def test_threads_each_have_their_own():
@@ -136,11 +137,12 @@ def test_threads_each_have_their_own():
 
 
 def test_without_guards_nothing_old_is_read():
-    """A state is good for the call that its guards let through."""
+    """A state is good for the call that its guards let through. Of several graphs torch then checks only the
+    guards in which these differ."""
     model = Model()
     call = compiled(model)
-    for _ in range(3):
-        check(call, model)
+    for scale in (1.0, True, 1.0, True):
+        check(call, model, scale=scale)
     with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
         check(call, model)
         model.inner["up"].weight = nn.Parameter(torch.randn(6, 4))
