@@ -121,7 +121,7 @@ class State:
     def __init__(self, variables: list[Any], found: Found) -> None:
         self.variables = [weakref.ref(variable, self._forget) for variable in variables]
         self.bound: list[Any] | None = None
-        """What a graph reads of the variables, gathered (`serving/bound.py`)."""
+        """What a graph reads of the variables, gathered (`runtime/bound.py`)."""
         self.hooks = RemovableHandle.next_id
         words = found.words + [address + TYPE for address in found.tensors]
         slots = [_slot(tensor) for tensor in found.tensors.values()]
