@@ -5,7 +5,8 @@
 One compiled decode step of SmolLM2, bare and with adapters, is taken apart by leaving parts out: a step as users
 call it; with Dynamo's guards skipped; the compiled graph called with the arguments that it was given before, which
 leaves out the bytecode that fetches them; and our ops alone, called in turn with their own arguments. What lies between
-the last two is Inductor's wrapper with attention, norms and everything else that is not ours.
+the last two is Inductor's wrapper with attention, norms and everything else that is not ours. Parameters are fetched in
+every step, under ``gawscompile.compile`` too (``bind`` is off), so that guards can be told from bytecode.
 """
 
 from __future__ import annotations

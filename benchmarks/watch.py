@@ -4,8 +4,8 @@
 
 One compiled decode step of SmolLM2 with adapters. The check is timed apart, in a loop: the metadata of parameters
 alone, then all of it. It is timed within steps too, which leave nothing of what it reads in a cache. Beside these is
-what Dynamo's own guards take, under ``torch.compile`` and under ``gawscompile.compile``
-(`gawscompile.calibration.measure.guard_seconds` explains how). Last, whole steps in turns.
+what Dynamo's own guards take, under ``torch.compile`` and under ``gawscompile.compile``, by torch's profiler
+(`gawscompile.calibration.split`). Last, whole steps in turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import PAST, Setup
-from gawscompile.calibration import measure
+from gawscompile.calibration import measure, split
 from gawscompile.demo.decoding import Decoder
 from gawscompile.serving.unchanged import State, Unchanged
 from gawscompile.serving.watched import Found
@@ -68,7 +68,7 @@ def row(base: Any, setup: Setup, kind: str) -> tuple[list[str], Decoder]:
     metadata.tensors = found.tensors
     checks = (State(variables, metadata), state)
     numbers = [*(apart(check, variables) for check in checks), statistics.median(spent)]
-    numbers += [measure.guard_seconds(one.timed_step) for one in (plain, serving)]
+    numbers += [split.seconds(one.timed_step)["guards"] for one in (plain, serving)]
     sizes = (found.words, found.tensors, found.lists)
     return [kind, *(f"{number * 1e6:.1f}" for number in numbers), *(str(len(size)) for size in sizes)], serving
 

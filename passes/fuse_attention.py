@@ -33,7 +33,7 @@ from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
 from gawscompile.planning import devices
-from gawscompile.planning.targets import target_of
+from gawscompile.planning.targets import CPP, target_of
 from gawscompile.runtime import attention
 
 MOST_QUERIES = 16
@@ -56,9 +56,10 @@ def run(graph: Graph, context: Context) -> None:
 
 def _attention(context: Context, node: Node) -> None:
     q, keys, values, mask, scale = _parts(node)
+    target = target_of(devices.of(q.meta["val"].device.type))
     why = _refusal(node, q, keys, values, mask)
-    if context.options.transparent and q.meta["val"].device.type != "cpu":
-        why = "the graph is to have no op of ours (transparent)"
+    if context.options.transparent and target is not CPP:
+        why = "on a GPU it is an op of ours, and the graph is to be transparent"
     if why is not None:
         note = f"{Reason.ATTENTION.value}: {why}"
         if note not in context.record.notes:
@@ -74,7 +75,7 @@ def _attention(context: Context, node: Node) -> None:
     context.replace(item, new)
     context.erase(item)
     context.matched()
-    attention.start(kernel, target_of(devices.of(q.meta["val"].device.type)).device)
+    attention.start(kernel, target)
 
 
 def _parts(node: Node) -> tuple[Any, ...]:
@@ -120,8 +121,12 @@ def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None) -
         if not fits or dtype(mask) not in (torch.bool, torch.float32, dtype(q)):
             return f"a mask of {tuple(sizes)}, {dtype(mask)}"
     with q.meta["val"].fake_mode:
-        strides = torch.empty_like(q.meta["val"]).stride()
-    return None if same_sizes(strides, item.meta["val"].stride()) else "its result is laid out otherwise"
+        made = torch.empty_like(q.meta["val"])
+    mine, theirs = (  # along an axis of one there are no steps
+        [step for step, size in zip(one.stride(), shape(q), strict=True) if type(size) is not int or size != 1]
+        for one in (made, item.meta["val"])
+    )
+    return None if same_sizes(mine, theirs) else "its result is laid out otherwise"
 
 
 def _repeated(node: Node) -> tuple[Node, Any]:

@@ -246,9 +246,3 @@ def _seconds(program: Any, tokens: int, rounds: int) -> float:
     turns = itertools.islice(itertools.cycle(sets), rounds + 2)
     samples = [timed(functools.partial(torch.ops.gaws.project, x, one, text)) for one in turns]
     return statistics.median(samples[2:]) / 1e3
-
-
-def guard_seconds(call: Callable[[], object]) -> float:
-    """Seconds that a call of a compiled model spends on guards: its median with them less that without, in turns."""
-    normal, bare = interleave({"": lambda: timed(call)}, rounds=5, steps=6, without_guards=[""])
-    return max(0.0, statistics.median(normal[""]) - statistics.median(bare[""])) / 1e3

@@ -1,4 +1,4 @@
-"""Where the time of a compiled call goes, by torch's profiler."""
+"""Where the time of a compiled call on a CPU goes, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ PARTS: dict[str, tuple[str, ...]] = {
     "projections": ("gaws::project",),
     "attention": ("gaws::attend", "aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
     "products by the library": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "quantized::"),
-    "Inductor's kernels: norms, rotary embedding, cache": ("cpp_fused", "triton_"),
+    "Inductor's kernels: norms, rotary embedding, cache": ("cpp_fused",),
 }
-"""The parts of a call, and how the names of their events begin."""
+"""The parts of a call on a CPU, and how the names of their events begin."""
 
 OTHERS = "other operators"
 
 
 def seconds(call: Callable[[], object], calls: int = 20) -> dict[str, float]:
-    """What each part takes of a call, in the order of `PARTS`; nothing where no compiled code runs.
+    """Seconds that each part takes of a call, in the order of `PARTS`; nothing where no compiled code runs.
 
     A mean of `calls`, in which the profiler costs about a microsecond an event. Where Inductor's wrapper runs in
     Python, its kernels are no events, and their time is the wrapper's.

@@ -45,18 +45,17 @@ def explain(
     call = call_once(model, functools.partial(gaws, options=given), args, inputs, dynamic, serving)
     report = assemble(RECORDS.since(mark), model)
     report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])
-    report.guards = frames.guards(began)
+    report.guards, report.serving = frames.guards(began), serving
     report.troubles = [*frames.limited(), *frames.broken(before), *frames.recompiled()]
     if measure:
         from gawscompile.calibration import measure as timing
         from gawscompile.calibration import split
 
         timing.measure_groups(report.groups)
-        try:
-            report.guard_seconds = timing.guard_seconds(call)
-        except RuntimeError as error:  # without guards torch cannot tell the graphs of a broken frame apart
-            report.notes.append(f"guards were not measured: {error}")
-        report.parts = split.seconds(call)
+        if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+            report.parts = split.seconds(call)
+        else:
+            report.notes.append("the parts of a call were not measured: they are of CPU time")
     return report
 
 

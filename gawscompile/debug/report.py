@@ -31,8 +31,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
     guards: int | None = None
-    guard_seconds: float | None = None
+    serving: bool = False
     parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def guard_seconds(self) -> float | None:
+        """What a call spends on guards, where that was measured."""
+        return self.parts.get("guards")
 
     @property
     def fused(self) -> list[LinearRecord]:
@@ -77,7 +82,11 @@ class Report:
             said.append(f"{kinds}; the first: {worst.cause.rstrip('.')}. Remedy: {worst.remedy.rstrip('.')}.")
         if self.guards is not None:
             cost = f" ({self.guard_seconds * 1e6:.0f} µs)" if self.guard_seconds is not None else ""
-            said.append(f"Each call checks {self.guards} guards first{cost}; gawscompile.compile leaves most out.")
+            said.append(
+                f"Most of {self.guards} guards are checked after a change alone{cost}."
+                if self.serving
+                else f"Each call checks {self.guards} guards first{cost}; gawscompile.compile leaves most out."
+            )
         return " ".join(map(_line, said))
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import ctypes
 import torch
 
 from gawscompile.codegen import build, cpp_attention
+from gawscompile.planning.targets import CPP, Target
 from gawscompile.runtime import ops
 
 ops.LIBRARY.define(
@@ -58,9 +59,9 @@ def on_gpu(
 ops.LIBRARY.impl("attend", on_gpu, "CUDA")
 
 
-def start(kernel: str, device: str) -> None:
+def start(kernel: str, target: Target) -> None:
     """Begin to build a kernel in the background. Triton's are compiled when they are first called."""
-    if device == "cpu":
+    if target is CPP:
         build.start(cpp_attention.emit(kernel))
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from gawscompile.codegen import triton_attention
-from gawscompile.runtime import attention
 from tests.gpu.conftest import STAND_IN
-from tests.runtime.test_attention import BOUNDS, SHAPES, drawn, masks
+from tests.runtime.test_attention import BOUNDS, SHAPES, drawn, error, masks
 
 SHAPES = [*SHAPES, (1, 70, 1, 2, 40)]  # more queries of one head of keys than a program takes
 KERNELS = [
@@ -17,14 +16,10 @@ KERNELS = [
 ]
 
 
-def check(q, k, v, mask, kernel, device, scale=0.3):
+def check(q, k, v, mask, kernel, device):
     moved = [None if one is None else one.to(device) for one in (q, k, v, mask)]
-    got = torch.ops.gaws.attend(*moved, scale, kernel).cpu()
-    exact = mask.double() if mask is not None and mask.dtype != torch.bool else mask
-    want = attention.meaning(q.double(), k.double(), v.double(), exact, scale)
-    assert got.shape == q.shape and got.dtype == q.dtype
-    error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1.0)
-    assert error <= 2 * BOUNDS[q.dtype], (q.shape, k.shape, None if mask is None else mask.dtype, float(error))
+    found = error(torch.ops.gaws.attend(*moved, 0.3, kernel).cpu(), q, k, v, mask)
+    assert found <= 2 * BOUNDS[q.dtype], (q.shape, k.shape, None if mask is None else mask.dtype, found)
 
 
 @pytest.mark.parametrize(("name", "dtype", "features"), KERNELS[: 2 if STAND_IN else None])

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from gawscompile.ir.records import Reason
+from gawscompile.analysis.reading import aten
+from gawscompile.ir.records import GraphRecord, Reason
+from gawscompile.options import Options
+from gawscompile.passes import fuse_attention
+from gawscompile.passes.context import Context
+from gawscompile.planning import devices
 from gawscompile.runtime.attention import ATTEND
 from tests.graphs import capture, count
 
@@ -129,3 +136,39 @@ def test_any_number_of_rows_and_keys_but_not_of_queries():
     torch._dynamo.mark_dynamic(q, 1)
     captured = capture(TAKEN["grouped"], q, k, v, kernels=True, dynamic=None)
     assert taken(captured) is None and "any number of queries" in captured.until().record.notes[0]
+
+
+CUDA = {
+    "flash": lambda q, k, v, _: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=SCALE),
+    "efficient": lambda q, k, v, bias: aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, scale=SCALE),
+    "cudnn": lambda q, k, v, bias: aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False, scale=SCALE),
+    "causal": lambda q, k, v, _: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=SCALE),
+}
+
+
+@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("transparent", [False, True])
+def test_what_torch_calls_on_a_gpu(name, transparent):
+    """Traced without one, on fake tensors: the bias is taken as what may be seen, and causal stays the library's."""
+    with FakeTensorMode() as mode, torch.device("cuda"):
+        q, k, v = (torch.empty(ROWS, HEADS, length, FEATURES) for length in (1, KEYS, KEYS))
+        mask = torch.empty(ROWS, 1, 1, KEYS, dtype=torch.bool)
+
+    def function(q, k, v, mask):
+        bias = torch.where(mask, 0.0, float("-inf")).expand(ROWS, HEADS, 1, KEYS)
+        return CUDA[name](q, k, v, bias)[0]
+
+    with mode:
+        traced = make_fx(function)(q, k, v, mask)
+    traced.graph.eliminate_dead_code()  # results that nobody reads, as AOTAutograd does
+    record = GraphRecord("test")
+    context = Context.of(traced.graph, Options(transparent=transparent), record, frozenset(), holder=traced)
+    with devices.planning_for(devices.GPUS["H100"]):
+        fuse_attention.run(context.graph, context)
+    if transparent or name == "causal":
+        (note,) = record.notes
+        assert not count(context, ATTEND) and ("transparent" if transparent else "causal") in note
+        return
+    (node,) = context.graph.find_nodes(op="call_function", target=ATTEND)
+    assert node.args[4:] == (SCALE, "attend d=16 x=f32")
+    assert node.args[3] is None if name == "flash" else node.args[3].meta["val"].dtype == torch.bool
