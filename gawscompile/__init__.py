@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gawscompile.banks.bank import AdapterBank
+    from gawscompile.banks.checkpoints import BankError
     from gawscompile.debug.explain import Report, explain
     from gawscompile.runtime.pages import own_memory
     from gawscompile.serving.guards import compile
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "compile", "explain", "own_memory"]
+__all__ = ["AdapterBank", "BankError", "Report", "__version__", "compile", "explain", "own_memory"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from gawscompile.debug import explain as module
 
         return getattr(module, name)
+    if name in ("AdapterBank", "BankError"):
+        from gawscompile.banks import bank
+
+        return getattr(bank, name)
     if name == "compile":
         from gawscompile.serving import guards
 

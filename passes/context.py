@@ -229,6 +229,8 @@ def _lowered(x: Node, arguments: list[Node], text: str) -> KernelSpec:
     for operand, leaf in zip(wanted, given, strict=True):
         found = None if leaf is None else type_of(leaf)  # None: it is derived
         shape_ = operand.shape[-1:] if operand.activation else operand.shape
+        if found and operand.table:
+            shape_ = found.shape[: len(shape_)]
         if found and (found.dtype != operand.dtype or found.shape[-len(shape_) or None :] != shape_):
             raise SpecError(f"{operand.name} is {found}, not {operand.type}")
     return program.spec

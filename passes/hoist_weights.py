@@ -84,10 +84,10 @@ def _integers(t: torch.Tensor) -> bool:
 
 
 def worthwhile(leaf: Node) -> bool:
-    """Whether it is no single number, more than a parameter viewed or cast, and on a CPU: elsewhere comparing sources
-    would wait for the device, and Inductor computes it in every call."""
+    """Whether it is no single number and no bank's schedule, more than a parameter viewed or cast, and on a CPU:
+    elsewhere comparing sources would wait for the device, and Inductor computes it in every call."""
     found = value(leaf)
-    if found is None or shape(leaf) == () or found.device.type != "cpu":
+    if found is None or shape(leaf) == () or found.device.type != "cpu" or not found.is_floating_point():
         return False
     return not all(is_call(node, *CASTS, *VIEWS, *ONES, *TRANSPOSES) for node in cone(leaf))
 

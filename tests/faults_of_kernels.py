@@ -14,6 +14,27 @@ ORDER = "tests/codegen/test_triton_aot.py::test_all_threads_wait_before_u_is_tol
 ROUNDING = f"{ENTRIES}_numbers_are_rounded_to_the_nearest"
 
 KERNELS = {
+    # --- C++: banks ---------------------------------------------------------------------------------------------
+    "another row's adapters": Fault(
+        "codegen/banks.cpp",
+        "keys[t] = row(t / each)->same;",
+        "keys[t] = row(t % rows)->same;",
+        f"{ENTRIES}_gemv[bank-1]",
+        unproven="the zoo's bank has one row",
+    ),
+    "the adapters of the tile before": Fault(
+        "codegen/banks.cpp",
+        "if (bank.key[t0 + t] != key) turn",
+        "if (key < 0) turn",
+        f"{ENTRIES}_accumulate[bank-1]",
+        unproven="the zoo's bank has one row",
+    ),
+    "a bank's bias lost": Fault(
+        "codegen/banks.cpp",
+        "u[t * bank.room + use.ra] = use.weight;",
+        "u[t * bank.room + use.ra] = 0;",
+        f"{ENTRIES}_gemv[bank-1]",
+    ),
     # --- C++: templates -----------------------------------------------------------------------------------------
     "tail of a dot product dropped": Fault(
         "codegen/prelude.cpp",

@@ -31,17 +31,20 @@ from pathlib import Path
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
 from gawscompile.codegen.cpp_parts import Parts
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
+from gawscompile.ir.banked import USUAL_RANK
 from gawscompile.ir.operators import as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of
 
-CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16"}
+CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16", "i32": "int32_t"}
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
 _FILES = ("vectors", "prelude", "modes", "projections")  # one after the other
 PRELUDE = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in _FILES)
+BANKS = (Path(__file__).parent / "banks.cpp").read_text().strip()
+"""Stands in kernels of groups that have a bank."""
 
 
 PLANS = {"gemv_cpp": "plan gemv_cpp (any m)", "gemm_accumulate": "the epilogue of plan gemm_accumulate"}
@@ -60,6 +63,7 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
     ranks = Scratch(spec)
     whole, added = (plan in plans for plan in PLANS)
     prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
+    prelude += [BANKS] * bool(banks_of(spec))
     parts = [_header(spec, plans), "\n\n".join(prelude), "", *_constants(spec, ranks), "", "}  // namespace"]
     parts += ["", *_gemv(spec, ranks, summed)] if whole else []
     if added and (spec.swiglu or not all(p.plain for p in spec.projections)):
@@ -86,29 +90,57 @@ def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
 def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
     """u = s A x and first mode products, split over all threads by blocks of rows times tiles of tokens; then everyone
     waits; then second mode products, and so on."""
-    if not ranks.width:
+    banks = banks_of(spec)
+    if not ranks.width and not banks:
         return []
     lines = []
     for number in range(max(1, len(ranks.phases))):
         steps = ranks.phases[number] if number < len(ranks.phases) else []
         terms = [(i, j, t) for i, p in enumerate(spec.projections) for j, t in enumerate(p.lowrank) if number == 0]
         # costs in multiplications of a block of rows
-        costs = [f"blocks({t.rank}, ROWS) * K" if steps else f"blocks({t.rank}, ROWS)" for _, _, t in terms]
+        unit = "K" if steps or banks else "1"
+        costs = [f"blocks({t.rank}, ROWS) * {unit}" if unit == "K" else f"blocks({t.rank}, ROWS)" for _, _, t in terms]
         costs += ["{} * {}".format(*work(step)) for step in steps]
         name = f"phase{number}"
-        lines.append(f"    Share {name}(({' + '.join(costs)}) * blocks(m, TILE), id, threads);")
+        total = f"({' + '.join(costs)}) * blocks(m, TILE)" if costs else ""
+        if number == 0 and banks:
+            total = f"{total + ' + ' if total else ''}({' + '.join(f'{bank}.cost()' for bank in banks)}) * K"
+        lines.append(f"    Share {name}({total}, id, threads);")
         for i, j, term in terms:
             scale = f"float(*scale{i}_{j})" if as_number(term.scale) is None else f"{term.scale!r}f"
             own = f"{term.rank}, a{i}_{j}, x, {scale}, u + {ranks.offsets[i, j]}{parts.seen(f'a{i}_{j}')}"
-            lines.append(f"    low_rank<even({term.rank}), K, LDU>({name}, {'K' if steps else 1}, m, {own});")
+            lines.append(f"    low_rank<even({term.rank}), K, LDU>({name}, {unit}, m, {own});")
+        lines += [f"    shrink<K>({name}, {bank}, x);" for bank in banks if number == 0]
         lines += [step_code(step, name) for step in steps]
         lines.append("#pragma omp barrier")
+    if not ranks.width:  # a bank may have nothing to add
+        lines = [f"    if ({' + '.join(f'{bank}.room' for bank in banks)}) {{", *lines, "    }"]
     return lines
+
+
+def banks_of(spec: KernelSpec) -> list[str]:
+    """The names of a group's banks."""
+    return [f"bank{i}_{j}" for i, p in enumerate(spec.projections) for j, _ in enumerate(p.banked)]
+
+
+def _resident(spec: KernelSpec) -> list[str]:
+    """Each bank's part of the call: its schedule as it is now, and memory for u = A x."""
+    banks = banks_of(spec)
+    lines = [f"  Bank {bank}(pool{bank[4:]}, schedule{bank[4:]}, m);" for bank in banks]
+    rooms = " + ".join(f"{bank}.room" for bank in banks)
+    lines += [
+        "  static thread_local Buffer products, tokens;  // of the calling thread",
+        f"  float* numbers = products.of(m * ({rooms}));",
+        f"  int32_t* keys = (int32_t*)tokens.of(m * {len(banks)});",
+    ]
+    lines += [f"  {bank}.place(numbers, keys, m);" for bank in banks]
+    return lines if banks else []
 
 
 def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[str]:
     costs = [
         _base(spec, p) + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) + sum(t.rank * _SIZE[t.dtype] for t in p.given)
+        + sum(USUAL_RANK * _SIZE[t.dtype] for t in p.banked)
         for p in spec.projections
     ]
     for i, endings in ranks.endings.items():
@@ -156,7 +188,7 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     body = [*_shrink(spec, ranks, parts), f"    Share columns({total}, id, threads);"]
     for i, lines in pieces:
         body += [f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{", *lines, "    });"]
-    reads = bool(ranks.width) or any(e.source.pointer == "x" for i in added for e in ranks.endings[i])
+    reads = bool(ranks.width or banks_of(spec)) or any(e.source.pointer == "x" for i in added for e in ranks.endings[i])
     ys = [f"y{i}" for i in range(len(spec.projections))] + ["y"] * spec.swiglu
     return _entry("accumulate({})", spec, ranks, reads, False, ys, body)
 
@@ -187,6 +219,7 @@ def _entry(
         *[f"  {dtype}* {y} = ({dtype}*)out[{at}];" for at, (dtype, y) in enumerate(zip(types, ys, strict=False))],
         *["  static thread_local Buffer scratch;  // of the calling thread"] * bool(ranks.width),
         *["  float* u = scratch.of(m * LDU);"] * bool(ranks.width),
+        *_resident(spec),
         "#pragma omp parallel",
         "  {",
         "    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();",

@@ -29,6 +29,7 @@ class Parts:
         streams = weight and p.dense and not p.transposed
         dots = [f"weight<K>(w{i}, x{self.seen(f'w{i}')})"] if streams else []
         dots += [f"factor<{sizes}>({factor}, {source})" for sizes, factor, source in self._terms(i)]
+        dots += [f"banked(bank{i}_{j})" for j, _ in enumerate(p.banked)]
         lines = []
         for ending in self._ranks.endings[i]:
             pointer, stride = ending.source.pointer, ending.source.stride
@@ -44,6 +45,7 @@ class Parts:
     def added(self, i: int) -> list[str]:
         """Lines before and after, and terms, that join a base's product by columns."""
         terms = [f"turned<{sizes}>({factor}, {source}, b * 2 * V, N{i})" for sizes, factor, source in self._terms(i)]
+        terms += [f"Joined(bank{i}_{j}, b * 2 * V, N{i})" for j, _ in enumerate(self._spec.projections[i].banked)]
         scale, lines = self._scale(i), self._epilogue(i)
         return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
 

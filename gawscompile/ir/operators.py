@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir.types import SpecError, dtype_of, shape_of, type_of
+from gawscompile.ir import banked
+from gawscompile.ir.types import DTYPES, SpecError, dtype_of, shape_of, type_of
 
 Leaf = Any
 """A node, a tensor or a `TensorType`."""
@@ -32,11 +33,12 @@ Leaf = Any
 @dataclass(frozen=True)
 class Place:
     """What an operand is to a kernel: its role, the stem of its name in code, what kind of tensor it is, and the stage
-    that reads it: the ``base`` product, ``shrink`` (u = A x), each of the ``rows`` of y, or a ``chain`` of modes."""
+    that reads it: the ``base`` product, ``shrink`` (u = A x), each of the ``rows`` of y, or a ``chain`` of modes. The
+    sizes of a ``table`` may change from call to call."""
 
     role: str
     stem: str
-    kind: Literal["matrix", "vector", "activation", "number"]
+    kind: Literal["matrix", "vector", "activation", "number", "table"]
     stage: Literal["base", "shrink", "rows", "chain"]
 
 
@@ -305,11 +307,48 @@ class Kronecker(NamedTuple):
         return f"kron({' '.join(mode.text() for mode in self.modes)} {self.dtype} s={_scale_text(self.scale)})"
 
 
-Operator = Dense | Opaque | Bias | Residual | RowScale | LowRank | Given | Kronecker
-ORDER: tuple[type, ...] = (Dense, Opaque, Bias, Residual, RowScale, LowRank, Given, Kronecker)
+class Banked(NamedTuple):
+    """What a bank's adapters add: to each row of a batch ``Σ s B (A x) + v`` of those that `schedule` gives it. Their
+    factors lie in `pool`, `n` is the number of y's features. Layouts and meaning: `ir.banked`."""
+
+    pool: Annotated[Leaf, Place("pool", "pool", "table", "rows")]
+    schedule: Annotated[Leaf, Place("schedule", "schedule", "table", "rows")]
+    n: int
+
+    @property
+    def dtype(self) -> str:
+        return dtype_of(self.pool)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = torch.ops.gaws.banked(x, self.pool, self.schedule, self.n)  # which can be traced
+        return made
+
+    def features(self, k: Any) -> Any:
+        shapes = len(shape_of(self.pool)), len(shape_of(self.schedule))
+        return self.n if shapes == (1, 3) and dtype_of(self.schedule) == "i32" else _misfit(self, k)
+
+    def multiplications(self, k: int) -> int:
+        return banked.USUAL_RANK * (k + self.n)
+
+    def usual_bytes(self, k: int) -> int:
+        """Of one adapter's factors, for the cost model."""
+        return DTYPES[self.dtype].itemsize * self.multiplications(k)
+
+    def describe(self) -> str:
+        return "Banked"
+
+    def formula(self, at: str) -> str:
+        return f"Σ s B (A x) by schedule{at} of pool{at}"
+
+    def text(self) -> str:
+        return f"bank({self.dtype})"
+
+
+Operator = Dense | Opaque | Bias | Residual | RowScale | LowRank | Given | Kronecker | Banked
+ORDER: tuple[type, ...] = (Dense, Opaque, Bias, Residual, RowScale, LowRank, Given, Kronecker, Banked)
 """The order of a sum's terms, and so of a kernel's operands."""
 
-REPEATED: tuple[type, ...] = (LowRank, Given, Kronecker)
+REPEATED: tuple[type, ...] = (LowRank, Given, Kronecker, Banked)
 """Adapters, of which a sum may have several. It has at most one of each of the others."""
 
 

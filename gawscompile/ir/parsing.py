@@ -5,8 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gawscompile.ir.operators import Bias, Dense, Given, Kronecker, LowRank, Mode, Opaque, Operator, Residual, RowScale
-from gawscompile.ir.types import DTYPES, SpecError, TensorType
+from gawscompile.ir.operators import (
+    Banked,
+    Bias,
+    Dense,
+    Given,
+    Kronecker,
+    LowRank,
+    Mode,
+    Opaque,
+    Operator,
+    Residual,
+    RowScale,
+)
+from gawscompile.ir.types import ANY, DTYPES, SpecError, TensorType
 
 
 def known(dtype: str) -> str:
@@ -55,6 +67,10 @@ def _kron(text: str, n: int, k: int) -> Kronecker:
     return Kronecker(modes, _scale(scale))
 
 
+def _bank(text: str, n: int, k: int) -> Banked:
+    return Banked(TensorType((ANY,), known(text)), TensorType((ANY, ANY, ANY), "i32"), n)
+
+
 PARSERS: dict[str, Callable[[str, int, int], Operator]] = {
     "w": lambda dtype, n, k: Dense(TensorType((n, k), known(dtype))),
     "wt": lambda dtype, n, k: Dense(TensorType((k, n), known(dtype)), True),
@@ -65,4 +81,5 @@ PARSERS: dict[str, Callable[[str, int, int], Operator]] = {
     "lora": _lora,
     "given": _given,
     "kron": _kron,
+    "bank": _bank,
 }

@@ -31,6 +31,7 @@ class Reason(str, Enum):
     SCALE = "the base projection itself is scaled"
     FACTOR_SHAPE = "the factors do not form a smaller update (rank zero, too wide, costlier than a dense one)"
     EPILOGUE = "what follows stays an operation of its own"
+    BANK = "what a bank adds stays an operation of its own"
     ATTENTION = "attention stays with the library"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
     NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"

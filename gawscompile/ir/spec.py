@@ -22,7 +22,7 @@ from typing import Any
 from gawscompile.ir.operators import REPEATED, Leaf, Place, leaves, rebuilt
 from gawscompile.ir.parsing import known
 from gawscompile.ir.sums import Sum
-from gawscompile.ir.types import SpecError, TensorType, type_of
+from gawscompile.ir.types import ANY, SpecError, TensorType, type_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Operand:
     def activation(self) -> bool:
         """Whether it has a row for each token."""
         return self.place.kind == "activation"
+
+    @property
+    def table(self) -> bool:
+        """Whether its sizes may change from call to call."""
+        return self.place.kind == "table"
 
     @property
     def factor(self) -> bool:
@@ -158,4 +163,6 @@ class KernelSpec:
 def _typed(place: Place, leaf: Leaf) -> TensorType:
     """Of a kernel's operand: what has a row for each token is a matrix there."""
     found = type_of(leaf)
+    if place.kind == "table":
+        return TensorType((ANY,) * len(found.shape), found.dtype)
     return TensorType(("m", found.shape[-1]), found.dtype) if place.kind == "activation" else found

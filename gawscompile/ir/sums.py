@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from gawscompile.ir.operators import (
     ORDER,
     REPEATED,
+    Banked,
     Bias,
     Dense,
     Given,
@@ -33,7 +34,7 @@ from gawscompile.ir.operators import (
 from gawscompile.ir.parsing import PARSERS, known
 from gawscompile.ir.types import DTYPES, SpecError, shape_of
 
-_FIELD = re.compile(r"(?:(\w+)=(\w+)|(lora|given|kron)\(([^)]*)\))(?: |$)")
+_FIELD = re.compile(r"(?:(\w+)=(\w+)|(lora|given|kron|bank)\(([^)]*)\))(?: |$)")
 
 
 class Sum(NamedTuple):
@@ -108,6 +109,10 @@ class Sum(NamedTuple):
         return tuple(term for term in self.terms if isinstance(term, Kronecker))
 
     @property
+    def banked(self) -> tuple[Banked, ...]:
+        return tuple(term for term in self.terms if isinstance(term, Banked))
+
+    @property
     def adapted(self) -> bool:
         """Whether anything is added that is no bias or residual."""
         return any(isinstance(term, (*REPEATED, RowScale)) for term in self.terms)
@@ -152,7 +157,7 @@ class Sum(NamedTuple):
         if bias is not None and scale is None and not together:
             total = total + bias
         for term in self.terms:
-            if isinstance(term, (LowRank, Given, Kronecker)):
+            if isinstance(term, (LowRank, Given, Kronecker, Banked)):
                 total = total + term.apply(x)
         if scale is not None:
             total = total * scale

@@ -14,7 +14,13 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 SCALE_DTYPES = {**DTYPES, "f64": torch.float64}
 """A scale may be of fp64 too, which is what Dynamo makes of a Python float that changes."""
 
-_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+OPERAND_DTYPES = {**SCALE_DTYPES, "i32": torch.int32}
+"""Of everything that a kernel reads. A bank's schedule is of integers."""
+
+_NAMES = {dtype: name for name, dtype in OPERAND_DTYPES.items()}
+
+ANY = "any"
+"""A size that a kernel does not fix."""
 
 
 class SpecError(ValueError):
@@ -23,7 +29,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class TensorType:
-    """A shape, in which "m" stands for the number of tokens, and the name of a dtype."""
+    """A shape, in which "m" stands for the number of tokens and `ANY` for any size, and the name of a dtype."""
 
     shape: tuple[Any, ...]
     dtype: str
@@ -31,7 +37,7 @@ class TensorType:
     @property
     def bytes(self) -> int:
         """Of the whole tensor. Its sizes are numbers."""
-        size = SCALE_DTYPES[self.dtype].itemsize
+        size = OPERAND_DTYPES[self.dtype].itemsize
         for n in self.shape:
             size *= int(n)
         return size

@@ -29,7 +29,7 @@ using SummingKernel = void (*)(int64_t m, const void* x, const void* const* in, 
 
 struct Operand {
   ScalarType dtype;
-  std::vector<int64_t> shape;  // -1: the number of tokens, over any leading dimensions
+  std::vector<int64_t> shape;  // -1: the number of tokens, over any leading dimensions; -2: any size
   std::string name;
 };
 
@@ -75,8 +75,10 @@ bool fits(const Tensor& t, const Operand& o, int64_t m) {
   if (t.scalar_type() != o.dtype || !t.is_cpu()) return false;
   if (!o.shape.empty() && o.shape[0] == -1) return t.dim() > 0 && t.size(-1) == o.shape[1] && t.numel() == m * o.shape[1];
   if (t.dim() != int64_t(o.shape.size())) return false;
+  const bool schedule = o.dtype == ScalarType::Int;  // of a bank: a header, and an entry for each row of the batch
+  if (schedule && (t.size(0) < 2 || m % (t.size(0) - 1))) return false;
   for (size_t d = 0; d < o.shape.size(); ++d)
-    if (t.size(d) != o.shape[d]) return false;
+    if (o.shape[d] != -2 && t.size(d) != o.shape[d]) return false;
   return true;
 }
 

@@ -23,7 +23,7 @@ import torch
 from gawscompile.codegen import build
 from gawscompile.codegen.cpp_sums import CHECKSUM, unit_rows
 from gawscompile.ir.recipe import hoisted
-from gawscompile.ir.types import DTYPES, SCALE_DTYPES, SpecError
+from gawscompile.ir.types import ANY, DTYPES, OPERAND_DTYPES, SpecError
 from gawscompile.planning.table import Program
 from gawscompile.planning.targets import CPP
 from gawscompile.runtime import forks, gpu
@@ -74,9 +74,12 @@ SCALAR_TYPES = {
 
 def scalar_type(name: str) -> int:
     """That of a dtype by the name that specs have for it (``bf16``)."""
-    return SCALAR_TYPES[SCALE_DTYPES[name]]
+    return SCALAR_TYPES[OPERAND_DTYPES[name]]
 
 
+
+_FREE = {"m": -1, ANY: -2}
+"""Sizes that the dispatcher learns in a call."""
 
 REGISTERS: dict[str, Callable[[str], None]] = {}
 """What builds kernels of other ops than this one, by how their names begin."""
@@ -99,7 +102,7 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     here = Path(__file__).parent
-    parts = ("hoisted.cpp", "dispatch.cpp", "executor.cpp", "attention.cpp", "unchanged.cpp")
+    parts = ("hoisted.cpp", "dispatch.cpp", "executor.cpp", "attention.cpp", "banks.cpp", "unchanged.cpp")
     return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in parts)])
 
 
@@ -157,7 +160,7 @@ def register(program: str) -> None:
     kernels = build.load(source)
     operands = list(spec.operands())
     weights = {o.projection: i for i, o in enumerate(operands) if o.role == "weight"}
-    shapes = [[-1 if size == "m" else int(size) for size in o.shape] for o in operands]
+    shapes = [[_FREE.get(size, size) for size in o.shape] for o in operands]
     flat = [size for shape in shapes for size in shape]
     by_library = [CPP.kind(plan).uses_library for plan in planned.plans]
     if by_library not in ([False], [True], [False, True]):

@@ -26,7 +26,7 @@ import torch
 log = logging.getLogger("gawscompile")
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-MADV_COLLAPSE = 25
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 PRESENT, FILE, EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56
 """Bits of an entry of ``/proc/self/pagemap`` (Documentation/admin-guide/mm/pagemap.rst)."""
 
@@ -142,7 +142,7 @@ def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
         if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":  # no fake ones
             storage = tensor.untyped_storage()
             found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-    return sorted(span for span in found if span[0] < span[1])
+    return sorted(span for span in found if span[0] < span[1] and span[0] not in _AS_WRITTEN)
 
 
 def _inside(spans: list[tuple[int, int]], size: int) -> dict[int, int]:
@@ -173,7 +173,21 @@ def _runs(blocks: list[int], size: int) -> list[tuple[int, int]]:
     return [(run[0], run[-1] + size) for run in found]
 
 
-def _madvise(start: int, length: int) -> bool:
+_AS_WRITTEN: set[int] = set()
+"""Where memory begins that comes on huge pages by itself."""
+
+
+def untouched(tensor: torch.Tensor) -> None:
+    """Have memory that nobody has written to yet come on huge pages as it is written. `enlarge` passes over it."""
+    _AS_WRITTEN.add(tensor.data_ptr())
+    if not _unavailable():
+        size, start = _page_size(), tensor.data_ptr()
+        first, last = -(-start // size) * size, (start + tensor.nbytes) // size * size
+        if first < last:
+            _madvise(first, last - first, MADV_HUGEPAGE)
+
+
+def _madvise(start: int, length: int, advice: int = MADV_COLLAPSE) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return bool(libc.madvise(start, length, MADV_COLLAPSE) == 0)
+    return bool(libc.madvise(start, length, advice) == 0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gawscompile.analysis.identity import reinterpreted, through_casts
 from gawscompile.analysis.reading import args, aten, is_call, is_cast
-from gawscompile.ir import recipe
+from gawscompile.ir import banked, recipe
 from gawscompile.ir.records import Reason, plain
 from gawscompile.passes.context import Context
 from gawscompile.planning.table import PlanTable, Program
 from gawscompile.runtime import attention
+from gawscompile.runtime.banked import BANKED
 from gawscompile.runtime.ops import OPS
 
 SIZES = (3, 2, 7)
@@ -82,6 +83,8 @@ class Values:
                 result = program.run(inputs[0], inputs[1], functools.partial(recipe.run, exact=True))
             elif is_call(node, attention.ATTEND):
                 result = attention.meaning(*inputs)
+            elif is_call(node, BANKED):
+                result = banked.apply(*inputs)
             else:
                 result = node.target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result
@@ -177,6 +180,7 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
     for draw in range(len(SIZES)):
         generator = torch.Generator().manual_seed(draw)
         old, new = Values(draw, generator), Values(draw, generator)
+        _draw_banks(map(context.stands_for.__getitem__, rewrite.nodes), set(map(context.original, edge)), old)
         narrowest: dict[Node, Any] = {}  # casts of one value must be one number, which all of them can hold
         for node in edge:
             origin = context.original(node)
@@ -219,6 +223,23 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
         except Exception as error:
             return f"draw {draw}: cannot be run: {type(error).__name__}: {error}"
     return None
+
+
+def _draw_banks(wanted: Iterable[Node], ends: Container[Node | None], values: Values) -> None:
+    """A small pool, and schedules that fit it, for the banks that are read between `ends` and `wanted`: not any numbers
+    are a schedule."""
+    inside, _ = cone(wanted, ends.__contains__)
+    for node in inside:
+        if not is_call(node, BANKED):
+            continue
+        x, pool, entries, n = args(node)
+        sizes = [_size(size, values.draw) for size in (*entries.meta["val"].shape[:2], x.meta["val"].shape[-1])]
+        schedule, room = banked.drawn(sizes[0] - 1, sizes[1], sizes[2], n, values.generator)
+        numbers = random(pool.meta["val"].new_empty(max(room, 1)), values.draw, values.generator)
+        known = values.known.get(pool)
+        if known is None or len(known) < len(numbers):
+            values.known[pool] = numbers
+        values.known[entries] = schedule
 
 
 def _determined(source: Node, values: Values) -> list[Node] | None:

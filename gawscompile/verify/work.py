@@ -67,6 +67,9 @@ def _product(sizes: Any) -> Any:
 def _traffic(spec: KernelSpec, m: Any) -> Any:
     """Bytes of x, of all operands and of the outputs, once each."""
     total = m * spec.k * DTYPES[spec.x].itemsize
+    total += sum(t.usual_bytes(spec.k) for p in spec.projections for t in p.banked)
     for one in spec.operands():
+        if one.table:
+            continue
         total += SCALE_DTYPES[one.dtype].itemsize * math.prod(m if n == "m" else int(n) for n in one.shape)
     return total + sum(m * n * DTYPES[dtype].itemsize for n, dtype in spec.outputs)

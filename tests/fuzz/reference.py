@@ -22,9 +22,10 @@ from gawscompile.analysis.reading import is_cast
 from gawscompile.ir.recipe import hoisted, iota
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import operands_of, operator_group, operator_sum, project
-from gawscompile.ir.types import DTYPE_NAMES, DTYPES, SCALE_DTYPES
+from gawscompile.ir.types import DTYPE_NAMES, DTYPES, OPERAND_DTYPES
 from gawscompile.planning.table import Program as Planned
 from gawscompile.runtime import attention
+from gawscompile.runtime.banked import SCHEDULE, SNAPSHOT
 from gawscompile.runtime.ops import OPS
 
 
@@ -82,6 +83,8 @@ def _call(node: Node, inputs: Any, keywords: Any, exact: bool) -> Any:
     if target in OPS:
         program = Planned.parse(inputs[2])
         return kernel(inputs[0], program.operands(inputs[1], hoisted), str(program.spec))
+    if target is SNAPSHOT:
+        return SCHEDULE(*inputs)
     if target is attention.ATTEND:
         return attention.meaning(*map(_single, inputs)).to(inputs[0].dtype)
     return tree_map_only(torch.Tensor, lambda t: _wide(t, exact), target(*inputs, **keywords))
@@ -98,9 +101,10 @@ def kernel(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[tor
         raise Refused(f"x is {tuple(x.shape)} {x.dtype} in {spec}")
     m = math.prod(x.shape[:-1])
     for operand, tensor in zip(parsed.operands(), operands, strict=True):
-        dtype = SCALE_DTYPES[operand.dtype]
+        dtype = OPERAND_DTYPES[operand.dtype]
         shape = tuple(m if size == "m" else size for size in operand.shape)
         found = (math.prod(tensor.shape[:-1]), tensor.shape[-1]) if operand.activation else tuple(tensor.shape)
+        shape = found if operand.table else shape  # any
         if tensor.dtype != dtype or found != shape:
             raise Refused(f"{operand.name} is {tuple(tensor.shape)} {tensor.dtype} in {spec}")
     made = project(x.float(), parsed.bound([_single(t) for t in operands]), parsed.swiglu, None)

@@ -103,7 +103,7 @@ def test_what_is_left_alone_is_dumped_with_its_reason(tmp_path):
     (folder,) = tmp_path.iterdir()
     (rejection,) = json.loads((folder / "04_recover_operators.json").read_text())["rejections"]
     assert rejection["reason"] == "DTYPE" and "DTYPE" in (folder / "operators.txt").read_text()
-    assert "disabled" in (folder / "09_fuse_epilogues.py").read_text().splitlines()[0]
+    assert "disabled" in (folder / "10_fuse_epilogues.py").read_text().splitlines()[0]
 
 
 def test_a_graph_that_is_refused_is_dumped_as_it_came(tmp_path):
@@ -127,8 +127,8 @@ def test_a_pass_that_fails_leaves_a_dump_up_to_it(tmp_path, monkeypatch):
     with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Exception, match="broken"):
         explain(Pair().eval(), torch.randn(1, 3, 32), options={"dump": str(tmp_path), "strict": True})
     (folder,) = tmp_path.iterdir()
-    (match,) = json.loads((folder / "07_fuse_zflora.json").read_text())["matches"]
-    assert match[1:] == ["operator_group", ["q", "k"]] and not list(folder.glob("08_*"))
+    (match,) = json.loads((folder / "08_fuse_zflora.json").read_text())["matches"]
+    assert match[1:] == ["operator_group", ["q", "k"]] and not list(folder.glob("09_*"))
 
 
 def test_a_dump_that_cannot_be_written_costs_no_answer(tmp_path, caplog):

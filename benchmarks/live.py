@@ -1,0 +1,240 @@
+"""Adapter banks: one adapter, switches, and batches whose rows have different adapters.
+
+    python -m benchmarks.live --dtype float32 bfloat16 --markdown benchmarks/results/live.md
+
+Three tables, everything in one of them in turns, on SmolLM2:
+
+- *one adapter*: a decode step with a LoRA of PEFT's modules, and with the same LoRA in a bank, plain and under
+  ``gawscompile.compile``, over the base without adapters compiled likewise;
+- *batches*: a decode step of several rows with as many distinct adapters, each row's own, in a bank, over one adapter
+  for all; with PEFT's ``adapter_names`` in eager mode beside it;
+- *switches* among resident adapters of rank 4 to 64: ``activate`` alone, what making the schedule for it adds to the
+  next forward, and the step itself, switched each time and not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gawscompile
+from benchmarks import common
+from benchmarks.common import PAST, Setup
+from gawscompile.calibration import measure
+from gawscompile.calibration.measure import Timing
+from gawscompile.demo.decoding import Decoder
+
+Step = Callable[[], float]
+COMPILERS = ("gaws", "gawscompile.compile")
+
+
+def decoder(model: Any, backend: str, rows: int = 1) -> Step:
+    """A decode step of `rows` behind `PAST` tokens."""
+    run = measure.compiled(model, backend, dynamic=False)
+    found = Decoder(model, run, 2 * PAST, batch=rows)
+    found.fill(common._ids(model, PAST)[0].tolist())
+    return found.timed_step
+
+
+def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, Timing]:
+    for name, step in steps.items():
+        began = time.perf_counter()
+        for _ in range(3):
+            step()
+        print(f"{name} ready ({time.perf_counter() - began:.1f} s)", file=sys.stderr)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(rounds):
+            for name, step in steps.items():
+                step()
+                samples[name] += [step() for _ in range(3)]
+    return {name: Timing.of(found) for name, found in samples.items()}
+
+
+def adapters(base: Any, rank: int, count: int, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of random LoRAs on all linears, as PEFT spells them."""
+    generator = torch.Generator().manual_seed(rank)
+    found = {}
+    for number in range(count):
+        state = {}
+        for path, (k, n) in common.linear_sizes(base).items():
+            for name, sizes in (("lora_A", (rank, k)), ("lora_B", (n, rank))):
+                numbers = torch.randn(sizes, generator=generator) * 0.02
+                state[f"base_model.model.{path}.{name}.weight"] = numbers.to(dtype)
+        found[f"r{rank}_{number}"] = state
+    return found
+
+
+def config(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
+def one_adapter(setup: Setup, rounds: int) -> list[list[str]]:
+    """Rows: what runs, ms, over the base compiled likewise, over PEFT's parameters."""
+    base = common.load_base(setup)
+    peft = common.with_adapter(base, setup)
+    banked = common.with_adapter(base, setup)
+    bank = gawscompile.AdapterBank(banked, memory="256MB")
+    empty = measure.sharing_copy(base)
+    none = gawscompile.AdapterBank(empty, memory="64MB")
+    steps = {}
+    for compiler in COMPILERS:
+        for name, model in (("base", base), ("PEFT", peft), ("bank", banked), ("bank, none active", empty)):
+            steps[f"{name}, {compiler}"] = decoder(model, compiler)
+    times = in_turns(steps, rounds)
+    assert len(bank) == 1 and not len(none)
+    share = next(iter(bank)).bytes / sum(p.numel() * p.element_size() for p in base.parameters())
+    print(f"the adapter is {share:.1%} of the model's bytes", file=sys.stderr)
+    rows = []
+    for name, timing in times.items():
+        kind, compiler = name.split(", ")[0], name.split(", ")[-1]
+        over = timing.median / times[f"base, {compiler}"].median
+        peft_ = timing.median / times[f"PEFT, {compiler}"].median if kind == "bank" else None
+        spread = f"{timing.low:.2f}-{timing.high:.2f}"
+        rows.append([name, f"{timing.median:.2f}", spread, f"{over:.2f}", f"{peft_:.2f}" if peft_ else ""])
+    rows.append([f"(the adapter's bytes: {share:.1%} of the model's)", "", "", "", ""])
+    return rows
+
+
+def batches(setup: Setup, rounds: int, sizes: list[int], distinct: list[int]) -> list[list[str]]:
+    """Rows: batch, distinct adapters, ms, over one adapter, over eager's adapter_names."""
+    base, dtype = common.load_base(setup), getattr(torch, setup.dtype)
+    given = adapters(base, setup.rank, max(distinct), dtype)
+    inner = measure.sharing_copy(base)
+    bank = gawscompile.AdapterBank(inner, memory="512MB")
+    from peft import get_peft_model
+    from peft.utils import set_peft_model_state_dict
+
+    first, *rest = given
+    plain = measure.sharing_copy(base)
+    eager: Any = get_peft_model(plain, config(setup.rank), adapter_name=first, autocast_adapter_dtype=False)
+    for name in rest:
+        eager.add_adapter(name, config(setup.rank), autocast_adapter_dtype=False)
+    for name, state in given.items():
+        bank.load(name, state, config=config(setup.rank))
+        set_peft_model_state_dict(eager, state, adapter_name=name)
+    eager.eval()
+    names, rows = list(given), []
+    for size in sizes:
+        banked = decoder(inner, "gawscompile.compile", size)
+        loop = Decoder(eager, eager, 2 * PAST, batch=size)
+        loop.fill(common._ids(base, PAST)[0].tolist())
+
+        def many(count: int, step: Step = banked, size: int = size) -> Step:
+            def run() -> float:
+                bank.activate([names[row % count] for row in range(size)] if count else None)
+                return step()
+
+            return run
+
+        def peft_loop(count: int, loop: Decoder = loop, size: int = size) -> Step:
+            def run() -> float:
+                loop.seek()
+                chosen = [names[row % count] for row in range(size)]
+                with torch.no_grad():
+                    return measure.timed(lambda: eager(**loop.inputs(), adapter_names=chosen))
+
+            return run
+
+        steps = {f"{count}": many(count) for count in [0, *(d for d in distinct if d <= size)]}
+        steps |= {f"PEFT {count}": peft_loop(count) for count in distinct if count <= size}
+        times = in_turns(steps, rounds)
+        for name, timing in times.items():
+            if name.startswith("PEFT"):
+                continue
+            loop_ = times.get(f"PEFT {name}")
+            over = timing.median / times["1"].median
+            beside = [f"{loop_.median:.1f}", f"{loop_.median / timing.median:.1f}"] if loop_ else ["", ""]
+            rows.append([f"{size}", name, f"{timing.median:.2f}", f"{over:.2f}", *beside])
+    return rows
+
+
+def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
+    """Rows: what, µs or ms."""
+    base, dtype = common.load_base(setup), getattr(torch, setup.dtype)
+    bank = gawscompile.AdapterBank(base, memory="4GB")
+    ranks = (4, 8, 16, 32, 64)
+    for rank in ranks:
+        for name, state in adapters(base, rank, count // len(ranks), dtype).items():
+            bank.load(name, state, config=config(rank))
+    names = [info.name for info in bank]
+    step = decoder(base, "gawscompile.compile")
+    at = [0]
+    spent: dict[str, list[float]] = {"activate": [], "schedule": []}
+
+    def switched() -> float:
+        at[0] += 7  # from rank to rank
+        began = time.perf_counter()
+        bank.activate(names[at[0] % len(names)])
+        spent["activate"].append(1e6 * (time.perf_counter() - began))
+        began = time.perf_counter()
+        bank.snapshot(1)
+        spent["schedule"].append(1e6 * (time.perf_counter() - began))
+        bank.activate(names[at[0] % len(names)])  # the step makes a schedule of its own
+        return step()
+
+    def steady() -> float:
+        bank.activate(names[at[0] % len(names)])
+        step()
+        return step()
+
+    times = in_turns({"switched": switched, "steady": steady}, rounds)
+    resident = sum(info.bytes for info in bank) / 2**20
+    return [
+        [f"activate, {len(names)} adapters of rank 4 to 64 ({resident:.0f} MB)", _median(spent["activate"], "µs")],
+        ["a new schedule, in the next forward", _median(spent["schedule"], "µs")],
+        ["decode step after a switch", f"{times['switched'].median:.2f} ms"],
+        ["decode step, the same adapter as before", f"{times['steady'].median:.2f} ms"],
+        ["ratio", f"{times['switched'].median / times['steady'].median:.3f}"],
+    ]
+
+
+def _median(samples: list[float], unit: str) -> str:
+    return f"{statistics.median(samples):.1f} {unit}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.live", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, nargs="*", default=[8], help="rows")
+    parser.add_argument("--distinct", type=int, nargs="+", default=[1, 2, 4, 8], help="distinct adapters in a batch")
+    parser.add_argument("--resident", type=int, default=100, help="adapters to switch among; 0: no switches")
+    parser.add_argument("--parts", nargs="+", default=["one", "batches", "switches"])
+    parser.add_argument("--markdown", type=Path)
+    arguments = parser.parse_args(argv)
+    facts = measure.machine()
+    found: list[tuple[str, list[str], list[list[str]]]] = []
+    for dtype in arguments.dtype:
+        setup = Setup(arguments.model, dtype, arguments.rank, cast_adapters=True)
+        title = f"{common.title({'model': setup.model})}, {dtype}"
+        if "one" in arguments.parts:
+            head = ["decode, one adapter", "ms", "quartiles", "× base", "× PEFT's parameters"]
+            found.append((title, head, one_adapter(setup, arguments.rounds)))
+        if "batches" in arguments.parts and arguments.batch:
+            head = ["rows", "distinct adapters", "ms", "× one adapter", "PEFT adapter_names, eager, ms", "× faster"]
+            found.append((title, head, batches(setup, arguments.rounds, arguments.batch, arguments.distinct)))
+        if "switches" in arguments.parts and arguments.resident:
+            found.append((title, ["switching", ""], switches(setup, arguments.rounds, arguments.resident)))
+
+    def report(markdown: bool) -> str:
+        bold = "**" if markdown else ""
+        parts = [f"{bold}{name}{bold}\n\n{measure.table(head, rows, markdown)}" for name, head, rows in found]
+        return "\n\n".join([measure.describe(facts), *parts])
+
+    common.publish("Adapter banks", "live", argv if argv is not None else sys.argv[1:], arguments.markdown, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Where the factors of resident adapters lie: runs of one pool's numbers, lent and taken back.
+
+A run that is taken back may still be read by a forward that is under way, by the snapshot of the bank that it took when
+it began. Such a run *rests* until every snapshot that is older is gone, and is lent again only then.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+from weakref import finalize
+
+from gawscompile.ir.banked import UNIT
+
+
+class Arena:
+    """Runs of ``[0, size)``, each beginning at a multiple of `UNIT`; the first that is long enough is lent. Callers of
+    everything but `read_by` hold one lock."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size // UNIT * UNIT
+        self._free = [(0, self.size)]  # (begin, end), in order, none touching the next
+        self._resting: list[tuple[int, int, int]] = []  # (when it was taken back, begin, end)
+        self._clock = itertools.count(1)
+        self._readers: dict[int, int] = {}  # snapshots that are alive → when they were taken
+
+    def read_by(self, snapshot: Any) -> None:
+        """Whoever holds `snapshot` may read what is lent now, until that is garbage."""
+        self._readers[id(snapshot)] = next(self._clock)
+        finalize(snapshot, self._readers.pop, id(snapshot)).atexit = False
+
+    def take(self, counts: Sequence[int]) -> list[int] | None:
+        """The beginnings of runs of so many numbers, one behind the other if there is such room, else wherever each
+        fits. None where one does not."""
+        self._wake()
+        sizes = [whole(count) for count in counts]
+        begin = self._first(sum(sizes))
+        if begin is not None:
+            return list(itertools.accumulate(sizes[:-1], initial=begin))
+        before, found = list(self._free), []
+        for size in sizes:
+            if (begin := self._first(size)) is None:
+                self._free = before
+                return None
+            found.append(begin)
+        return found
+
+    def _first(self, size: int) -> int | None:
+        for i, (begin, end) in enumerate(self._free):
+            if end - begin >= size:
+                self._free[i : i + 1] = [(begin + size, end)] if end - begin > size else []
+                return begin
+        return None
+
+    def give_back(self, begins: Sequence[int], counts: Sequence[int]) -> None:
+        """Runs that were taken are nobody's."""
+        now = next(self._clock)
+        self._resting += [(now, begin, begin + whole(count)) for begin, count in zip(begins, counts, strict=True)]
+
+    @property
+    def resting(self) -> bool:
+        """Whether a run that was taken back may still be read."""
+        self._wake()
+        return bool(self._resting)
+
+    def _wake(self) -> None:
+        """Runs that nobody can be reading any more are free."""
+        oldest = min(list(self._readers.values()), default=next(self._clock))
+        awake = [run for run in self._resting if run[0] < oldest]
+        if not awake:
+            return
+        self._resting = [run for run in self._resting if run[0] >= oldest]
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted([*self._free, *((begin, end) for _, begin, end in awake)]):
+            if merged and merged[-1][1] == begin:
+                merged[-1] = merged[-1][0], end
+            else:
+                merged.append((begin, end))
+        self._free = merged
+
+
+def whole(count: int) -> int:
+    """Numbers that a run of `count` takes."""
+    return -(-count // UNIT) * UNIT

@@ -1,0 +1,368 @@
+"""`AdapterBank`: many LoRA adapters of one model, resident, switched, mixed and scaled without compiling anything anew.
+
+    bank = gawscompile.AdapterBank(model, memory="2GB")
+    bank.load("legal", "adapters/legal")
+    model = gawscompile.compile(model)
+    bank.activate("legal")         # or None, {"legal": 0.7, "terse": 0.3}, or a list with one of these for each row
+
+What a compiled graph reads of a bank are three tensors: the pool with all factors, the number of the bank, and a
+snapshot that each forward takes of what is active. So a switch is a change of what the next snapshot says. Whoever runs
+a forward sees one state of the bank from its first projection to its last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gawscompile.banks.checkpoints import BankError
+from gawscompile.banks.layer import Shared
+from gawscompile.banks.models import active_of, adapters_of, attach, linears
+from gawscompile.banks.residents import Held, Residents
+from gawscompile.ir.banked import FIELDS, PAD, UNIT
+from gawscompile.ir.types import DTYPE_NAMES
+from gawscompile.runtime.banked import SOURCES, Source, publish, retract
+
+__all__ = ["AdapterBank", "BankError", "Info"]
+
+Choice = str | None | Mapping[str, float]
+"""Of one row: an adapter's name, none, or several with their weights."""
+
+Rows = tuple[tuple[tuple[Held, float], ...], ...]
+"""What is active: the adapters of each row with their weights."""
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Info:
+    """An adapter of a bank, as it was when it was asked for. `rank`: the largest of its modules. `bytes`: in the pool.
+    `used`: when it was last activated, by `time.time`, 0.0 if never."""
+
+    name: str
+    rank: int
+    bytes: int
+    targets: tuple[str, ...]
+    scale: float
+    resident: bool
+    pinned: bool
+    active: bool
+    used: float
+
+
+class AdapterBank(Source):
+    """LoRA adapters beside the linears of `model`, which is changed in place and remains the one to call, compile and
+    generate with.
+
+    `model`: a base model, or a PeftModel, whose LoRA adapters the bank takes over (its ``set_adapter``,
+    ``load_adapter``, ``delete_adapter`` and ``disable_adapter`` speak to the bank then).
+    `memory`: bytes of the pool, or "64MB", "2GB". Memory that no adapter has used yet costs nothing.
+    `modules`: "all-linear" (all but the output layer), or names or ends of names, as PEFT's ``target_modules``.
+    `dtype`: of the factors in the pool; by default that of a PeftModel's factors, else the model's.
+    `max_mix`: adapters that one row can mix. `max_adapters`: resident ones, if that is to be limited too.
+
+    When the pool is full, the adapters that were not used for longest leave it, but for pinned and active ones. They
+    are read again, from where they came, when they are needed. Methods may be called by any thread.
+
+    Raises `BankError` (a `ValueError`) for what it cannot take, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        memory: int | str = "1GB",
+        modules: str | Sequence[str] = "all-linear",
+        dtype: torch.dtype | None = None,
+        max_mix: int = 4,
+        max_adapters: int | None = None,
+    ) -> None:
+        peft: Any = model if hasattr(model, "peft_config") else None
+        given = adapters_of(peft) if peft is not None else {}
+        inner: nn.Module = model if peft is None else peft.get_base_model()
+        bases = linears(inner, modules)
+        for name, adapter in given.items():
+            if missing := sorted(adapter.factors.keys() - bases.keys()):
+                raise BankError(f"adapter {name!r} adapts {missing[0]}, which modules={modules!r} leaves out")
+        dtypes = {factors.a.dtype for adapter in given.values() for factors in adapter.factors.values()}
+        weight: Any = next(iter(bases.values())).weight
+        dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else weight.dtype)
+        if dtype not in DTYPE_NAMES:
+            raise BankError(f"dtype={dtype}: factors of a bank are of {', '.join(map(str, DTYPE_NAMES))}")
+        if max_mix < 1 or (max_adapters is not None and max_adapters < 1):
+            raise BankError(f"max_mix={max_mix}, max_adapters={max_adapters}: both count adapters, from 1 on")
+        size = _bytes(memory) // dtype.itemsize
+        if size < UNIT:
+            raise BankError(f"memory={memory!r} holds no adapter")
+        self.model, self.modules, self.max_mix = model, tuple(bases), max_mix
+        known = tuple(name for name, _ in inner.named_modules())
+        self._all = Residents(bases, known, size, dtype, max_adapters, self._active, self._changed, self._became)
+        self._lock = self._all.lock
+        self._rows: dict[object, Rows] = {None: ((),)}  # what is active: for all threads, and for single ones
+        self._made: dict[Any, np.ndarray] = {}  # schedules of the present state
+        self._here = threading.local()
+        self._fetching: ThreadPoolExecutor | None = None
+        self._number = next(_numbers)
+        for name, adapter in given.items():
+            self._all.put(name, adapter, None)
+        active = [name for name in active_of(peft) if name in given] if peft is not None else []
+        self.activate(dict.fromkeys(active, 1.0) if active else None)
+        self.shared = Shared(self._all.pool, self._number, len(bases), max_mix)
+        SOURCES[self._number] = self
+        attach(self, model, inner, bases, self.shared)
+
+    # ---- adapters -----------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        name: str,
+        source: Any,
+        *,
+        config: Any = None,
+        adapter_name: str | None = None,
+        scale: float = 1.0,
+        pinned: bool = False,
+        lazy: bool = False,
+    ) -> None:
+        """Read an adapter, check all of it, and only then make it known as `name`, in the place of one that may have
+        that name.
+
+        `source`: a folder as PEFT saves it, a state dict (with its `config`), or a PeftModel (its adapter
+        `adapter_name`, by default the one that is called `name`, or its only one). Forwards may run meanwhile, and
+        adapters be switched. With `lazy`, a folder is read when it is first needed, and costs no memory until then.
+
+        Raises `BankError`, naming file and key; the bank is what it was then.
+        """
+        if not name or not isinstance(name, str):
+            raise BankError(f"{name!r}: an adapter's name is a string")
+        folder = Path(source).resolve() if isinstance(source, (str, Path)) else None
+        if not lazy:
+            adapter = self._all.read(source if folder is None else folder, config, adapter_name or name)
+            self._all.put(name, adapter, folder, float(scale), pinned)
+            return
+        if folder is None or not folder.is_dir():
+            raise BankError(f"{name}: only a folder can be read later, not {source!r}")
+        with self._all.loading:
+            self._all.replace(Held(name, folder, scale=float(scale), pinned=pinned))
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises `BankError` for one that is active."""
+        with self._all.loading, self._lock:
+            held = self._all.of(name)
+            if self._active(held):
+                raise BankError(f"{name} is active: activate another adapter, or None, before it is unloaded")
+            self._all.leave(held)
+            del self._all.held[name]
+
+    def prefetch(self, name: str) -> Future[None]:
+        """Begin to bring an adapter into the pool, in the background."""
+        with self._lock:
+            self._all.of(name)
+            if self._fetching is None:
+                self._fetching = ThreadPoolExecutor(1, "gawscompile-bank")
+        return self._fetching.submit(self._all.bring, [name])
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """A pinned adapter does not leave the pool."""
+        with self._lock:
+            self._all.of(name).pinned = pinned
+
+    def scale(self, name: str, scale: float) -> None:
+        """Multiply what an adapter adds by `scale`, in place of the factor that it was given before (1.0 at first)."""
+        with self._lock:
+            self._all.of(name).scale = float(scale)
+            self._changed()
+
+    # ---- what is active -----------------------------------------------------------------------------------
+
+    def activate(self, adapters: Choice | Sequence[Choice]) -> None:
+        """What forwards that begin from now on use: one adapter, None, several with weights, or a list with one of
+        these for each row of the batch.
+
+        A batch of a multiple of rows has each of them for as many rows one after the other (beams). An adapter that
+        left the pool comes back first. Raises `BankError`.
+        """
+        self._choose(adapters, None)
+
+    @contextlib.contextmanager
+    def activated(self, adapters: Choice | Sequence[Choice]) -> Iterator[None]:
+        """Within, forwards of this thread use `adapters`. Other threads' are not touched."""
+        before, mine = getattr(self._here, "key", None), object()
+        self._choose(adapters, mine)
+        self._here.key = mine
+        try:
+            yield
+        finally:
+            self._here.key = before
+            with self._lock:
+                del self._rows[mine]
+                self._changed()
+
+    def _choose(self, adapters: Choice | Sequence[Choice], key: object) -> None:
+        """Have `adapters` in the pool, and make them active."""
+        single = adapters is None or isinstance(adapters, (str, Mapping))
+        choices = [cast(Choice, adapters)] if single else list(cast("Sequence[Choice]", adapters))
+        if not choices:
+            raise BankError("a list of adapters has one for each row, and this one is empty")
+        parts = [_parts(choice) for choice in choices]
+        for choice, part in zip(choices, parts, strict=True):
+            if len(part) > self.max_mix:
+                raise BankError(f"{choice}: a row mixes up to {self.max_mix} adapters (AdapterBank(max_mix=…))")
+        names = list(dict.fromkeys(name for part in parts for name, _ in part))
+
+        def resident() -> bool:
+            with self._lock:
+                held = {name: self._all.of(name) for name in names}
+                if any(one.entries is None for one in held.values()):
+                    return False
+                for one in held.values():
+                    one.used = time.time()
+                self._rows[key] = tuple(tuple((held[name], weight) for name, weight in part) for part in parts)
+                self._changed()
+                return True
+
+        if resident():  # nobody who loads is waited for
+            return
+        with self._all.loading:  # none leaves again before all are active
+            self._all.bring(names)
+            assert resident()
+
+    def _active(self, held: Held) -> bool:
+        return any(one is held for rows in self._rows.values() for row in rows for one, _ in row)
+
+    def _became(self, before: Held, held: Held) -> None:
+        for key, rows in self._rows.items():
+            self._rows[key] = tuple(
+                tuple((held if one is before else one, weight) for one, weight in row) for row in rows
+            )
+
+    def _changed(self) -> None:
+        """What schedules were made of is no longer so. The caller holds the lock."""
+        self._made.clear()
+        retract(self._number)
+
+    # ---- what forwards read -------------------------------------------------------------------------------
+
+    def snapshot(self, rows: int) -> Tensor:
+        """The schedule of all modules for a batch of `rows` (`ir.banked`), as the bank is now."""
+        with self._lock:
+            chosen = self._rows[getattr(self._here, "key", None)]
+            if rows % len(chosen):
+                raise BankError(
+                    f"the bank has adapters for {len(chosen)} rows, and the batch has {rows}: activate one for each row"
+                )
+            made = self._made.get((chosen, rows))
+            if made is None:
+                made = self._made[chosen, rows] = self._schedule(chosen, rows)
+                self._all.arena.read_by(made)
+            if len(self._rows) == 1:  # where threads have something for themselves, Python must look who asks
+                publish(self._number, rows, torch.from_numpy(made))
+            copied = made.copy()  # whoever gets it may write to it
+            self._all.arena.read_by(copied)
+        return torch.from_numpy(copied)
+
+    def _schedule(self, chosen: Rows, rows: int) -> np.ndarray:
+        found = np.zeros((len(self.modules), rows + 1, self.max_mix, FIELDS), np.int32)
+        each, room = rows // len(chosen), np.zeros(len(self.modules), np.int32)
+        first = {row: number for number, row in reversed(list(enumerate(chosen)))}
+        for number, row in enumerate(chosen):
+            mine = found[:, 1 + number * each : 1 + (number + 1) * each]
+            ranks = np.zeros_like(room)
+            for i, (held, weight) in enumerate(row):
+                assert held.entries is not None
+                mine[:, :, i] = held.entries[:, None]
+                scales = held.entries[:, 4:6].view(np.float32) * np.float32(weight * held.scale)
+                mine[:, :, i, 4:6] = scales.view(np.int32)[:, None]
+                ranks += held.entries[:, 3]
+            mine[:, :, 0, 6] = first[row] * each
+            mine[:, :, 0, 7] = np.where(ranks > 0, len(row), 0)[:, None]
+            room = np.maximum(room, ranks)
+        found[:, 0, 0, 0], found[:, 0, 0, 1] = rows, self.max_mix
+        found[:, 0, 0, 2] = -(-room // PAD) * PAD
+        return found
+
+    # ---- what it has --------------------------------------------------------------------------------------
+
+    def save(self, name: str, folder: str | Path) -> None:
+        """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+        Its factors have the pool's dtype; what `scale` was given is not in them. Raises `BankError` for biases that
+        PEFT's files cannot say apart.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {}
+        with self._all.loading:
+            self._all.bring([name])
+            held = self._all.of(name)
+            config, of_b = dict(held.config), bool(held.config.get("lora_bias"))
+            for path, f in self._all.factors(held).items():
+                start, base = f"base_model.model.{path}", cast(Any, self._all.bases[path]).bias
+                tensors[f"{start}.lora_A.weight"], tensors[f"{start}.lora_B.weight"] = f.a.clone(), f.b.clone()
+                if f.bias is None:
+                    continue
+                if of_b and (f.scale == 0 or config.get("bias", "none") != "none"):
+                    raise BankError(f"{name}: the bias of {path} is a sum of two, and PEFT's files have them apart")
+                bias = f.bias / f.scale if of_b else f.bias + base
+                tensors[f"{start}.{'lora_B' if of_b else 'base_layer'}.bias"] = bias.to(f.b.dtype)
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+    def info(self, name: str) -> Info:
+        """What the bank knows of an adapter. One that is read later has no rank and no targets yet."""
+        with self._lock:
+            held = self._all.of(name)
+            resident = held.entries is not None
+            return Info(
+                name,
+                rank=max(held.ranks.values(), default=0),
+                bytes=held.taken * self._all.dtype.itemsize if resident else 0,
+                targets=tuple(held.ranks),
+                scale=held.scale,
+                resident=resident,
+                pinned=held.pinned,
+                active=self._active(held),
+                used=held.used,
+            )
+
+    def __iter__(self) -> Iterator[Info]:
+        """Of all adapters, in the order in which they came."""
+        return iter([self.info(name) for name in list(self._all.held)])
+
+    def __len__(self) -> int:
+        return len(self._all.held)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all.held
+
+
+def _parts(choice: Choice) -> list[tuple[str, float]]:
+    if choice is None:
+        return []
+    if isinstance(choice, str):
+        return [(choice, 1.0)]
+    return [(name, float(weight)) for name, weight in choice.items()]
+
+
+def _bytes(memory: int | str) -> int:
+    if isinstance(memory, int):
+        return memory
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B\s*", memory, re.IGNORECASE)
+    if match is None:
+        raise BankError(f"memory={memory!r}: bytes as a number, or as '64MB' or '2GB'")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

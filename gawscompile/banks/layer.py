@@ -1,0 +1,116 @@
+"""The modules of a bank: a linear with the bank's adapters beside it, and what a model's forward shares."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gawscompile.runtime.banked import BANKED, SCHEDULE
+
+
+class Shared(nn.Module):
+    """What all modules of a bank read: its pool, its number, and the snapshot of the forward that is under way.
+
+    A submodule of each of them, so that compiled code finds its tensors where guards look. They go into no checkpoint,
+    and stay where they are when the model is moved or cast: kernels on CPUs read them.
+    """
+
+    pool: Tensor
+    state: Tensor
+
+    def __init__(self, pool: Tensor, number: int, modules: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("pool", pool, persistent=False)
+        self.register_buffer("state", torch.tensor([number]), persistent=False)
+        self.modules_, self.width = modules, width
+        self.traced: Tensor | None = None
+        self._here = threading.local()  # in eager mode, several threads may be in the model at once
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Shared:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Shared:
+        raise TypeError("a model with an adapter bank cannot be copied: copy the model first, and give each a bank")
+
+    def snapshot(self, rows: Any) -> Tensor:
+        """What the bank adds to a batch of so many rows, for all modules."""
+        return SCHEDULE(self.state, rows, self.modules_, self.width)
+
+    @property
+    def current(self) -> Tensor | None:
+        """The snapshot of the forward that this thread, or the graph that is being traced, is in."""
+        return self.traced if torch.compiler.is_compiling() else getattr(self._here, "snapshot", None)
+
+    @current.setter
+    def current(self, snapshot: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = snapshot
+        else:
+            self._here.snapshot = snapshot
+
+
+def with_snapshots(model: nn.Module, shared: Shared) -> None:
+    """Each forward of `model` takes one snapshot: its class becomes one of the same name, with such a forward.
+
+    Neither by hooks, which torch.compile calls outside of the graph, nor by a function in the place of the method:
+    what that reads in its closure, guards would look at in every call.
+    """
+    kind = type(model)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.bank_shared.current = self.bank_shared.snapshot(_rows(args, kwargs))
+        try:
+            return self.forward_with_bank(*args, **kwargs)
+        finally:
+            self.bank_shared.current = None
+
+    vars(model)["bank_shared"] = shared  # no submodule: a Sequential would call it
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "forward_with_bank": kind.forward, **names})
+
+
+INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_values", "input_features")
+"""Arguments of a forward whose first dimension is the batch's rows."""
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    named = [kwargs.get(name) for name in INPUTS]
+    for value in (*named, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return 1
+
+
+class BankedLinear(nn.Module):
+    """A linear, x ``[rows, …, k]`` → ``[rows, …, n]``, and what the bank adds to it for each row."""
+
+    def __init__(self, base_layer: nn.Module, bank: Shared, index: int, sizes: tuple[int, int]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bank = bank
+        self.index = index  # among the modules of the bank
+        self.out_features, self.in_features = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        schedule = self.bank.current
+        if schedule is None:  # it is called outside of the model's forward
+            schedule = self.bank.snapshot(x.shape[0])
+        return y + BANKED(x, self.bank.pool, schedule[self.index], self.out_features).to(y.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's: models look at its dtype."""
+        found: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base_layer.bias  # type: ignore[return-value]

@@ -1,0 +1,122 @@
+"""Putting a bank into a model: which linears it is for, the modules in their place, and PEFT's own calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from gawscompile.banks.checkpoints import Adapter, BankError, read
+from gawscompile.banks.layer import BankedLinear, Shared, with_snapshots
+from gawscompile.banks.residents import sizes_of
+
+
+def linears(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The linears that a bank is to hold adapters for, by their paths; those inside of PEFT's layers by the layers'.
+
+    Raises `BankError` for a model that can have no bank, naming the module.
+    """
+    if "forward" in vars(model):
+        raise BankError(f"the forward of {type(model).__name__} was replaced on this object: undo that first")
+    embeddings: Any = getattr(model, "get_output_embeddings", None)
+    output = embeddings() if embeddings else None
+    ends = [modules] if isinstance(modules, str) else list(modules)
+    found: dict[str, nn.Module] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, BankedLinear):
+            raise BankError("the model has a bank already: model.adapter_bank")
+        base = getattr(layer, "base_layer", layer)
+        if path.endswith(".base_layer") or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        expert, linear = ".experts." in f".{path}.", type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+        if modules == "all-linear":
+            if linear and not expert and base is not output:
+                found[path] = base
+        elif any(path == end or path.endswith(f".{end}") for end in ends):
+            if not linear:
+                raise BankError(f"{path} is a {type(base).__name__}: a bank holds adapters of nn.Linear and Conv1D")
+            if expert:
+                raise BankError(f"{path}: tokens of an expert do not say which row they are of; leave it out")
+            found[path] = base
+    if not found:
+        raise BankError(f"modules={modules!r}: the model has no linear of that name")
+    for path, base in found.items():
+        weight: Any = base.weight
+        if weight.device.type != "cpu":
+            raise BankError(f"{path} is on {weight.device}: adapter banks are for models on a CPU so far")
+    return found
+
+
+def adapters_of(peft: Any) -> dict[str, Adapter]:
+    """All adapters of a PeftModel, scaled as they are now. Raises `BankError` for one that is no LoRA."""
+    inner = dict(peft.get_base_model().named_modules())
+    layers = {path: layer for path, layer in inner.items() if hasattr(layer, "base_layer")}
+    if merged := [path for path, layer in layers.items() if getattr(layer, "merged", False)]:
+        raise BankError(f"{merged[0]}: its adapter is merged into the weight; call unmerge_adapter() first")
+    bases = {path: layer.base_layer for path, layer in layers.items()}
+    found = {}
+    for name in peft.peft_config:
+        adapter = read(peft, bases, known=tuple(inner), adapter_name=name)
+        factors = {}
+        for path, f in adapter.factors.items():
+            scale = float(layers[path].scaling[name])
+            scaled = f.bias is not None and adapter.config.get("lora_bias") and f.scale
+            bias = f.bias * (scale / f.scale) if scaled and f.bias is not None else f.bias
+            factors[path] = dataclasses.replace(f, scale=scale, bias=bias)
+        found[name] = dataclasses.replace(adapter, factors=factors)
+    return found
+
+
+def active_of(peft: Any) -> list[str]:
+    """Names of the active adapters of a PeftModel."""
+    active = peft.active_adapters if hasattr(peft, "active_adapters") else peft.active_adapter
+    return [active] if isinstance(active, str) else list(active)
+
+
+def attach(bank: Any, model: nn.Module, inner: nn.Module, bases: Mapping[str, nn.Module], shared: Shared) -> None:
+    """Put `bank` into `model`, of which `inner` is the base model."""
+    if inner is not model:
+        model.base_model.unload()  # type: ignore[operator, union-attr]
+    for index, (path, base) in enumerate(bases.items()):
+        parent, _, name = path.rpartition(".")
+        setattr(inner.get_submodule(parent), name, BankedLinear(base, shared, index, sizes_of(base)))
+    with_snapshots(inner, shared)
+    calls: dict[str, Callable[..., Any]] = {"generate": _generate} if callable(getattr(model, "generate", None)) else {}
+    if inner is not model:
+        calls |= {"set_adapter": _set_adapter, "load_adapter": _load_adapter}
+        calls |= {"delete_adapter": _delete_adapter, "disable_adapter": _disable_adapter}
+    for one in {inner, model}:
+        vars(one)["adapter_bank"] = bank  # not as a submodule, and the model keeps its bank
+    vars(model).update({name: types.MethodType(call, model) for name, call in calls.items()})
+
+
+def _generate(model: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+    """The model's ``generate``. `adapter_names`: one for each row of this call; "__base__" is none."""
+    names = None if adapter_names is None else [None if name == "__base__" else name for name in adapter_names]
+    with contextlib.nullcontext() if names is None else model.adapter_bank.activated(names):
+        if hasattr(model, "get_base_model"):
+            return model.get_base_model().generate(*args, **kwargs)
+        return type(model).generate(model, *args, **kwargs)
+
+
+def _set_adapter(model: Any, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+    model.adapter_bank.activate(dict.fromkeys(names, 1.0))
+
+
+def _load_adapter(model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    model.adapter_bank.load(adapter_name, model_id)
+
+
+def _delete_adapter(model: Any, adapter_name: str) -> None:
+    model.adapter_bank.unload(adapter_name)
+
+
+@contextlib.contextmanager
+def _disable_adapter(model: Any) -> Iterator[None]:
+    with model.adapter_bank.activated(None):
+        yield

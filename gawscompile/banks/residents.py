@@ -1,0 +1,271 @@
+"""The adapters that a bank knows, and those of them whose factors lie in its pool.
+
+When the pool is full, those that were not used for longest leave it. What came from a folder is read from there again;
+what did not is written to a temporary folder first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gawscompile.banks.arena import Arena, whole
+from gawscompile.banks.checkpoints import Adapter, BankError, Factors, read
+from gawscompile.ir.banked import FIELDS, UNIT
+from gawscompile.options import Options
+from gawscompile.runtime import pages
+
+WAIT = 30.0
+"""Seconds that loading waits for forwards that still read memory which is to be used again."""
+
+
+@dataclass(eq=False)
+class Held:
+    """An adapter that the bank knows. `entries`: each module's entry of a schedule, while it is resident."""
+
+    name: str
+    source: Path | None = None  # a folder to read it from; None: it is resident, and was never written anywhere
+    config: dict[str, Any] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)  # by module
+    sizes: list[int] = field(default_factory=list)  # numbers of each run of the pool: A and B of each module
+    scale: float = 1.0
+    pinned: bool = False
+    used: float = 0.0
+    spilled: bool = False
+    begins: list[int] = field(default_factory=list)
+    entries: np.ndarray | None = None
+
+    @property
+    def taken(self) -> int:
+        """Numbers of the pool that it takes, or would."""
+        return sum(map(whole, self.sizes))
+
+
+class Residents:
+    """Adapters of the linears `bases`, in a pool of `size` numbers.
+
+    `active` says whether an adapter may not leave, `changed` is told that one came or left; `became` that another
+    adapter of the same name stands for one from now on. Two locks: `loading` of reading and of leaving, which may take
+    long, and `lock` of all that a forward asks for. The first is taken first.
+    """
+
+    def __init__(
+        self,
+        bases: Mapping[str, nn.Module],
+        known: Collection[str],
+        size: int,
+        dtype: torch.dtype,
+        most: int | None,
+        active: Callable[[Held], bool],
+        changed: Callable[[], None],
+        became: Callable[[Held, Held], None],
+    ) -> None:
+        self.bases, self.known, self.dtype, self.most = bases, known, dtype, most
+        self.modules = tuple(bases)
+        self.arena = Arena(size)
+        self.pool = torch.empty(self.arena.size, dtype=dtype)
+        if Options.split(None)[0].huge_pages:
+            pages.untouched(self.pool)
+        self.held: dict[str, Held] = {}
+        self.lock, self.loading = threading.RLock(), threading.RLock()
+        self._active, self._changed, self._became = active, changed, became
+        self._together: frozenset[str] = frozenset()  # names that are brought at once
+        self._spill: Path | None = None
+
+    def of(self, name: str) -> Held:
+        """Raises `BankError` for a name that the bank does not know."""
+        if name not in self.held:
+            raise BankError(f"the bank has no adapter {name!r}: it has {', '.join(self.held) or 'none'}")
+        return self.held[name]
+
+    # ---- coming ---------------------------------------------------------------------------------------------
+
+    def read(self, source: Any, config: Any, name: str) -> Adapter:
+        """Raises `BankError`."""
+        return read(source, self.bases, config=config, known=self.known, adapter_name=name)
+
+    def put(self, name: str, adapter: Adapter, source: Path | None, scale: float = 1.0, pinned: bool = False) -> None:
+        """Bring an adapter into the pool, and make it known. Raises `BankError` where there is no room."""
+        ranks = {path: factors.a.shape[0] for path, factors in adapter.factors.items()}
+        factors = [adapter.factors[path] for path in self.modules if path in adapter.factors]
+        sizes = [size for f in factors for size in (f.a.numel(), _wide(f) * f.b.shape[0])]
+        held = Held(name, source, adapter.config, ranks, sizes, scale, pinned)
+        with self.loading:
+            held.begins = self._room_for(held)
+            try:
+                self._fill(held, adapter)
+                self.replace(held)
+            except BaseException:
+                with self.lock:
+                    self.leave(held)
+                raise
+
+    def replace(self, held: Held) -> None:
+        """`held` is what its name means from now on, also where that is active. Raises `BankError` if it is to be read
+        later and that is active. The caller holds `loading`."""
+        with self.lock:
+            before = self.held.get(held.name)
+            if before is not None:
+                held.used = before.used
+                if held.entries is None and self._active(before):
+                    raise BankError(f"{held.name} is active: it cannot be replaced by one that is read later")
+                self._became(before, held)
+                self.leave(before)
+            self.held[held.name] = held
+            self._changed()
+
+    def bring(self, names: list[str]) -> None:
+        """Have adapters in the pool, all at once. Raises `BankError` where there is no room for all."""
+        with self.loading:
+            self._together = frozenset(names)
+            try:
+                for name in names:
+                    self._bring(name)
+            finally:
+                self._together = frozenset()
+
+    def _bring(self, name: str) -> None:
+        with self.lock:
+            held = self.of(name)
+            held.used = time.time()
+            if held.entries is not None:
+                return
+        adapter = _unspilled(held) if held.spilled else self.read(held.source, None, name)
+        self.put(name, adapter, None if held.spilled else held.source, held.scale, held.pinned)
+
+    def _room_for(self, held: Held) -> list[int]:
+        """Runs for `held`; others leave the pool for it."""
+        if held.taken > self.arena.size:
+            need, have = (count * self.dtype.itemsize / 2**20 for count in (held.taken, self.arena.size))
+            raise BankError(f"{held.name} takes {need:.1f} MB, and the bank has {have:.1f}: AdapterBank(memory=…)")
+        end = time.monotonic() + WAIT
+        while True:
+            with self.lock:
+                resident = [one for one in self.held.values() if one.entries is not None]
+                full = self.most is not None and len(resident) >= self.most
+                begins = None if full else self.arena.take(held.sizes)
+                if begins is not None:
+                    return begins
+                resting = self.arena.resting
+                stay = [one for one in resident if one.pinned or self._active(one) or one.name in self._together]
+                idle = [one for one in resident if one not in stay]
+                last = min(idle, key=lambda one: one.used, default=None)
+            if last is not None:
+                self._evict(last)
+            elif not resting:
+                raise BankError(
+                    f"no room for {held.name}: {len(resident)} resident adapters are active, pinned or wanted with it. "
+                    "Give the bank more memory, or unload one"
+                )
+            elif time.monotonic() > end:
+                raise BankError(f"no room for {held.name}: a forward has read what was unloaded for {WAIT:.0f} s")
+            else:
+                time.sleep(0.0005)
+
+    def _fill(self, held: Held, adapter: Adapter) -> None:
+        """Copy the factors into their runs, and write their entries."""
+        entries, runs = np.zeros((len(self.modules), FIELDS), np.int32), zip(held.begins, held.sizes, strict=True)
+        for index, path in enumerate(self.modules):
+            factors = adapter.factors.get(path)
+            if factors is None:
+                continue
+            (rank, k), n, wide = factors.a.shape, factors.b.shape[0], _wide(factors)
+            (a, _), (b, _) = next(runs), next(runs)
+            first = self.pool[a:][: rank * k].view(rank, k).copy_(factors.a)
+            columns = self.pool[b:][: n * wide].view(n, wide)
+            columns[:, :rank].copy_(factors.b)
+            if factors.bias is not None:
+                columns[:, rank].copy_(factors.bias)
+            if self.dtype == torch.float16 and not (first.isfinite().all() and columns.isfinite().all()):
+                raise BankError(f"{held.name}: {path} has factors beyond the pool's float16: AdapterBank(dtype=…)")
+            numbers = np.array([factors.scale, 1.0], np.float32).view(np.int32)
+            entries[index, :6] = a // UNIT, b // UNIT, rank, wide, *numbers
+        held.entries = entries
+
+    # ---- leaving ----------------------------------------------------------------------------------------------
+
+    def leave(self, held: Held) -> None:
+        """What `held` takes of the pool is free again. The caller holds both locks."""
+        self.arena.give_back(held.begins, held.sizes[: len(held.begins)])
+        held.begins, held.entries = [], None
+        self._changed()
+
+    def _evict(self, held: Held) -> None:
+        """An adapter leaves the pool; it can be read again."""
+        if held.source is None:
+            if self._spill is None:
+                self._spill = Path(tempfile.mkdtemp(prefix="gawscompile-bank-"))
+                finalize(self, shutil.rmtree, self._spill, True)
+            held.source, held.spilled = self._spill / f"{id(held)}-{time.monotonic_ns()}", True
+            _spilled(held, self.factors(held), held.source)
+        with self.lock:
+            if not self._active(held):  # it may have been activated meanwhile
+                self.leave(held)
+
+    def factors(self, held: Held) -> dict[str, Factors]:
+        """Of an adapter that is resident, by module; views of the pool. The caller holds `loading`."""
+        assert held.entries is not None
+        found, floats = {}, held.entries.view(np.float32)
+        for index, path in enumerate(self.modules):
+            if path in held.ranks:
+                a, b, rank, wide = (int(number) for number in held.entries[index, :4])
+                columns = self.pool[b * UNIT :][: n_of(self.bases[path]) * wide].view(-1, wide)
+                first = self.pool[a * UNIT :][: rank * k_of(self.bases[path])].view(rank, -1)
+                bias = columns[:, rank] if wide > rank else None
+                found[path] = Factors(first, columns[:, :rank], float(floats[index, 4]), bias)
+        return found
+
+
+def _spilled(held: Held, factors: Mapping[str, Factors], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for path, f in factors.items():
+        parts = {"a": f.a, "b": f.b, "bias": f.bias}
+        tensors |= {f"{path}/{name}": part.clone() for name, part in parts.items() if part is not None}
+    scales = {path: f.scale for path, f in factors.items()}
+    save_file(tensors, file, metadata={"config": json.dumps(held.config), "scales": json.dumps(scales)})
+
+
+def _unspilled(held: Held) -> Adapter:
+    from safetensors import safe_open
+
+    with safe_open(held.source, "pt") as file:
+        metadata, found = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    factors = {
+        path: Factors(found[f"{path}/a"], found[f"{path}/b"], scale, found.get(f"{path}/bias"))
+        for path, scale in json.loads(metadata["scales"]).items()
+    }
+    return Adapter(factors, json.loads(metadata["config"]))
+
+
+def _wide(factors: Factors) -> int:
+    """Columns of B in the pool: one more where there is a bias."""
+    return factors.b.shape[1] + (factors.bias is not None)
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """(n, k) of a linear."""
+    weight: Any = layer.weight
+    first, second = weight.shape
+    return (int(second), int(first)) if type(layer).__name__ == "Conv1D" else (int(first), int(second))
+
+
+def n_of(layer: nn.Module) -> int:
+    return sizes_of(layer)[0]
+
+
+def k_of(layer: nn.Module) -> int:
+    return sizes_of(layer)[1]

@@ -1,0 +1,158 @@
+// What a bank's adapters add (`ir/banked.py`); `cpp.py` puts it behind `projections.cpp` where a group has a bank.
+
+struct Use {
+  int32_t a, b, ra, rb;
+  float scale, weight;
+  int32_t same, adapters;
+};
+
+constexpr int64_t UNIT = 32;
+
+// One module's part of a schedule, for m tokens: `u` has a line of `room` numbers for each, `key` the row that shares its
+// adapters.
+template <class T>
+struct Bank {
+  const T* pool;
+  const Use* entries;
+  int64_t rows, width, room, each;  // each: tokens of a row
+  float* u = nullptr;
+  const int32_t* key = nullptr;
+
+  Bank(const T* pool, const int32_t* schedule, int64_t m)
+      : pool(pool), entries((const Use*)schedule), rows(entries->a), width(entries->b), room(entries->ra), each(m / rows) {}
+
+  const Use* row(int64_t r) const { return entries + (1 + r) * width; }
+
+  // f(first row, last row) for rows one after the other that share their adapters
+  template <class Fn>
+  void runs(Fn&& f) const {
+    for (int64_t r = 0, end; r < rows; r = end) {
+      for (end = r + 1; end < rows && row(end)->same == row(r)->same;) ++end;
+      f(r, end);
+    }
+  }
+
+  int64_t cost() const {  // of `shrink`, in blocks of A's rows times tiles of tokens
+    int64_t total = 0;
+    runs([&](int64_t r, int64_t end) {
+      for (int64_t i = 0; i < row(r)->adapters; ++i) total += blocks(row(r)[i].rb, ROWS) * blocks((end - r) * each, TILE);
+    });
+    return total;
+  }
+
+  // The memory of u and of the keys, behind that of what came before.
+  void place(float*& numbers, int32_t*& keys, int64_t m) {
+    u = numbers, key = keys;
+    for (int64_t t = 0; t < m; ++t) keys[t] = row(t / each)->same;
+    numbers += m * room, keys += m;
+  }
+};
+
+// u = A x, scaled, and 1 for a bias: a thread's share.
+template <int64_t K, class T, class TX>
+[[gnu::noinline]] void shrink(Share& share, const Bank<T>& bank, const TX* x) {
+  bank.runs([&](int64_t r, int64_t end) {
+    const int64_t lo = r * bank.each, hi = end * bank.each, tiles = blocks(hi - lo, TILE);
+    float* u = bank.u;
+    for (int64_t i = 0; i < bank.row(r)->adapters; u += bank.row(r)[i++].rb) {
+      const Use use = bank.row(r)[i];
+      const T* a = bank.pool + use.a * UNIT;
+      share.piece(blocks(use.rb, ROWS) * tiles, K, [&](int64_t piece) {
+        const int64_t t1 = lo + piece % tiles * TILE, t2 = min(hi, t1 + TILE), block = piece / tiles;
+        if (use.rb > use.ra && block == use.ra / ROWS)
+          for (int64_t t = t1; t < t2; ++t) u[t * bank.room + use.ra] = use.weight;
+        if (block < blocks(use.ra, ROWS))
+          for_rows<false>(use.ra, block, [&](auto rows, int64_t row) {
+            for_tokens(t1, t2, [&](auto width, int64_t t0) {
+              constexpr int R = decltype(rows)::value, W = decltype(width)::value;
+              F acc[R][W];
+              clear(acc);
+              stream<K>(acc, a + row * K, x + t0 * K, K, t0 == lo);
+              for (int t = 0; t < W; ++t)
+                for (int n = 0; n < R; ++n) u[(t0 + t) * bank.room + row + n] = use.scale * sum(acc[n][t]);
+            });
+          });
+      });
+    }
+  });
+}
+
+// acc[r][t] += sum over k < n of b[r, k] * u[t, k], for W tokens from column t on
+template <int W, int R, int TOKENS_, class T>
+[[gnu::always_inline]] inline void dot_some(
+    F (&acc)[R][TOKENS_], int at, const T* b, int64_t n, const float* u, int64_t ldu) {
+  using S = Step<T, float>;
+  const auto step = [&](int64_t k, auto... count) __attribute__((always_inline)) {
+    typename S::Chunk us[W];
+    for (int t = 0; t < W; ++t) us[t] = S::get(u + t * ldu + k, count...);
+    for (int r = 0; r < R; ++r) {
+      const auto bs = S::get(b + r * n + k, count...);
+      for (int t = 0; t < W; ++t) S::dot(acc[r][at + t], bs, us[t]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + S::N <= n; k += S::N) step(k);
+  if (k < n) step(k, int(n - k));
+}
+
+// Dots: B u of each token's adapters.
+template <class T>
+inline auto banked(const Bank<T>& bank) {
+  return [&bank](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
+    if (!bank.room) return;
+    constexpr int W = std::extent_v<std::remove_reference_t<decltype(acc)>, 1>;
+    const auto tokens = [&](auto count, int t) __attribute__((always_inline)) {
+      const float* u = bank.u + (t0 + t) * bank.room;
+      const Use* use = bank.row(bank.key[t0 + t]);
+      for (int64_t left = use->adapters; left > 0; --left, u += use++->rb)
+        dot_some<decltype(count)::value>(acc, t, bank.pool + use->b * UNIT + row * use->rb, use->rb, u, bank.room);
+    };
+    bool one = true;
+    for (int t = 1; t < W; ++t) one &= bank.key[t0 + t] == bank.key[t0];
+    if (one) tokens(Int<W>{}, 0);
+    else
+      for (int t = 0; t < W; ++t) tokens(Int<1>{}, t);
+  };
+}
+
+// A term of `add`: B u for 2V columns from n0 on. The block of B's rows is transposed once for tokens one after the other
+// that share their adapters.
+template <class T>
+struct Joined {
+  const Bank<T>& bank;
+  int64_t n0, columns;
+  Buffer memory{};
+  float* turned = nullptr;  // [room, 2V]
+  mutable int64_t key = -1, rank = 0;
+
+  Joined(const Bank<T>& bank, int64_t n0, int64_t n) : bank(bank), n0(n0), columns(min<int64_t>(2 * V, n - n0)) {
+    turned = memory.of(bank.room * 2 * V);
+    std::memset(turned, 0, bank.room * 2 * V * sizeof(float));
+  }
+
+  void turn(int64_t row) const {
+    key = row, rank = 0;
+    for (int64_t i = 0; i < bank.row(row)->adapters; ++i) {
+      const Use use = bank.row(row)[i];
+      const T* b = bank.pool + use.b * UNIT + n0 * use.rb;
+      for (int64_t k = 0; k < use.rb; ++k, ++rank)
+        for (int64_t c = 0; c < columns; ++c) turned[rank * 2 * V + c] = float(b[c * use.rb + k]);
+    }
+  }
+
+  template <int W>
+  [[gnu::always_inline]] void operator()(Pair (&acc)[W], int64_t t0) const {
+    if (!bank.room) return;
+    for (int t = 0, end; t < W; t = end) {
+      for (end = t + 1; end < W && bank.key[t0 + end] == bank.key[t0 + t];) ++end;
+      if (bank.key[t0 + t] != key) turn(bank.key[t0 + t]);
+      for (int64_t k = 0; k < rank; ++k) {
+        const Pair b = load_pair(turned + k * 2 * V);
+        for (int s = t; s < end; ++s) {
+          const F us(bank.u[(t0 + s) * bank.room + k]);
+          acc[s] = {fmadd(b.lo, us, acc[s].lo), fmadd(b.hi, us, acc[s].hi)};
+        }
+      }
+    }
+  }
+};

@@ -1,0 +1,108 @@
+"""How an adapter bank lies in memory, and what it adds to a projection.
+
+The factors of all resident adapters lie in one `pool`, a vector of one dtype, wherever there is room. A `schedule` says
+for one forward and one module which of them each row of a batch uses: ``[rows + 1, width, FIELDS]`` of int32, for each
+row up to `width` adapters, and before them a header. Kernels read it in every call, so switching, mixing and scaling
+adapters changes numbers in it, and nothing that was compiled.
+
+An entry is a `Use`: A ``[ra, k]`` begins at ``a * UNIT`` in the pool and B ``[n, rb]`` at ``b * UNIT``, and
+
+    y += scale * B[:, :ra] (A x) + weight * B[:, ra]
+
+where the second summand, the adapter's bias, is there if ``rb = ra + 1``. A row's first entry has besides, as `same`,
+the first row of the batch that has the same entries, and as `adapters`, how many these are. The header's first entry
+has ``(rows, width, room, 0, …)``: `room` is the most numbers ``A x`` of a row, all its adapters together, rounded up to
+whole vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+FIELDS = 8
+UNIT = 32
+"""Numbers: all factors begin at a multiple, and so on a cache line."""
+
+PAD = 16
+"""`room` is a multiple of a vector of fp32."""
+
+USUAL_RANK = 16
+"""What the cost model takes the rank of a row's adapters for: when a graph is compiled nobody knows it."""
+
+
+class Use(NamedTuple):
+    """One adapter of one row, in the order of the fields of an entry."""
+
+    a: int
+    b: int
+    ra: int
+    rb: int
+    scale: float
+    weight: float
+    same: int = 0
+    adapters: int = 0
+
+
+def uses(schedule: torch.Tensor, row: int) -> Iterator[Use]:
+    """The adapters of a row."""
+    entries = schedule[1 + row][: int(schedule[1 + row, 0, -1])].contiguous()
+    for whole, real in zip(entries.tolist(), entries.view(torch.float32).tolist(), strict=True):
+        yield Use(*whole[:4], *real[4:6], *whole[6:])
+
+
+def pack(rows: Sequence[Sequence[Use]], width: int) -> torch.Tensor:
+    """The schedule of one module: the adapters of each row, whose `same` follows from them."""
+    empty = Use(0, 0, 0, 0, 0.0, 0.0)
+    first = [list(rows).index(row) for row in rows]
+    room = max((sum(use.rb for use in row) for row in rows), default=0)
+    found = torch.zeros(len(rows) + 1, width, FIELDS, dtype=torch.int32)
+    found[0, 0, :3] = torch.tensor([len(rows), width, -(-room // PAD) * PAD])
+    for number, row in enumerate(rows):
+        for i, use in enumerate([*row, *[empty] * (width - len(row))]):
+            whole = use._replace(scale=0, weight=0, same=first[number], adapters=len(row))
+            found[number + 1, i] = torch.tensor(whole, dtype=torch.int32)
+            found[number + 1, i, 4:6] = torch.tensor([use.scale, use.weight]).view(torch.int32)
+    return found
+
+
+def drawn(rows: int, width: int, k: int, n: int, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """A random schedule for a projection of k to n features, and how many numbers the pool needs: several adapters,
+    with a bias and without; rows of none, one and several; rows that share."""
+
+    def number(most: int) -> int:
+        return int(torch.randint(most + 1, (1,), generator=generator))
+
+    known, end = [], 0
+    for _ in range(3):
+        ra = number(20)
+        rb = ra + number(1)
+        b = -(-(end + ra * k) // UNIT)
+        weight = number(2) - 1.0
+        known.append(Use(end // UNIT, b, ra, rb, number(4) / 2 - 0.75, weight))
+        end = -(-(b * UNIT + n * rb) // UNIT) * UNIT
+    chosen = [[known[number(2)] for _ in range(number(width))] for _ in range(rows)]
+    return pack(chosen, width), end
+
+
+def apply(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -> torch.Tensor:
+    """What the bank adds, in plain torch: x ``[..., k]`` → ``[..., n]`` of the pool's dtype. x's tokens are the rows of
+    the batch one after the other. Raises `ValueError` where they are no whole rows."""
+    rows, k = len(schedule) - 1, x.shape[-1]
+    tokens = x.reshape(-1, k).to(pool.dtype)
+    if len(tokens) % rows:
+        raise ValueError(f"{len(tokens)} tokens are no {rows} rows of a batch: a bank's adapters are given by row")
+    batch = tokens.unflatten(0, (rows, len(tokens) // rows))
+    sums = []
+    for row in range(rows):
+        total = batch.new_zeros(batch.shape[1], n)
+        for use in uses(schedule, row):
+            a = pool[use.a * UNIT :][: use.ra * k].view(use.ra, k)
+            b = pool[use.b * UNIT :][: n * use.rb].view(n, use.rb)
+            total = total + F.linear(F.linear(batch[row], a), b[:, : use.ra]) * use.scale
+            total = total + b[:, use.ra] * use.weight if use.rb > use.ra else total
+        sums.append(total)
+    return torch.stack(sums).reshape(*x.shape[:-1], n)

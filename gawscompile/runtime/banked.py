@@ -1,0 +1,109 @@
+"""The ops of adapter banks.
+
+    gaws::schedule(Tensor state, SymInt rows, int modules, int width) -> Tensor
+    gaws::snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor
+    gaws::banked(Tensor x, Tensor pool, Tensor schedule, SymInt n) -> Tensor
+
+``schedule`` takes a snapshot of what a bank is to add in one forward: ``[modules, rows + 1, width, FIELDS]`` of int32
+(`ir.banked`), for a batch of `rows`. `state` holds the number of the bank. A forward takes one snapshot and reads no
+other, so whatever is switched meanwhile, its rows see one state of the bank. ``snapshot`` is the same in C++
+(`banks.cpp`), which `passes.join_banks` puts in its place: a bank publishes what it has made for it.
+
+``banked`` adds a module's part: x ``[..., k]`` → ``[..., n]`` of x's dtype, by the module's part of the snapshot,
+``[rows + 1, width, FIELDS]``. `passes.join_banks` joins it with the projection whose adapters it brings. Where nobody
+compiles, it runs in plain torch; its gradient is x's alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from gawscompile.ir import banked
+from gawscompile.runtime import ops
+
+
+class Source:
+    """What a bank gives a snapshot by: the schedule of all modules for a batch of so many rows. Raises `ValueError`
+    where the bank has other adapters than for so many rows."""
+
+    snapshot: Callable[[int], torch.Tensor]
+
+
+SOURCES: WeakValueDictionary[int, Source] = WeakValueDictionary()
+"""The banks of this process by their numbers."""
+
+# What it returns changes with the bank: nobody may compute it once for all calls.
+ops.LIBRARY.define(
+    "schedule(Tensor state, SymInt rows, int modules, int width) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+ops.LIBRARY.define(
+    "snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+ops.LIBRARY.define("publish(Tensor made, int bank, int rows) -> ()")
+ops.LIBRARY.define(
+    "banked(Tensor x, Tensor pool, Tensor schedule, SymInt n) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+SCHEDULE, BANKED = torch.ops.gaws.schedule.default, torch.ops.gaws.banked.default
+SNAPSHOT = torch.ops.gaws.snapshot.default
+
+
+def publish(bank: int, rows: int, made: torch.Tensor) -> None:
+    """Compiled graphs take `made` for the schedule of a batch of `rows`, until it is retracted."""
+    if ops.ensure_loaded.cache_info().currsize:
+        torch.ops.gaws.publish(made, bank, rows)
+
+
+def retract(bank: int) -> None:
+    """Something of a bank has changed: what it published is no longer so."""
+    if ops.ensure_loaded.cache_info().currsize:
+        ops.ensure_loaded().gaws_retract(ctypes.c_int64(bank))
+
+
+def _schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch.Tensor:
+    source = SOURCES.get(int(state[0]))
+    if source is None:
+        raise RuntimeError("the adapter bank of this model is gone: keep a reference to it, or compile the model anew")
+    return source.snapshot(rows)
+
+
+def _banked(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -> torch.Tensor:
+    return banked.apply(x, pool, schedule, n).to(x.dtype)
+
+
+def _fake_schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch.Tensor:
+    return state.new_empty((modules, rows + 1, width, banked.FIELDS), dtype=torch.int32)
+
+
+def _fake_banked(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _kept(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, pool, schedule, _ = inputs
+    ctx.save_for_backward(pool, schedule)
+    ctx.x = x.shape, x.dtype
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    pool, schedule = ctx.saved_tensors
+    shape, dtype = ctx.x
+    with torch.enable_grad():  # the map is linear: its gradient is the same at any x
+        x = torch.zeros(shape, dtype=pool.dtype, requires_grad=True)
+        made = banked.apply(x, pool, schedule, gradient.shape[-1])
+        (found,) = torch.autograd.grad(made, x, gradient.to(made.dtype), allow_unused=True)
+    return (torch.zeros(shape, dtype=dtype) if found is None else found.to(dtype)), None, None, None
+
+
+torch.library.register_fake("gaws::schedule", _fake_schedule, lib=ops.LIBRARY)
+torch.library.register_fake("gaws::snapshot", _fake_schedule, lib=ops.LIBRARY)
+torch.library.register_fake("gaws::banked", _fake_banked, lib=ops.LIBRARY)
+torch.library.register_autograd("gaws::banked", _backward, setup_context=_kept, lib=ops.LIBRARY)
+ops.LIBRARY.impl("schedule", _schedule, "CPU")
+ops.LIBRARY.impl("banked", _banked, "CPU")

@@ -1,0 +1,77 @@
+// The op of compiled graphs that takes a snapshot of a bank without Python:
+//
+//     gaws::snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor
+//
+// What ``gaws::schedule`` returns (`banked.py`). A bank publishes the schedule that it has made for a batch of so many
+// rows, and retracts all when something changes; what is not published, Python makes.
+// The snapshot is a copy, as Inductor may write to it. It keeps what it is a copy of, by which the bank knows that
+// somebody may still read the factors of that time.
+
+#include <ATen/ops/from_blob.h>
+
+#include <cstdlib>
+#include <map>
+
+namespace {
+
+std::shared_mutex published_mutex;
+const int published_at_fork = pthread_atfork(
+    [] { published_mutex.lock(); }, [] { published_mutex.unlock(); }, [] { new (&published_mutex) std::shared_mutex; });
+auto& published = *new std::map<std::pair<int64_t, int64_t>, Tensor>;  // by bank and rows; Python's, which may be gone at exit
+
+Tensor published_for(int64_t bank, int64_t rows) {
+  std::shared_lock lock(published_mutex);
+  const auto it = published.find({bank, rows});
+  return it == published.end() ? Tensor() : it->second;
+}
+
+void snapshot(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const auto arguments = stack->end() - 4;
+  const int64_t bank = *arguments[0].toTensor().const_data_ptr<int64_t>(), rows = arguments[1].toInt();
+  const Tensor made = published_for(bank, rows);
+  if (!made.defined()) {
+    static const auto python = c10::Dispatcher::singleton().findSchemaOrThrow("gaws::schedule", "");
+    python.callBoxed(stack);
+    return;
+  }
+  void* memory = nullptr;
+  const size_t bytes = made.nbytes();
+  TORCH_CHECK(posix_memalign(&memory, 64, std::max<size_t>(bytes, 64)) == 0, "gaws::snapshot: no memory");
+  std::memcpy(memory, made.const_data_ptr(), bytes);
+  Tensor copied = at::from_blob(
+      memory, made.sizes(), [made](void* p) { std::free(p); }, at::TensorOptions(ScalarType::Int));
+  stack->erase(arguments, stack->end());
+  stack->emplace_back(std::move(copied));
+}
+
+const auto snapshot_registration = c10::Dispatcher::singleton().registerImpl(
+    {"gaws::snapshot", ""}, c10::DispatchKey::CPU, c10::KernelFunction::makeFromBoxedFunction<&snapshot>(), std::nullopt,
+    nullptr, "gawscompile/runtime/banks.cpp");
+
+// gaws::publish(Tensor made, int bank, int rows) -> ()
+void publish(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const auto arguments = stack->end() - 3;
+  Tensor made = arguments[0].toTensor();
+  {
+    std::unique_lock lock(published_mutex);
+    std::swap(published[{arguments[1].toInt(), arguments[2].toInt()}], made);
+  }  // what was there before goes without the lock: that may wait for Python's
+  stack->erase(arguments, stack->end());
+}
+
+const auto publish_registration = c10::Dispatcher::singleton().registerImpl(
+    {"gaws::publish", ""}, c10::DispatchKey::CPU, c10::KernelFunction::makeFromBoxedFunction<&publish>(), std::nullopt,
+    nullptr, "gawscompile/runtime/banks.cpp");
+
+}  // namespace
+
+// Nothing of a bank is valid any more.
+extern "C" void gaws_retract(int64_t bank) {
+  std::vector<Tensor> gone;  // as above
+  std::unique_lock lock(published_mutex);
+  for (auto it = published.lower_bound({bank, INT64_MIN}); it != published.end() && it->first.first == bank;) {
+    gone.push_back(std::move(it->second));
+    it = published.erase(it);
+  }
+  lock.unlock();
+}

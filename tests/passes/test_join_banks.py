@@ -1,0 +1,121 @@
+"""Which parts of a bank become terms of a projection's sum, and what stays an op of its own, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gawscompile.ir.banked import UNIT, Use, pack
+from gawscompile.ir.records import Reason
+from gawscompile.ir.sums import operator_sum
+from gawscompile.runtime import ops
+from gawscompile.runtime.banked import BANKED, SCHEDULE, SNAPSHOT, SOURCES, Source
+from tests.graphs import capture, count
+
+K, N, NUMBER = 24, 16, -1
+
+
+class Model(nn.Module):
+    """Two projections of one activation, and what a bank adds to them, as `forward` has it."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.taken = None
+        self.q, self.k = nn.Linear(K, N), nn.Linear(K, N, bias=False)
+        self.a, self.b = nn.Parameter(torch.randn(3, K)), nn.Parameter(torch.randn(N, 3))
+        self.register_buffer("pool", torch.randn(64 * UNIT) / 4)
+        uses = [[Use(0, 20, 5, 6, 2.0, 1.0)], [], [Use(8, 40, 3, 3, -1.0, 1.0), Use(0, 20, 5, 6, 0.5, 0.5)]]
+        self.parts = torch.stack([pack(uses, 2), pack(uses[::-1], 2)])
+        self.source = Source()
+        self.source.snapshot = lambda rows: self.parts.clone()
+        SOURCES[NUMBER] = self.source
+        self.register_buffer("state", torch.tensor([NUMBER]))
+        self.parts_of = forward
+
+    def forward(self, x):
+        self.taken = SCHEDULE(self.state, x.shape[0], 2, 2)
+        found = self.parts_of(self, x)
+        self.taken = None
+        return found
+
+    def bank(self, x, which=0):
+        return BANKED(x, self.pool, self.taken[which], N)
+
+
+def both(self, x):
+    return self.q(x) + self.bank(x), self.bank(x, 1) + self.k(x)
+
+
+TAKEN = {
+    "both": both,
+    "a bank beside LoRA": lambda self, x: self.q(x) + 2.0 * F.linear(F.linear(x, self.a), self.b) + self.bank(x),
+    "two banks": lambda self, x: self.q(x) + self.bank(x) + self.bank(x, 1),
+    "an epilogue behind it": lambda self, x: x[..., :N] + (self.q(x) + self.bank(x)),
+    "a widened activation": lambda self, x: self.q(x.double().float()) + self.bank(x),
+}
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name, kernels):
+    model = Model(TAKEN[name])  # it keeps the bank
+    captured = capture(model, torch.randn(3, 4, K), kernels=kernels)
+    context = captured.until()
+    for one, other in zip(captured.run(context), captured.outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not count(context, BANKED)
+    assert context.record.passes["join_banks"] == (3 if name in ("both", "two banks") else 2)
+    assert count(context, SNAPSHOT) == 1 and not count(context, SCHEDULE)
+
+
+def test_siblings_group_though_their_parts_of_the_schedule_come_later():
+    context = capture(Model(both), torch.randn(3, 4, K)).until()
+    (group,) = context.record.groups
+    assert len(group.members) == 2 and group.spec.count("bank(f32)") == 2
+    assert all(linear.adapters == 1 and "Banked" in linear.operators for linear in context.record.linears)
+
+
+LEFT = {
+    "another activation": (lambda self, x: self.q(x) + self.bank(x + 1), "another activation"),
+    "others read the projection": (lambda self, x: self.q(x).exp() + (self.q(x) + self.bank(x)), None),
+    "no projection": (lambda self, x: self.bank(x).exp(), "not added to one projection"),
+    "scaled": (lambda self, x: torch.add(self.q(x), self.bank(x), alpha=2), "not added to one projection"),
+    "broadcast": (lambda self, x: self.q(x)[:1] + self.bank(x), "no projection of a generated kernel"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left(name):
+    function, why = LEFT[name]
+    model = Model(function)
+    captured = capture(model, torch.randn(3, 4, K))
+    context = captured.until()
+    for one, other in zip(captured.run(context), captured.outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    if why is not None:
+        assert count(context, BANKED) == 1
+        assert any(Reason.BANK.value in note and why in note for note in context.record.notes)
+
+
+def test_rows_that_are_scaled_keep_the_bank_apart():
+    def forward(self, x):
+        return self.q.bias * F.linear(x, self.q.weight) + self.bank(x)
+
+    model = Model(forward)
+    captured = capture(model, torch.randn(3, 4, K))
+    context = captured.until()
+    assert count(context, BANKED) == 1 and any("rows are scaled" in note for note in context.record.notes)
+    torch.testing.assert_close(captured.run(context)[0], captured.outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_are_no_whole_rows_are_refused():
+    context = capture(Model(both), torch.randn(3, 4, K), kernels=True).until()
+    (call,) = context.graph.find_nodes(op="call_function", target=ops.OPS[0])
+    operands = [torch.randn(N, K), torch.randn(N), torch.randn(64), torch.zeros(4, 2, 8, dtype=torch.int32)]
+    operands += [torch.randn(N, K), torch.randn(64), torch.zeros(4, 2, 8, dtype=torch.int32)]
+    with pytest.raises(RuntimeError, match="schedule0_0"):
+        call.target(torch.randn(2, 2, K), operands, call.args[2])
+    assert not context.graph.find_nodes(op="call_function", target=operator_sum)
