@@ -32,6 +32,8 @@ from gawscompile.calibration.measure import Timing
 from gawscompile.demo.decoding import Decoder
 
 Step = Callable[[], float]
+Sizes = dict[str, tuple[int, int]]
+"""Inputs and outputs by path."""
 COMPILERS = ("gaws", "gawscompile.compile")
 
 
@@ -58,15 +60,15 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, Timing]:
     return {name: Timing.of(found) for name, found in samples.items()}
 
 
-def adapters(base: Any, rank: int, count: int, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-    """State dicts of random LoRAs on all linears, as PEFT spells them."""
+def adapters(sizes: Sizes, rank: int, count: int, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of random LoRAs on linears of `sizes`, as PEFT spells them."""
     generator = torch.Generator().manual_seed(rank)
     found = {}
     for number in range(count):
         state = {}
-        for path, (k, n) in common.linear_sizes(base).items():
-            for name, sizes in (("lora_A", (rank, k)), ("lora_B", (n, rank))):
-                numbers = torch.randn(sizes, generator=generator) * 0.02
+        for path, (k, n) in sizes.items():
+            for name, shape in (("lora_A", (rank, k)), ("lora_B", (n, rank))):
+                numbers = torch.randn(shape, generator=generator) * 0.02
                 state[f"base_model.model.{path}.{name}.weight"] = numbers.to(dtype)
         found[f"r{rank}_{number}"] = state
     return found
@@ -108,7 +110,7 @@ def one_adapter(setup: Setup, rounds: int) -> list[list[str]]:
 def batches(setup: Setup, rounds: int, sizes: list[int], distinct: list[int]) -> list[list[str]]:
     """Rows: batch, distinct adapters, ms, over one adapter, over eager's adapter_names."""
     base, dtype = common.load_base(setup), getattr(torch, setup.dtype)
-    given = adapters(base, setup.rank, max(distinct), dtype)
+    given = adapters(common.linear_sizes(base), setup.rank, max(distinct), dtype)
     inner = measure.sharing_copy(base)
     bank = gawscompile.AdapterBank(inner, memory="512MB")
     from peft import get_peft_model
@@ -161,10 +163,11 @@ def batches(setup: Setup, rounds: int, sizes: list[int], distinct: list[int]) ->
 def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
     """Rows: what, µs or ms."""
     base, dtype = common.load_base(setup), getattr(torch, setup.dtype)
+    linears = common.linear_sizes(base)
     bank = gawscompile.AdapterBank(base, memory="4GB")
     ranks = (4, 8, 16, 32, 64)
     for rank in ranks:
-        for name, state in adapters(base, rank, count // len(ranks), dtype).items():
+        for name, state in adapters(linears, rank, count // len(ranks), dtype).items():
             bank.load(name, state, config=config(rank))
     names = [info.name for info in bank]
     step = decoder(base, "gawscompile.compile")

@@ -78,6 +78,13 @@ FAULTS: dict[str, Fault] = {
         "tests/banks/test_arena.py",
         unproven=A_CHANGE,
     ),
+    "a snapshot of compiled graphs that keeps nothing": Fault(
+        "runtime/banks.cpp",
+        "[made](void* p) { std::free(p); }",
+        "[](void* p) { std::free(p); }",
+        "tests/banks/test_bank.py::test_memory_is_not_given_away_while_it_is_read",
+        unproven=A_CHANGE,
+    ),
     "a switch that compiled graphs do not see": Fault(
         "banks/bank.py",
         "        retract(self._number)\n",

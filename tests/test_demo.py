@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from gawscompile.demo import __main__ as demo
-from gawscompile.demo import persona
+from gawscompile.demo import persona, serving
 from gawscompile.demo.decoding import Decoder
 
 
@@ -52,6 +53,15 @@ def test_a_tiny_model_goes_all_the_way(tiny_llama_dir, capsys):
     assert "warning" not in out
     assert "matched 15 linears" in out and "of 14 with an adapter" in out
     assert "× own base" in out
+
+
+@pytest.mark.slow
+def test_serving_several_adapters_at_once(tiny_llama_dir, tmp_path, capsys):
+    assert run(tiny_llama_dir, "--serve", "--plot", str(tmp_path / "plot.png")) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}: " in out for name in serving.ROWS)
+    assert re.search(r"while [1-9]\d* adapters came and went", out) and "no recompile" in out
+    assert (tmp_path / "plot.png").stat().st_size > 1000 or "no plot" in out
 
 
 def test_an_adapter_from_disk_in_bf16(tiny_llama_dir, tmp_path, capsys):

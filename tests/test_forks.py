@@ -173,7 +173,13 @@ def run(program: str, *arguments: str, timeout: float) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("program", [MANY, WHILE_ANOTHER_REGISTERS], ids=["many", "while_another_registers"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(MANY, id="many"),
+        pytest.param(WHILE_ANOTHER_REGISTERS, id="while_another_registers", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_children_end(program, count):
     """Threads, vmap and jvp over compiled models come first. In a child Inductor's pool, which built kernels before the

@@ -165,6 +165,7 @@ def test_a_module_of_another_dtype_recompiles():
     assert graphs_compiled() == graphs + 1
 
 
+@pytest.mark.slow
 def test_resized_embeddings_recompile(pair):
     model, compiled = pair
     same(compiled, model)

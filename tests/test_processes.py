@@ -97,6 +97,7 @@ def test_threads_share_a_compiled_model():
     assert not failures
 
 
+@pytest.mark.slow
 def test_fork_after_compile():
     """A child calls, with one thread or all, and compiles anew; `test_forks` has more."""
     code = """

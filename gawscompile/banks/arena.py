@@ -7,9 +7,9 @@ it began. Such a run *rests* until every snapshot that is older is gone, and is 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
-from weakref import finalize
 
 from gawscompile.ir.banked import UNIT
 
@@ -23,12 +23,12 @@ class Arena:
         self._free = [(0, self.size)]  # (begin, end), in order, none touching the next
         self._resting: list[tuple[int, int, int]] = []  # (when it was taken back, begin, end)
         self._clock = itertools.count(1)
-        self._readers: dict[int, int] = {}  # snapshots that are alive → when they were taken
+        self._readers: dict[int, tuple[int, weakref.ref[Any]]] = {}  # snapshots that are alive: when they were taken
 
     def read_by(self, snapshot: Any) -> None:
         """Whoever holds `snapshot` may read what is lent now, until that is garbage."""
-        self._readers[id(snapshot)] = next(self._clock)
-        finalize(snapshot, self._readers.pop, id(snapshot)).atexit = False
+        name, readers = id(snapshot), self._readers
+        readers[name] = next(self._clock), weakref.ref(snapshot, lambda _: readers.pop(name))
 
     def take(self, counts: Sequence[int]) -> list[int] | None:
         """The beginnings of runs of so many numbers, one behind the other if there is such room, else wherever each
@@ -59,6 +59,11 @@ class Arena:
         self._resting += [(now, begin, begin + whole(count)) for begin, count in zip(begins, counts, strict=True)]
 
     @property
+    def coming(self) -> int:
+        """Numbers that are free, or will be once nobody reads them."""
+        return sum(end - begin for begin, end in self._free) + sum(end - begin for _, begin, end in self._resting)
+
+    @property
     def resting(self) -> bool:
         """Whether a run that was taken back may still be read."""
         self._wake()
@@ -66,7 +71,7 @@ class Arena:
 
     def _wake(self) -> None:
         """Runs that nobody can be reading any more are free."""
-        oldest = min(list(self._readers.values()), default=next(self._clock))
+        oldest = min([when for when, _ in list(self._readers.values())], default=next(self._clock))
         awake = [run for run in self._resting if run[0] < oldest]
         if not awake:
             return

@@ -13,16 +13,18 @@ a forward sees one state of the bank from its first projection to its last.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
+import os
 import re
-import threading
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from gawscompile.banks.checkpoints import BankError
 from gawscompile.banks.layer import Shared
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
-from gawscompile.banks.residents import Held, Residents
+from gawscompile.banks.residents import Held, Residents, forget
 from gawscompile.ir.banked import FIELDS, PAD, UNIT
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.runtime.banked import SOURCES, Source, publish, retract
@@ -44,8 +46,8 @@ Choice = str | None | Mapping[str, float]
 Rows = tuple[tuple[tuple[Held, float], ...], ...]
 """What is active: the adapters of each row with their weights."""
 
-_numbers = itertools.count()
-
+MOST_SAID = 20
+"""Adapters, and modules, that a report has lines of."""
 
 @dataclass(frozen=True)
 class Info:
@@ -90,10 +92,12 @@ class AdapterBank(Source):
         max_mix: int = 4,
         max_adapters: int | None = None,
     ) -> None:
-        peft: Any = model if hasattr(model, "peft_config") else None
+        peft: Any = model if hasattr(model, "get_base_model") else None
+        if peft is None and hasattr(model, "peft_config"):
+            raise BankError("the model has adapters that no PeftModel holds: give the PeftModel, or remove them first")
         given = adapters_of(peft) if peft is not None else {}
         inner: nn.Module = model if peft is None else peft.get_base_model()
-        bases = linears(inner, modules)
+        bases, left = linears(inner, modules)
         for name, adapter in given.items():
             if missing := sorted(adapter.factors.keys() - bases.keys()):
                 raise BankError(f"adapter {name!r} adapts {missing[0]}, which modules={modules!r} leaves out")
@@ -107,21 +111,23 @@ class AdapterBank(Source):
         size = _bytes(memory) // dtype.itemsize
         if size < UNIT:
             raise BankError(f"memory={memory!r} holds no adapter")
-        self.model, self.modules, self.max_mix = model, tuple(bases), max_mix
+        self.model, self.modules, self.max_mix, self.left_out = model, tuple(bases), max_mix, left
         known = tuple(name for name, _ in inner.named_modules())
         self._all = Residents(bases, known, size, dtype, max_adapters, self._active, self._changed, self._became)
         self._lock = self._all.lock
         self._rows: dict[object, Rows] = {None: ((),)}  # what is active: for all threads, and for single ones
         self._made: dict[Any, np.ndarray] = {}  # schedules of the present state
-        self._here = threading.local()
+        self._here: ContextVar[object] = ContextVar("adapters", default=None)  # a key of `_rows`
         self._fetching: ThreadPoolExecutor | None = None
-        self._number = next(_numbers)
+        self._process = os.getpid()
+        self._number = secrets.randbits(62)  # no other process has a bank of this number
         for name, adapter in given.items():
             self._all.put(name, adapter, None)
         active = [name for name in active_of(peft) if name in given] if peft is not None else []
         self.activate(dict.fromkeys(active, 1.0) if active else None)
         self.shared = Shared(self._all.pool, self._number, len(bases), max_mix)
         SOURCES[self._number] = self
+        finalize(self, retract, self._number).atexit = False
         attach(self, model, inner, bases, self.shared)
 
     # ---- adapters -----------------------------------------------------------------------------------------
@@ -165,14 +171,15 @@ class AdapterBank(Source):
             if self._active(held):
                 raise BankError(f"{name} is active: activate another adapter, or None, before it is unloaded")
             self._all.leave(held)
+            forget(held)
             del self._all.held[name]
 
     def prefetch(self, name: str) -> Future[None]:
         """Begin to bring an adapter into the pool, in the background."""
         with self._lock:
             self._all.of(name)
-            if self._fetching is None:
-                self._fetching = ThreadPoolExecutor(1, "gawscompile-bank")
+            if self._fetching is None or self._process != os.getpid():  # a fork has no threads
+                self._fetching, self._process = ThreadPoolExecutor(1, "gawscompile-bank"), os.getpid()
         return self._fetching.submit(self._all.bring, [name])
 
     def pin(self, name: str, pinned: bool = True) -> None:
@@ -199,14 +206,15 @@ class AdapterBank(Source):
 
     @contextlib.contextmanager
     def activated(self, adapters: Choice | Sequence[Choice]) -> Iterator[None]:
-        """Within, forwards of this thread use `adapters`. Other threads' are not touched."""
-        before, mine = getattr(self._here, "key", None), object()
+        """Within, forwards of this thread (or task) use `adapters`, whatever is activated for all meanwhile."""
+        before, mine = self._here.get(), object()
         self._choose(adapters, mine)
-        self._here.key = mine
+        self._here.set(mine)
         try:
             yield
         finally:
-            self._here.key = before
+            if self._here.get() is mine:
+                self._here.set(before)
             with self._lock:
                 del self._rows[mine]
                 self._changed()
@@ -238,7 +246,8 @@ class AdapterBank(Source):
             return
         with self._all.loading:  # none leaves again before all are active
             self._all.bring(names)
-            assert resident()
+            if not resident():
+                raise RuntimeError(f"{names} were brought and are not there: a fault of gawscompile")
 
     def _active(self, held: Held) -> bool:
         return any(one is held for rows in self._rows.values() for row in rows for one, _ in row)
@@ -259,20 +268,30 @@ class AdapterBank(Source):
     def snapshot(self, rows: int) -> Tensor:
         """The schedule of all modules for a batch of `rows` (`ir.banked`), as the bank is now."""
         with self._lock:
-            chosen = self._rows[getattr(self._here, "key", None)]
+            chosen = self._rows.get(self._here.get(), self._rows[None])
             if rows % len(chosen):
                 raise BankError(
                     f"the bank has adapters for {len(chosen)} rows, and the batch has {rows}: activate one for each row"
                 )
             made = self._made.get((chosen, rows))
             if made is None:
-                made = self._made[chosen, rows] = self._schedule(chosen, rows)
+                made = self._made[chosen, rows] = self._scheduled(chosen, rows)
                 self._all.arena.read_by(made)
             if len(self._rows) == 1:  # where threads have something for themselves, Python must look who asks
                 publish(self._number, rows, torch.from_numpy(made))
             copied = made.copy()  # whoever gets it may write to it
             self._all.arena.read_by(copied)
         return torch.from_numpy(copied)
+
+    def _scheduled(self, chosen: Rows, rows: int) -> np.ndarray:
+        """The same for what is `chosen`; of one adapter for all rows from what was made of it before."""
+        if len(chosen) > 1 or len(chosen[0]) != 1:
+            return self._schedule(chosen, rows)
+        ((held, weight),) = chosen[0]
+        key = rows, weight * held.scale
+        if key not in held.schedules:
+            held.schedules = {key: self._schedule(chosen, rows)}
+        return held.schedules[key].copy()  # of this time, for the arena
 
     def _schedule(self, chosen: Rows, rows: int) -> np.ndarray:
         found = np.zeros((len(self.modules), rows + 1, self.max_mix, FIELDS), np.int32)
@@ -309,6 +328,7 @@ class AdapterBank(Source):
             self._all.bring([name])
             held = self._all.of(name)
             config, of_b = dict(held.config), bool(held.config.get("lora_bias"))
+            config["target_modules"] = config.get("target_modules") or list(held.ranks)
             for path, f in self._all.factors(held).items():
                 start, base = f"base_model.model.{path}", cast(Any, self._all.bases[path]).bias
                 tensors[f"{start}.lora_A.weight"], tensors[f"{start}.lora_B.weight"] = f.a.clone(), f.b.clone()
@@ -339,6 +359,25 @@ class AdapterBank(Source):
                 active=self._active(held),
                 used=held.used,
             )
+
+    def notes(self) -> list[str]:
+        """What `gawscompile.explain` says of the bank: modules, memory, and the adapters that have a part of it."""
+        found = sorted(self, key=lambda info: (not info.active, -info.bytes))
+        resident = [info for info in found if info.resident]
+        used, whole = sum(info.bytes for info in found), self._all.pool.nbytes
+        dtype = str(self._all.dtype).removeprefix("torch.")
+        lines = [
+            f"adapter bank: {len(self.modules)} modules, {len(found)} adapters, {len(resident)} of them resident in "
+            f"{used / 2**20:.1f} of {whole / 2**20:.0f} MB of {dtype}"
+        ]
+        for info in resident[:MOST_SAID]:
+            state = ", ".join(["active"] * info.active + ["pinned"] * info.pinned) or "idle"
+            size = f"rank {info.rank} on {len(info.targets)} modules, scale {info.scale:g}, {info.bytes / 2**20:.2f} MB"
+            lines.append(f"adapter bank: {info.name}: {size}, {state}")
+        if more := resident[MOST_SAID:]:
+            lines.append(f"adapter bank: and {len(more)} more")
+        left = list(self.left_out.items())[:MOST_SAID]
+        return lines + [f"adapter bank: {path} is not in it: {why}" for path, why in left]
 
     def __iter__(self) -> Iterator[Info]:
         """Of all adapters, in the order in which they came."""

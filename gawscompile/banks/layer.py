@@ -27,8 +27,8 @@ class Shared(nn.Module):
         super().__init__()
         self.register_buffer("pool", pool, persistent=False)
         self.register_buffer("state", torch.tensor([number]), persistent=False)
-        self.modules_, self.width = modules, width
-        self.traced: Tensor | None = None
+        self.count, self.width = modules, width
+        self.traced: Tensor | None = None  # `current`, for graphs
         self._here = threading.local()  # in eager mode, several threads may be in the model at once
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Shared:
@@ -39,29 +39,35 @@ class Shared(nn.Module):
 
     def snapshot(self, rows: Any) -> Tensor:
         """What the bank adds to a batch of so many rows, for all modules."""
-        return SCHEDULE(self.state, rows, self.modules_, self.width)
+        return SCHEDULE(self.state, rows, self.count, self.width)
 
     @property
     def current(self) -> Tensor | None:
         """The snapshot of the forward that this thread, or the graph that is being traced, is in."""
-        return self.traced if torch.compiler.is_compiling() else getattr(self._here, "snapshot", None)
+        return self.traced if torch.compiler.is_dynamo_compiling() else getattr(self._here, "snapshot", None)
 
     @current.setter
     def current(self, snapshot: Tensor | None) -> None:
-        if torch.compiler.is_compiling():
-            self.traced = snapshot
-        else:
+        self.traced = snapshot  # also for graphs of parts of a model that runs eager around them
+        if not torch.compiler.is_dynamo_compiling():
             self._here.snapshot = snapshot
 
 
 def with_snapshots(model: nn.Module, shared: Shared) -> None:
-    """Each forward of `model` takes one snapshot: its class becomes one of the same name, with such a forward.
+    """Each forward of `model` takes one snapshot: its class becomes one of the same name, with such a forward. So does
+    its encoder's, which ``generate`` calls alone, where it is not within the model's.
 
     Neither by hooks, which torch.compile calls outside of the graph, nor by a function in the place of the method:
     what that reads in its closure, guards would look at in every call.
     """
-    kind = type(model)
+    whole: Any = model
+    encoder = whole.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    if encoder is not None and encoder is not model:
+        _with_forward(encoder, shared, _encoding)
+    _with_forward(model, shared, _snapshotting)
 
+
+def _snapshotting(kind: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.bank_shared.current = self.bank_shared.snapshot(_rows(args, kwargs))
@@ -70,9 +76,29 @@ def with_snapshots(model: nn.Module, shared: Shared) -> None:
         finally:
             self.bank_shared.current = None
 
+    return forward
+
+
+def _encoding(kind: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.bank_shared.current is not None:
+            return self.forward_with_bank(*args, **kwargs)
+        self.bank_shared.current = self.bank_shared.snapshot(_rows(args, kwargs))
+        try:
+            return self.forward_with_bank(*args, **kwargs)
+        finally:
+            self.bank_shared.current = None
+
+    return forward
+
+
+def _with_forward(model: nn.Module, shared: Shared, make: Callable[[type[nn.Module]], Callable[..., Any]]) -> None:
+    kind = type(model)
     vars(model)["bank_shared"] = shared  # no submodule: a Sequential would call it
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "forward_with_bank": kind.forward, **names})
+    methods = {"forward": make(kind), "forward_with_bank": kind.forward}
+    model.__class__ = type(kind.__name__, (kind,), {**methods, **names})
 
 
 INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_values", "input_features")

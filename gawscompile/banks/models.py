@@ -15,8 +15,9 @@ from gawscompile.banks.layer import BankedLinear, Shared, with_snapshots
 from gawscompile.banks.residents import sizes_of
 
 
-def linears(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The linears that a bank is to hold adapters for, by their paths; those inside of PEFT's layers by the layers'.
+def linears(model: nn.Module, modules: str | Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The linears that a bank is to hold adapters for, by their paths (those inside of PEFT's layers by the layers'),
+    and why the others are left out.
 
     Raises `BankError` for a model that can have no bank, naming the module.
     """
@@ -26,6 +27,7 @@ def linears(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Modu
     output = embeddings() if embeddings else None
     ends = [modules] if isinstance(modules, str) else list(modules)
     found: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, BankedLinear):
             raise BankError("the model has a bank already: model.adapter_bank")
@@ -36,19 +38,23 @@ def linears(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Modu
         if modules == "all-linear":
             if linear and not expert and base is not output:
                 found[path] = base
+            elif linear:
+                left[path] = "its tokens do not say which row they are of" if expert else "it is the output layer"
         elif any(path == end or path.endswith(f".{end}") for end in ends):
             if not linear:
                 raise BankError(f"{path} is a {type(base).__name__}: a bank holds adapters of nn.Linear and Conv1D")
             if expert:
                 raise BankError(f"{path}: tokens of an expert do not say which row they are of; leave it out")
             found[path] = base
+        elif linear:
+            left[path] = "modules= does not name it"
     if not found:
         raise BankError(f"modules={modules!r}: the model has no linear of that name")
     for path, base in found.items():
         weight: Any = base.weight
         if weight.device.type != "cpu":
             raise BankError(f"{path} is on {weight.device}: adapter banks are for models on a CPU so far")
-    return found
+    return found, left
 
 
 def adapters_of(peft: Any) -> dict[str, Adapter]:
@@ -67,12 +73,18 @@ def adapters_of(peft: Any) -> dict[str, Adapter]:
             scaled = f.bias is not None and adapter.config.get("lora_bias") and f.scale
             bias = f.bias * (scale / f.scale) if scaled and f.bias is not None else f.bias
             factors[path] = dataclasses.replace(f, scale=scale, bias=bias)
+            if scale != f.scale:  # by set_scale: what a saved configuration has to say of it
+                rank = f.a.shape[0] ** (0.5 if adapter.config.get("use_rslora") else 1)
+                alphas = {**(adapter.config.get("alpha_pattern") or {}), path: scale * rank}
+                adapter = dataclasses.replace(adapter, config={**adapter.config, "alpha_pattern": alphas})
         found[name] = dataclasses.replace(adapter, factors=factors)
     return found
 
 
 def active_of(peft: Any) -> list[str]:
-    """Names of the active adapters of a PeftModel."""
+    """Names of the active adapters of a PeftModel, none where they are disabled."""
+    if any(getattr(layer, "disable_adapters", False) is True for layer in peft.modules()):
+        return []
     active = peft.active_adapters if hasattr(peft, "active_adapters") else peft.active_adapter
     return [active] if isinstance(active, str) else list(active)
 
@@ -89,6 +101,7 @@ def attach(bank: Any, model: nn.Module, inner: nn.Module, bases: Mapping[str, nn
     if inner is not model:
         calls |= {"set_adapter": _set_adapter, "load_adapter": _load_adapter}
         calls |= {"delete_adapter": _delete_adapter, "disable_adapter": _disable_adapter}
+        calls |= {name: _refused(name, instead) for name, instead in REFUSED.items()}
     for one in {inner, model}:
         vars(one)["adapter_bank"] = bank  # not as a submodule, and the model keeps its bank
     vars(model).update({name: types.MethodType(call, model) for name, call in calls.items()})
@@ -101,6 +114,24 @@ def _generate(model: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) 
         if hasattr(model, "get_base_model"):
             return model.get_base_model().generate(*args, **kwargs)
         return type(model).generate(model, *args, **kwargs)
+
+
+REFUSED = {
+    "save_pretrained": "adapter_bank.save(name, folder)",
+    "merge_adapter": "a model without a bank",
+    "merge_and_unload": "a model without a bank",
+    "unload": "adapter_bank.activate(None)",
+    "add_adapter": "adapter_bank.load(name, source)",
+    "add_weighted_adapter": "adapter_bank.activate({name: weight, …})",
+}
+"""Calls of PEFT that would find no adapter in the model's layers, and what stands for them."""
+
+
+def _refused(name: str, instead: str) -> Callable[..., Any]:
+    def refuse(model: Any, *args: Any, **kwargs: Any) -> Any:
+        raise BankError(f"{name}: an AdapterBank has this model's adapters; use {instead}")
+
+    return refuse
 
 
 def _set_adapter(model: Any, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ what did not is written to a temporary folder first.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -46,6 +47,7 @@ class Held:
     spilled: bool = False
     begins: list[int] = field(default_factory=list)
     entries: np.ndarray | None = None
+    schedules: dict[tuple[int, float], np.ndarray] = field(default_factory=dict)  # of it alone, by rows and factor
 
     @property
     def taken(self) -> int:
@@ -75,7 +77,8 @@ class Residents:
         self.bases, self.known, self.dtype, self.most = bases, known, dtype, most
         self.modules = tuple(bases)
         self.arena = Arena(size)
-        self.pool = torch.empty(self.arena.size, dtype=dtype)
+        with torch.inference_mode(False):  # adapters may be loaded outside of it
+            self.pool = torch.empty(self.arena.size, dtype=dtype)
         if Options.split(None)[0].huge_pages:
             pages.untouched(self.pool)
         self.held: dict[str, Held] = {}
@@ -96,8 +99,17 @@ class Residents:
         """Raises `BankError`."""
         return read(source, self.bases, config=config, known=self.known, adapter_name=name)
 
-    def put(self, name: str, adapter: Adapter, source: Path | None, scale: float = 1.0, pinned: bool = False) -> None:
-        """Bring an adapter into the pool, and make it known. Raises `BankError` where there is no room."""
+    def put(
+        self,
+        name: str,
+        adapter: Adapter,
+        source: Path | None,
+        scale: float = 1.0,
+        pinned: bool = False,
+        again: Held | None = None,
+    ) -> None:
+        """Bring an adapter into the pool, and make it known. Raises `BankError` where there is no room. `again`: what
+        it was known as, where it comes back."""
         ranks = {path: factors.a.shape[0] for path, factors in adapter.factors.items()}
         factors = [adapter.factors[path] for path in self.modules if path in adapter.factors]
         sizes = [size for f in factors for size in (f.a.numel(), _wide(f) * f.b.shape[0])]
@@ -106,7 +118,10 @@ class Residents:
             held.begins = self._room_for(held)
             try:
                 self._fill(held, adapter)
-                self.replace(held)
+                with self.lock:
+                    if again is not None:  # also what was set meanwhile
+                        held.scale, held.pinned, held.spilled = again.scale, again.pinned, again.spilled
+                    self.replace(held)
             except BaseException:
                 with self.lock:
                     self.leave(held)
@@ -123,6 +138,8 @@ class Residents:
                     raise BankError(f"{held.name} is active: it cannot be replaced by one that is read later")
                 self._became(before, held)
                 self.leave(before)
+                if before.source != held.source:
+                    forget(before)
             self.held[held.name] = held
             self._changed()
 
@@ -143,7 +160,7 @@ class Residents:
             if held.entries is not None:
                 return
         adapter = _unspilled(held) if held.spilled else self.read(held.source, None, name)
-        self.put(name, adapter, None if held.spilled else held.source, held.scale, held.pinned)
+        self.put(name, adapter, held.source, again=held)
 
     def _room_for(self, held: Held) -> list[int]:
         """Runs for `held`; others leave the pool for it."""
@@ -159,12 +176,13 @@ class Residents:
                 if begins is not None:
                     return begins
                 resting = self.arena.resting
+                enough = not full and self.arena.coming >= held.taken  # once what rests is awake
                 stay = [one for one in resident if one.pinned or self._active(one) or one.name in self._together]
                 idle = [one for one in resident if one not in stay]
                 last = min(idle, key=lambda one: one.used, default=None)
-            if last is not None:
+            if last is not None and not (resting and enough):
                 self._evict(last)
-            elif not resting:
+            elif full or not resting:
                 raise BankError(
                     f"no room for {held.name}: {len(resident)} resident adapters are active, pinned or wanted with it. "
                     "Give the bank more memory, or unload one"
@@ -199,7 +217,7 @@ class Residents:
     def leave(self, held: Held) -> None:
         """What `held` takes of the pool is free again. The caller holds both locks."""
         self.arena.give_back(held.begins, held.sizes[: len(held.begins)])
-        held.begins, held.entries = [], None
+        held.begins, held.entries, held.schedules = [], None, {}
         self._changed()
 
     def _evict(self, held: Held) -> None:
@@ -207,11 +225,12 @@ class Residents:
         if held.source is None:
             if self._spill is None:
                 self._spill = Path(tempfile.mkdtemp(prefix="gawscompile-bank-"))
-                finalize(self, shutil.rmtree, self._spill, True)
-            held.source, held.spilled = self._spill / f"{id(held)}-{time.monotonic_ns()}", True
-            _spilled(held, self.factors(held), held.source)
+                finalize(self, _removed, self._spill, os.getpid())
+            file = self._spill / f"{id(held)}-{time.monotonic_ns()}"
+            _spilled(held, self.factors(held), file)
+            held.source, held.spilled = file, True
         with self.lock:
-            if not self._active(held):  # it may have been activated meanwhile
+            if not held.pinned and not self._active(held):  # it may be by now
                 self.leave(held)
 
     def factors(self, held: Held) -> dict[str, Factors]:
@@ -226,6 +245,17 @@ class Residents:
                 bias = columns[:, rank] if wide > rank else None
                 found[path] = Factors(first, columns[:, :rank], float(floats[index, 4]), bias)
         return found
+
+
+def forget(held: Held) -> None:
+    """Nobody reads an adapter again: a file of ours goes."""
+    if held.spilled and held.source is not None:
+        held.source.unlink(missing_ok=True)
+
+
+def _removed(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not at the end of a fork
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _spilled(held: Held, factors: Mapping[str, Factors], file: Path) -> None:

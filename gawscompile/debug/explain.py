@@ -117,6 +117,7 @@ def assemble(records: list[GraphRecord], model: torch.nn.Module | None = None) -
     for group in groups:
         if "autotuned" in group.prefix:
             notes += _tuned(group)
+    notes += model.adapter_bank.notes() if hasattr(model, "adapter_bank") else []  # type: ignore[union-attr, operator]
     return Report(linears, groups, len(records), dict(passes), list(dict.fromkeys(notes)))
 
 

@@ -21,7 +21,7 @@ import torch
 
 from gawscompile.calibration import measure
 from gawscompile.debug.explain import Report, assemble
-from gawscompile.demo import packaged, persona
+from gawscompile.demo import packaged, persona, serving
 from gawscompile.demo.decoding import Decoder
 from gawscompile.loading import folders
 from gawscompile.loading.arguments import Parser, one_line, path, whole
@@ -62,7 +62,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--question", default=QUESTION, help="what the model is asked")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated, of: " + ", ".join(BACKENDS))
+    parser.add_argument("--serve", action="store_true", help="serve several adapters at once instead")
+    parser.add_argument("--plot", type=path, help="with --serve: a picture of every token's latency")
     options = parser.parse_args(argv)
+    if options.serve and options.device != "cpu":
+        parser.error("--serve: adapter banks are for CPUs so far")
     options.backends = [name.strip() for name in options.backends.split(",") if name.strip()]
     if unknown := set(options.backends) - set(BACKENDS):
         parser.error(f"unknown backends: {', '.join(sorted(unknown))}")
@@ -93,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     except ModelError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    if options.serve:
+        serving.serve(base, adapted, tokenizer, options.question, options.tokens, options.plot)
+        print(f"\n{time.perf_counter() - began:.0f} s in all.")
+        return 0
     prompt = persona.prompt_ids(tokenizer, options.question)
     variants = prepare(base, adapted, options, prompt)
     write(variants, prompt, options.tokens, tokenizer.eos_token_id)

@@ -92,6 +92,8 @@ def apply(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -
     """What the bank adds, in plain torch: x ``[..., k]`` → ``[..., n]`` of the pool's dtype. x's tokens are the rows of
     the batch one after the other. Raises `ValueError` where they are no whole rows."""
     rows, k = len(schedule) - 1, x.shape[-1]
+    if rows == 0:
+        return pool.new_zeros((*x.shape[:-1], n))
     tokens = x.reshape(-1, k).to(pool.dtype)
     if len(tokens) % rows:
         raise ValueError(f"{len(tokens)} tokens are no {rows} rows of a batch: a bank's adapters are given by row")

@@ -16,7 +16,6 @@ compiles, it runs in plain torch; its gradient is x's alone.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -63,14 +62,17 @@ def publish(bank: int, rows: int, made: torch.Tensor) -> None:
 def retract(bank: int) -> None:
     """Something of a bank has changed: what it published is no longer so."""
     if ops.ensure_loaded.cache_info().currsize:
-        ops.ensure_loaded().gaws_retract(ctypes.c_int64(bank))
+        ops.ensure_loaded().gaws_retract(bank)
 
 
 def _schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch.Tensor:
     source = SOURCES.get(int(state[0]))
     if source is None:
         raise RuntimeError("the adapter bank of this model is gone: keep a reference to it, or compile the model anew")
-    return source.snapshot(rows)
+    made = source.snapshot(rows)
+    if made.shape != (modules, rows + 1, width, banked.FIELDS):
+        raise RuntimeError(f"the graph was compiled for another bank than the one of this model: {tuple(made.shape)}")
+    return made
 
 
 def _banked(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -> torch.Tensor:

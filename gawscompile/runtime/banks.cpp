@@ -34,6 +34,8 @@ void snapshot(const c10::OperatorHandle&, torch::jit::Stack* stack) {
     python.callBoxed(stack);
     return;
   }
+  const int64_t sizes[] = {arguments[2].toInt(), rows + 1, arguments[3].toInt(), made.size(-1)};
+  TORCH_CHECK(made.sizes() == at::IntArrayRef(sizes), "gaws::snapshot: the graph was compiled for another bank");
   void* memory = nullptr;
   const size_t bytes = made.nbytes();
   TORCH_CHECK(posix_memalign(&memory, 64, std::max<size_t>(bytes, 64)) == 0, "gaws::snapshot: no memory");

@@ -117,6 +117,7 @@ def ensure_loaded() -> ctypes.CDLL:
         resolver = _Resolver(_resolve)
         _kept.append(resolver)
         library.gaws_set_resolver(resolver)
+        library.gaws_retract.argtypes = (ctypes.c_int64,)
         return library
 
 

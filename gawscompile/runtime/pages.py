@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,9 +180,13 @@ _AS_WRITTEN: set[int] = set()
 
 def untouched(tensor: torch.Tensor) -> None:
     """Have memory that nobody has written to yet come on huge pages as it is written. `enlarge` passes over it."""
-    _AS_WRITTEN.add(tensor.data_ptr())
-    if not _unavailable():
-        size, start = _page_size(), tensor.data_ptr()
+    begin = tensor.data_ptr()
+    _AS_WRITTEN.add(begin)
+    weakref.finalize(tensor, _AS_WRITTEN.discard, begin)
+    if _unavailable():
+        return
+    with contextlib.suppress(OSError, ValueError):  # an odd /sys
+        size, start = _page_size(), begin
         first, last = -(-start // size) * size, (start + tensor.nbytes) // size * size
         if first < last:
             _madvise(first, last - first, MADV_HUGEPAGE)

@@ -9,13 +9,18 @@ import threading
 import peft
 import pytest
 import torch
+import transformers
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import gawscompile
+from gawscompile.banks import residents
 from gawscompile.banks.bank import AdapterBank
 from gawscompile.banks.checkpoints import BankError
 from gawscompile.banks.layer import BankedLinear
+from gawscompile.debug.explain import assemble
+from gawscompile.runtime import ops
+from gawscompile.runtime.banked import SNAPSHOT
 from gawscompile.verify import proof
 from tests.banks.common import adapted, by_row, llama, logits, with_bank
 from tests.graphs import capture, rewriting
@@ -105,6 +110,91 @@ def test_all_is_fused_and_proven(judge, ids):
     context.complain = pytest.fail
     proof.verify_rewrites(context)
     assert context.record.passes["verify"] >= 9
+
+
+def test_choices_of_threads_and_of_generators(judge, ids):
+    model, bank = with_bank(judge)
+    bank.activate("a")
+
+    def served(name):
+        with bank.activated(name):
+            yield model(ids).logits
+            yield model(ids).logits
+
+    found = []
+    other = threading.Thread(target=lambda: found.append(model(ids).logits))
+    one, two = served("c"), served("d")
+    close(next(one), logits(judge, ids, "c"))
+    other.start()
+    other.join()
+    close(found[0], logits(judge, ids, "a"))
+    close(next(two), logits(judge, ids, "d"))
+    one.close()
+    close(next(two), logits(judge, ids, "d"))
+    two.close()
+    with pytest.raises(BankError, match="no adapter"), bank.activated("z"):
+        pass
+    assert len(bank._rows) == 1
+    bank.activate("c")
+    close(model(ids).logits, logits(judge, ids, "c"))
+
+
+def test_what_is_not_a_bank_s_any_more(judge, tmp_path):
+    model, _ = with_bank(judge)
+    for call in (model.merge_and_unload, model.merge_adapter, lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(BankError, match="AdapterBank has this model's adapters"):
+            call()
+    with pytest.raises(BankError, match="no PeftModel"):
+        AdapterBank(copy.deepcopy(judge).get_base_model())
+
+
+def test_disabled_adapters_stay_so(judge, ids):
+    source = copy.deepcopy(judge)
+    source.base_model.disable_adapter_layers()
+    model, _ = with_bank(source)
+    close(model(ids).logits, logits(judge, ids, None))
+
+
+def test_a_full_disk_loses_no_adapter(judge, ids, monkeypatch):
+    sizes = {info.name: info.bytes for info in with_bank(judge)[1]}
+    model, bank = with_bank(judge, memory=sum(sizes.values()))
+    bank.activate(None)
+    with monkeypatch.context() as patched:
+        patched.setattr(residents, "_spilled", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            bank.load("again", judge, adapter_name="c")
+    for name in "acd":
+        bank.activate(name)
+        close(model(ids).logits, logits(judge, ids, name))
+
+
+def test_one_that_comes_does_not_flush_the_others(judge, tmp_path):
+    """While forwards are under way, no more leave than the new one needs."""
+    judge.save_pretrained(tmp_path, selected_adapters=["d"])
+    bank = AdapterBank(llama(), memory="8KB")
+    for number in range(4):
+        bank.load(str(number), tmp_path / "d")
+    taken = bank.snapshot(1)
+    other = threading.Thread(target=bank.load, args=("new", tmp_path / "d"), kwargs={"scale": 2.0})
+    bank._all.arena.take([sum(end - begin for begin, end in bank._all.arena._free)])  # the rest is somebody's
+    other.start()
+    other.join(0.3)
+    assert other.is_alive() and sum(info.resident for info in bank) == 3
+    del taken
+    gc.collect()
+    other.join(10)
+    assert not other.is_alive() and bank.info("new").resident
+
+
+def test_what_explain_says_of_a_bank(judge):
+    model, bank = with_bank(judge)
+    bank.activate(["a", {"d": 2.0}])
+    bank.pin("c")
+    notes = assemble([], model).notes
+    assert notes[0].startswith("adapter bank: 14 modules, 3 adapters, 3 of them resident in 0.1 of 8 MB of float32")
+    assert any("a: rank 8 on 6 modules, scale 1, 0.02 MB, active" in note for note in notes)
+    assert any("c: rank 33 on 6 modules" in note and note.endswith("pinned") for note in notes)
+    assert "adapter bank: lm_head is not in it: it is the output layer" in notes
 
 
 def test_a_base_model_and_folders(judge, ids, tmp_path):
@@ -203,13 +293,19 @@ def test_what_came_from_memory_is_spilled(judge, ids):
         close(model(ids).logits, logits(judge, ids, name))
 
 
-def test_memory_is_not_given_away_while_it_is_read(judge, tmp_path):
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_memory_is_not_given_away_while_it_is_read(judge, tmp_path, how):
     """A forward that has begun reads what was unloaded meanwhile, and nothing else."""
     judge.save_pretrained(tmp_path, selected_adapters=["a", "d"])
     bank = AdapterBank(llama(), memory=with_bank(judge)[1].info("a").bytes)
     bank.load("a", tmp_path / "a")
     bank.activate("a")
     taken = bank.snapshot(1)
+    if how == "compiled":  # it has been published, and what C++ gives keeps it
+        ops.ensure_loaded()
+        bank.snapshot(1)
+        taken = SNAPSHOT(bank.shared.state, 1, len(bank.modules), bank.max_mix)
+        gc.collect()
     bank.activate(None)
     done = threading.Thread(target=bank.load, args=("d", tmp_path / "d"))
     before = bank.shared.pool.clone()
@@ -394,6 +490,56 @@ def test_a_failed_bank_leaves_the_model(ids):
     with pytest.raises(BankError, match="no room"):
         AdapterBank(model, max_adapters=1)
     assert torch.equal(model(ids).logits, want)
+
+
+class Broken(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_a_broken_graph_has_one_snapshot(monkeypatch):
+    torch.manual_seed(0)
+    judge = peft.get_peft_model(Broken(), peft.LoraConfig(r=2, target_modules=["first", "second"])).eval()
+    for parameter in judge.parameters():
+        torch.nn.init.normal_(parameter)
+    model, bank = with_bank(judge)
+    compiled, x = torch.compile(model, backend=rewriting([])), torch.randn(3, 8)
+    close(compiled(x), judge(x))
+    taken, snapshot = [], bank.snapshot
+    monkeypatch.setattr(bank, "snapshot", lambda rows: taken.append(rows) or snapshot(rows))
+    bank.activate(None)
+    with judge.disable_adapter():
+        close(compiled(x), judge(x))
+    assert taken == [3]
+
+
+def test_an_encoder_and_a_decoder(monkeypatch):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    torch.manual_seed(0)
+    inner = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    judge = peft.get_peft_model(inner.eval(), peft.LoraConfig(r=2, target_modules=["q", "v"]), adapter_name="a")
+    judge.add_adapter("b", peft.LoraConfig(r=3, target_modules=["k", "wo"]))
+    for name, parameter in judge.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    judge.eval()
+    ids, settings = torch.randint(1, 40, (2, 5)), {"max_new_tokens": 4, "do_sample": False}
+    want = []
+    for row, name in enumerate("ab"):
+        judge.set_adapter(name)
+        want.append(judge.generate(input_ids=ids[row : row + 1], **settings))
+    model, bank = with_bank(judge)
+    taken, snapshot = [], bank.snapshot
+    monkeypatch.setattr(bank, "snapshot", lambda rows: taken.append(rows) or snapshot(rows))
+    got = model.generate(input_ids=ids, adapter_names=["a", "b"], **settings)
+    assert all(torch.equal(row[: len(one[0])], one[0]) for row, one in zip(got, want, strict=True))
+    assert len(taken) == got.shape[1]  # one for the encoder, one for each step
 
 
 def test_modules_alone(judge):

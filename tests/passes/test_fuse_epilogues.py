@@ -15,6 +15,7 @@ def residuals(context):
     return sum(p.residual is not None for spec in specs(context) for p in spec.projections)
 
 
+@pytest.mark.slow
 def test_two_residuals_a_layer():
     for model, inputs in ((small_llama(layers=2), {"use_cache": False}), (small_bert(layers=2), {})):
         captured = capture(model, tokens(1, 4), **inputs)

@@ -287,6 +287,7 @@ def test_every_adapter_of_a_model_is_fused(name, kind):
     right(captured, context, 1e-4)
 
 
+@pytest.mark.slow
 def test_any_number_of_tokens():
     captured = capture(adapted(small_llama(layers=1, lora=None), "gawsd"), tokens(2, 5), use_cache=False, dynamic=True)
     context = captured.until()

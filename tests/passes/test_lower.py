@@ -1,5 +1,6 @@
 """lower: groups call their op; linears left over are spelled in aten as they were."""
 
+import pytest
 import torch
 
 from gawscompile.analysis.reading import aten
@@ -13,6 +14,7 @@ def close(got, want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_pipeline_on_real_kernels():
     for model, inputs in ((small_llama(), {"use_cache": False}), (small_bert(), {})):
         captured = capture(model, tokens(2, 5), kernels=True, **inputs)

@@ -161,6 +161,7 @@ def test_many_threads_share_a_program_that_none_has_built():
     assert not failures
 
 
+@pytest.mark.slow
 def test_a_process_that_ran_no_pass_rebuilds_kernels_from_the_program():
     code = """
 import torch, gawscompile.backend
