@@ -165,7 +165,8 @@ def test_modes_of_torch_in_turns(way):
     assert (got - want).norm() <= 1.25 * (eager - want).norm() + 1e-6
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @both
 def test_models_of_another_dtype(way, dtype):
     """`model.half()` and `.bfloat16()`, adapters too, before compiling."""

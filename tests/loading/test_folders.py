@@ -36,7 +36,7 @@ def save(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
-        ("t5", "encoder decoder"),
+        pytest.param("t5", "encoder decoder", marks=pytest.mark.slow),
         pytest.param("vit", "vit", marks=pytest.mark.slow),
         pytest.param("clip", "text vision", marks=pytest.mark.slow),
     ],
