@@ -84,7 +84,7 @@ def read_twice(self, x):
 
 
 LEFT = {
-    "another activation": (lambda self, x: self.q(x) + self.bank(x + 1), "another activation"),
+    "another_activation": (lambda self, x: self.q(x) + self.bank(x + 1), "another activation"),
     "others read the projection": (read_twice, "others read the projection"),
     "no projection": (lambda self, x: self.bank(x).exp(), "not added to one projection"),
     "scaled": (lambda self, x: torch.add(self.q(x), self.bank(x), alpha=2), "not added to one projection"),
