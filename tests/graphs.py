@@ -27,6 +27,7 @@ from gawscompile.passes.context import Context, verify
 from gawscompile.planning.table import Program
 from gawscompile.runtime import ops, polyfills
 from gawscompile.runtime.attention import ATTEND
+from gawscompile.runtime.banked import SNAPSHOT
 from tests.fuzz import reference
 
 
@@ -80,7 +81,7 @@ class Captured:
 
     def run_graph(self, graph: torch.fx.Graph) -> list[torch.Tensor]:
         """The outputs of a graph that has the captured one's inputs."""
-        if self.kernels or not any(node.target in (*ops.OPS, ATTEND) for node in graph.nodes):
+        if self.kernels or not any(node.target in (*ops.OPS, ATTEND, SNAPSHOT) for node in graph.nodes):
             found = torch.fx.Interpreter(self.module, graph=graph).run(*self.inputs)
         else:
             found = reference.run(graph, self.module, self.inputs).outputs
