@@ -191,9 +191,15 @@ def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
         return step()
 
     times = in_turns({"switched": switched, "steady": steady}, rounds)
+    alone = []
+    for number in range(500):
+        began = time.perf_counter()
+        bank.activate(names[number * 7 % len(names)])
+        alone.append(1e6 * (time.perf_counter() - began))
     resident = sum(info.bytes for info in bank) / 2**20
     return [
         [f"activate, {len(names)} adapters of rank 4 to 64 ({resident:.0f} MB)", _median(spent["activate"], "µs")],
+        ["the same, in a loop of its own", _median(alone, "µs")],
         ["a new schedule, in the next forward", _median(spent["schedule"], "µs")],
         ["decode step after a switch", f"{times['switched'].median:.2f} ms"],
         ["decode step, the same adapter as before", f"{times['steady'].median:.2f} ms"],

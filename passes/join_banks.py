@@ -31,6 +31,8 @@ from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.sums import Sum, operator_sum
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
+from gawscompile.planning import devices
+from gawscompile.planning.targets import CPP, target_of
 from gawscompile.runtime.banked import BANKED, SCHEDULE, SNAPSHOT
 
 
@@ -39,7 +41,7 @@ def run(graph: Graph, context: Context) -> None:
         if context.looks_at(node):
             _join(context, node)
     for node in graph.find_nodes(op="call_function", target=SCHEDULE):
-        if context.allows(node):
+        if target_of(devices.of(node.meta["val"].device.type)) is CPP and context.allows(node):
             node.target = SNAPSHOT
             context.matched()
 
@@ -50,6 +52,8 @@ def _join(context: Context, node: Node) -> None:
     total, why = _base(add, node, x)
     if not why and (dtype(pool) not in DTYPE_NAMES or type(n) is not int):
         why = f"its factors are of {dtype(pool)}"
+    if target_of(devices.of(x.meta["val"].device.type)) is not CPP:
+        why = "no kernel for a GPU knows banks"
     if why or total is None or add is None:
         context.record.notes.append(f"{context.module_path(node)}: {Reason.BANK.value}: {why}")
         return

@@ -82,7 +82,7 @@ FAULTS: dict[str, Fault] = {
         "runtime/banks.cpp",
         "[made](void* p) { std::free(p); }",
         "[](void* p) { std::free(p); }",
-        "tests/banks/test_bank.py::test_memory_is_not_given_away_while_it_is_read",
+        "tests/banks/test_keeping.py::test_memory_is_not_given_away_while_it_is_read",
         unproven=A_CHANGE,
     ),
     "a switch that compiled graphs do not see": Fault(

@@ -80,11 +80,14 @@ def package(model: torch.nn.Module, path: Path, *args: Any, **inputs: Any) -> Gr
     On a GPU, kernels of plans that keep nothing between calls are part of the package. `single_launch`, and all kernels
     on a CPU, stay calls of ``gaws::project``: who loads the package must import gawscompile first.
 
-    Raises `ValueError` for a model without parameters, and what export, our passes and Inductor raise.
+    Raises `ValueError` for a model without parameters or with an adapter bank, and what export, our passes and Inductor
+    raise.
     """
     from gawscompile.backend import GawsPass
     from gawscompile.options import Options
 
+    if hasattr(model, "adapter_bank"):
+        raise ValueError("a package cannot have an adapter bank, whose pool and adapters are this process's")
     device = next((parameter.device.type for parameter in model.parameters()), None)
     if device is None:
         raise ValueError("a model without parameters is on no device, and has nothing to fuse")

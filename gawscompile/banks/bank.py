@@ -49,6 +49,7 @@ Rows = tuple[tuple[tuple[Held, float], ...], ...]
 MOST_SAID = 20
 """Adapters, and modules, that a report has lines of."""
 
+
 @dataclass(frozen=True)
 class Info:
     """An adapter of a bank, as it was when it was asked for. `rank`: the largest of its modules. `bytes`: in the pool.
@@ -113,7 +114,8 @@ class AdapterBank(Source):
             raise BankError(f"memory={memory!r} holds no adapter")
         self.model, self.modules, self.max_mix, self.left_out = model, tuple(bases), max_mix, left
         known = tuple(name for name, _ in inner.named_modules())
-        self._all = Residents(bases, known, size, dtype, max_adapters, self._active, self._changed, self._became)
+        base = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
+        self._all = Residents(bases, known, base, size, dtype, max_adapters, self._active, self._changed, self._became)
         self._lock = self._all.lock
         self._rows: dict[object, Rows] = {None: ((),)}  # what is active: for all threads, and for single ones
         self._made: dict[Any, np.ndarray] = {}  # schedules of the present state

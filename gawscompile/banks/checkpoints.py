@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from gawscompile.ir.records import plain
+from gawscompile.ir.types import DTYPE_NAMES
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a")
@@ -37,7 +38,6 @@ FOREIGN = {
 }
 """Why a bank does not take a key, by what is in it."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = torch.finfo(torch.float32).max
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -117,6 +117,19 @@ class Adapter:
 
     factors: dict[str, Factors]
     config: dict[str, Any]
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it is a linear that a bank can be beside: `nn.Linear` itself, as kinds of it may be called otherwise, or
+    ``Conv1D`` of transformers, which need not be installed."""
+    return type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of such a linear. A ``Conv1D`` keeps its weight as [inputs, outputs]."""
+    weight: Any = layer.weight
+    first, second = map(int, weight.shape)
+    return (first, second) if type(layer) is nn.Linear else (second, first)
 
 
 def read(
@@ -354,13 +367,9 @@ class _Reader:
 
     def _layer(self, path: str, key: str) -> tuple[int, int, torch.Tensor | None]:
         """The outputs and inputs of a base layer, and its own bias."""
-        from transformers.pytorch_utils import Conv1D
-
-        layer = self.modules.get(path)
-        if isinstance(layer, nn.Linear):
-            return layer.out_features, layer.in_features, layer.bias
-        if isinstance(layer, Conv1D):
-            return int(layer.nf), int(layer.nx), layer.bias
+        layer: Any = self.modules.get(path)
+        if layer is not None and is_linear(layer):
+            return *sizes_of(layer), layer.bias
         if layer is None and self.known and path not in self.known:
             what = f"is of a module that the model does not have{self.other}: give an adapter of this base model"
             raise self._error(key, what)
@@ -372,7 +381,7 @@ class _Reader:
         tensor = self.tensors[key]
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             raise self._error(key, "is no dense tensor with values: give one")
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise self._error(key, f"is of {tensor.dtype}: save it as float32, bfloat16 or float16")
         if tensor.shape != shape:
             what = f"has the shape {list(tensor.shape)} and needs {list(shape)}, as {why}"

@@ -61,44 +61,29 @@ def with_snapshots(model: nn.Module, shared: Shared) -> None:
     what that reads in its closure, guards would look at in every call.
     """
     whole: Any = model
-    encoder = whole.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
-    if encoder is not None and encoder is not model:
-        _with_forward(encoder, shared, _encoding)
-    _with_forward(model, shared, _snapshotting)
+    encoder = whole.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else model
+    for one in dict.fromkeys((encoder, model)):
+        kind = type(one)
+        vars(one)["bank_shared"] = shared  # no submodule: a Sequential would call it
+        vars(one)["bank_outermost"] = one is model
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        methods = {"forward": _forward(kind), "forward_with_bank": kind.forward}
+        one.__class__ = type(kind.__name__, (kind,), {**methods, **names})
 
 
-def _snapshotting(kind: type[nn.Module]) -> Callable[..., Any]:
+def _forward(kind: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.bank_shared.current = self.bank_shared.snapshot(_rows(args, kwargs))
+        shared = self.bank_shared
+        if not self.bank_outermost and shared.current is not None:
+            return self.forward_with_bank(*args, **kwargs)
+        shared.current = shared.snapshot(_rows(args, kwargs))
         try:
             return self.forward_with_bank(*args, **kwargs)
         finally:
-            self.bank_shared.current = None
+            shared.current = None
 
     return forward
-
-
-def _encoding(kind: type[nn.Module]) -> Callable[..., Any]:
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.bank_shared.current is not None:
-            return self.forward_with_bank(*args, **kwargs)
-        self.bank_shared.current = self.bank_shared.snapshot(_rows(args, kwargs))
-        try:
-            return self.forward_with_bank(*args, **kwargs)
-        finally:
-            self.bank_shared.current = None
-
-    return forward
-
-
-def _with_forward(model: nn.Module, shared: Shared, make: Callable[[type[nn.Module]], Callable[..., Any]]) -> None:
-    kind = type(model)
-    vars(model)["bank_shared"] = shared  # no submodule: a Sequential would call it
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    methods = {"forward": make(kind), "forward_with_bank": kind.forward}
-    model.__class__ = type(kind.__name__, (kind,), {**methods, **names})
 
 
 INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_values", "input_features")
@@ -114,7 +99,9 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class BankedLinear(nn.Module):
-    """A linear, x ``[rows, …, k]`` → ``[rows, …, n]``, and what the bank adds to it for each row."""
+    """A linear, x ``[rows, …, k]`` → ``[rows, …, n]`` of the linear's dtype, and what the bank adds to it for each row.
+
+    Raises `ValueError` where x's tokens are no whole rows of the batch."""
 
     def __init__(self, base_layer: nn.Module, bank: Shared, index: int, sizes: tuple[int, int]) -> None:
         super().__init__()

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from gawscompile.banks.checkpoints import Adapter, BankError, read
+from gawscompile.banks.checkpoints import Adapter, BankError, is_linear, read, sizes_of
 from gawscompile.banks.layer import BankedLinear, Shared, with_snapshots
-from gawscompile.banks.residents import sizes_of
 
 
 def linears(model: nn.Module, modules: str | Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -34,7 +33,7 @@ def linears(model: nn.Module, modules: str | Sequence[str]) -> tuple[dict[str, n
         base = getattr(layer, "base_layer", layer)
         if path.endswith(".base_layer") or any(path.startswith(f"{outer}.") for outer in found):
             continue
-        expert, linear = ".experts." in f".{path}.", type(base) is nn.Linear or type(base).__name__ == "Conv1D"
+        expert, linear = ".experts." in f".{path}.", is_linear(base)
         if modules == "all-linear":
             if linear and not expert and base is not output:
                 found[path] = base

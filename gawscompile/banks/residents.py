@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gawscompile.banks.arena import Arena, whole
-from gawscompile.banks.checkpoints import Adapter, BankError, Factors, read
+from gawscompile.banks.checkpoints import Adapter, BankError, Factors, read, sizes_of
 from gawscompile.ir.banked import FIELDS, UNIT
 from gawscompile.options import Options
 from gawscompile.runtime import pages
@@ -56,7 +56,8 @@ class Held:
 
 
 class Residents:
-    """Adapters of the linears `bases`, in a pool of `size` numbers.
+    """Adapters of the linears `bases` of a model of the name `base`, whose modules are `known`, in a pool of `size`
+    numbers, `most` of them at once.
 
     `active` says whether an adapter may not leave, `changed` is told that one came or left; `became` that another
     adapter of the same name stands for one from now on. Two locks: `loading` of reading and of leaving, which may take
@@ -67,6 +68,7 @@ class Residents:
         self,
         bases: Mapping[str, nn.Module],
         known: Collection[str],
+        base: str | None,
         size: int,
         dtype: torch.dtype,
         most: int | None,
@@ -74,7 +76,7 @@ class Residents:
         changed: Callable[[], None],
         became: Callable[[Held, Held], None],
     ) -> None:
-        self.bases, self.known, self.dtype, self.most = bases, known, dtype, most
+        self.bases, self.known, self.base, self.dtype, self.most = bases, known, base, dtype, most
         self.modules = tuple(bases)
         self.arena = Arena(size)
         with torch.inference_mode(False):  # adapters may be loaded outside of it
@@ -97,7 +99,7 @@ class Residents:
 
     def read(self, source: Any, config: Any, name: str) -> Adapter:
         """Raises `BankError`."""
-        return read(source, self.bases, config=config, known=self.known, adapter_name=name)
+        return read(source, self.bases, config=config, base=self.base, known=self.known, adapter_name=name)
 
     def put(
         self,
@@ -240,8 +242,9 @@ class Residents:
         for index, path in enumerate(self.modules):
             if path in held.ranks:
                 a, b, rank, wide = (int(number) for number in held.entries[index, :4])
-                columns = self.pool[b * UNIT :][: n_of(self.bases[path]) * wide].view(-1, wide)
-                first = self.pool[a * UNIT :][: rank * k_of(self.bases[path])].view(rank, -1)
+                n, k = sizes_of(self.bases[path])
+                columns = self.pool[b * UNIT :][: n * wide].view(n, wide)
+                first = self.pool[a * UNIT :][: rank * k].view(rank, k)
                 bias = columns[:, rank] if wide > rank else None
                 found[path] = Factors(first, columns[:, :rank], float(floats[index, 4]), bias)
         return found
@@ -285,17 +288,3 @@ def _wide(factors: Factors) -> int:
     """Columns of B in the pool: one more where there is a bias."""
     return factors.b.shape[1] + (factors.bias is not None)
 
-
-def sizes_of(layer: nn.Module) -> tuple[int, int]:
-    """(n, k) of a linear."""
-    weight: Any = layer.weight
-    first, second = weight.shape
-    return (int(second), int(first)) if type(layer).__name__ == "Conv1D" else (int(first), int(second))
-
-
-def n_of(layer: nn.Module) -> int:
-    return sizes_of(layer)[0]
-
-
-def k_of(layer: nn.Module) -> int:
-    return sizes_of(layer)[1]

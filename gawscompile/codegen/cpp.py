@@ -118,15 +118,16 @@ def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
     return lines
 
 
-def banks_of(spec: KernelSpec) -> list[str]:
-    """The names of a group's banks."""
-    return [f"bank{i}_{j}" for i, p in enumerate(spec.projections) for j, _ in enumerate(p.banked)]
+def banks_of(spec: KernelSpec) -> dict[str, str]:
+    """The names of a group's banks, with what the names of their operands end with."""
+    ends = [f"{i}_{j}" for i, p in enumerate(spec.projections) for j, _ in enumerate(p.banked)]
+    return {f"bank{end}": end for end in ends}
 
 
 def _resident(spec: KernelSpec) -> list[str]:
     """Each bank's part of the call: its schedule as it is now, and memory for u = A x."""
     banks = banks_of(spec)
-    lines = [f"  Bank {bank}(pool{bank[4:]}, schedule{bank[4:]}, m);" for bank in banks]
+    lines = [f"  Bank {bank}(pool{end}, schedule{end}, m);" for bank, end in banks.items()]
     rooms = " + ".join(f"{bank}.room" for bank in banks)
     lines += [
         "  static thread_local Buffer products, tokens;  // of the calling thread",

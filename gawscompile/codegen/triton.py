@@ -389,6 +389,8 @@ def _check_spec(spec: KernelSpec) -> None:
         raise SpecError(f"no projections in {spec}")
     if any(p.opaque is not None for p in spec.projections):
         raise SpecError(f"no kernel on a GPU adds to what an opaque base makes: {spec}")
+    if any(p.banked for p in spec.projections):
+        raise SpecError(f"no kernel on a GPU knows banks: {spec}")
     ranks = [term.rank for p in spec.projections for term in p.lowrank]
     ranks += [term.rank for p in spec.projections for term in p.given]
     if min(spec.k, *(p.n for p in spec.projections), *ranks) < 1:

@@ -50,7 +50,7 @@ def serve(base: Any, adapted: Any, tokenizer: Any, question: str, tokens: int, p
     bank.load("half", adapted, scale=0.5)
     model = gawscompile.compile(base)
     ids = torch.tensor([persona.prompt_ids(tokenizer, question)] * len(ROWS))
-    settings = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    settings = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, "attention_mask": torch.ones_like(ids)}
     print("\nCompiling a prompt and a decode step.", flush=True)
     answers = model.generate(ids, adapter_names=list(ROWS), max_new_tokens=tokens, **settings)
     print(f"\nAsked in one batch: {question}")

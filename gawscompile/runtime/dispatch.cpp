@@ -77,7 +77,7 @@ bool fits(const Tensor& t, const Operand& o, int64_t m) {
   if (t.dim() != int64_t(o.shape.size())) return false;
   const bool schedule = o.dtype == ScalarType::Int;  // of a bank: a header, and an entry for each row of the batch
   if (schedule) {
-    if (t.size(0) < 2 || m % (t.size(0) - 1) || t.size(1) < 1 || t.size(2) != 8) return false;
+    if (!t.is_contiguous() || t.size(0) < 2 || m % (t.size(0) - 1) || t.size(1) < 1 || t.size(2) != 8) return false;
     const int32_t* header = t.const_data_ptr<int32_t>();
     if (header[0] != t.size(0) - 1 || header[1] != t.size(1)) return false;
   }

@@ -183,13 +183,16 @@ def untouched(tensor: torch.Tensor) -> None:
     begin = tensor.data_ptr()
     _AS_WRITTEN.add(begin)
     weakref.finalize(tensor, _AS_WRITTEN.discard, begin)
-    if _unavailable():
-        return
-    with contextlib.suppress(OSError, ValueError):  # an odd /sys
-        size, start = _page_size(), begin
-        first, last = -(-start // size) * size, (start + tensor.nbytes) // size * size
-        if first < last:
-            _madvise(first, last - first, MADV_HUGEPAGE)
+    why = _unavailable()
+    try:
+        size = 0 if why else _page_size()
+        first, last = (-(-begin // size) * size, (begin + tensor.nbytes) // size * size) if size else (0, 0)
+        if first < last and not _madvise(first, last - first, MADV_HUGEPAGE):
+            why = f"the system refused: {os.strerror(ctypes.get_errno())}"
+    except (OSError, ValueError) as error:  # an odd /sys
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        log.info("gaws: a bank's pool stays on small pages: %s", why)
 
 
 def _madvise(start: int, length: int, advice: int = MADV_COLLAPSE) -> bool:

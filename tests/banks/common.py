@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gawscompile.banks.bank import AdapterBank
+from gawscompile.ir.records import GraphRecord
 
 KINDS: dict[str, dict[str, Any]] = {
     "a": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -79,3 +80,13 @@ def by_row(model: PeftModel, ids: Tensor, choices: Sequence[Any]) -> Tensor:
     """The same for a batch, row by row."""
     each = len(ids) // len(choices)
     return torch.cat([logits(model, ids[i : i + 1], choices[i // each]) for i in range(len(ids))])
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+
+
+def in_kernels(records: list[GraphRecord], term: str = "bank(f32)") -> bool:
+    """Whether what the bank adds runs in the kernels of all linears of a Llama but the head, in one graph."""
+    (record,) = records
+    return sum(group.spec.count(term) for group in record.groups) == 7 * LAYERS

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from gawscompile.banks.bank import AdapterBank
 from gawscompile.banks.checkpoints import BankError
-from tests.banks.common import adapted, by_row, llama, with_bank
+from gawscompile.ir.records import GraphRecord
+from tests.banks.common import adapted, by_row, in_kernels, llama, with_bank
 from tests.graphs import rewriting
 
 PATHS = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")]
@@ -58,7 +59,8 @@ def test_random_operations(steps, tmp_path):
     sizes = {info.name: info.bytes for info in with_bank(judge)[1]}
     model = llama()
     bank = AdapterBank(model, memory=2 * sum(sizes.values()))
-    compiled = torch.compile(model, backend=rewriting([]))
+    records: list[GraphRecord] = []
+    compiled = torch.compile(model, backend=rewriting(records))
     ids = torch.randint(0, 128, (4, 3))
     compiled(ids)
     known: dict[str, tuple[str, float]] = {}  # name in the bank → (adapter of the judge, scale)
@@ -105,7 +107,7 @@ def test_random_operations(steps, tmp_path):
                 refused += 1
                 reasons = ("no adapter", "is active", "no room")
                 assert any(reason in str(error) for reason in reasons)
-    assert checked >= 10 and refused
+    assert checked >= 10 and refused and in_kernels(records)
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= handles + 4  # a thread's, and no more as there are more steps
     assert psutil.Process().memory_info().rss <= before + 64 * 2**20

@@ -9,7 +9,11 @@ from torch import nn
 
 from gawscompile.ir.banked import UNIT, Use, pack
 from gawscompile.ir.records import Reason
+from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import operator_sum
+from gawscompile.ir.types import SpecError
+from gawscompile.planning import devices
+from gawscompile.planning.targets import TRITON
 from gawscompile.runtime import ops
 from gawscompile.runtime.banked import BANKED, SCHEDULE, SNAPSHOT, SOURCES, Source
 from tests.graphs import capture, count
@@ -113,6 +117,18 @@ def test_rows_that_are_scaled_keep_the_bank_apart():
     context = captured.until()
     assert count(context, BANKED) == 1 and any("rows are scaled" in note for note in context.record.notes)
     torch.testing.assert_close(captured.run(context)[0], captured.outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_planned_for_a_gpu_the_bank_stays_apart():
+    model = Model(both)
+    captured = capture(model, torch.randn(3, 4, K))
+    with devices.planning_for(devices.GPUS["H100"]):
+        context = captured.until("join_banks")
+    assert count(context, BANKED) == 2 and count(context, SCHEDULE) == 1
+    assert sum("no kernel for a GPU knows banks" in note for note in context.record.notes) == 2
+    spec = KernelSpec.parse("k=64 x=bf16; n=32 w=bf16 out=bf16 bank(bf16)")
+    with pytest.raises(SpecError, match="bank"):
+        TRITON.plans(spec)
 
 
 def test_tokens_that_are_no_whole_rows_are_refused():
