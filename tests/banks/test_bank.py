@@ -16,6 +16,7 @@ from gawscompile.banks.bank import AdapterBank
 from gawscompile.banks.checkpoints import BankError
 from gawscompile.banks.layer import BankedLinear
 from gawscompile.ir.records import GraphRecord
+from gawscompile.runtime.banked import BANKED, SCHEDULE
 from gawscompile.verify import proof
 from tests.banks.common import adapted, by_row, close, in_kernels, llama, logits, with_bank
 from tests.graphs import capture, rewriting
@@ -261,14 +262,17 @@ def test_a_broken_graph_has_one_snapshot(monkeypatch):
     for parameter in judge.parameters():
         torch.nn.init.normal_(parameter)
     model, bank = with_bank(judge)
-    compiled, x = torch.compile(model, backend=rewriting([])), torch.randn(3, 8)
+    graphs: list[torch.fx.GraphModule] = []
+    compiled, x = torch.compile(model, backend=lambda gm, _: graphs.append(gm) or gm.forward), torch.randn(3, 8)
     close(compiled(x), judge(x))
     taken, snapshot = [], bank.snapshot
     monkeypatch.setattr(bank, "snapshot", lambda rows: taken.append(rows) or snapshot(rows))
     bank.activate(None)
     with judge.disable_adapter():
         close(compiled(x), judge(x))
-    assert taken == [3]
+    calls = [node.target for gm in graphs for node in gm.graph.nodes]
+    assert taken == [3] and len(graphs) == 3  # a layer each, and between them the call that takes the snapshot
+    assert calls.count(BANKED) == 2 and calls.count(SCHEDULE) == 1
 
 
 def test_an_encoder_and_a_decoder(monkeypatch):
