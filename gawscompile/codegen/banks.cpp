@@ -8,51 +8,56 @@ struct Use {
 
 constexpr int64_t UNIT = 32;
 
-// One module's part of a schedule, for m tokens: `u` has a line of `room` numbers for each, `key` the row that shares its
-// adapters.
+// One module's part of a schedule, for m tokens: `u` has a line of `room` numbers for each, `key` the first row that has the
+// same adapters. `order` has the tokens by their keys: those of the key r from `start[r]` on.
 template <class T>
 struct Bank {
   const T* pool;
   const Use* entries;
   int64_t rows, width, room, each;  // each: tokens of a row
   float* u = nullptr;
-  const int32_t* key = nullptr;
+  int32_t *key = nullptr, *order = nullptr, *start = nullptr;
 
   Bank(const T* pool, const int32_t* schedule, int64_t m)
       : pool(pool), entries((const Use*)schedule), rows(entries->a), width(entries->b), room(entries->ra), each(m / rows) {}
 
   const Use* row(int64_t r) const { return entries + (1 + r) * width; }
 
-  // f(first row, last row) for rows one after the other that share their adapters
+  // f(key, first, last) for the tokens of `order` that share their adapters, wherever their rows are
   template <class Fn>
   void runs(Fn&& f) const {
-    for (int64_t r = 0, end; r < rows; r = end) {
-      for (end = r + 1; end < rows && row(end)->same == row(r)->same;) ++end;
-      f(r, end);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      if (row(r)->adapters && start[r] < start[r + 1]) f(r, start[r], start[r + 1]);
   }
 
   int64_t cost() const {  // of `shrink`, in blocks of A's rows times tiles of tokens
     int64_t total = 0;
-    runs([&](int64_t r, int64_t end) {
-      for (int64_t i = 0; i < row(r)->adapters; ++i) total += blocks(row(r)[i].rb, ROWS) * blocks((end - r) * each, TILE);
+    runs([&](int64_t r, int64_t lo, int64_t hi) {
+      for (int64_t i = 0; i < row(r)->adapters; ++i) total += blocks(row(r)[i].rb, ROWS) * blocks(hi - lo, TILE);
     });
     return total;
   }
 
-  // The memory of u and of the keys, behind that of what came before.
-  void place(float*& numbers, int32_t*& keys, int64_t m) {
-    u = numbers, key = keys;
-    for (int64_t t = 0; t < m; ++t) keys[t] = row(t / each)->same;
-    numbers += m * room, keys += m;
+  // How many `place` takes of each.
+  int64_t numbers(int64_t m) const { return m * room; }
+  int64_t integers(int64_t m) const { return 2 * m + rows + 2; }
+
+  // Memory behind that of what came before, and the order in it: tokens are counted by their keys, then sorted.
+  void place(float*& memory, int32_t*& more, int64_t m) {
+    u = memory, key = more, order = more + m, start = more + 2 * m;
+    std::memset(start, 0, (rows + 2) * sizeof *start);
+    for (int64_t r = 0; r < rows; ++r) start[row(r)->same + 2] += each;
+    for (int64_t r = 0; r < rows; ++r) start[r + 2] += start[r + 1];
+    for (int64_t t = 0; t < m; ++t) order[start[(key[t] = row(t / each)->same) + 1]++] = t;
+    memory += numbers(m), more += integers(m);
   }
 };
 
 // u = A x, scaled, and 1 for a bias: a thread's share.
 template <int64_t K, class T, class TX>
 [[gnu::noinline]] void shrink(Share& share, const Bank<T>& bank, const TX* x) {
-  bank.runs([&](int64_t r, int64_t end) {
-    const int64_t lo = r * bank.each, hi = end * bank.each, tiles = blocks(hi - lo, TILE);
+  bank.runs([&](int64_t r, int64_t lo, int64_t hi) {
+    const int64_t tiles = blocks(hi - lo, TILE);
     float* u = bank.u;
     for (int64_t i = 0; i < bank.row(r)->adapters; u += bank.row(r)[i++].rb) {
       const Use use = bank.row(r)[i];
@@ -60,16 +65,19 @@ template <int64_t K, class T, class TX>
       share.piece(blocks(use.rb, ROWS) * tiles, K, [&](int64_t piece) {
         const int64_t t1 = lo + piece % tiles * TILE, t2 = min(hi, t1 + TILE), block = piece / tiles;
         if (use.rb > use.ra && block == use.ra / ROWS)
-          for (int64_t t = t1; t < t2; ++t) u[t * bank.room + use.ra] = use.weight;
+          for (int64_t t = t1; t < t2; ++t) u[bank.order[t] * bank.room + use.ra] = use.weight;
         if (block < blocks(use.ra, ROWS))
           for_rows<false>(use.ra, block, [&](auto rows, int64_t row) {
             for_tokens(t1, t2, [&](auto width, int64_t t0) {
               constexpr int R = decltype(rows)::value, W = decltype(width)::value;
+              const TX* xs[W];
+              for (int t = 0; t < W; ++t) xs[t] = x + bank.order[t0 + t] * K;
               F acc[R][W];
               clear(acc);
-              stream<K>(acc, a + row * K, x + t0 * K, K, t0 == lo);
+              if constexpr (W == 1) stream<K>(acc, a + row * K, xs[0], K, t0 == lo);
+              else dot_at<K, TX>(acc, a + row * K, [&](int t) __attribute__((always_inline)) { return xs[t]; });
               for (int t = 0; t < W; ++t)
-                for (int n = 0; n < R; ++n) u[(t0 + t) * bank.room + row + n] = use.scale * sum(acc[n][t]);
+                for (int n = 0; n < R; ++n) u[bank.order[t0 + t] * bank.room + row + n] = use.scale * sum(acc[n][t]);
             });
           });
       });
@@ -77,21 +85,36 @@ template <int64_t K, class T, class TX>
   });
 }
 
+// One vector of fp32: most ranks are no more.
+inline F load_one(const float* p) { return F::loadu(p); }
+inline F load_one(const float* p, int count) { return F::loadu(p, count); }
+
+template <class T>
+inline F load_one(const T* p, int count) { return load_pair(p, count).lo; }
+
+template <class T>
+inline F load_one(const T* p) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return widened(p);
+#else
+  return load_pair(p, V).lo;
+#endif
+}
+
 // acc[r][t] += sum over k < n of b[r, k] * u[t, k], for W tokens from column t on
 template <int W, int R, int TOKENS_, class T>
 [[gnu::always_inline]] inline void dot_some(
     F (&acc)[R][TOKENS_], int at, const T* b, int64_t n, const float* u, int64_t ldu) {
-  using S = Step<T, float>;
   const auto step = [&](int64_t k, auto... count) __attribute__((always_inline)) {
-    typename S::Chunk us[W];
-    for (int t = 0; t < W; ++t) us[t] = S::get(u + t * ldu + k, count...);
+    F us[W];
+    for (int t = 0; t < W; ++t) us[t] = load_one(u + t * ldu + k, count...);
     for (int r = 0; r < R; ++r) {
-      const auto bs = S::get(b + r * n + k, count...);
-      for (int t = 0; t < W; ++t) S::dot(acc[r][at + t], bs, us[t]);
+      const F bs = load_one(b + r * n + k, count...);
+      for (int t = 0; t < W; ++t) acc[r][at + t] = fmadd(bs, us[t], acc[r][at + t]);
     }
   };
   int64_t k = 0;
-  for (; k + S::N <= n; k += S::N) step(k);
+  for (; k + V <= n; k += V) step(k);
   if (k < n) step(k, int(n - k));
 }
 

@@ -128,13 +128,13 @@ def _resident(spec: KernelSpec) -> list[str]:
     """Each bank's part of the call: its schedule as it is now, and memory for u = A x."""
     banks = banks_of(spec)
     lines = [f"  Bank {bank}(pool{end}, schedule{end}, m);" for bank, end in banks.items()]
-    rooms = " + ".join(f"{bank}.room" for bank in banks)
+    numbers, integers = (" + ".join(f"{bank}.{what}(m)" for bank in banks) for what in ("numbers", "integers"))
     lines += [
         "  static thread_local Buffer products, tokens;  // of the calling thread",
-        f"  float* numbers = products.of(m * ({rooms}));",
-        f"  int32_t* keys = (int32_t*)tokens.of(m * {len(banks)});",
+        f"  float* numbers = products.of({numbers});",
+        f"  int32_t* integers = (int32_t*)tokens.of({integers});",
     ]
-    lines += [f"  {bank}.place(numbers, keys, m);" for bank in banks]
+    lines += [f"  {bank}.place(numbers, integers, m);" for bank in banks]
     return lines if banks else []
 
 

@@ -82,14 +82,14 @@ inline void clear(F (&acc)[R][T]) {
     for (auto& a : row_acc) a = F(0);
 }
 
-// acc[r][t] += sum over k < N of w[r, k] * x[t, k], the rows of w lying one after the other
-template <int N, int R, int T, class TW, class TX>
-[[gnu::always_inline]] inline void dot(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx) {
+// acc[r][t] += sum over k < N of w[r, k] * x(t)[k], the rows of w lying one after the other, those of x wherever x(t) is
+template <int N, class TX, int R, int T, class TW, class At>
+[[gnu::always_inline]] inline void dot_at(F (&acc)[R][T], const TW* w, At&& x) {
   using S = Step<TW, TX>;
   constexpr int WHOLE = N - N % S::N, BYTES = S::N * sizeof(TW);
   const auto step = [&](int k, auto... count) __attribute__((always_inline)) {
     typename S::Chunk xs[T];
-    for (int t = 0; t < T; ++t) xs[t] = S::get(x + t * ldx + k, count...);
+    for (int t = 0; t < T; ++t) xs[t] = S::get(x(t) + k, count...);
     for (int r = 0; r < R; ++r) {
       const auto ws = S::get(w + r * N + k, count...);
       if (sizeof...(count) == 0 && R == ROWS && r * BYTES % LINE == 0)
@@ -100,6 +100,11 @@ template <int N, int R, int T, class TW, class TX>
   };
   for (int k = 0; k < WHOLE; k += S::N) step(k);
   if constexpr (WHOLE < N) step(WHOLE, N - WHOLE);
+}
+
+template <int N, int R, int T, class TW, class TX>
+[[gnu::always_inline]] inline void dot(F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx) {
+  dot_at<N, TX>(acc, w, [=](int t) __attribute__((always_inline)) { return x + t * ldx; });
 }
 
 // Where nobody asks whether a weight has changed.
