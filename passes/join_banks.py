@@ -14,9 +14,10 @@ after::
     entries  = aten.select(schedule, 0, 17)
     add      = operators.operator_sum(x, Sum((Dense(W), Bias(b), Banked(pool, entries, 576)), 'bf16'))
 
-A module of a bank spells it like that, so one rule finds all. The snapshot is taken without Python from here on. The
-module's part of the schedule moves up to the schedule: siblings group only if all that they read comes before the first
-of them. What is not joined stays an op of its own, which runs in plain torch, and a note has the reason.
+A module of a bank spells it like that, so one rule finds all. The snapshot is taken without Python from here on; on a
+GPU `gaws::schedule` reads a table there, and stays. The module's part of the schedule moves up to the schedule:
+siblings group only if all that they read comes before the first of them. What is not joined stays an op of its own,
+which runs in plain torch, and a note has the reason.
 """
 
 from __future__ import annotations
@@ -52,8 +53,6 @@ def _join(context: Context, node: Node) -> None:
     total, why = _base(add, node, x)
     if not why and (dtype(pool) not in DTYPE_NAMES or type(n) is not int):
         why = f"its factors are of {dtype(pool)}"
-    if target_of(devices.of(x.meta["val"].device.type)) is not CPP:
-        why = "no kernel for a GPU knows banks"
     if why or total is None or add is None:
         context.record.notes.append(f"{context.module_path(node)}: {Reason.BANK.value}: {why}")
         return
@@ -61,8 +60,9 @@ def _join(context: Context, node: Node) -> None:
         return
     _early(context, entries)
     activation, terms = args(total)
+    width = None if target_of(devices.of(x.meta["val"].device.type)) is CPP else int(shape(entries)[1])
     with context.graph.inserting_before(add):
-        joined = terms.plus(Banked(pool, entries, n))
+        joined = terms.plus(Banked(pool, entries, n, width))
         new = context.insert(operator_sum, (activation, joined), total, value(add))
     (entry,) = new.meta["gaws_entries"] = total.meta["gaws_entries"]
     entry.adapters += 1

@@ -39,7 +39,7 @@ from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
 from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
 from gawscompile.codegen.triton_tile import Accumulate, Tile
 from gawscompile.ir.spec import KernelSpec
-from gawscompile.ir.types import DTYPES, SCALE_DTYPES, SpecError
+from gawscompile.ir.types import ANY, DTYPES, OPERAND_DTYPES, SpecError
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ PLANS = {
     "kron_epilogue": PlanKind(Gemv, lambda spec, few: not few.width and any(p.kronecker for p in spec.projections)),
     "single_launch": PlanKind(SingleLaunch, lambda spec, few: few.width > 0),
     "two_launch": PlanKind(Gemv, lambda spec, few: few.width > 0),
-    "redundant_shrink": PlanKind(RedundantShrink, lambda spec, few: few.width > 0 and not few.written),
+    "redundant_shrink": PlanKind(
+        RedundantShrink,
+        lambda spec, few: few.width > 0 and not few.written and not any(p.banked for p in spec.projections),
+    ),
     "fused_tile": PlanKind(Tile, lambda spec, few: True),
     "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes),
 }
@@ -243,7 +246,7 @@ def flags_per_token(spec: KernelSpec, plan: Plan) -> int:
 
 def _header(spec: KernelSpec, plan: Plan, style: Style, steps: list[Kernel]) -> str:
     """Docstring, imports and constants, as far as the kernels need them."""
-    joined = ["bias", "residual", *["B u"] * any(p.lowrank for p in spec.projections)]
+    joined = ["bias", "residual", *["B u"] * any(p.lowrank or p.banked for p in spec.projections)]
     joined += ["the rows' scale"] * any(p.rowscale for p in spec.projections)
     joined += ["C z"] * any(p.given for p in spec.projections)
     joined += ["Kronecker terms"] * any(p.kronecker for p in spec.projections)
@@ -298,6 +301,7 @@ def _computes(style: Style, stage: int) -> str:
     """What a shrinking launch writes to u."""
     modes = [product.describe(i) for i, product in style.written if product.launch == stage]
     parts = ["s A x for every low-rank term"] * (stage == 0 and bool(style.terms()))
+    parts += ["s A x by every bank's schedule"] * (stage == 0 and bool(style.banks()))
     return ", ".join(parts + ["mode products " + ", ".join(modes)] * bool(modes))
 
 
@@ -389,8 +393,8 @@ def _check_spec(spec: KernelSpec) -> None:
         raise SpecError(f"no projections in {spec}")
     if any(p.opaque is not None for p in spec.projections):
         raise SpecError(f"no kernel on a GPU adds to what an opaque base makes: {spec}")
-    if any(p.banked for p in spec.projections):
-        raise SpecError(f"no kernel on a GPU knows banks: {spec}")
+    if any(term.width is None for p in spec.projections for term in p.banked):
+        raise SpecError(f"a kernel on a GPU has to know how wide a bank's schedule is: {spec}")
     ranks = [term.rank for p in spec.projections for term in p.lowrank]
     ranks += [term.rank for p in spec.projections for term in p.given]
     if min(spec.k, *(p.n for p in spec.projections), *ranks) < 1:
@@ -404,9 +408,10 @@ def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch
     if len(wanted) != len(operands):
         raise ValueError(f"{len(operands)} operands for {len(wanted)}: {', '.join(o.name for o in wanted)}")
     for operand, tensor in zip(wanted, operands, strict=True):
-        shape = [x.shape[0] if size == "m" else size for size in operand.shape]
-        dtype = SCALE_DTYPES[operand.dtype]
-        if list(tensor.shape) != shape or tensor.dtype != dtype:
+        known = zip(operand.shape, tensor.shape, strict=False)
+        shape = [{"m": x.shape[0], ANY: there}.get(size, size) for size, there in known]
+        dtype = OPERAND_DTYPES[operand.dtype]
+        if list(tensor.shape) != shape or len(shape) != len(operand.shape) or tensor.dtype != dtype:
             raise ValueError(f"{operand.name} is {list(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
         if not operand.scale and tensor.device != x.device:
             raise ValueError(f"{operand.name} is on {tensor.device}, x on {x.device}")

@@ -13,10 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 
-from gawscompile.codegen.triton_kernels import Narrow, Style, blocks_of_rows, dividing, k_columns, row_of_w
+from gawscompile.codegen import triton_banks as banks
+from gawscompile.codegen.triton_kernels import (
+    Narrow,
+    Style,
+    banks_with_offsets,
+    blocks_of_rows,
+    dividing,
+    k_columns,
+    row_of_w,
+)
 from gawscompile.codegen.triton_modes import Emitter, Product
 from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Work, cut, fn, function, scaled, shape, store, v
-from gawscompile.ir.operators import LowRank
+from gawscompile.ir.banked import BLOCK
+from gawscompile.ir.operators import Banked, LowRank
 from gawscompile.ir.spec import KernelSpec
 
 GEMV_ROWS = (32, 16, 8, 4)  # rows of W per program
@@ -65,22 +75,44 @@ class Gemv(Style):
         return cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // rows])
 
     def shrink_work(self, term: LowRank) -> tuple[Work, int]:
+        body = [
+            v.BLOCK_K.constant(self.shrink_columns.block),
+            v.a.let(v.block.to("i64") * v.K, "+="),
+            *self._row_of_a(term.dtype),
+            *store(v.u + v.block, scaled(term, v.scale, fn("tl.sum", v.acc)), "f32"),
+        ]
+        return Work(f"One column of u = s A x, {self.reach}: {{}}.", tuple(body)), term.rank
+
+    def _row_of_a(self, dtype: str) -> list[Code]:
+        """``acc``, whose sum is the row of A at `a` times x."""
         cols = self.shrink_columns
         ok = [cols.mask(v.col_ok)]
         step = [
             *k_columns(cols),
             *v.xs.load(v.x + v.cols, ok, self.spec.x),
-            *v.row.load(v.a + v.cols, ok, term.dtype),
+            *v.row.load(v.a + v.cols, ok, dtype),
             v.acc.let(v.row * v.xs, cols.sign),
         ]
-        body = [
-            v.BLOCK_K.constant(cols.block),
-            v.a.let(v.block.to("i64") * v.K, "+="),
+        return [
             *[v.acc.zeros(Code("(BLOCK_K,)"))] * (cols.steps > 1),
             *cols.loop(v.k, _unrolled(cols, cols.block, self._shrink_warps()), step),
-            *store(v.u + v.block, scaled(term, v.scale, fn("tl.sum", v.acc)), "f32"),
         ]
-        return Work(f"One column of u = s A x, {self.reach}: {{}}.", tuple(body)), term.rank
+
+    def bank_work(self, term: Banked) -> tuple[Work, int]:
+        step = [
+            v.use.let(v.column // BLOCK),
+            v.rank.let(v.column % BLOCK),
+            v.a.let(banks.factor(v.pool, v.uses, v.use, 0) + v.rank * v.K),
+            *self._row_of_a(term.dtype),
+            *banks.columns(v.uses, v.use, v.rank, fn("tl.sum", v.acc)),
+            *store(v.u + v.column, v.found, "f32"),
+        ]
+        body = [
+            v.BLOCK_K.constant(self.shrink_columns.block),
+            v.uses.let(banks.row(term, v.schedule, banks.row_of_token(v.schedule))),
+            *v.column.each(fn("range", v.block, banks.field(v.uses, 0, 7) * BLOCK, banks.programs(term)), step),
+        ]
+        return Work(f"Columns of u by a bank's schedule, {self.reach}: {{}}.", tuple(body)), banks.programs(term)
 
     def mode_work(self, product: Product) -> tuple[Work, int]:
         blocks = dividing(GEMV_ROWS, product.mode.outputs, [product.period])
@@ -135,10 +167,12 @@ class Gemv(Style):
         of_x, of_u = ([e for e in columns.endings if (e.source is None) == on_x] for on_x in (True, False))
         for ending in of_x:
             lines += self._add_mode(ending, rows)
-        if (low or of_u) and not self.spec.swiglu:  # gate and up wait together
+        if (low or p.banked or of_u) and not self.spec.swiglu:  # gate and up wait together
             lines += self.before_u(columns.endings)
         for narrow in low:
             lines += self._add(narrow, rows)
+        for j, (term, offset) in enumerate(banks_with_offsets(p)):
+            lines += banks.add_one(term, j, offset, rows.mask(v.row_ok[:, None]))
         for ending in of_u:
             lines += self._add_mode(ending, rows)
         if p.rowscale:

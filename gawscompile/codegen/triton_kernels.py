@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from gawscompile.codegen.triton_modes import Product, columns, common
 from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Tensor, Work, fn, function, printed, reads, v
-from gawscompile.ir.operators import LowRank
+from gawscompile.ir.operators import Banked, LowRank
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import dtype_of
@@ -103,6 +103,10 @@ class Style(ABC):
             mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.place.stage == "shrink"]
             work, programs = self.shrink_work(term)
             cases.append(Case(f"A{i}_{j}", work, tuple(map(_tensor, mine)), programs, offset))
+        for i, j, bank, offset in self.banks() if stage == 0 else ():
+            mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.table]
+            work, programs = self.bank_work(bank)
+            cases.append(Case(f"bank{i}_{j}", work, tuple(map(_tensor, mine)), programs, offset))
         for i, product in self.written:
             if product.launch == stage:
                 work, programs = self.mode_work(product)
@@ -235,9 +239,18 @@ class Style(ABC):
             for j, (term, offset) in enumerate(with_offsets(p))
         ]
 
+    def banks(self) -> list[tuple[int, int, Banked, int]]:
+        """The same of every bank."""
+        return [
+            (i, j, term, self.offsets[i] + offset)
+            for i, p in enumerate(self.spec.projections)
+            for j, (term, offset) in enumerate(banks_with_offsets(p))
+        ]
+
     def sections(self) -> list[tuple[str, int]]:
         """What u holds, and from which column on."""
         found = [(f"A{i}_{j}", offset) for i, j, _, offset in self.terms()]
+        found += [(f"bank{i}_{j}", offset) for i, j, _, offset in self.banks()]
         found += [(p.describe(i), self.offsets[i] + (p.column or 0)) for i, p in self.written]
         return sorted(found, key=lambda section: section[1])
 
@@ -282,6 +295,10 @@ class Style(ABC):
         """What a program does for `term`, and the number of programs."""
 
     @abstractmethod
+    def bank_work(self, term: Banked) -> tuple[Work, int]:
+        """The same for a bank."""
+
+    @abstractmethod
     def mode_work(self, product: Product) -> tuple[Work, int]:
         """What a program does for `product`, which writes to u, and the number of programs."""
 
@@ -306,7 +323,7 @@ def _tensor(o: Operand, numbered: bool = False) -> Tensor:
     """`o` as the work of a case calls it; those of low-rank terms by their number where a case has several."""
     roles = {"weight": "w", "mode": f"g{o.term}_{o.mode}", "kron_scale": f"kron_scale{o.term}"}
     if numbered:
-        roles |= {role: f"{role}{o.term}" for role in ("a", "b", "scale", "c", "z")}
+        roles |= {role: f"{role}{o.term}" for role in ("a", "b", "scale", "c", "z", "pool", "schedule")}
     return Tensor(roles.get(o.role, o.role), o.name, o.dtype)
 
 
@@ -344,6 +361,11 @@ def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], most: int) -> tupl
 def with_offsets(p: Sum) -> list[tuple[LowRank, int]]:
     """The terms of `p`, each with its first column in the part of u that belongs to `p`."""
     return [(term, sum(t.rank for t in p.lowrank[:j])) for j, term in enumerate(p.lowrank)]
+
+
+def banks_with_offsets(p: Sum) -> list[tuple[Banked, int]]:
+    """The same of its banks."""
+    return [(term, p.rank + sum(t.columns for t in p.banked[:j])) for j, term in enumerate(p.banked)]
 
 
 def k_columns(range_: Cut) -> list[Code]:

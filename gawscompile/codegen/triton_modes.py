@@ -97,7 +97,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of u that belong to one projection: `ranks` of its low-rank terms, then those of `products`."""
+    """The columns of u that belong to one projection: those of its low-rank terms, of its banks, then of `products`."""
 
     products: tuple[Product, ...]
     width: int
@@ -109,7 +109,7 @@ class Columns:
 
 def columns(spec: KernelSpec, p: Sum) -> Columns:
     """All mode products of `p`. Raises `SpecError`, naming the term, for one that is no chain from x to y."""
-    width = p.rank
+    width = p.rank + sum(term.columns for term in p.banked)
     products: list[Product] = []
     for j, kron in enumerate(p.kronecker):
         _check(spec, p, kron)

@@ -93,8 +93,16 @@ class Code:
 
     def each(self, range_: Code, body: Iterable[Code]) -> list[Code]:
         """A loop."""
-        header = Code(f"for {self.text} in {range_.text}:", range_.reads)
-        return [header, *(Code(f"    {line.text}", line.reads) for line in body)]
+        return _block(Code(f"for {self.text} in {range_.text}:", range_.reads), body)
+
+
+def when(test: Code, body: Iterable[Code]) -> list[Code]:
+    """A branch."""
+    return _block(Code(f"if {test.text}:", test.reads), body)
+
+
+def _block(header: Code, body: Iterable[Code]) -> list[Code]:
+    return [header, *(Code(f"    {line.text}", line.reads) for line in body)]
 
 
 class _Names:
@@ -358,11 +366,12 @@ class Kernel:
         return [Group([case for case in self.cases if case.kind == kind]) for kind in kinds]
 
     def own(self) -> list[tuple[str, Tensor]]:
-        """The parameters for tensors of single groups: by role where there is one group with nothing to choose."""
+        """The parameters for tensors of groups: by role where there is one group with nothing to choose. A tensor that
+        several groups read is one parameter."""
         groups = self.groups()
         tensors = [tensor for group in groups for tensor in group.tensors]
         names = groups[0].names() if len(groups) == 1 else [tensor.name for tensor in tensors]
-        return list(zip(names, tensors, strict=True))
+        return list(dict(zip(names, tensors, strict=True)).items())
 
     def types(self) -> dict[str, str]:
         """Parameters and their Triton types, in order."""
@@ -404,7 +413,7 @@ class Kernel:
     def launch(self, first_axis: str, tuned: bool = False) -> list[str]:
         """The host's call of this kernel."""
         tensors = [tensor.name for tensor in self.shared]
-        tensors += [tensor.name for group in self.groups() for tensor in group.tensors]
+        tensors += [tensor.name for _, tensor in self.own()]
         extra = [f"{name}={name}" if kind == "constexpr" else name for name, kind in self.extra]
         options = [f"{name}={value}" for name, value in self.options if not tuned]
         return call(f"{self.name}[({first_axis}, {self.programs})]", [*tensors, *extra, *options])

@@ -6,10 +6,21 @@
 
 from __future__ import annotations
 
-from gawscompile.codegen.triton_kernels import Narrow, Style, blocks_of_rows, dividing, k_columns, row_of_w, row_range
+from gawscompile.codegen import triton_banks as banks
+from gawscompile.codegen.triton_kernels import (
+    Narrow,
+    Style,
+    banks_with_offsets,
+    blocks_of_rows,
+    dividing,
+    k_columns,
+    row_of_w,
+    row_range,
+)
 from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Emitter, Product, common
-from gawscompile.codegen.triton_text import Case, Code, Cut, Work, cut, fn, scaled, shape, store, v
-from gawscompile.ir.operators import LowRank
+from gawscompile.codegen.triton_text import Case, Code, Cut, Work, cut, fn, scaled, shape, store, v, when
+from gawscompile.ir.banked import BLOCK
+from gawscompile.ir.operators import Banked, LowRank
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import DTYPES
@@ -49,6 +60,8 @@ class Tile(Style):
         """BLOCK_M for few tokens and for many."""
         dots = [common(p.weight.dtype, self.spec.x) for p in self.spec.projections]
         dots += [common(term.dtype, self.spec.x) for _, _, term, _ in self.terms()]
+        for _, _, bank, _ in self.banks():
+            dots += [common(bank.dtype, self.spec.x), common(bank.dtype, "f32", of_u=True)]
         dots += [n.common for p in self.spec.projections for n in (*self.low_rank(p), *self.given(p))]
         for mine in self.columns:
             for product in mine.products:
@@ -75,6 +88,25 @@ class Tile(Style):
             *store(v.u + v.tokens[:, None] * v.WIDTH + v.rows[None, :], scaled(term, v.scale, v.acc), "f32", _ok(rows)),
         ]
         return Work(f"BLOCK_R columns of u = s A x, {self.reach}: {{}}.", tuple(body)), rows.steps
+
+    def bank_work(self, term: Banked) -> tuple[Work, int]:
+        rows = banks.RANKS
+        step = [
+            v.a.let(banks.factor(v.pool, v.uses, v.block, 0)),
+            *self._product(v.a, term.dtype, rows, v.BLOCK_R, whole=v.from_x),
+            *banks.columns(v.uses, v.block, v.rows[None, :], v.acc),
+            *store(v.u + v.tokens[:, None] * v.WIDTH + v.rows[None, :], v.found, "f32", [v.mine[:, None]]),
+        ]
+        kinds = banks.each_kind(term, "", v.schedule, when(v.block < v.count, step))
+        body = [
+            v.BLOCK_R.constant(BLOCK),
+            v.BLOCK_K.constant(self._cut_columns("a", term.dtype, rows).block),
+            *(name.let(value) for name, value in (*row_range(rows, v.BLOCK_R, BLOCK)[:1], *_TOKENS)),
+            v.from_x.let(v.x + fn("tl.minimum", v.tokens, v.left - 1)[:, None] * v.K),
+            v.u.let(v.block * BLOCK, "+="),
+            *kinds,
+        ]
+        return Work(f"Columns of u by a bank's schedule, {self.reach}: {{}}.", tuple(body)), term.width or 0
 
     def mode_work(self, product: Product) -> tuple[Work, int]:
         outputs = product.mode.outputs
@@ -108,18 +140,26 @@ class Tile(Style):
         return cut(self.spec.k, blocks[self.crowded :], DOT_MINIMUM)
 
     def _product(
-        self, matrix: Code, dtype: str, rows: Cut, block: Code, transposed: Sum | None = None
+        self,
+        matrix: Code,
+        dtype: str,
+        rows: Cut,
+        block: Code,
+        transposed: Sum | None = None,
+        whole: Code | None = None,
     ) -> list[Code]:
-        """``acc[tokens, rows] = x matrixᵀ``, or x matrix where it is the weight of `transposed`."""
+        """``acc[tokens, rows] = x matrixᵀ``, or x matrix where it is the weight of `transposed`. `whole`: where each
+        token's x begins, if all can be read."""
         meet, cols = common(dtype, self.spec.x), self._cut_columns(matrix.text, dtype, rows)
         w = matrix + v.rows[None, :] * v.K + v.cols[:, None]
         if transposed:
             w = matrix + row_of_w(transposed, self.spec.k) + v.rows[None, :]
-        x_ok = [v.token_ok[:, None], cols.mask(v.col_ok[None, :])]
+        x_ok = [None if whole else v.token_ok[:, None], cols.mask(v.col_ok[None, :])]
+        x = whole or v.x + v.tokens[:, None] * v.K
         w_ok = [rows.mask(v.row_ok[None, :]), cols.mask(v.col_ok[:, None])]
         step = [
             *k_columns(cols),
-            *v.xs.load(v.x + v.tokens[:, None] * v.K + v.cols[None, :], x_ok, self.spec.x, meet),
+            *v.xs.load(x + v.cols[None, :], x_ok, self.spec.x, meet),
             *v.ws.load(w, w_ok, dtype, meet),
             *v.acc.dot(v.xs, v.ws, meet, accumulate=cols.steps > 1),
         ]
@@ -133,6 +173,9 @@ class Tile(Style):
         lines = self.to_rows(p)
         for narrow in (*self.low_rank(p), *self.given(p)):
             lines += self._add(narrow, rows)
+        for j, (term, offset) in enumerate(banks_with_offsets(p)):
+            meet = common(term.dtype, "f32", of_u=True)
+            lines += banks.add_tile(term, j, offset, meet, rows.mask(v.row_ok[None, :]))
         for ending in self.columns[i].endings:
             emitter = Emitter(ending, rows, self.spec.x, tiles=True)
             joins = emitter.dots and not ending.scaled

@@ -13,6 +13,10 @@ where the second summand, the adapter's bias, is there if ``rb = ra + 1``. A row
 the first row of the batch that has the same entries, and as `adapters`, how many these are. The header's first entry
 has ``(rows, width, room, 0, …)``: `room` is the most numbers ``A x`` of a row, all its adapters together, rounded up to
 whole vectors.
+
+For a GPU, whose kernels want sizes that are known, an adapter lies in blocks of `BLOCK` ranks. Each is an entry of its
+own, with A ``[BLOCK, k]`` and B ``[n, BLOCK]``, zeros where ranks are missing. So rb is BLOCK there, and the bias takes
+a column of the last block, or a block of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ import torch.nn.functional as F
 FIELDS = 8
 UNIT = 32
 """Numbers: all factors begin at a multiple, and so on a cache line."""
+
+BLOCK = 16
+"""Ranks of an entry for a GPU: the least edge of a matrix product there."""
 
 PAD = 16
 """`room` is a multiple of a vector of fp32."""
@@ -69,18 +76,20 @@ def pack(rows: Sequence[Sequence[Use]], width: int) -> torch.Tensor:
     return found
 
 
-def drawn(rows: int, width: int, k: int, n: int, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+def drawn(
+    rows: int, width: int, k: int, n: int, generator: torch.Generator, blocks: bool = False
+) -> tuple[torch.Tensor, int]:
     """A random schedule for a projection of k to n features, and how many numbers the pool needs: several adapters,
-    with a bias and without; rows of none, one and several; rows that share."""
+    with a bias and without; rows of none, one and several; rows that share. With `blocks`, entries for a GPU."""
 
     def number(most: int) -> int:
         return int(torch.randint(most + 1, (1,), generator=generator))
 
     known, end = [], 0
     for _ in range(3):
-        ra = number(20)
-        rb = ra + number(1)
-        b = -(-(end + ra * k) // UNIT)
+        ra = number(BLOCK if blocks else 20)
+        rb = BLOCK if blocks else ra + number(1)
+        b = -(-(end + (BLOCK if blocks else ra) * k) // UNIT)
         weight = number(2) - 1.0
         known.append(Use(end // UNIT, b, ra, rb, number(4) / 2 - 0.75, weight))
         end = -(-(b * UNIT + n * rb) // UNIT) * UNIT

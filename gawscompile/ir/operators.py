@@ -309,15 +309,22 @@ class Kronecker(NamedTuple):
 
 class Banked(NamedTuple):
     """What a bank's adapters add: to each row of a batch ``Σ s B (A x) + v`` of those that `schedule` gives it. Their
-    factors lie in `pool`, `n` is the number of y's features. Layouts and meaning: `ir.banked`."""
+    factors lie in `pool`, `n` is the number of y's features. For a GPU, `width` says how many entries a row of the
+    schedule has, each of a block of ranks. Layouts and meaning: `ir.banked`."""
 
     pool: Annotated[Leaf, Place("pool", "pool", "table", "rows")]
     schedule: Annotated[Leaf, Place("schedule", "schedule", "table", "rows")]
     n: int
+    width: int | None = None
 
     @property
     def dtype(self) -> str:
         return dtype_of(self.pool)
+
+    @property
+    def columns(self) -> int:
+        """Of u = A x, for a GPU."""
+        return banked.BLOCK * (self.width or 0)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = torch.ops.gaws.banked(x, self.pool, self.schedule, self.n)  # which can be traced
@@ -341,7 +348,7 @@ class Banked(NamedTuple):
         return f"Σ s B (A x) by schedule{at} of pool{at}"
 
     def text(self) -> str:
-        return f"bank({self.dtype})"
+        return f"bank({self.dtype}{f' x{self.width}' if self.width else ''})"
 
 
 Operator = Dense | Opaque | Bias | Residual | RowScale | LowRank | Given | Kronecker | Banked

@@ -68,7 +68,10 @@ def _kron(text: str, n: int, k: int) -> Kronecker:
 
 
 def _bank(text: str, n: int, k: int) -> Banked:
-    return Banked(TensorType((ANY,), known(text)), TensorType((ANY, ANY, ANY), "i32"), n)
+    dtype, width = _words("bank", r"(\w+)(?: x(\d+))?", text).groups()
+    return Banked(
+        TensorType((ANY,), known(dtype)), TensorType((ANY, ANY, ANY), "i32"), n, int(width) if width else None
+    )
 
 
 PARSERS: dict[str, Callable[[str, int, int], Operator]] = {

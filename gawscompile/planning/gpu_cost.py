@@ -62,9 +62,10 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
 
 @functools.lru_cache(maxsize=4096)
 def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
-    """Of base weights, and of factors."""
+    """Of base weights, and of factors. Those of a bank are guessed."""
     weights = sum(p.weight.bytes for p in spec.projections)
-    return weights, sum(o.type.bytes for o in spec.operands() if o.factor)
+    factors = sum(o.type.bytes for o in spec.operands() if o.factor)
+    return weights, factors + sum(term.usual_bytes(spec.k) for p in spec.projections for term in p.banked)
 
 
 def _matrix(spec: KernelSpec, share: float, gpu: Gpu, m: sympy.Symbol | int, work: int) -> Any:
@@ -81,4 +82,3 @@ def _most(left: Any, right: Any) -> Any:
 def _ceiling(m: sympy.Symbol | int, programs: int, seats: int) -> Any:
     """Waves of `m` times as many programs."""
     return -(-m * programs // seats) if isinstance(m, int) else sympy.ceiling(m * sympy.Rational(programs, seats))
-

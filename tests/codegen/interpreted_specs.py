@@ -60,12 +60,21 @@ SWIGLU = {
 
 # What another activation brings: alone, beside u, in several dtypes, and for gate and up.
 GIVEN = {
-    "given": "k=64 x=bf16; "
-    + "; ".join(f"n={n} w=bf16 out=bf16 given(r=16 bf16 z=bf16)" for n in (48, 16, 16)),
+    "given": "k=64 x=bf16; " + "; ".join(f"n={n} w=bf16 out=bf16 given(r=16 bf16 z=bf16)" for n in (48, 16, 16)),
     "given_odd": "k=37 x=f32; n=21 w=f32 out=f32 bias=f32 residual=f32 given(r=3 f32 z=bf16) given(r=17 f16 z=f32)",
     "given_beside": f"k=64 x=bf16; n=24 wt=bf16 out=bf16{_lora(5)} given(r=70 f32 z=bf16) kron(4*6x16*1 f32 s=1.0)",
     "given_swiglu": "k=64 x=f32 swiglu; n=40 w=f32 out=f32 given(r=8 f32 z=f32);"
     " n=40 w=f32 out=f32 given(r=8 f32 z=f32)",
+}
+
+
+# A bank's adapters, by a schedule: alone, beside others, two of them, for gate and up.
+BANKS = {
+    "bank": "k=64 x=bf16; " + "; ".join(f"n={n} w=bf16 out=bf16 bank(bf16 x3)" for n in (48, 16, 16)),
+    "bank_odd": f"k=37 x=f32; n=21 w=f32 out=f32 bias=f32 residual=f32{_lora(3)} bank(f32 x2);"
+    " n=24 w=f32 out=f32 bank(f32 x8)",
+    "bank_two": f"k=64 x=bf16; n=24 wt=bf16 out=bf16{_lora(16)} kron(4*6x16*1 f32 s=1.0) bank(f32 x2) bank(bf16 x1)",
+    "bank_swiglu": "k=64 x=f16 swiglu; n=40 w=f16 out=f16 bank(f16 x2); n=40 w=f16 out=f16 bank(f16 x2)",
 }
 
 
@@ -121,6 +130,7 @@ def _cases() -> dict[str, tuple[str, int]]:
     cases |= {f"{name}-m{m}": (text, m) for name, text in specs.items() for m in (1, 5)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in (SWIGLU | GIVEN | ROWSCALE).items() for m in (1, 5)}
+    cases |= {f"{name}-m{m}": (text, m) for name, text in BANKS.items() for m in (1, 2, 6, 70)}
     # A second token in flight, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
     cases |= {f"swiglu-m{m}": (SWIGLU["swiglu"], m) for m in (2, 70)}
@@ -136,6 +146,7 @@ CORE = frozenset(
         "swiglu",
         "gaws",
         "gawsd",
+        "bank",
         "blocks",
         "lokr",
         "rowscale",

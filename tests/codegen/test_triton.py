@@ -46,6 +46,7 @@ SPECS = sorted({text for text, _ in CASES.values()})
 SMALL_GAWS = KernelSpec.parse(
     "k=576 x=bf16; " + "; ".join(f"n={n} w=bf16 out=bf16 kron(3*{n // 3}x192*1 bf16 s=1.0)" for n in (576, 192, 192))
 )
+SMALL_BANK = KernelSpec.parse("k=576 x=bf16; n=576 w=bf16 out=bf16 bias=bf16 bank(bf16 x4)")
 SNAPSHOTS = {
     "single_launch_qkv": (QKV, Plan("single_launch", 4)),
     "redundant_shrink_qkv": (QKV, Plan("redundant_shrink", 4)),
@@ -53,6 +54,8 @@ SNAPSHOTS = {
     "fused_tile_qkv": (QKV, Plan("fused_tile")),
     "gemm_accumulate_qkv": (QKV, Plan("gemm_accumulate")),
     "single_launch_swiglu": (SWIGLU, Plan("single_launch", 8)),
+    "single_launch_bank": (SMALL_BANK, Plan("single_launch", 8)),
+    "fused_tile_bank": (SMALL_BANK, Plan("fused_tile")),
     "kron_epilogue_gaws": (SMALL_GAWS, Plan("kron_epilogue", 4)),
 }
 SINGLE, TILE = Plan("single_launch", 8), Plan("fused_tile")

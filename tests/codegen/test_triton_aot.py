@@ -18,6 +18,7 @@ from gawscompile.codegen.triton import Plan
 from gawscompile.codegen.triton_aot import TARGETS, Compiled
 from gawscompile.ir.spec import KernelSpec
 from tests.codegen.triton_specs import (
+    BANK,
     CONV1D,
     CROSSING,
     DORA,
@@ -87,6 +88,9 @@ FAST = ("cuda:90", "hip:gfx942")
         (DORA, SINGLE),
         pytest.param(GIVEN, STREAM, marks=pytest.mark.slow),
         (GIVEN, TILE),
+        (BANK, SINGLE),
+        (BANK, TILE),
+        *(pytest.param(BANK, plan, marks=pytest.mark.slow) for plan in (TWO, GEMM)),
         pytest.param(GIVEN_SWIGLU, STREAM, marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value)[:14],

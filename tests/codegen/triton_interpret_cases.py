@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gawscompile.codegen import triton as emitter
+from gawscompile.ir import banked
 from gawscompile.ir.operators import Kronecker, Mode, as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
@@ -94,12 +95,28 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
 
     arguments = {}
     for o in spec.operands():
+        if o.table:
+            if o.role == "pool":
+                schedule, size = bank(spec, o, m, generator)
+            arguments[o] = normal((size,), o.dtype, 0.2) if o.role == "pool" else schedule
+            continue
         shape = tuple(m if size == "m" else int(size) for size in o.shape)
         fan_in = shape[-1] if o.role in ("weight", "a", "b", "c") or (o.role == "mode" and len(shape) > 1) else 1
         if o.role == "weight" and spec.projections[o.projection].transposed:
             fan_in = shape[0]
         arguments[o] = normal(shape, o.dtype, fan_in**-0.5)
     return Problem(spec, normal((m, spec.k), spec.x), arguments)
+
+
+def bank(spec: KernelSpec, pool: Operand, m: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """A schedule that gives at least one row an adapter, and the size of its pool."""
+    total = spec.projections[pool.projection]
+    width = total.banked[pool.term or 0].width
+    rows = max(rows for rows in (1, 2, 3, 5, 14) if m % rows == 0)
+    while True:
+        found = banked.drawn(rows, width or 0, spec.k, total.n, generator, blocks=True)
+        if any(use.ra and use.scale for row in range(rows) for use in banked.uses(found[0], row)):
+            return found
 
 
 def reference(p: Problem, i: int, without: str = "") -> Tensor:
@@ -114,6 +131,9 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
     for j in range(len(projection.given)):
         if without != f"given{j}":
             y = y + p.get("z", i, j).double() @ p.get("c", i, j).double().T
+    for j in range(len(projection.banked)):
+        if without != f"bank{j}":
+            y = y + banked.apply(x, p.get("pool", i, j).double(), p.get("schedule", i, j), projection.n)
     for j in range(len(projection.kronecker)):
         if without != f"kron{j}":
             y = y + p.kronecker(i, j, exact=True).apply(x)
@@ -141,6 +161,8 @@ def segments(p: Problem, i: int) -> Tensor:
         c, z = p.get("c", i, j), p.get("z", i, j)
         wide = torch.promote_types(c.dtype, z.dtype)
         y = y + functional.linear(z.to(wide), c.to(wide)).to(common)
+    for j in range(len(projection.banked)):
+        y = y + banked.apply(p.x, p.get("pool", i, j), p.get("schedule", i, j), projection.n).to(common)
     for j in range(len(projection.kronecker)):
         y = y + p.kronecker(i, j).apply(p.x).to(common)
     if projection.rowscale:
@@ -201,7 +223,7 @@ def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list
 def parts(q: Sum) -> list[str]:
     """What `reference` can leave out."""
     found = ["bias"] * bool(q.bias) + ["residual"] * bool(q.residual) + [f"term{j}" for j in range(len(q.lowrank))]
-    found += [f"given{j}" for j in range(len(q.given))]
+    found += [f"given{j}" for j in range(len(q.given))] + [f"bank{j}" for j in range(len(q.banked))]
     return found + [f"kron{j}" for j in range(len(q.kronecker))]
 
 

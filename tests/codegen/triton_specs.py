@@ -47,6 +47,7 @@ KRONECKER = {
     "conv1d": CONV1D,
     "crossing": CROSSING,
 }
+BANK = llama(*["bank(bf16 x16)"] * 3)
 GIVEN = llama(*["given(r=32 bf16 z=bf16)"] * 3)
 DORA = llama(*["rowscale=f32 lora(r=16 bf16 s=2.0)"] * 3)
 GIVEN_SWIGLU = KernelSpec.parse(

@@ -119,16 +119,18 @@ def test_rows_that_are_scaled_keep_the_bank_apart():
     torch.testing.assert_close(captured.run(context)[0], captured.outputs[0], rtol=1e-4, atol=1e-5)
 
 
-def test_planned_for_a_gpu_the_bank_stays_apart():
+def test_planned_for_a_gpu():
+    """Kernels know how many entries a row has, and the schedule stays the op that reads a table."""
     model = Model(both)
     captured = capture(model, torch.randn(3, 4, K))
     with devices.planning_for(devices.GPUS["H100"]):
         context = captured.until("join_banks")
-    assert count(context, BANKED) == 2 and count(context, SCHEDULE) == 1
-    assert sum("no kernel for a GPU knows banks" in note for note in context.record.notes) == 2
-    spec = KernelSpec.parse("k=64 x=bf16; n=32 w=bf16 out=bf16 bank(bf16)")
-    with pytest.raises(SpecError, match="bank"):
-        TRITON.plans(spec)
+    assert count(context, BANKED) == 0 and count(context, SCHEDULE) == 1 and count(context, SNAPSHOT) == 0
+    sums = [node.args[1] for node in context.graph.find_nodes(op="call_function", target=operator_sum)]
+    assert [term.width for total in sums for term in total.banked] == [2, 2]
+    assert TRITON.plans(KernelSpec.parse("k=64 x=bf16; n=32 w=bf16 out=bf16 bank(bf16 x2)"))
+    with pytest.raises(SpecError, match="how wide"):
+        TRITON.plans(KernelSpec.parse("k=64 x=bf16; n=32 w=bf16 out=bf16 bank(bf16)"))
 
 
 def test_tokens_that_are_no_whole_rows_are_refused():
