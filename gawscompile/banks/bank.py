@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from weakref import finalize
@@ -30,8 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gawscompile.banks import listing
 from gawscompile.banks.checkpoints import BankError
 from gawscompile.banks.layer import Shared
+from gawscompile.banks.listing import Info
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
 from gawscompile.banks.residents import Held, Residents, forget
 from gawscompile.ir.banked import FIELDS, PAD, UNIT
@@ -45,26 +46,6 @@ Choice = str | None | Mapping[str, float]
 
 Rows = tuple[tuple[tuple[Held, float], ...], ...]
 """What is active: the adapters of each row with their weights."""
-
-MOST_SAID = 20
-"""Adapters, and modules, that a report has lines of."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """An adapter of a bank, as it was when it was asked for. `rank`: the largest of its modules. `bytes`: in the pool.
-    `used`: when it was last activated, by `time.time`, 0.0 if never."""
-
-    name: str
-    rank: int
-    bytes: int
-    targets: tuple[str, ...]
-    scale: float
-    resident: bool
-    pinned: bool
-    active: bool
-    used: float
-
 
 class AdapterBank(Source):
     """LoRA adapters beside the linears of `model`, which is changed in place and remains the one to call, compile and
@@ -160,6 +141,10 @@ class AdapterBank(Source):
         if not lazy:
             adapter = self._all.read(source if folder is None else folder, config, adapter_name or name)
             self._all.put(name, adapter, folder, float(scale), pinned)
+            with self._lock:  # so that the first forward after a switch to it finds its schedule
+                held = self._all.held.get(name)
+                if held is not None and held.entries is not None:
+                    self._scheduled((((held, 1.0),),), 1)
             return
         if folder is None or not folder.is_dir():
             raise BankError(f"{name}: only a folder can be read later, not {source!r}")
@@ -204,6 +189,14 @@ class AdapterBank(Source):
         A batch of a multiple of rows has each of them for as many rows one after the other (beams). An adapter that
         left the pool comes back first. Raises `BankError`.
         """
+        if isinstance(adapters, str):  # the way that servers take between two tokens: as little code as there can be
+            with self._lock:
+                held = self._all.held.get(adapters)
+                if held is not None and held.entries is not None:
+                    held.used = time.time()
+                    self._rows[None] = (((held, 1.0),),)
+                    self._changed()
+                    return
         self._choose(adapters, None)
 
     @contextlib.contextmanager
@@ -363,23 +356,8 @@ class AdapterBank(Source):
             )
 
     def notes(self) -> list[str]:
-        """What `gawscompile.explain` says of the bank: modules, memory, and the adapters that have a part of it."""
-        found = sorted(self, key=lambda info: (not info.active, -info.bytes))
-        resident = [info for info in found if info.resident]
-        used, whole = sum(info.bytes for info in found), self._all.pool.nbytes
-        dtype = str(self._all.dtype).removeprefix("torch.")
-        lines = [
-            f"adapter bank: {len(self.modules)} modules, {len(found)} adapters, {len(resident)} of them resident in "
-            f"{used / 2**20:.1f} of {whole / 2**20:.0f} MB of {dtype}"
-        ]
-        for info in resident[:MOST_SAID]:
-            state = ", ".join(["active"] * info.active + ["pinned"] * info.pinned) or "idle"
-            size = f"rank {info.rank} on {len(info.targets)} modules, scale {info.scale:g}, {info.bytes / 2**20:.2f} MB"
-            lines.append(f"adapter bank: {info.name}: {size}, {state}")
-        if more := resident[MOST_SAID:]:
-            lines.append(f"adapter bank: and {len(more)} more")
-        left = list(self.left_out.items())[:MOST_SAID]
-        return lines + [f"adapter bank: {path} is not in it: {why}" for path, why in left]
+        """What `gawscompile.explain` says of the bank."""
+        return listing.notes(self)
 
     def __iter__(self) -> Iterator[Info]:
         """Of all adapters, in the order in which they came."""

@@ -53,16 +53,21 @@ SCHEDULE, BANKED = torch.ops.gaws.schedule.default, torch.ops.gaws.banked.defaul
 SNAPSHOT = torch.ops.gaws.snapshot.default
 
 
+_retract: list[Callable[[int], None]] = []
+"""The library's, once something was published."""
+
+
 def publish(bank: int, rows: int, made: torch.Tensor) -> None:
     """Compiled graphs take `made` for the schedule of a batch of `rows`, until it is retracted."""
     if ops.ensure_loaded.cache_info().currsize:
         torch.ops.gaws.publish(made, bank, rows)
+        _retract[:] = [ops.ensure_loaded().gaws_retract]
 
 
 def retract(bank: int) -> None:
     """Something of a bank has changed: what it published is no longer so."""
-    if ops.ensure_loaded.cache_info().currsize:
-        ops.ensure_loaded().gaws_retract(bank)
+    if _retract:
+        _retract[0](bank)
 
 
 def _schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch.Tensor:
