@@ -5,7 +5,7 @@ before::
     schedule = torch.ops.gaws.schedule(state, rows, 210, 1)
     sum      = operators.operator_sum(x, Sum((Dense(W), Bias(b)), 'bf16'))
     entries  = aten.select(schedule, 0, 17)
-    banked   = torch.ops.gaws.banked(x, pool, entries, 576)
+    banked   = torch.ops.gaws.banked(x, pool, entries, sum, b)
     add      = aten.add(sum, banked)
 
 after::
@@ -14,10 +14,11 @@ after::
     entries  = aten.select(schedule, 0, 17)
     add      = operators.operator_sum(x, Sum((Dense(W), Bias(b), Banked(pool, entries, 576)), 'bf16'))
 
-A module of a bank spells it like that, so one rule finds all. The snapshot is taken without Python from here on; on a
-GPU `gaws::schedule` reads a table there, and stays. The module's part of the schedule moves up to the schedule:
-siblings group only if all that they read comes before the first of them. What is not joined stays an op of its own,
-which runs in plain torch, and a note has the reason.
+A module of a bank spells it like that, so one rule finds all. What the op is told is what the base has made, and the
+bias in that: without it that is ``W x``, which a kernel has anyway. The snapshot is taken without Python from here
+on; on a GPU `gaws::schedule` reads a table there, and stays. The module's part of the schedule moves up to the
+schedule: siblings group only if all that they read comes before the first of them. What is not joined stays an op of
+its own, which runs in plain torch, and a note has the reason.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.analysis.identity import source_of
 from gawscompile.analysis.reading import args, aten, dtype, is_call, shape, value
+from gawscompile.analysis.vectors import readable
 from gawscompile.ir.operators import Banked
 from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_sizes
@@ -48,7 +50,8 @@ def run(graph: Graph, context: Context) -> None:
 
 
 def _join(context: Context, node: Node) -> None:
-    x, pool, entries, n = args(node)
+    x, pool, entries = args(node)[:3]
+    n = shape(node)[-1]
     add = next(iter(node.users)) if len(node.users) == 1 else None
     total, why = _base(add, node, x)
     if not why and (dtype(pool) not in DTYPE_NAMES or type(n) is not int):
@@ -76,11 +79,14 @@ def _base(add: Node | None, node: Node, x: Node) -> tuple[Node | None, str]:
     """The sum that `node` is added to, or why there is none."""
     if add is None or not is_call(add, aten.add.Tensor) or add.kwargs:
         return None, "it is not added to one projection"
+    made, bias = args(node)[3:]
     total: Node = next((one for one in args(add) if one is not node), node)
     if not is_call(total, operator_sum):
         return None, "what it is added to is no projection of a generated kernel"
     activation, terms = args(total)
-    if len(total.users) != 1:
+    if made is not total:
+        return None, "it is not told what this projection makes"
+    if set(total.users) != {add, node}:
         return None, "others read the projection too"
     if source_of(activation) is not source_of(x) or dtype(activation) != dtype(x):
         return None, "the projection reads another activation"
@@ -89,6 +95,10 @@ def _base(add: Node | None, node: Node, x: Node) -> tuple[Node | None, str]:
     assert isinstance(terms, Sum)
     if terms.rowscale is not None or terms.opaque is not None:
         return None, "the projection's rows are scaled, or its base keeps its own matmul"
+    if terms.bias is not (None if bias is None else readable(bias)):
+        return None, "it is told another bias than the projection's"
+    if terms.adapted:
+        return None, "the projection has other adapters before it"
     return total, ""
 
 

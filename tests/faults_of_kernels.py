@@ -17,8 +17,8 @@ KERNELS = {
     # --- C++: banks ---------------------------------------------------------------------------------------------
     "another row's adapters": Fault(
         "codegen/banks.cpp",
-        "keys[t] = row(t / each)->same;",
-        "keys[t] = row(t % rows)->same;",
+        "key[t] = row(t / each)->same",
+        "key[t] = row(t % rows)->same",
         f"{ENTRIES}_gemv[bank-1]",
         unproven="the zoo's bank has one row",
     ),
@@ -31,9 +31,29 @@ KERNELS = {
     ),
     "a bank's bias lost": Fault(
         "codegen/banks.cpp",
-        "u[t * bank.room + use.ra] = use.weight;",
-        "u[t * bank.room + use.ra] = 0;",
+        "k == use.ra ? use.weight : 0;",
+        "0;",
         f"{ENTRIES}_gemv[bank-1]",
+    ),
+    "DoRA's scale added as if it were a bias": Fault(
+        "codegen/banks.cpp",
+        "k == use.ra ? use.weight : 0;",
+        "use.weight;",
+        f"{ENTRIES}_gemv[bank-1]",
+    ),
+    "DoRA's scale of the first token for its tile": Fault(
+        "codegen/banks.cpp",
+        "if (t == 0 || bank.key[t0 + t] != bank.key[t0 + t - 1]) scales",
+        "if (t == 0) scales",
+        f"{ENTRIES}_gemv[bank-1]",
+        unproven="the zoo's bank has one row",
+    ),
+    "DoRA scales what other adapters add": Fault(
+        "codegen/cpp_parts.py",
+        'terms += [f"turned<',
+        'terms[:0] = [f"turned<',
+        f"{ENTRIES}_accumulate[bank_16-1]",
+        unproven="the zoo's bank is beside no other adapter",
     ),
     # --- C++: templates -----------------------------------------------------------------------------------------
     "tail of a dot product dropped": Fault(

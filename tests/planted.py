@@ -63,7 +63,7 @@ class Zoo(nn.Module):
         self.blocks = nn.ParameterList([torch.randn(2, 32, 4) / 5, torch.randn(2, 4, 32) / 2])
         self.register_buffer("quantised", torch.randint(-9, 9, (24, 64), dtype=torch.int8))
         self.keys, self.values = (nn.Parameter(torch.randn(1, 2, 5, 16)) for _ in range(2))
-        entries = [[Use(48, 64, 8, 9, -1.0, 1.0), Use(0, 16, 8, 8, 0.5, 1.0)]]
+        entries = [[Use(48, 64, 8, 10, -1.0, 1.0), Use(0, 16, 8, 8, 0.5, 1.0)]]
         self.pool = nn.Parameter(torch.randn(96 * UNIT) / 5)
         self.register_buffer("entries", pack(entries, 2))
         self.register_buffer("seen", torch.tensor([True, True, False, True, False]))
@@ -105,7 +105,8 @@ class Zoo(nn.Module):
         seen = self.seen.expand(1, 1, queries.shape[2], 5)
         attended = F.scaled_dot_product_attention(queries, *cached, attn_mask=seen)
         square = o.square()
-        banked = F.linear(square, self.w["o"]) + torch.ops.gaws.banked(square, self.pool, self.entries, 64)
+        banked = F.linear(square, self.w["o"])
+        banked = banked + torch.ops.gaws.banked(square, self.pool, self.entries, banked, None)
         answers = (q, k, v, o, odd, twice, alpha, other, grouped, turned, product, scaled, streamed, kept, blocks, last)
         return *answers, attended, banked, self.wide(o.double())
 

@@ -1,4 +1,4 @@
-"""`AdapterBank`: many LoRA adapters of one model, resident, switched, mixed and scaled without compiling anything anew.
+"""`AdapterBank`: many adapters of one model (LoRA, DoRA), resident, switched, mixed and scaled without compiling anew.
 
     bank = gawscompile.AdapterBank(model, memory="2GB")
     bank.load("legal", "adapters/legal")
@@ -13,7 +13,6 @@ a forward sees one state of the bank from its first projection to its last.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -35,6 +34,7 @@ from gawscompile.banks.layer import Shared
 from gawscompile.banks.listing import Info
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
 from gawscompile.banks.residents import Held, Residents, forget
+from gawscompile.banks.saving import write
 from gawscompile.ir.banked import FIELDS, PAD, UNIT
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.runtime.banked import SOURCES, Source, publish, retract
@@ -48,10 +48,10 @@ Rows = tuple[tuple[tuple[Held, float], ...], ...]
 """What is active: the adapters of each row with their weights."""
 
 class AdapterBank(Source):
-    """LoRA adapters beside the linears of `model`, which is changed in place and remains the one to call, compile and
-    generate with.
+    """LoRA and DoRA adapters beside the linears of `model`, which is changed in place and remains the one to call,
+    compile and generate with.
 
-    `model`: a base model, or a PeftModel, whose LoRA adapters the bank takes over (its ``set_adapter``,
+    `model`: a base model, or a PeftModel, whose adapters the bank takes over (its ``set_adapter``,
     ``load_adapter``, ``delete_adapter`` and ``disable_adapter`` speak to the bank then).
     `memory`: bytes of the pool, or "64MB", "2GB". Memory that no adapter has used yet costs nothing.
     `modules`: "all-linear" (all but the output layer), or names or ends of names, as PEFT's ``target_modules``.
@@ -313,30 +313,13 @@ class AdapterBank(Source):
     def save(self, name: str, folder: str | Path) -> None:
         """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
-        Its factors have the pool's dtype; what `scale` was given is not in them. Raises `BankError` for biases that
-        PEFT's files cannot say apart.
+        Its factors have the pool's dtype; what `scale` was given is not in them. B of DoRA has been multiplied and is
+        divided again, which rounds it once more. Raises `BankError` for biases that PEFT's files cannot say apart.
         """
-        from safetensors.torch import save_file
-
-        tensors = {}
         with self._all.loading:
             self._all.bring([name])
             held = self._all.of(name)
-            config, of_b = dict(held.config), bool(held.config.get("lora_bias"))
-            config["target_modules"] = config.get("target_modules") or list(held.ranks)
-            for path, f in self._all.factors(held).items():
-                start, base = f"base_model.model.{path}", cast(Any, self._all.bases[path]).bias
-                tensors[f"{start}.lora_A.weight"], tensors[f"{start}.lora_B.weight"] = f.a.clone(), f.b.clone()
-                if f.bias is None:
-                    continue
-                if of_b and (f.scale == 0 or config.get("bias", "none") != "none"):
-                    raise BankError(f"{name}: the bias of {path} is a sum of two, and PEFT's files have them apart")
-                bias = f.bias / f.scale if of_b else f.bias + base
-                tensors[f"{start}.{'lora_B' if of_b else 'base_layer'}.bias"] = bias.to(f.b.dtype)
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-        (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+            write(name, self._all.factors(held), held.config, self._all.bases, Path(folder))
 
     def info(self, name: str) -> Info:
         """What the bank knows of an adapter. One that is read later has no rank and no targets yet."""

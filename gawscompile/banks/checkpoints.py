@@ -1,4 +1,4 @@
-"""One LoRA adapter from a folder, a state dict or a `peft.PeftModel`, as plain tensors that are known to be sound.
+"""One LoRA or DoRA adapter from a folder, a state dict or a `peft.PeftModel`, as tensors that are known to be sound.
 
 A bank loads adapters while it serves, so `read` looks at everything before it returns anything: each setting, each key,
 each shape and each number. It changes nothing and writes nothing. What it cannot take ends in a `BankError`.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gawscompile.banks.dora import Scaled, norms
 from gawscompile.ir.records import plain
 from gawscompile.ir.types import DTYPE_NAMES
 
@@ -27,16 +28,20 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a")
 
 PREFIX = "base_model.model."
 KEY = re.compile(
-    r"(?P<path>.+?)\.((?P<factor>lora_[AB])(\.(?P<name>[^.]+))?\.(?P<end>weight|bias)|(base_layer\.)?bias)", re.DOTALL
+    r"(?P<path>.+?)\.((?P<factor>lora_[AB])(\.(?P<name>[^.]+))?\.(?P<end>weight|bias)|"
+    r"(?P<magnitude>lora_magnitude_vector)(\.(?!weight$)(?P<owner>[^.]+))?(\.weight)?|(base_layer\.)?bias)",
+    re.DOTALL,
 )
 A, B, B_BIAS, BASE_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias", "base_layer.bias"
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's files have no ".weight" behind it, its modules have
 FOREIGN = {
-    "lora_magnitude_vector": "it is DoRA's: train without use_dora",
     "lora_embedding_": "it is of an embedding: train LoRA on linears only",
     "token_adapter": "it holds trained tokens: train without trainable_token_indices",
     "": "it is no part of LoRA on a linear: train without modules_to_save and without resized embeddings",
 }
 """Why a bank does not take a key, by what is in it."""
+
+DEFAULTS = {"use_rslora": False, "lora_bias": False, "use_dora": False, "bias": "none"}
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -70,6 +75,7 @@ HONOURED: dict[str, Rule] = {
     "alpha_pattern": _by_pattern(FINITE),
     "use_rslora": FLAG,
     "lora_bias": FLAG,
+    "use_dora": FLAG,
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "target_modules": NAMES,
     "exclude_modules": NAMES,
@@ -99,7 +105,8 @@ class BankError(ValueError):
 
 @dataclass(frozen=True)
 class Factors:
-    """What one adapter adds to one linear module: ``y += scale * B (A x) + bias``.
+    """What one adapter adds to one linear module: ``y += scale * B (A x) + bias``, and ``(c - 1) * W x`` where it is
+    DoRA, `scaled`. B's rows have been multiplied by c then.
 
     `a` is [r, k] and `b` is [n, r], in the dtypes that they are stored in: float32, bfloat16 or float16. They may be
     views of the source. `bias` is [n] in float32. It is not multiplied by `scale` again.
@@ -109,6 +116,7 @@ class Factors:
     b: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
+    scaled: Scaled | None = None
 
 
 @dataclass(frozen=True)
@@ -140,19 +148,21 @@ def read(
     base: str | None = None,
     adapter_name: str = "default",
     known: Collection[str] = (),
+    scales: Mapping[str, float] | None = None,
 ) -> Adapter:
     """The adapter in `source`, for the linears in `modules`. Raises `BankError`.
 
     `source` is a folder that PEFT saved; or a state dict in PEFT's spelling, with its `peft.LoraConfig` as `config`, or
     a dict with at least ``r`` and ``lora_alpha``; or a `peft.PeftModel`, of which the only adapter is taken, or else
     `adapter_name`. `modules` has the base layers by path: `nn.Linear`, or ``Conv1D`` of transformers. `known` has the
-    paths of all modules of the model, and `base` is its name. Both make messages clearer.
+    paths of all modules of the model, and `base` is its name. Both make messages clearer. `scales`: by module, where
+    they are not what the config says.
     """
     at, config_at, raw, tensors = _opened(source, config, adapter_name)
     settings = _settings(config_at, raw)
     name = settings.get("base_model_name_or_path")
     other = f" (it was trained on {plain(str(name))!r}, the bank serves {base!r})" if base and name else ""
-    reader = _Reader(at, tensors(), settings, modules, known, other if name != base else "")
+    reader = _Reader(at, tensors(), settings, modules, known, other if name != base else "", scales or {})
     try:
         return Adapter(reader.factors(), settings)
     except (re.error, OverflowError, RecursionError) as error:  # of a pattern: no other comes from outside
@@ -255,6 +265,8 @@ def _settings(at: str, config: Any) -> dict[str, Any]:
         elif name not in INERT and (value or None) != (defaults.get(name) or None):
             unknown = "" if name in defaults else f", which PEFT {peft.__version__} does not know"
             raise BankError(f"{says}{unknown}: a bank takes plain LoRA; train without it, or run it with PEFT")
+    if settings.get("use_dora") and settings.get("lora_bias"):
+        raise BankError(f"{at} says use_dora=True and lora_bias=True: PEFT has no such DoRA; set one of them to false")
     return settings
 
 
@@ -275,6 +287,7 @@ class _Reader:
     modules: Mapping[str, nn.Module]
     known: Collection[str]
     other: str
+    scales: Mapping[str, float]
 
     def factors(self) -> dict[str, Factors]:
         keys = self._keys()
@@ -311,15 +324,16 @@ class _Reader:
         for key in self.tensors:
             match = KEY.fullmatch(str(key).removeprefix(PREFIX))
             part = f"{match['factor']}.{match['end']}" if match and match["factor"] else BASE_BIAS
-            if not match or part not in (A, B, B_BIAS, BASE_BIAS):
+            part = (match and match["magnitude"]) or part
+            if not match or part not in (A, B, B_BIAS, BASE_BIAS, MAGNITUDE):
                 why = next(why for piece, why in FOREIGN.items() if piece in str(key))
                 raise self._error(str(key), f"is not taken, as {why}")
             parts = found.setdefault(match["path"], {})
             if part in parts:
                 raise self._error(key, f"is {plain(parts[part])} in another spelling: keep one of the two")
             parts[part] = key
-            if match["factor"]:
-                names.setdefault(match["name"], key)
+            if part != BASE_BIAS:
+                names.setdefault(match["name"] or match["owner"], key)
         if len(names) > 1:
             one, two, *_ = names.values()
             raise self._error(one, f"and {plain(two)} are not of one adapter: keep the keys of one")
@@ -331,7 +345,7 @@ class _Reader:
 
         some = next(iter(keys.values()))
         n, k, own = self._layer(path, some)
-        setting: dict[str, Any] = {"use_rslora": False, "lora_bias": False, "bias": "none", **self.settings}
+        setting: dict[str, Any] = {**DEFAULTS, **self.settings}
         ranks: Any = setting.get("rank_pattern") or {}
         alphas: Any = setting.get("alpha_pattern") or {}
         rank: int = ranks.get(get_pattern_key(ranks, path), setting["r"])
@@ -342,14 +356,15 @@ class _Reader:
             raise self._error(keys[BASE_BIAS], what)
         only_bias = setting["bias"] == "all" and keys.keys() == {BASE_BIAS}
         due = set() if only_bias else {A, B, B_BIAS} if setting["lora_bias"] else {A, B}
+        due |= {MAGNITUDE} if setting["use_dora"] and not only_bias else set()
         due |= {BASE_BIAS} if setting["bias"] != "none" and own is not None else set()
         for part in sorted(due ^ keys.keys()):
             if part in due:
                 what = f"is missing beside {plain(some)}: save the adapter again, or correct its config"
                 raise self._error(f"{PREFIX}{path}.{part}", what)
-            raise self._error(keys[part], "is not what the config asks for: correct its bias or lora_bias")
+            raise self._error(keys[part], "is not what the config asks for: correct its bias, lora_bias or use_dora")
 
-        shapes = {A: (rank, k), B: (n, rank), B_BIAS: (n,), BASE_BIAS: (n,)}
+        shapes = {A: (rank, k), B: (n, rank), B_BIAS: (n,), BASE_BIAS: (n,), MAGNITUDE: (n,)}
         why = f"{plain(path)} has {k} inputs and {n} outputs, and rank {rank} in the config{self.other}"
         of = {part: self._sound(key, shapes[part], why) for part, key in keys.items()}
         trained = of.get(BASE_BIAS)
@@ -359,11 +374,19 @@ class _Reader:
                 what = "was trained without LoRA beside it: train with bias='lora_only', or LoRA on this module, too"
                 raise self._error(some, what)
             return None
-        scale = alpha / (math.sqrt(rank) if setting["use_rslora"] else rank)
+        scale = self.scales.get(path, alpha / (math.sqrt(rank) if setting["use_rslora"] else rank))
         if B_BIAS in of:
             scaled = scale * of[B_BIAS].float()
             bias = scaled if bias is None else bias + scaled
-        return Factors(of[A], of[B], scale, bias)
+        if MAGNITUDE not in of:
+            return Factors(of[A], of[B], scale, bias)
+        m = of[MAGNITUDE].float()
+        c = m / norms(self.modules[path], of[A], of[B], scale)
+        if not c.isfinite().all():
+            what = "scales a row of zeros: W + s B A has one. Give an adapter of this base model, or one without DoRA"
+            raise self._error(keys[MAGNITUDE], f"{what}{self.other}")
+        rows = Scaled(c, m)
+        return Factors(of[A], rows.folded(of[B]), scale, bias, rows)
 
     def _layer(self, path: str, key: str) -> tuple[int, int, torch.Tensor | None]:
         """The outputs and inputs of a base layer, and its own bias."""

@@ -115,7 +115,7 @@ class BankedLinear(nn.Module):
         schedule = self.bank.current
         if schedule is None:  # it is called outside of the model's forward
             schedule = self.bank.snapshot(x.shape[0])
-        return y + BANKED(x, self.bank.pool, schedule[self.index], self.out_features).to(y.dtype)
+        return y + BANKED(x, self.bank.pool, schedule[self.index], y, self.bias).to(y.dtype)
 
     @property
     def weight(self) -> Tensor:

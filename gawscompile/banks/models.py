@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -65,18 +66,15 @@ def adapters_of(peft: Any) -> dict[str, Adapter]:
     bases = {path: layer.base_layer for path, layer in layers.items()}
     found = {}
     for name in peft.peft_config:
-        adapter = read(peft, bases, known=tuple(inner), adapter_name=name)
-        factors = {}
+        now = {path: getattr(layer, "scaling", {}).get(name) for path, layer in layers.items()}
+        scales = {path: float(scale) for path, scale in now.items() if scale is not None}
+        adapter = read(peft, bases, known=tuple(inner), adapter_name=name, scales=scales)
         for path, f in adapter.factors.items():
-            scale = float(layers[path].scaling[name])
-            scaled = f.bias is not None and adapter.config.get("lora_bias") and f.scale
-            bias = f.bias * (scale / f.scale) if scaled and f.bias is not None else f.bias
-            factors[path] = dataclasses.replace(f, scale=scale, bias=bias)
-            if scale != f.scale:  # by set_scale: what a saved configuration has to say of it
-                rank = f.a.shape[0] ** (0.5 if adapter.config.get("use_rslora") else 1)
-                alphas = {**(adapter.config.get("alpha_pattern") or {}), path: scale * rank}
+            rank: float = math.sqrt(len(f.a)) if adapter.config.get("use_rslora") else len(f.a)
+            if f.scale != layers[path].lora_alpha[name] / rank:  # by set_scale: what a saved configuration has to say
+                alphas = {**(adapter.config.get("alpha_pattern") or {}), path: f.scale * rank}
                 adapter = dataclasses.replace(adapter, config={**adapter.config, "alpha_pattern": alphas})
-        found[name] = dataclasses.replace(adapter, factors=factors)
+        found[name] = adapter
     return found
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gawscompile.banks.arena import Arena, whole
 from gawscompile.banks.checkpoints import Adapter, BankError, Factors, read, sizes_of
+from gawscompile.banks.dora import Scaled
 from gawscompile.ir.banked import FIELDS, UNIT
 from gawscompile.options import Options
 from gawscompile.runtime import pages
@@ -40,6 +41,7 @@ class Held:
     source: Path | None = None  # a folder to read it from; None: it is resident, and was never written anywhere
     config: dict[str, Any] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)  # by module
+    scaled: dict[str, Scaled] = field(default_factory=dict)  # the same, where it is DoRA
     sizes: list[int] = field(default_factory=list)  # numbers of each run of the pool: A and B of each module
     scale: float = 1.0
     pinned: bool = False
@@ -115,7 +117,8 @@ class Residents:
         ranks = {path: factors.a.shape[0] for path, factors in adapter.factors.items()}
         factors = [adapter.factors[path] for path in self.modules if path in adapter.factors]
         sizes = [size for f in factors for size in (f.a.numel(), _wide(f) * f.b.shape[0])]
-        held = Held(name, source, adapter.config, ranks, sizes, scale, pinned)
+        scaled = {path: f.scaled for path, f in adapter.factors.items() if f.scaled is not None}
+        held = Held(name, source, adapter.config, ranks, scaled, sizes, scale, pinned)
         with self.loading:
             held.begins = self._room_for(held)
             try:
@@ -206,8 +209,10 @@ class Residents:
             first = self.pool[a:][: rank * k].view(rank, k).copy_(factors.a)
             columns = self.pool[b:][: n * wide].view(n, wide)
             columns[:, :rank].copy_(factors.b)
-            if factors.bias is not None:
-                columns[:, rank].copy_(factors.bias)
+            if wide > rank:
+                columns[:, rank] = 0 if factors.bias is None else factors.bias
+            if factors.scaled is not None:
+                columns[:, rank + 1] = factors.scaled.c - 1
             if self.dtype == torch.float16 and not (first.isfinite().all() and columns.isfinite().all()):
                 raise BankError(f"{held.name}: {path} has factors beyond the pool's float16: AdapterBank(dtype=…)")
             numbers = np.array([factors.scale, 1.0], np.float32).view(np.int32)
@@ -246,7 +251,7 @@ class Residents:
                 columns = self.pool[b * UNIT :][: n * wide].view(n, wide)
                 first = self.pool[a * UNIT :][: rank * k].view(rank, k)
                 bias = columns[:, rank] if wide > rank else None
-                found[path] = Factors(first, columns[:, :rank], float(floats[index, 4]), bias)
+                found[path] = Factors(first, columns[:, :rank], float(floats[index, 4]), bias, held.scaled.get(path))
         return found
 
 
@@ -266,7 +271,7 @@ def _spilled(held: Held, factors: Mapping[str, Factors], file: Path) -> None:
 
     tensors: dict[str, Tensor] = {}
     for path, f in factors.items():
-        parts = {"a": f.a, "b": f.b, "bias": f.bias}
+        parts = {"a": f.a, "b": f.b, "bias": f.bias, **(f.scaled._asdict() if f.scaled else {})}
         tensors |= {f"{path}/{name}": part.clone() for name, part in parts.items() if part is not None}
     scales = {path: f.scale for path, f in factors.items()}
     save_file(tensors, file, metadata={"config": json.dumps(held.config), "scales": json.dumps(scales)})
@@ -277,14 +282,16 @@ def _unspilled(held: Held) -> Adapter:
 
     with safe_open(held.source, "pt") as file:
         metadata, found = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    factors = {
-        path: Factors(found[f"{path}/a"], found[f"{path}/b"], scale, found.get(f"{path}/bias"))
-        for path, scale in json.loads(metadata["scales"]).items()
-    }
+    factors = {}
+    for path, scale in json.loads(metadata["scales"]).items():
+        a, b, bias, c, m = (found.get(f"{path}/{part}") for part in ("a", "b", "bias", *Scaled._fields))
+        assert a is not None and b is not None
+        factors[path] = Factors(a, b, scale, bias, None if c is None or m is None else Scaled(c, m))
     return Adapter(factors, json.loads(metadata["config"]))
 
 
 def _wide(factors: Factors) -> int:
-    """Columns of B in the pool: one more where there is a bias."""
-    return factors.b.shape[1] + (factors.bias is not None)
+    """Columns of B in the pool: one more where there is a bias, two where it is DoRA."""
+    more = 2 if factors.scaled is not None else 0 if factors.bias is None else 1
+    return factors.b.shape[1] + more
 

@@ -4,6 +4,8 @@ struct Use {
   int32_t a, b, ra, rb;
   float scale, weight;
   int32_t same, adapters;
+
+  bool scales() const { return rb - ra == 2; }
 };
 
 constexpr int64_t UNIT = 32;
@@ -15,6 +17,7 @@ struct Bank {
   const T* pool;
   const Use* entries;
   int64_t rows, width, room, each;  // each: tokens of a row
+  bool dora = false;                // whether any adapter scales the rows of W x
   float* u = nullptr;
   int32_t *key = nullptr, *order = nullptr, *start = nullptr;
 
@@ -22,6 +25,14 @@ struct Bank {
       : pool(pool), entries((const Use*)schedule), rows(entries->a), width(entries->b), room(entries->ra), each(m / rows) {}
 
   const Use* row(int64_t r) const { return entries + (1 + r) * width; }
+
+  // 1 and what the adapters of the key r add to it: the scale of a row of W x
+  float scale(int64_t r, int64_t n) const {
+    float total = 1;
+    for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use)
+      if (use->scales()) total += use->weight * float(pool[use->b * UNIT + n * use->rb + use->ra + 1]);
+    return total;
+  }
 
   // f(key, first, last) for the tokens of `order` that share their adapters, wherever their rows are
   template <class Fn>
@@ -46,14 +57,17 @@ struct Bank {
   void place(float*& memory, int32_t*& more, int64_t m) {
     u = memory, key = more, order = more + m, start = more + 2 * m;
     std::memset(start, 0, (rows + 2) * sizeof *start);
-    for (int64_t r = 0; r < rows; ++r) start[row(r)->same + 2] += each;
+    for (int64_t r = 0; r < rows; ++r) {
+      start[row(r)->same + 2] += each;
+      for (int64_t i = 0; i < row(r)->adapters; ++i) dora |= row(r)[i].scales();
+    }
     for (int64_t r = 0; r < rows; ++r) start[r + 2] += start[r + 1];
     for (int64_t t = 0; t < m; ++t) order[start[(key[t] = row(t / each)->same) + 1]++] = t;
     memory += numbers(m), more += integers(m);
   }
 };
 
-// u = A x, scaled, and 1 for a bias: a thread's share.
+// u = A x, scaled, the weight of a bias, and 0 for a scale of W x: a thread's share.
 template <int64_t K, class T, class TX>
 [[gnu::noinline]] void shrink(Share& share, const Bank<T>& bank, const TX* x) {
   bank.runs([&](int64_t r, int64_t lo, int64_t hi) {
@@ -65,7 +79,8 @@ template <int64_t K, class T, class TX>
       share.piece(blocks(use.rb, ROWS) * tiles, K, [&](int64_t piece) {
         const int64_t t1 = lo + piece % tiles * TILE, t2 = min(hi, t1 + TILE), block = piece / tiles;
         if (use.rb > use.ra && block == use.ra / ROWS)
-          for (int64_t t = t1; t < t2; ++t) u[bank.order[t] * bank.room + use.ra] = use.weight;
+          for (int64_t t = t1; t < t2; ++t)
+            for (int64_t k = use.ra; k < use.rb; ++k) u[bank.order[t] * bank.room + k] = k == use.ra ? use.weight : 0;
         if (block < blocks(use.ra, ROWS))
           for_rows<false>(use.ra, block, [&](auto rows, int64_t row) {
             for_tokens(t1, t2, [&](auto width, int64_t t0) {
@@ -118,6 +133,36 @@ template <int W, int R, int TOKENS_, class T>
   if (k < n) step(k, int(n - k));
 }
 
+// Dots that scale what is there, which must be W x.
+template <class T>
+inline auto rescaled(const Bank<T>& bank) {
+  return [&bank](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
+    if (!bank.dora) return;
+    constexpr int R = std::extent_v<std::remove_reference_t<decltype(acc)>>;
+    constexpr int W = std::extent_v<std::remove_reference_t<decltype(acc)>, 1>;
+    float scales[R];
+    for (int t = 0; t < W; ++t)
+      for (int r = 0; r < R; ++r) {
+        if (t == 0 || bank.key[t0 + t] != bank.key[t0 + t - 1]) scales[r] = bank.scale(bank.key[t0 + t], row + r);
+        acc[r][t] = acc[r][t] * F(scales[r]);
+      }
+  };
+}
+
+// A line that scales what the line `product` adds, which must be W x.
+template <class T, class Line>
+inline auto rescaled(const Bank<T>& bank, Line product) {
+  return [&bank, product](auto& v, int64_t row, int64_t t) {
+    if (!bank.dora) return product(v, row, t);
+    std::remove_reference_t<decltype(v)> own{};
+    product(own, row, t);
+    const auto scale = [&](int64_t r) { return bank.scale(bank.key[t], row + r); };
+    if constexpr (std::is_same_v<decltype(own), Quad>) own *= Quad{scale(0), scale(1), scale(2), scale(3)};
+    else own *= scale(0);
+    v += own;
+  };
+}
+
 // Dots: B u of each token's adapters.
 template <class T>
 inline auto banked(const Bank<T>& bank) {
@@ -138,19 +183,19 @@ inline auto banked(const Bank<T>& bank) {
   };
 }
 
-// A term of `add`: B u for 2V columns from n0 on. The block of B's rows is transposed once for tokens one after the other
-// that share their adapters.
+// A term of `add` on W x: its scale and B u, for 2V columns from n0 on. The block of B's rows is transposed once for tokens
+// one after the other that share their adapters.
 template <class T>
 struct Joined {
   const Bank<T>& bank;
   int64_t n0, columns;
   Buffer memory{};
-  float* turned = nullptr;  // [room, 2V]
+  float* turned = nullptr;  // [room + 1, 2V], the scale of W x behind B's columns
   mutable int64_t key = -1, rank = 0;
 
   Joined(const Bank<T>& bank, int64_t n0, int64_t n) : bank(bank), n0(n0), columns(min<int64_t>(2 * V, n - n0)) {
-    turned = memory.of(bank.room * 2 * V);
-    std::memset(turned, 0, bank.room * 2 * V * sizeof(float));
+    turned = memory.of((bank.room + 1) * 2 * V);
+    std::memset(turned, 0, (bank.room + 1) * 2 * V * sizeof(float));
   }
 
   void turn(int64_t row) const {
@@ -161,6 +206,8 @@ struct Joined {
       for (int64_t k = 0; k < use.rb; ++k, ++rank)
         for (int64_t c = 0; c < columns; ++c) turned[rank * 2 * V + c] = float(b[c * use.rb + k]);
     }
+    if (bank.dora)
+      for (int64_t c = 0; c < columns; ++c) turned[bank.room * 2 * V + c] = bank.scale(row, n0 + c);
   }
 
   template <int W>
@@ -169,6 +216,8 @@ struct Joined {
     for (int t = 0, end; t < W; t = end) {
       for (end = t + 1; end < W && bank.key[t0 + end] == bank.key[t0 + t];) ++end;
       if (bank.key[t0 + t] != key) turn(bank.key[t0 + t]);
+      if (bank.dora)
+        for (int s = t; s < end; ++s) acc[s] *= load_pair(turned + bank.room * 2 * V);
       for (int64_t k = 0; k < rank; ++k) {
         const Pair b = load_pair(turned + k * 2 * V);
         for (int s = t; s < end; ++s) {

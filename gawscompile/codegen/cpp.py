@@ -120,8 +120,7 @@ def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
 
 def banks_of(spec: KernelSpec) -> dict[str, str]:
     """The names of a group's banks, with what the names of their operands end with."""
-    ends = [f"{i}_{j}" for i, p in enumerate(spec.projections) for j, _ in enumerate(p.banked)]
-    return {f"bank{end}": end for end in ends}
+    return {f"bank{i}": str(i) for i, p in enumerate(spec.projections) if p.banked}
 
 
 def _resident(spec: KernelSpec) -> list[str]:
@@ -141,7 +140,7 @@ def _resident(spec: KernelSpec) -> list[str]:
 def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[str]:
     costs = [
         _base(spec, p) + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) + sum(t.rank * _SIZE[t.dtype] for t in p.given)
-        + sum(USUAL_RANK * _SIZE[t.dtype] for t in p.banked)
+        + (USUAL_RANK * _SIZE[p.banked.dtype] if p.banked else 0)
         for p in spec.projections
     ]
     for i, endings in ranks.endings.items():

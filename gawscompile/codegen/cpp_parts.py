@@ -28,8 +28,10 @@ class Parts:
         p = self._spec.projections[i]
         streams = weight and p.dense and not p.transposed
         dots = [f"weight<K>(w{i}, x{self.seen(f'w{i}')})"] if streams else []
+        if p.banked:  # what it scales is W x alone, so it comes before all others
+            dots += [f"rescaled(bank{i})"] * bool(streams) + [f"banked(bank{i})"]
+            product = product and f"rescaled(bank{i}, {product})"
         dots += [f"factor<{sizes}>({factor}, {source})" for sizes, factor, source in self._terms(i)]
-        dots += [f"banked(bank{i}_{j})" for j, _ in enumerate(p.banked)]
         lines = []
         for ending in self._ranks.endings[i]:
             pointer, stride = ending.source.pointer, ending.source.stride
@@ -44,10 +46,10 @@ class Parts:
 
     def added(self, i: int) -> list[str]:
         """Lines before and after, and terms, that join a base's product by columns."""
-        terms = [f"turned<{sizes}>({factor}, {source}, b * 2 * V, N{i})" for sizes, factor, source in self._terms(i)]
-        terms += [f"Joined(bank{i}_{j}, b * 2 * V, N{i})" for j, _ in enumerate(self._spec.projections[i].banked)]
-        scale, lines = self._scale(i), self._epilogue(i)
-        return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
+        bank, scale, lines = bool(self._spec.projections[i].banked), self._scale(i), self._epilogue(i)
+        terms = [f"Joined(bank{i}, b * 2 * V, N{i})"] * bank  # it scales W x alone: nothing comes before it
+        terms += [f"turned<{sizes}>({factor}, {source}, b * 2 * V, N{i})" for sizes, factor, source in self._terms(i)]
+        return [_all([]), _all([*scale, *lines]), *terms] if scale or bank else [_all(lines), _all([]), *terms]
 
     def _terms(self, i: int) -> list[tuple[str, str, str]]:
         """B u and C z: rank and stride, the factor, and what it multiplies."""

@@ -393,7 +393,7 @@ def _check_spec(spec: KernelSpec) -> None:
         raise SpecError(f"no projections in {spec}")
     if any(p.opaque is not None for p in spec.projections):
         raise SpecError(f"no kernel on a GPU adds to what an opaque base makes: {spec}")
-    if any(term.width is None for p in spec.projections for term in p.banked):
+    if any(p.banked and p.banked.width is None for p in spec.projections):
         raise SpecError(f"a kernel on a GPU has to know how wide a bank's schedule is: {spec}")
     ranks = [term.rank for p in spec.projections for term in p.lowrank]
     ranks += [term.rank for p in spec.projections for term in p.given]

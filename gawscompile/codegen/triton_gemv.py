@@ -17,7 +17,6 @@ from gawscompile.codegen import triton_banks as banks
 from gawscompile.codegen.triton_kernels import (
     Narrow,
     Style,
-    banks_with_offsets,
     blocks_of_rows,
     dividing,
     k_columns,
@@ -102,15 +101,15 @@ class Gemv(Style):
         step = [
             v.use.let(v.column // BLOCK),
             v.rank.let(v.column % BLOCK),
-            v.a.let(banks.factor(v.pool, v.uses, v.use, 0) + v.rank * v.K),
+            v.a.let(banks.factor(v.use, 0) + v.rank * v.K),
             *self._row_of_a(term.dtype),
-            *banks.columns(v.uses, v.use, v.rank, fn("tl.sum", v.acc)),
+            *banks.columns(v.use, v.rank, fn("tl.sum", v.acc)),
             *store(v.u + v.column, v.found, "f32"),
         ]
         body = [
             v.BLOCK_K.constant(self.shrink_columns.block),
-            v.uses.let(banks.row(term, v.schedule, banks.row_of_token(v.schedule))),
-            *v.column.each(fn("range", v.block, banks.field(v.uses, 0, 7) * BLOCK, banks.programs(term)), step),
+            v.uses.let(banks.row(term, banks.row_of_token())),
+            *v.column.each(fn("range", v.block, banks.entries() * BLOCK, banks.programs(term)), step),
         ]
         return Work(f"Columns of u by a bank's schedule, {self.reach}: {{}}.", tuple(body)), banks.programs(term)
 
@@ -171,8 +170,8 @@ class Gemv(Style):
             lines += self.before_u(columns.endings)
         for narrow in low:
             lines += self._add(narrow, rows)
-        for j, (term, offset) in enumerate(banks_with_offsets(p)):
-            lines += banks.add_one(term, j, offset, rows.mask(v.row_ok[:, None]))
+        if p.banked:
+            lines = [v.product.let(v.out), *lines, *banks.add_one(p.banked, p.rank, rows.mask(v.row_ok[:, None]))]
         for ending in of_u:
             lines += self._add_mode(ending, rows)
         if p.rowscale:

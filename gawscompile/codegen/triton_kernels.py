@@ -103,10 +103,10 @@ class Style(ABC):
             mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.place.stage == "shrink"]
             work, programs = self.shrink_work(term)
             cases.append(Case(f"A{i}_{j}", work, tuple(map(_tensor, mine)), programs, offset))
-        for i, j, bank, offset in self.banks() if stage == 0 else ():
-            mine = [o for o in self.spec.operands() if (o.projection, o.term) == (i, j) and o.table]
+        for i, bank, offset in self.banks() if stage == 0 else ():
+            mine = [o for o in self.spec.operands() if o.projection == i and o.table]
             work, programs = self.bank_work(bank)
-            cases.append(Case(f"bank{i}_{j}", work, tuple(map(_tensor, mine)), programs, offset))
+            cases.append(Case(f"bank{i}", work, tuple(map(_tensor, mine)), programs, offset))
         for i, product in self.written:
             if product.launch == stage:
                 work, programs = self.mode_work(product)
@@ -239,18 +239,14 @@ class Style(ABC):
             for j, (term, offset) in enumerate(with_offsets(p))
         ]
 
-    def banks(self) -> list[tuple[int, int, Banked, int]]:
-        """The same of every bank."""
-        return [
-            (i, j, term, self.offsets[i] + offset)
-            for i, p in enumerate(self.spec.projections)
-            for j, (term, offset) in enumerate(banks_with_offsets(p))
-        ]
+    def banks(self) -> list[tuple[int, Banked, int]]:
+        """Every bank of the group: its projection, itself, its first column in u."""
+        return [(i, p.banked, self.offsets[i] + p.rank) for i, p in enumerate(self.spec.projections) if p.banked]
 
     def sections(self) -> list[tuple[str, int]]:
         """What u holds, and from which column on."""
         found = [(f"A{i}_{j}", offset) for i, j, _, offset in self.terms()]
-        found += [(f"bank{i}_{j}", offset) for i, j, _, offset in self.banks()]
+        found += [(f"bank{i}", offset) for i, _, offset in self.banks()]
         found += [(p.describe(i), self.offsets[i] + (p.column or 0)) for i, p in self.written]
         return sorted(found, key=lambda section: section[1])
 
@@ -323,7 +319,7 @@ def _tensor(o: Operand, numbered: bool = False) -> Tensor:
     """`o` as the work of a case calls it; those of low-rank terms by their number where a case has several."""
     roles = {"weight": "w", "mode": f"g{o.term}_{o.mode}", "kron_scale": f"kron_scale{o.term}"}
     if numbered:
-        roles |= {role: f"{role}{o.term}" for role in ("a", "b", "scale", "c", "z", "pool", "schedule")}
+        roles |= {role: f"{role}{o.term}" for role in ("a", "b", "scale", "c", "z")}
     return Tensor(roles.get(o.role, o.role), o.name, o.dtype)
 
 
@@ -361,11 +357,6 @@ def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], most: int) -> tupl
 def with_offsets(p: Sum) -> list[tuple[LowRank, int]]:
     """The terms of `p`, each with its first column in the part of u that belongs to `p`."""
     return [(term, sum(t.rank for t in p.lowrank[:j])) for j, term in enumerate(p.lowrank)]
-
-
-def banks_with_offsets(p: Sum) -> list[tuple[Banked, int]]:
-    """The same of its banks."""
-    return [(term, p.rank + sum(t.columns for t in p.banked[:j])) for j, term in enumerate(p.banked)]
 
 
 def k_columns(range_: Cut) -> list[Code]:

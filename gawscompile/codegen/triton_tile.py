@@ -10,7 +10,6 @@ from gawscompile.codegen import triton_banks as banks
 from gawscompile.codegen.triton_kernels import (
     Narrow,
     Style,
-    banks_with_offsets,
     blocks_of_rows,
     dividing,
     k_columns,
@@ -60,7 +59,7 @@ class Tile(Style):
         """BLOCK_M for few tokens and for many."""
         dots = [common(p.weight.dtype, self.spec.x) for p in self.spec.projections]
         dots += [common(term.dtype, self.spec.x) for _, _, term, _ in self.terms()]
-        for _, _, bank, _ in self.banks():
+        for _, bank, _ in self.banks():
             dots += [common(bank.dtype, self.spec.x), common(bank.dtype, "f32", of_u=True)]
         dots += [n.common for p in self.spec.projections for n in (*self.low_rank(p), *self.given(p))]
         for mine in self.columns:
@@ -92,18 +91,19 @@ class Tile(Style):
     def bank_work(self, term: Banked) -> tuple[Work, int]:
         rows = banks.RANKS
         step = [
-            v.a.let(banks.factor(v.pool, v.uses, v.block, 0)),
+            v.a.let(banks.factor(v.block, 0)),
             *self._product(v.a, term.dtype, rows, v.BLOCK_R, whole=v.from_x),
-            *banks.columns(v.uses, v.block, v.rows[None, :], v.acc),
+            *banks.columns(v.block, v.rows[None, :], v.acc),
             *store(v.u + v.tokens[:, None] * v.WIDTH + v.rows[None, :], v.found, "f32", [v.mine[:, None]]),
         ]
-        kinds = banks.each_kind(term, "", v.schedule, when(v.block < v.count, step))
+        kinds = banks.each_kind(term, when(v.block < v.count, step))
         body = [
             v.BLOCK_R.constant(BLOCK),
             v.BLOCK_K.constant(self._cut_columns("a", term.dtype, rows).block),
             *(name.let(value) for name, value in (*row_range(rows, v.BLOCK_R, BLOCK)[:1], *_TOKENS)),
             v.from_x.let(v.x + fn("tl.minimum", v.tokens, v.left - 1)[:, None] * v.K),
             v.u.let(v.block * BLOCK, "+="),
+            *banks.rows_of_tile(term),
             *kinds,
         ]
         return Work(f"Columns of u by a bank's schedule, {self.reach}: {{}}.", tuple(body)), term.width or 0
@@ -170,12 +170,12 @@ class Tile(Style):
 
     def epilogue(self, i: int, rows: Cut) -> list[Code]:
         p, row_ok = self.spec.projections[i], [rows.mask(v.row_ok)]
-        lines = self.to_rows(p)
+        lines = []
+        if p.banked:  # what it scales is W x alone
+            lines += banks.add_tile(p.banked, p.rank, common(p.banked.dtype, "f32", of_u=True), rows.mask(v.row_ok))
+        lines += self.to_rows(p)
         for narrow in (*self.low_rank(p), *self.given(p)):
             lines += self._add(narrow, rows)
-        for j, (term, offset) in enumerate(banks_with_offsets(p)):
-            meet = common(term.dtype, "f32", of_u=True)
-            lines += banks.add_tile(term, j, offset, meet, rows.mask(v.row_ok[None, :]))
         for ending in self.columns[i].endings:
             emitter = Emitter(ending, rows, self.spec.x, tiles=True)
             joins = emitter.dots and not ending.scaled

@@ -7,16 +7,19 @@ adapters changes numbers in it, and nothing that was compiled.
 
 An entry is a `Use`: A ``[ra, k]`` begins at ``a * UNIT`` in the pool and B ``[n, rb]`` at ``b * UNIT``, and
 
-    y += scale * B[:, :ra] (A x) + weight * B[:, ra]
+    y += scale * B[:, :ra] (A x) + weight * B[:, ra] + weight * B[:, ra + 1] * (W x)
 
-where the second summand, the adapter's bias, is there if ``rb = ra + 1``. A row's first entry has besides, as `same`,
-the first row of the batch that has the same entries, and as `adapters`, how many these are. The header's first entry
-has ``(rows, width, room, 0, …)``: `room` is the most numbers ``A x`` of a row, all its adapters together, rounded up to
-whole vectors.
+``rb - ra`` is 0, 1 or 2: how many of the last two summands are there. The second is the adapter's bias. The third is
+DoRA's (Liu et al. 2024, eq. 5): its column of B is ``c - 1``, which scales the base's product without the base's bias,
+and B's first columns have been multiplied by c.
+
+A row's first entry has besides, as `same`, the first row of the batch that has the same entries, and as `adapters`, how
+many these are. The header's first entry has ``(rows, width, room, 0, …)``: `room` is the most numbers ``A x`` of a row,
+all its adapters together, rounded up to whole vectors.
 
 For a GPU, whose kernels want sizes that are known, an adapter lies in blocks of `BLOCK` ranks. Each is an entry of its
-own, with A ``[BLOCK, k]`` and B ``[n, BLOCK]``, zeros where ranks are missing. So rb is BLOCK there, and the bias takes
-a column of the last block, or a block of its own.
+own, with A ``[BLOCK, k]`` and B ``[n, BLOCK]``, zeros where ranks are missing. So rb is BLOCK there, and the other
+summands take the last columns of the last block.
 """
 
 from __future__ import annotations
@@ -54,6 +57,15 @@ class Use(NamedTuple):
     adapters: int = 0
 
 
+def has_bias(use: Use) -> bool:
+    return use.rb - use.ra >= 1
+
+
+def scales_rows(use: Use) -> bool:
+    """Whether it is DoRA."""
+    return use.rb - use.ra == 2
+
+
 def uses(schedule: torch.Tensor, row: int) -> Iterator[Use]:
     """The adapters of a row."""
     entries = schedule[1 + row][: int(schedule[1 + row, 0, -1])].contiguous()
@@ -79,34 +91,39 @@ def pack(rows: Sequence[Sequence[Use]], width: int) -> torch.Tensor:
 def drawn(
     rows: int, width: int, k: int, n: int, generator: torch.Generator, blocks: bool = False
 ) -> tuple[torch.Tensor, int]:
-    """A random schedule for a projection of k to n features, and how many numbers the pool needs: several adapters,
-    with a bias and without; rows of none, one and several; rows that share. With `blocks`, entries for a GPU."""
+    """A random schedule for a projection of k to n features, and how many numbers the pool needs. There are adapters
+    with a DoRA, with a bias and plain; a row of as many as it can have, in this order; others of none, one and several;
+    and rows that share. With `blocks`, entries for a GPU."""
 
     def number(most: int) -> int:
         return int(torch.randint(most + 1, (1,), generator=generator))
 
     known, end = [], 0
-    for _ in range(3):
-        ra = number(BLOCK if blocks else 20)
-        rb = BLOCK if blocks else ra + number(1)
+    for more in (2, 1, 0):
+        ra = BLOCK - more if blocks else number(20)
+        rb = ra + more
         b = -(-(end + (BLOCK if blocks else ra) * k) // UNIT)
-        weight = number(2) - 1.0
+        weight = number(1) - 0.5
         known.append(Use(end // UNIT, b, ra, rb, number(4) / 2 - 0.75, weight))
         end = -(-(b * UNIT + n * rb) // UNIT) * UNIT
-    chosen = [[known[number(2)] for _ in range(number(width))] for _ in range(rows)]
-    return pack(chosen, width), end
+    others = [[known[number(2)] for _ in range(number(width))] for _ in range(1, rows)]
+    return pack([[known[i % 3] for i in range(width)], *others][:rows], width), end
 
 
-def apply(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -> torch.Tensor:
-    """What the bank adds, in plain torch: x ``[..., k]`` → ``[..., n]`` of the pool's dtype. x's tokens are the rows of
-    the batch one after the other. Raises `ValueError` where they are no whole rows."""
-    rows, k = len(schedule) - 1, x.shape[-1]
+def apply(
+    x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the bank adds to `base`, ``W x`` or with a `bias` ``W x + bias``, in plain torch: x ``[..., k]`` and base
+    ``[..., n]`` → ``[..., n]`` of the pool's dtype. Tokens are the rows of the batch one after the other. Raises
+    `ValueError` where they are no whole rows."""
+    rows, k, n = len(schedule) - 1, x.shape[-1], base.shape[-1]
     if rows == 0:
         return pool.new_zeros((*x.shape[:-1], n))
     tokens = x.reshape(-1, k).to(pool.dtype)
     if len(tokens) % rows:
         raise ValueError(f"{len(tokens)} tokens are no {rows} rows of a batch: a bank's adapters are given by row")
     batch = tokens.unflatten(0, (rows, len(tokens) // rows))
+    made = base.reshape(*batch.shape[:2], n)
     sums = []
     for row in range(rows):
         total = batch.new_zeros(batch.shape[1], n)
@@ -114,6 +131,10 @@ def apply(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -
             a = pool[use.a * UNIT :][: use.ra * k].view(use.ra, k)
             b = pool[use.b * UNIT :][: n * use.rb].view(n, use.rb)
             total = total + F.linear(F.linear(batch[row], a), b[:, : use.ra]) * use.scale
-            total = total + b[:, use.ra] * use.weight if use.rb > use.ra else total
+            if has_bias(use):
+                total = total + b[:, use.ra] * use.weight
+            if scales_rows(use):
+                product = made[row] if bias is None else made[row] - bias
+                total = total + product.to(pool.dtype) * b[:, use.ra + 1] * use.weight
         sums.append(total)
     return torch.stack(sums).reshape(*x.shape[:-1], n)

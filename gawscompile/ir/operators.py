@@ -8,7 +8,7 @@ Every operator is written down once. Its leaves may be fx nodes, tensors or `Ten
 
 The order of a class's fields, in the order of `ORDER`, is the order of a kernel's operands. A field's `Place` says what
 the operand is to a kernel. To add an operator: a class here and its place in `ORDER` (and `REPEATED`, if it is an
-adapter), its parser in `ir.parsing`, and its part of ``Sum.apply``.
+adapter that a sum may have several of), its parser in `ir.parsing`, and its part of ``Sum.apply``.
 
 Shapes: x ``[..., k]``; a base weight ``[n, k]`` or its transpose; LoRA's A ``[r, k]`` and B ``[n, r]``; vectors
 ``[n]``; Kronecker factors as `Mode` says.
@@ -308,9 +308,9 @@ class Kronecker(NamedTuple):
 
 
 class Banked(NamedTuple):
-    """What a bank's adapters add: to each row of a batch ``Σ s B (A x) + v`` of those that `schedule` gives it. Their
-    factors lie in `pool`, `n` is the number of y's features. For a GPU, `width` says how many entries a row of the
-    schedule has, each of a block of ranks. Layouts and meaning: `ir.banked`."""
+    """What a bank's adapters add: to each row of a batch ``Σ s B (A x) + v + d ⊙ (W x)`` of those that `schedule` gives
+    it. Their factors lie in `pool`, `n` is the number of y's features. For a GPU, `width` says how many entries a row
+    of the schedule has, each of a block of ranks. Layouts and meaning: `ir.banked`."""
 
     pool: Annotated[Leaf, Place("pool", "pool", "table", "rows")]
     schedule: Annotated[Leaf, Place("schedule", "schedule", "table", "rows")]
@@ -326,8 +326,8 @@ class Banked(NamedTuple):
         """Of u = A x, for a GPU."""
         return banked.BLOCK * (self.width or 0)
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = torch.ops.gaws.banked(x, self.pool, self.schedule, self.n)  # which can be traced
+    def apply(self, x: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        made: torch.Tensor = torch.ops.gaws.banked(x, self.pool, self.schedule, base, bias)  # which can be traced
         return made
 
     def features(self, k: Any) -> Any:
@@ -345,7 +345,7 @@ class Banked(NamedTuple):
         return "Banked"
 
     def formula(self, at: str) -> str:
-        return f"Σ s B (A x) by schedule{at} of pool{at}"
+        return f"Σ s B (A x) + d W x by schedule{at} of pool{at}"
 
     def text(self) -> str:
         return f"bank({self.dtype}{f' x{self.width}' if self.width else ''})"
@@ -355,7 +355,7 @@ Operator = Dense | Opaque | Bias | Residual | RowScale | LowRank | Given | Krone
 ORDER: tuple[type, ...] = (Dense, Opaque, Bias, Residual, RowScale, LowRank, Given, Kronecker, Banked)
 """The order of a sum's terms, and so of a kernel's operands."""
 
-REPEATED: tuple[type, ...] = (LowRank, Given, Kronecker, Banked)
+REPEATED: tuple[type, ...] = (LowRank, Given, Kronecker)
 """Adapters, of which a sum may have several. It has at most one of each of the others."""
 
 

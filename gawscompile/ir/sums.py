@@ -109,13 +109,14 @@ class Sum(NamedTuple):
         return tuple(term for term in self.terms if isinstance(term, Kronecker))
 
     @property
-    def banked(self) -> tuple[Banked, ...]:
-        return tuple(term for term in self.terms if isinstance(term, Banked))
+    def banked(self) -> Banked | None:
+        found: Banked | None = self._only(Banked)
+        return found
 
     @property
     def adapted(self) -> bool:
         """Whether anything is added that is no bias or residual."""
-        return any(isinstance(term, (*REPEATED, RowScale)) for term in self.terms)
+        return any(isinstance(term, (*REPEATED, RowScale, Banked)) for term in self.terms)
 
     @property
     def plain(self) -> bool:
@@ -142,6 +143,8 @@ class Sum(NamedTuple):
             raise SpecError(f"a sum has one base: {self.describe()}")
         if counts[Opaque] and (counts[RowScale] or not self.adapted):
             raise SpecError(f"to an opaque base adapters are added, and no row scale: {self.describe()}")
+        if counts[Banked] and not counts[Dense]:
+            raise SpecError(f"a bank is told what a dense base makes: {self.describe()}")
         if list(self.terms) != sorted(self.terms, key=lambda term: ORDER.index(type(term))):
             raise SpecError(f"the terms of a sum are not in order: {self.describe()}")
         for term in self.terms:
@@ -156,8 +159,11 @@ class Sum(NamedTuple):
         total = base.apply(x, bias if together else None)
         if bias is not None and scale is None and not together:
             total = total + bias
+        product = total
         for term in self.terms:
-            if isinstance(term, (LowRank, Given, Kronecker, Banked)):
+            if isinstance(term, Banked):
+                total = total + term.apply(x, product, bias if scale is None else None)
+            elif isinstance(term, (LowRank, Given, Kronecker)):
                 total = total + term.apply(x)
         if scale is not None:
             total = total * scale

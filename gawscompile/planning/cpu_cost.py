@@ -24,7 +24,7 @@ def weight_bytes(spec: KernelSpec) -> int:
 def adapter_bytes(spec: KernelSpec) -> int:
     """Bytes of the group's factors. Those of a bank are guessed."""
     factors = sum(o.type.bytes for o in spec.operands() if o.factor)
-    return factors + sum(term.usual_bytes(spec.k) for p in spec.projections for term in p.banked)
+    return factors + sum(p.banked.usual_bytes(spec.k) for p in spec.projections if p.banked)
 
 
 def _adapter_products(spec: KernelSpec) -> int:

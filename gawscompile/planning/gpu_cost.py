@@ -65,7 +65,7 @@ def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
     """Of base weights, and of factors. Those of a bank are guessed."""
     weights = sum(p.weight.bytes for p in spec.projections)
     factors = sum(o.type.bytes for o in spec.operands() if o.factor)
-    return weights, factors + sum(term.usual_bytes(spec.k) for p in spec.projections for term in p.banked)
+    return weights, factors + sum(p.banked.usual_bytes(spec.k) for p in spec.projections if p.banked)
 
 
 def _matrix(spec: KernelSpec, share: float, gpu: Gpu, m: sympy.Symbol | int, work: int) -> Any:

@@ -2,16 +2,17 @@
 
     gaws::schedule(Tensor state, SymInt rows, int modules, int width) -> Tensor
     gaws::snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor
-    gaws::banked(Tensor x, Tensor pool, Tensor schedule, SymInt n) -> Tensor
+    gaws::banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias) -> Tensor
 
 ``schedule`` takes a snapshot of what a bank is to add in one forward: ``[modules, rows + 1, width, FIELDS]`` of int32
 (`ir.banked`), for a batch of `rows`. `state` holds the number of the bank. A forward takes one snapshot and reads no
 other, so whatever is switched meanwhile, its rows see one state of the bank. ``snapshot`` is the same in C++
 (`banks.cpp`), which `passes.join_banks` puts in its place: a bank publishes what it has made for it.
 
-``banked`` adds a module's part: x ``[..., k]`` → ``[..., n]`` of x's dtype, by the module's part of the snapshot,
-``[rows + 1, width, FIELDS]``. `passes.join_banks` joins it with the projection whose adapters it brings. Where nobody
-compiles, it runs in plain torch; its gradient is x's alone.
+``banked`` is what a module's adapters add to its `base`, which is ``W x + bias``: x ``[..., k]`` and base ``[..., n]``
+→ ``[..., n]`` of x's dtype, by the module's part of the snapshot, ``[rows + 1, width, FIELDS]``. `passes.join_banks`
+joins it with the projection whose adapters it brings. Where nobody compiles, it runs in plain torch. It has gradients
+by x, base and bias.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ ops.LIBRARY.define(
 )
 ops.LIBRARY.define("publish(Tensor made, int bank, int rows) -> ()")
 ops.LIBRARY.define(
-    "banked(Tensor x, Tensor pool, Tensor schedule, SymInt n) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 SCHEDULE, BANKED = torch.ops.gaws.schedule.default, torch.ops.gaws.banked.default
 SNAPSHOT = torch.ops.gaws.snapshot.default
@@ -80,32 +82,36 @@ def _schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch
     return made
 
 
-def _banked(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -> torch.Tensor:
-    return banked.apply(x, pool, schedule, n).to(x.dtype)
+def _banked(
+    x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return banked.apply(x, pool, schedule, base, bias).to(x.dtype)
 
 
 def _fake_schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch.Tensor:
     return state.new_empty((modules, rows + 1, width, banked.FIELDS), dtype=torch.int32)
 
 
-def _fake_banked(x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, n: int) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], n))
+def _fake_banked(
+    x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], base.shape[-1]))
 
 
 def _kept(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, pool, schedule, _ = inputs
+    x, pool, schedule, base, bias = inputs
     ctx.save_for_backward(pool, schedule)
-    ctx.x = x.shape, x.dtype
+    ctx.linear = [(one.shape, one.dtype) for one in (x, base, bias) if one is not None]
 
 
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     pool, schedule = ctx.saved_tensors
-    shape, dtype = ctx.x
-    with torch.enable_grad():  # the map is linear: its gradient is the same at any x
-        x = torch.zeros(shape, dtype=pool.dtype, requires_grad=True)
-        made = banked.apply(x, pool, schedule, gradient.shape[-1])
-        (found,) = torch.autograd.grad(made, x, gradient.to(made.dtype), allow_unused=True)
-    return (torch.zeros(shape, dtype=dtype) if found is None else found.to(dtype)), None, None, None
+    with torch.enable_grad():  # the map is linear: its gradients are the same everywhere
+        zeros = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape, dtype in ctx.linear]
+        made = banked.apply(zeros[0], pool, schedule, *zeros[1:]) + 0 * zeros[0].sum()  # also where nothing is active
+        found = torch.autograd.grad(made, zeros, gradient.to(made.dtype), materialize_grads=True)
+    x, base, *bias = found
+    return x, None, None, base, bias[0] if bias else None
 
 
 torch.library.register_fake("gaws::schedule", _fake_schedule, lib=ops.LIBRARY)

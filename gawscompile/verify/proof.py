@@ -232,9 +232,10 @@ def _draw_banks(wanted: Iterable[Node], ends: Container[Node | None], values: Va
     for node in inside:
         if not is_call(node, BANKED):
             continue
-        x, pool, entries, n = args(node)
-        sizes = [_size(size, values.draw) for size in (*entries.meta["val"].shape[:2], x.meta["val"].shape[-1])]
-        schedule, room = banked.drawn(sizes[0] - 1, sizes[1], sizes[2], n, values.generator)
+        x, pool, entries = args(node)[:3]
+        table, k, n = entries.meta["val"].shape[:2], x.meta["val"].shape[-1], node.meta["val"].shape[-1]
+        rows, width, k, n = (_size(size, values.draw) for size in (*table, k, n))
+        schedule, room = banked.drawn(rows - 1, width, k, n, values.generator)
         numbers = random(pool.meta["val"].new_empty(max(room, 1)), values.draw, values.generator)
         known = values.known.get(pool)
         if known is None or len(known) < len(numbers):

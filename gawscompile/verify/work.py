@@ -67,7 +67,7 @@ def _product(sizes: Any) -> Any:
 def _traffic(spec: KernelSpec, m: Any) -> Any:
     """Bytes of x, of all operands and of the outputs, once each."""
     total = m * spec.k * DTYPES[spec.x].itemsize
-    total += sum(t.usual_bytes(spec.k) for p in spec.projections for t in p.banked)
+    total += sum(p.banked.usual_bytes(spec.k) for p in spec.projections if p.banked)
     for one in spec.operands():
         if one.table:
             continue

@@ -65,7 +65,9 @@ def adapted(norm: bool = True, seed: int = 1, **settings: Any) -> peft.PeftModel
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude_vector" in name:
+                parameter.add_(torch.rand_like(parameter))
+            elif "lora_" in name:
                 parameter.normal_(std=0.3)
             elif name.endswith("base_layer.bias") and parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
@@ -81,8 +83,10 @@ def served(adapter: Adapter, model: nn.Module) -> torch.Tensor:
     handles = []
     for path, factors in adapter.factors.items():
 
-        def add(_: nn.Module, args: Any, y: torch.Tensor, f: Any = factors) -> torch.Tensor:
+        def add(module: Any, args: Any, y: torch.Tensor, f: Any = factors) -> torch.Tensor:
+            product = y if module.bias is None else y - module.bias
             y = y + f.scale * (args[0] @ f.a.T @ f.b.T)
+            y = y if f.scaled is None else y + (f.scaled.c - 1) * product
             return y if f.bias is None else y + f.bias
 
         handles.append(model.get_submodule(path).register_forward_hook(add))

@@ -126,7 +126,6 @@ BROKEN: dict[str, tuple[Damage, str, list[str]]] = {
     "no type": (without("peft_type"), CONFIG, ["no peft_type", "add it"]),
     "no rank": (without("r"), CONFIG, ["no r:", "add it"]),
     "no alpha": (without("lora_alpha"), CONFIG, ["no lora_alpha", "add it"]),
-    "DoRA": (says(use_dora=True), CONFIG, ["use_dora=True", "without it"]),
     "modules to save": (says(modules_to_save=["head"]), CONFIG, ["modules_to_save=['head']", "without it"]),
     "trained tokens": (says(trainable_token_indices=[3]), CONFIG, ["trainable_token_indices", "without it"]),
     "parameters": (says(target_parameters=["layers.0.q.weight"]), CONFIG, ["target_parameters", "without it"]),
@@ -185,9 +184,15 @@ BROKEN: dict[str, tuple[Damage, str, list[str]]] = {
     "a base weight": (
         holds(key("layers.0.q", "base_layer.weight"), ones(12, 16)), WEIGHTS, ["q.base_layer.weight", "not taken"]
     ),
-    "DoRA's magnitude": (
-        holds(key("layers.0.q", "lora_magnitude_vector"), ones(12)), WEIGHTS, ["magnitude_vector", "without use_dora"]
+    "DoRA's magnitude that was not asked for": (
+        holds(key("layers.0.q", "lora_magnitude_vector"), ones(12)), WEIGHTS,
+        ["layers.0.q.lora_magnitude_vector", "correct its bias, lora_bias or use_dora"],
     ),
+    "no magnitude": (says(use_dora=True), WEIGHTS, ["lora_magnitude_vector", "missing", "correct its config"]),
+    "DoRA with a bias of B": (
+        says(use_dora=True, lora_bias=True), CONFIG, ["use_dora=True and lora_bias=True", "to false"]
+    ),
+    "use_dora a string": (says(use_dora="yes"), CONFIG, ["use_dora='yes'", "true or false"]),
     "LoRA of an embedding": (
         holds(key("embed", "lora_embedding_A"), ones(4, 11)), WEIGHTS, ["embed.lora_embedding_A", "linears only"]
     ),
@@ -230,11 +235,12 @@ BROKEN: dict[str, tuple[Damage, str, list[str]]] = {
     "fp8": (turned(Q, lambda a: a.to(torch.float8_e4m3fn)), WEIGHTS, [Q, "torch.float8_e4m3fn", "float16"]),
     # biases
     "a bias of B that was not asked for": (
-        holds(key("layers.0.q", "lora_B.bias"), ones(12)), WEIGHTS, ["q.lora_B.bias", "correct its bias or lora_bias"]
+        holds(key("layers.0.q", "lora_B.bias"), ones(12)), WEIGHTS,
+        ["q.lora_B.bias", "correct its bias, lora_bias or use_dora"],
     ),
     "no bias of B": (says(lora_bias=True), WEIGHTS, ["lora_B.bias", "missing", "correct its config"]),
     "a base bias that was not asked for": (
-        holds(UP_BIAS, ones(20)), WEIGHTS, [UP_BIAS, "correct its bias or lora_bias"]
+        holds(UP_BIAS, ones(20)), WEIGHTS, [UP_BIAS, "correct its bias, lora_bias or use_dora"]
     ),
     "no base bias": (says(bias="lora_only"), WEIGHTS, ["base_layer.bias", "missing", "correct its config"]),
 }
@@ -362,7 +368,6 @@ def test_a_broken_state_dict_is_refused(kind, good):
         ({"r": 4}, "config= has no lora_alpha: add it"),
         ({"r": 4, "lora_alpha": 6, "task_type": object()}, "config= is not plain data .*object.*: give"),
         (peft.IA3Config(), "config= says peft_type='IA3': it must be LORA"),
-        (peft.LoraConfig(r=4, use_dora=True), "config= says use_dora=True: .*train without it"),
         (peft.LoraConfig(r=4, use_bdlora=peft.tuners.lora.config.BdLoraConfig(nblocks=2)), "config= says use_bdlora="),
     ],
 )
@@ -374,7 +379,6 @@ def test_a_broken_config_of_a_state_dict_is_refused(config, message, good):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: adapted(use_dora=True), "config of adapter 'default' of the PeftModel says use_dora=True: "),
         (lambda: adapted(modules_to_save=["head"]), r"says modules_to_save=\['head'\]: .*train without it"),
         (lambda: adapted(target_modules=["q", "embed"]), "adapter 'default' .*embed.lora_embedding_A is not taken"),
         (lambda: adapted(target_modules=["conv"]), "conv.lora_A.weight is of a module that the bank was not asked"),
@@ -413,7 +417,7 @@ def test_every_setting_of_peft_is_followed_or_refused_or_without_effect(good, tm
 
     settings = set(peft.LoraConfig().to_dict())
     assert settings - HONOURED.keys() - set(INERT) == {
-        *("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
+        *("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
         *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
         *("megatron_config", "layer_replication", "ensure_weight_tying"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "exclude": {"exclude_modules": ["layers.0.q"]},
     "pattern": {"target_modules": r".*\.0\.(q|down)"},
     "all-linear": {"target_modules": "all-linear"},
+    "DoRA": {"use_dora": True, "bias": "lora_only"},
+    "DoRA and rsLoRA": {"use_dora": True, "use_rslora": True, "alpha_pattern": {"q": 1.5}},
     "orthogonal": {"init_lora_weights": "orthogonal", "lora_dropout": 0.5},
 }
 
@@ -40,7 +43,7 @@ SOURCES: dict[str, Callable[[peft.PeftModel, Path], tuple[Any, Any]]] = {
     "state dict": lambda model, at: (peft.get_peft_model_state_dict(model), model.peft_config["default"]),
     "named": lambda model, at: (
         {
-            key.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine."): tensor
+            re.sub("(lora_[AB])", r"\1.mine", key).replace("vector", "vector.mine.weight"): tensor
             for key, tensor in peft.get_peft_model_state_dict(model).items()
         },
         json.loads((saved(model, at) / CONFIG).read_text()),

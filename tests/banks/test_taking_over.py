@@ -23,10 +23,6 @@ MODELS = {
     "another dtype": (lambda: AdapterBank(llama(), dtype=torch.float64), "float64"),
     "too few modules": (lambda: AdapterBank(adapted("a"), modules=["q_proj"]), "leaves out"),
     "too little memory": (lambda: AdapterBank(adapted("b"), memory=4096), "AdapterBank"),
-    "DoRA": (
-        lambda: AdapterBank(peft.get_peft_model(llama(), peft.LoraConfig(use_dora=True, target_modules=["q_proj"]))),
-        "dora",
-    ),
     "no LoRA": (
         lambda: AdapterBank(peft.get_peft_model(llama(), peft.VeraConfig(target_modules=["q_proj"]))),
         "VERA",

@@ -68,12 +68,12 @@ GIVEN = {
 }
 
 
-# A bank's adapters, by a schedule: alone, beside others, two of them, for gate and up.
+# A bank's adapters, by a schedule: alone, beside others, for gate and up.
 BANKS = {
     "bank": "k=64 x=bf16; " + "; ".join(f"n={n} w=bf16 out=bf16 bank(bf16 x3)" for n in (48, 16, 16)),
     "bank_odd": f"k=37 x=f32; n=21 w=f32 out=f32 bias=f32 residual=f32{_lora(3)} bank(f32 x2);"
     " n=24 w=f32 out=f32 bank(f32 x8)",
-    "bank_two": f"k=64 x=bf16; n=24 wt=bf16 out=bf16{_lora(16)} kron(4*6x16*1 f32 s=1.0) bank(f32 x2) bank(bf16 x1)",
+    "bank_beside": f"k=64 x=bf16; n=24 wt=bf16 out=bf16{_lora(16)} kron(4*6x16*1 f32 s=1.0) bank(f32 x4)",
     "bank_swiglu": "k=64 x=f16 swiglu; n=40 w=f16 out=f16 bank(f16 x2); n=40 w=f16 out=f16 bank(f16 x2)",
 }
 

@@ -44,10 +44,10 @@ class Problem:
         x = make((*leading, spec.k), spec.x)
         operands = {}
         for i, p in enumerate(spec.projections):
-            for j, _ in enumerate(p.banked):
+            if p.banked:
                 rows = max(r for r in (1, 2, 3, 5) if m % r == 0)
                 schedule, room = banked.drawn(rows, 1 + (m + i) % 3, spec.k, p.n, generator)
-                operands |= {f"pool{i}_{j}": make((room,), p.banked[j].dtype), f"schedule{i}_{j}": schedule}
+                operands |= {f"pool{i}": make((room,), p.banked.dtype), f"schedule{i}": schedule}
         for operand in spec.operands():
             if operand.table:
                 continue
@@ -83,19 +83,23 @@ def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     return w.T if spec.projections[i].transposed else w
 
 
-def _banked(x: Tensor, pool: Tensor, schedule: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """What a bank adds to each row, and the magnitudes that go into it."""
-    tokens, rows = x.flatten(0, -2), len(schedule) - 1
+def _banked(x: Tensor, pool: Tensor, schedule: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a bank adds to each row, and the magnitudes that go into it, and what it multiplies ``W x`` by."""
+    tokens, rows, n = x.flatten(0, -2), len(schedule) - 1, len(w)
     total, size = torch.zeros(len(tokens), n).double(), torch.zeros(len(tokens), n).double()
+    scales = torch.ones(len(tokens), n).double()
     for t, token in enumerate(tokens):
         for entry in schedule[1 + t * rows // len(tokens)]:
             a0, b0, ra, rb, *_ = (int(field) for field in entry)
             scale, weight = (float(field) for field in entry[4:6].view(torch.float32))
             a = pool[32 * a0 : 32 * a0 + ra * len(token)].view(ra, len(token))
             b = pool[32 * b0 : 32 * b0 + n * rb].view(n, rb)
-            total[t] += scale * b[:, :ra] @ (a @ token) + weight * b[:, ra:].sum(1)
-            size[t] += abs(scale) * b[:, :ra].abs() @ (a.abs() @ token.abs()) + abs(weight) * b[:, ra:].abs().sum(1)
-    return total.view(*x.shape[:-1], n), size.view(*x.shape[:-1], n)
+            bias, row = b[:, ra : ra + 1].sum(1), b[:, ra + 1 :].sum(1)
+            total[t] += scale * b[:, :ra] @ (a @ token) + weight * bias + weight * row * (w @ token)
+            size[t] += abs(scale) * b[:, :ra].abs() @ (a.abs() @ token.abs()) + abs(weight) * bias.abs()
+            size[t] += abs(weight) * row.abs() * (w.abs() @ token.abs())
+            scales[t] += weight * row
+    return total.view(*x.shape[:-1], n), size.view(*x.shape[:-1], n), scales.view(*x.shape[:-1], n)
 
 
 def _gated(gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], spec: KernelSpec) -> tuple[Tensor, Tensor]:
@@ -121,9 +125,9 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
         scale = float(operands.get(f"scale{i}_{j}", term.scale))
         total = total + scale * (x @ a.T) @ b.T
         size = size + abs(scale) * (x.abs() @ a.abs().T) @ b.abs().T
-    for j in range(len(p.banked)):
-        added, much = _banked(x, operands[f"pool{i}_{j}"].double(), operands[f"schedule{i}_{j}"], p.n)
-        total, size = total + added, size + much
+    if p.banked:
+        added, much, scales = _banked(x, operands[f"pool{i}"].double(), operands[f"schedule{i}"], w)
+        total, size, base = total + added, size + much, base * scales
     for j in range(len(p.given)):
         c, z = operands[f"c{i}_{j}"].double(), operands[f"z{i}_{j}"].double()
         total, size = total + z @ c.T, size + z.abs() @ c.abs().T

@@ -63,7 +63,9 @@ SPECS = {
     "long_rows_even": "k=1024 x=f16; n=10 w=f16 out=f32 lora(r=4 f32 s=1.0); n=6 w=f32 out=f32",
     "bank": "k=48 x=f32; n=20 w=f32 out=f32 bias=f32 residual=f32 bank(f32); n=9 w=f32 out=f32 bank(f32)",
     "bank_16": "k=100 x=bf16; n=36 w=bf16 out=bf16 lora(r=5 f32 s=2.0) bank(bf16); "
-    "n=44 wt=bf16 out=bf16 bank(f32) bank(f32); n=40 w=bf16 out=bf16 kron(10*4x10*1 f32 s=1.0) bank(f16)",
+    "n=44 wt=bf16 out=bf16 bank(f32); n=40 w=bf16 out=bf16 kron(10*4x10*1 f32 s=1.0) bank(f16)",
+    "bank_beside_all": "k=64 x=f32; n=21 w=f32 out=f32 bias=f32 rowscale=f32 lora(r=5 f32 s=2.0) given(r=3 f32 z=f32) "
+    "bank(f32); n=48 wt=f32 out=f32 bias=f32 lora(r=3 f32 s=1.0) kron(4*12x16*1 f32 s=1.0) bank(f32)",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)

@@ -109,14 +109,11 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
 
 
 def bank(spec: KernelSpec, pool: Operand, m: int, generator: torch.Generator) -> tuple[Tensor, int]:
-    """A schedule that gives at least one row an adapter, and the size of its pool."""
+    """A schedule, and the size of its pool."""
     total = spec.projections[pool.projection]
-    width = total.banked[pool.term or 0].width
+    assert total.banked is not None and total.banked.width is not None
     rows = max(rows for rows in (1, 2, 3, 5, 14) if m % rows == 0)
-    while True:
-        found = banked.drawn(rows, width or 0, spec.k, total.n, generator, blocks=True)
-        if any(use.ra and use.scale for row in range(rows) for use in banked.uses(found[0], row)):
-            return found
+    return banked.drawn(rows, total.banked.width, spec.k, total.n, generator, blocks=True)
 
 
 def reference(p: Problem, i: int, without: str = "") -> Tensor:
@@ -131,9 +128,8 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
     for j in range(len(projection.given)):
         if without != f"given{j}":
             y = y + p.get("z", i, j).double() @ p.get("c", i, j).double().T
-    for j in range(len(projection.banked)):
-        if without != f"bank{j}":
-            y = y + banked.apply(x, p.get("pool", i, j).double(), p.get("schedule", i, j), projection.n)
+    if projection.banked and without != "bank":
+        y = y + banked.apply(x, p.get("pool", i).double(), p.get("schedule", i), x @ p.weight(i).double().T)
     for j in range(len(projection.kronecker)):
         if without != f"kron{j}":
             y = y + p.kronecker(i, j, exact=True).apply(x)
@@ -161,8 +157,9 @@ def segments(p: Problem, i: int) -> Tensor:
         c, z = p.get("c", i, j), p.get("z", i, j)
         wide = torch.promote_types(c.dtype, z.dtype)
         y = y + functional.linear(z.to(wide), c.to(wide)).to(common)
-    for j in range(len(projection.banked)):
-        y = y + banked.apply(p.x, p.get("pool", i, j), p.get("schedule", i, j), projection.n).to(common)
+    if projection.banked:
+        base = functional.linear(p.x.to(common), weight.to(common))
+        y = y + banked.apply(p.x, p.get("pool", i), p.get("schedule", i), base).to(common)
     for j in range(len(projection.kronecker)):
         y = y + p.kronecker(i, j).apply(p.x).to(common)
     if projection.rowscale:
@@ -223,7 +220,7 @@ def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list
 def parts(q: Sum) -> list[str]:
     """What `reference` can leave out."""
     found = ["bias"] * bool(q.bias) + ["residual"] * bool(q.residual) + [f"term{j}" for j in range(len(q.lowrank))]
-    found += [f"given{j}" for j in range(len(q.given))] + [f"bank{j}" for j in range(len(q.banked))]
+    found += [f"given{j}" for j in range(len(q.given))] + ["bank"] * bool(q.banked)
     return found + [f"kron{j}" for j in range(len(q.kronecker))]
 
 
