@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gawscompile.ir.banked import UNIT
@@ -16,10 +16,11 @@ from gawscompile.ir.banked import UNIT
 
 class Arena:
     """Runs of ``[0, size)``, each beginning at a multiple of `UNIT`; the first that is long enough is lent. Callers of
-    everything but `read_by` hold one lock."""
+    everything but `read_by` hold one lock. `settle` waits for what a device may still be doing for snapshots that are
+    gone."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size // UNIT * UNIT
+    def __init__(self, size: int, settle: Callable[[], None] | None = None) -> None:
+        self.size, self._settle = size // UNIT * UNIT, settle
         self._free = [(0, self.size)]  # (begin, end), in order, none touching the next
         self._resting: list[tuple[int, int, int]] = []  # (when it was taken back, begin, end)
         self._clock = itertools.count(1)
@@ -75,6 +76,8 @@ class Arena:
         awake = [run for run in self._resting if run[0] < oldest]
         if not awake:
             return
+        if self._settle is not None:
+            self._settle()
         self._resting = [run for run in self._resting if run[0] >= oldest]
         merged: list[tuple[int, int]] = []
         for begin, end in sorted([*self._free, *((begin, end) for _, begin, end in awake)]):

@@ -28,24 +28,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gawscompile.banks import listing
+from gawscompile.banks import listing, schedules
 from gawscompile.banks.checkpoints import BankError
 from gawscompile.banks.layer import Shared
 from gawscompile.banks.listing import Info
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
-from gawscompile.banks.residents import Held, Residents, forget
+from gawscompile.banks.residents import Held, Residents, device_of, forget
 from gawscompile.banks.saving import write
-from gawscompile.ir.banked import FIELDS, PAD, UNIT
+from gawscompile.banks.schedules import Rows
+from gawscompile.banks.tables import Table
+from gawscompile.ir.banked import BLOCK, FIELDS, UNIT
 from gawscompile.ir.types import DTYPE_NAMES
+from gawscompile.planning import devices
+from gawscompile.planning.targets import CPP, target_of
 from gawscompile.runtime.banked import SOURCES, Source, publish, retract
 
 __all__ = ["AdapterBank", "BankError", "Info"]
 
 Choice = str | None | Mapping[str, float]
 """Of one row: an adapter's name, none, or several with their weights."""
-
-Rows = tuple[tuple[tuple[Held, float], ...], ...]
-"""What is active: the adapters of each row with their weights."""
 
 class AdapterBank(Source):
     """LoRA and DoRA adapters beside the linears of `model`, which is changed in place and remains the one to call,
@@ -57,6 +58,8 @@ class AdapterBank(Source):
     `modules`: "all-linear" (all but the output layer), or names or ends of names, as PEFT's ``target_modules``.
     `dtype`: of the factors in the pool; by default that of a PeftModel's factors, else the model's.
     `max_mix`: adapters that one row can mix. `max_adapters`: resident ones, if that is to be limited too.
+    On a GPU, `max_ranks`: ranks of all adapters of one row together, in blocks of 16; `max_rows`: rows that can have
+    adapters of their own.
 
     When the pool is full, the adapters that were not used for longest leave it, but for pinned and active ones. They
     are read again, from where they came, when they are needed. Methods may be called by any thread.
@@ -73,6 +76,8 @@ class AdapterBank(Source):
         dtype: torch.dtype | None = None,
         max_mix: int = 4,
         max_adapters: int | None = None,
+        max_ranks: int = 256,
+        max_rows: int = 64,
     ) -> None:
         peft: Any = model if hasattr(model, "get_base_model") else None
         if peft is None and hasattr(model, "peft_config"):
@@ -88,18 +93,27 @@ class AdapterBank(Source):
         dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else weight.dtype)
         if dtype not in DTYPE_NAMES:
             raise BankError(f"dtype={dtype}: factors of a bank are of {', '.join(map(str, DTYPE_NAMES))}")
-        if max_mix < 1 or (max_adapters is not None and max_adapters < 1):
-            raise BankError(f"max_mix={max_mix}, max_adapters={max_adapters}: both count adapters, from 1 on")
+        limits = {"max_mix": max_mix, "max_adapters": max_adapters, "max_ranks": max_ranks, "max_rows": max_rows}
+        for limit, value in limits.items():
+            if value is not None and value < 1:
+                raise BankError(f"{limit}={value}: it counts from 1 on")
         size = _bytes(memory) // dtype.itemsize
         if size < UNIT:
             raise BankError(f"memory={memory!r} holds no adapter")
         self.model, self.modules, self.max_mix, self.left_out = model, tuple(bases), max_mix, left
         known = tuple(name for name, _ in inner.named_modules())
         base = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
-        self._all = Residents(bases, known, base, size, dtype, max_adapters, self._active, self._changed, self._became)
+        device = device_of(bases)
+        on_gpu = target_of(devices.of(device.type)) is not CPP
+        self._width = -(-max_ranks // BLOCK) if on_gpu else max_mix  # entries of a row
+        self._all = Residents(
+            *(bases, known, base, size, dtype, max_adapters, self._width if on_gpu else None),
+            *(self._active, self._changed, self._became),
+        )
         self._lock = self._all.lock
+        self._table = Table((len(bases), max_rows + 1, self._width, FIELDS), device) if on_gpu else None
         self._rows: dict[object, Rows] = {None: ((),)}  # what is active: for all threads, and for single ones
-        self._made: dict[Any, np.ndarray] = {}  # schedules of the present state
+        self._made: dict[Any, Any] = {}  # schedules of the present state, where forwards read them
         self._here: ContextVar[object] = ContextVar("adapters", default=None)  # a key of `_rows`
         self._fetching: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -108,8 +122,9 @@ class AdapterBank(Source):
             self._all.put(name, adapter, None)
         active = [name for name in active_of(peft) if name in given] if peft is not None else []
         self.activate(dict.fromkeys(active, 1.0) if active else None)
-        self.shared = Shared(self._all.pool, self._number, len(bases), max_mix)
-        SOURCES[self._number] = self
+        state = torch.tensor([self._number]) if self._table is None else self._table.tensor
+        self.shared = Shared(self._all.pool, state, len(bases), self._width)
+        SOURCES[self._number if self._table is None else state.data_ptr()] = self
         finalize(self, retract, self._number).atexit = False
         attach(self, model, inner, bases, self.shared)
 
@@ -220,6 +235,8 @@ class AdapterBank(Source):
         choices = [cast(Choice, adapters)] if single else list(cast("Sequence[Choice]", adapters))
         if not choices:
             raise BankError("a list of adapters has one for each row, and this one is empty")
+        if self._table is not None and key is None:
+            self._table.check(len(choices))
         parts = [_parts(choice) for choice in choices]
         for choice, part in zip(choices, parts, strict=True):
             if len(part) > self.max_mix:
@@ -231,9 +248,11 @@ class AdapterBank(Source):
                 held = {name: self._all.of(name) for name in names}
                 if any(one.entries is None for one in held.values()):
                     return False
+                rows = tuple(tuple((held[name], weight) for name, weight in part) for part in parts)
+                self._check(rows)
                 for one in held.values():
                     one.used = time.time()
-                self._rows[key] = tuple(tuple((held[name], weight) for name, weight in part) for part in parts)
+                self._rows[key] = rows
                 self._changed()
                 return True
 
@@ -248,15 +267,33 @@ class AdapterBank(Source):
         return any(one is held for rows in self._rows.values() for row in rows for one, _ in row)
 
     def _became(self, before: Held, held: Held) -> None:
-        for key, rows in self._rows.items():
-            self._rows[key] = tuple(
-                tuple((held if one is before else one, weight) for one, weight in row) for row in rows
-            )
+        changed = {
+            key: tuple(tuple((held if one is before else one, weight) for one, weight in row) for row in rows)
+            for key, rows in self._rows.items()
+        }
+        for rows in changed.values():
+            self._check(rows)
+        self._rows.update(changed)
+
+    def _check(self, rows: Rows) -> None:
+        """Raises `BankError` where a row's adapters have more entries than a schedule has places for."""
+        for row in rows if self._table is not None else ():  # elsewhere `max_mix` is all
+            entries = schedules.most(row)
+            if entries > self._width:
+                names = " and ".join(held.name for held, _ in row)
+                raise BankError(
+                    f"{names} take {entries} blocks of {BLOCK} ranks, and a row has place for {self._width}: "
+                    "AdapterBank(max_ranks=…)"
+                )
 
     def _changed(self) -> None:
         """What schedules were made of is no longer so. The caller holds the lock."""
         self._made.clear()
-        retract(self._number)
+        if self._table is None:
+            retract(self._number)
+        else:
+            chosen = self._rows[None]
+            self._table.write(self._scheduled(chosen, len(chosen)))
 
     # ---- what forwards read -------------------------------------------------------------------------------
 
@@ -269,6 +306,12 @@ class AdapterBank(Source):
                     f"the bank has adapters for {len(chosen)} rows, and the batch has {rows}: activate one for each row"
                 )
             made = self._made.get((chosen, rows))
+            if self._table is not None:
+                if made is None:
+                    made = self._made[chosen, rows] = self._table.own(self._scheduled(chosen, rows))
+                found: Tensor = made.clone()
+                self._all.arena.read_by(found.untyped_storage())  # which views of it keep, too
+                return found
             if made is None:
                 made = self._made[chosen, rows] = self._scheduled(chosen, rows)
                 self._all.arena.read_by(made)
@@ -289,24 +332,7 @@ class AdapterBank(Source):
         return held.schedules[key].copy()  # of this time, for the arena
 
     def _schedule(self, chosen: Rows, rows: int) -> np.ndarray:
-        found = np.zeros((len(self.modules), rows + 1, self.max_mix, FIELDS), np.int32)
-        each, room = rows // len(chosen), np.zeros(len(self.modules), np.int32)
-        first = {row: number for number, row in reversed(list(enumerate(chosen)))}
-        for number, row in enumerate(chosen):
-            mine = found[:, 1 + number * each : 1 + (number + 1) * each]
-            ranks = np.zeros_like(room)
-            for i, (held, weight) in enumerate(row):
-                assert held.entries is not None
-                mine[:, :, i] = held.entries[:, None]
-                scales = held.entries[:, 4:6].view(np.float32) * np.float32(weight * held.scale)
-                mine[:, :, i, 4:6] = scales.view(np.int32)[:, None]
-                ranks += held.entries[:, 3]
-            mine[:, :, 0, 6] = first[row] * each
-            mine[:, :, 0, 7] = np.where(ranks > 0, len(row), 0)[:, None]
-            room = np.maximum(room, ranks)
-        found[:, 0, 0, 0], found[:, 0, 0, 1] = rows, self.max_mix
-        found[:, 0, 0, 2] = -(-room // PAD) * PAD
-        return found
+        return schedules.made(chosen, rows, len(self.modules), self._width, compact=self._table is not None)
 
     # ---- what it has --------------------------------------------------------------------------------------
 

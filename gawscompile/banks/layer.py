@@ -14,19 +14,20 @@ from gawscompile.runtime.banked import BANKED, SCHEDULE
 
 
 class Shared(nn.Module):
-    """What all modules of a bank read: its pool, its number, and the snapshot of the forward that is under way.
+    """What all modules of a bank read: its pool, its number (on a GPU its table), and the snapshot of the forward that
+    is under way.
 
     A submodule of each of them, so that compiled code finds its tensors where guards look. They go into no checkpoint,
-    and stay where they are when the model is moved or cast: kernels on CPUs read them.
+    and stay where they are when the model is moved or cast.
     """
 
     pool: Tensor
     state: Tensor
 
-    def __init__(self, pool: Tensor, number: int, modules: int, width: int) -> None:
+    def __init__(self, pool: Tensor, state: Tensor, modules: int, width: int) -> None:
         super().__init__()
         self.register_buffer("pool", pool, persistent=False)
-        self.register_buffer("state", torch.tensor([number]), persistent=False)
+        self.register_buffer("state", state, persistent=False)
         self.count, self.width = modules, width
         self.traced: Tensor | None = None  # `current`, for graphs
         self._here = threading.local()  # in eager mode, several threads may be in the model at once

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -50,10 +50,10 @@ def linears(model: nn.Module, modules: str | Sequence[str]) -> tuple[dict[str, n
             left[path] = "modules= does not name it"
     if not found:
         raise BankError(f"modules={modules!r}: the model has no linear of that name")
-    for path, base in found.items():
-        weight: Any = base.weight
-        if weight.device.type != "cpu":
-            raise BankError(f"{path} is on {weight.device}: adapter banks are for models on a CPU so far")
+    places = {cast(Any, base).weight.device: path for path, base in found.items()}
+    if len(places) > 1 or next(iter(places)).type not in ("cpu", "cuda"):
+        where = " and ".join(f"{path} on {device}" for device, path in places.items())
+        raise BankError(f"{where}: a bank is for linears on one CPU or one GPU")
     return found, left
 
 

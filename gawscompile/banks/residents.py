@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gawscompile.banks import layouts
 from gawscompile.banks.arena import Arena, whole
 from gawscompile.banks.checkpoints import Adapter, BankError, Factors, read, sizes_of
 from gawscompile.banks.dora import Scaled
-from gawscompile.ir.banked import FIELDS, UNIT
+from gawscompile.ir.banked import BLOCK, FIELDS
 from gawscompile.options import Options
 from gawscompile.runtime import pages
 
@@ -33,9 +34,17 @@ WAIT = 30.0
 """Seconds that loading waits for forwards that still read memory which is to be used again."""
 
 
+def device_of(bases: Mapping[str, nn.Module]) -> torch.device:
+    """Where the weights are."""
+    weight: Any = next(iter(bases.values())).weight
+    device: torch.device = weight.device
+    return device
+
+
 @dataclass(eq=False)
 class Held:
-    """An adapter that the bank knows. `entries`: each module's entry of a schedule, while it is resident."""
+    """An adapter that the bank knows. `entries`: each module's in a schedule, ``[modules, parts, FIELDS]``, while it is
+    resident."""
 
     name: str
     source: Path | None = None  # a folder to read it from; None: it is resident, and was never written anywhere
@@ -59,7 +68,7 @@ class Held:
 
 class Residents:
     """Adapters of the linears `bases` of a model of the name `base`, whose modules are `known`, in a pool of `size`
-    numbers, `most` of them at once.
+    numbers, `most` of them at once. `width`: for a GPU, how many entries a row can have (`layouts`).
 
     `active` says whether an adapter may not leave, `changed` is told that one came or left; `became` that another
     adapter of the same name stands for one from now on. Two locks: `loading` of reading and of leaving, which may take
@@ -74,16 +83,18 @@ class Residents:
         size: int,
         dtype: torch.dtype,
         most: int | None,
+        width: int | None,
         active: Callable[[Held], bool],
         changed: Callable[[], None],
         became: Callable[[Held, Held], None],
     ) -> None:
         self.bases, self.known, self.base, self.dtype, self.most = bases, known, base, dtype, most
-        self.modules = tuple(bases)
-        self.arena = Arena(size)
+        self.modules, self.width = tuple(bases), width
+        self.device = device_of(bases)
+        self.arena = Arena(size, None if width is None else lambda: torch.cuda.synchronize(self.device))
         with torch.inference_mode(False):  # adapters may be loaded outside of it
-            self.pool = torch.empty(self.arena.size, dtype=dtype)
-        if Options.split(None)[0].huge_pages:
+            self.pool = torch.empty(self.arena.size, dtype=dtype, device=self.device)
+        if width is None and Options.split(None)[0].huge_pages:
             pages.untouched(self.pool)
         self.held: dict[str, Held] = {}
         self.lock, self.loading = threading.RLock(), threading.RLock()
@@ -115,8 +126,9 @@ class Residents:
         """Bring an adapter into the pool, and make it known. Raises `BankError` where there is no room. `again`: what
         it was known as, where it comes back."""
         ranks = {path: factors.a.shape[0] for path, factors in adapter.factors.items()}
-        factors = [adapter.factors[path] for path in self.modules if path in adapter.factors]
-        sizes = [size for f in factors for size in (f.a.numel(), _wide(f) * f.b.shape[0])]
+        factors = {path: adapter.factors[path] for path in self.modules if path in adapter.factors}
+        self._check(name, factors)
+        sizes = [size for f in factors.values() for size in layouts.runs(f, self.width is not None)]
         scaled = {path: f.scaled for path, f in adapter.factors.items() if f.scaled is not None}
         held = Held(name, source, adapter.config, ranks, scaled, sizes, scale, pinned)
         with self.loading:
@@ -197,26 +209,35 @@ class Residents:
             else:
                 time.sleep(0.0005)
 
+    def _check(self, name: str, factors: Mapping[str, Factors]) -> None:
+        """Raises `BankError` for an adapter that no row could have."""
+        for path, f in factors.items():
+            rank, more = f.a.shape[0], layouts.more(f)
+            blocks = len(layouts.parts(rank, more, True))
+            if self.width is not None and blocks > self.width:
+                raise BankError(
+                    f"{name}: {path} takes {blocks} blocks of {BLOCK} ranks, and a row of this bank has place for "
+                    f"{self.width}: AdapterBank(max_ranks=…)"
+                )
+
     def _fill(self, held: Held, adapter: Adapter) -> None:
         """Copy the factors into their runs, and write their entries."""
-        entries, runs = np.zeros((len(self.modules), FIELDS), np.int32), zip(held.begins, held.sizes, strict=True)
-        for index, path in enumerate(self.modules):
-            factors = adapter.factors.get(path)
-            if factors is None:
-                continue
-            (rank, k), n, wide = factors.a.shape, factors.b.shape[0], _wide(factors)
-            (a, _), (b, _) = next(runs), next(runs)
-            first = self.pool[a:][: rank * k].view(rank, k).copy_(factors.a)
-            columns = self.pool[b:][: n * wide].view(n, wide)
-            columns[:, :rank].copy_(factors.b)
-            if wide > rank:
-                columns[:, rank] = 0 if factors.bias is None else factors.bias
-            if factors.scaled is not None:
-                columns[:, rank + 1] = factors.scaled.c - 1
-            if self.dtype == torch.float16 and not (first.isfinite().all() and columns.isfinite().all()):
-                raise BankError(f"{held.name}: {path} has factors beyond the pool's float16: AdapterBank(dtype=…)")
-            numbers = np.array([factors.scale, 1.0], np.float32).view(np.int32)
-            entries[index, :6] = a // UNIT, b // UNIT, rank, wide, *numbers
+        begins = iter(held.begins)
+        found: list[np.ndarray] = []
+        for path in self.modules:
+            factors, parts = adapter.factors.get(path), np.zeros((0, FIELDS), np.int32)
+            try:
+                if factors is not None:
+                    parts = layouts.fill(self.pool, begins, factors, self.width is not None)
+            except OverflowError as error:
+                what = f"{held.name}: {path} has factors beyond the pool's float16: AdapterBank(dtype=…)"
+                raise BankError(what) from error
+            found.append(parts)
+        entries = np.zeros((len(found), max(1, *map(len, found)), FIELDS), np.int32)
+        for mine, filled in zip(entries, found, strict=True):
+            mine[: len(filled)] = filled
+        if self.width is not None:  # whoever reads it may do so on another stream
+            torch.cuda.current_stream(self.device).synchronize()
         held.entries = entries
 
     # ---- leaving ----------------------------------------------------------------------------------------------
@@ -241,17 +262,15 @@ class Residents:
                 self.leave(held)
 
     def factors(self, held: Held) -> dict[str, Factors]:
-        """Of an adapter that is resident, by module; views of the pool. The caller holds `loading`."""
+        """Of an adapter that is resident, by module; views of the pool, or copies. The caller holds `loading`."""
         assert held.entries is not None
-        found, floats = {}, held.entries.view(np.float32)
+        found = {}
         for index, path in enumerate(self.modules):
             if path in held.ranks:
-                a, b, rank, wide = (int(number) for number in held.entries[index, :4])
-                n, k = sizes_of(self.bases[path])
-                columns = self.pool[b * UNIT :][: n * wide].view(n, wide)
-                first = self.pool[a * UNIT :][: rank * k].view(rank, k)
-                bias = columns[:, rank] if wide > rank else None
-                found[path] = Factors(first, columns[:, :rank], float(floats[index, 4]), bias, held.scaled.get(path))
+                mine, sizes = held.entries[index], sizes_of(self.bases[path])
+                a, b, bias = layouts.taken(self.pool, mine, held.ranks[path], sizes, self.width is not None)
+                scale = float(mine.view(np.float32)[0, 4])
+                found[path] = Factors(a, b, scale, bias, held.scaled.get(path))
         return found
 
 
@@ -288,10 +307,3 @@ def _unspilled(held: Held) -> Adapter:
         assert a is not None and b is not None
         factors[path] = Factors(a, b, scale, bias, None if c is None or m is None else Scaled(c, m))
     return Adapter(factors, json.loads(metadata["config"]))
-
-
-def _wide(factors: Factors) -> int:
-    """Columns of B in the pool: one more where there is a bias, two where it is DoRA."""
-    more = 2 if factors.scaled is not None else 0 if factors.bias is None else 1
-    return factors.b.shape[1] + more
-

@@ -5,9 +5,10 @@
     gaws::banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias) -> Tensor
 
 ``schedule`` takes a snapshot of what a bank is to add in one forward: ``[modules, rows + 1, width, FIELDS]`` of int32
-(`ir.banked`), for a batch of `rows`. `state` holds the number of the bank. A forward takes one snapshot and reads no
-other, so whatever is switched meanwhile, its rows see one state of the bank. ``snapshot`` is the same in C++
-(`banks.cpp`), which `passes.join_banks` puts in its place: a bank publishes what it has made for it.
+(`ir.banked`), for a batch of `rows`. `state` holds the number of the bank, or is its table on a GPU. A forward takes
+one snapshot and reads no other, so whatever is switched meanwhile, its rows see one state of the bank. ``snapshot``
+is the same in C++ (`banks.cpp`), which `passes.join_banks` puts in its place: a bank publishes what it has made for
+it.
 
 ``banked`` is what a module's adapters add to its `base`, which is ``W x + bias``: x ``[..., k]`` and base ``[..., n]``
 → ``[..., n]`` of x's dtype, by the module's part of the snapshot, ``[rows + 1, width, FIELDS]``. `passes.join_banks`
@@ -35,7 +36,7 @@ class Source:
 
 
 SOURCES: WeakValueDictionary[int, Source] = WeakValueDictionary()
-"""The banks of this process by their numbers."""
+"""The banks of this process by their numbers; those of models on a GPU by where their tables are."""
 
 # What it returns changes with the bank: nobody may compute it once for all calls.
 ops.LIBRARY.define(
@@ -73,12 +74,35 @@ def retract(bank: int) -> None:
 
 
 def _schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch.Tensor:
+    if state.dim() > 1:
+        return _of_table(state, rows)
     source = SOURCES.get(int(state[0]))
     if source is None:
         raise RuntimeError("the adapter bank of this model is gone: keep a reference to it, or compile the model anew")
     made = source.snapshot(rows)
     if made.shape != (modules, rows + 1, width, banked.FIELDS):
         raise RuntimeError(f"the graph was compiled for another bank than the one of this model: {tuple(made.shape)}")
+    return made
+
+
+def _of_table(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """On a GPU. A CUDA graph that is being captured takes from the table itself, so replays see what is active then."""
+    source = SOURCES.get(table.data_ptr())
+    if source is not None and not torch.cuda.is_current_stream_capturing():
+        return source.snapshot(rows)
+    return taken(table, rows)
+
+
+def taken(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """What a table says for a batch of `rows`, by operations of its device alone: each chosen row's entries for as many
+    rows one after the other."""
+    chosen = table[0, 0, 0, 0]
+    torch._assert_async(rows % chosen == 0, "the bank has adapters for another number of rows than the batch")
+    each = rows // chosen
+    index = torch.arange(rows, device=table.device) // each + 1
+    made = table.index_select(1, torch.cat([index.new_zeros(1), index]))
+    made[:, 0, 0, 0] = rows
+    made[:, 1:, :, 6] *= each
     return made
 
 
@@ -118,5 +142,6 @@ torch.library.register_fake("gaws::schedule", _fake_schedule, lib=ops.LIBRARY)
 torch.library.register_fake("gaws::snapshot", _fake_schedule, lib=ops.LIBRARY)
 torch.library.register_fake("gaws::banked", _fake_banked, lib=ops.LIBRARY)
 torch.library.register_autograd("gaws::banked", _backward, setup_context=_kept, lib=ops.LIBRARY)
-ops.LIBRARY.impl("schedule", _schedule, "CPU")
-ops.LIBRARY.impl("banked", _banked, "CPU")
+for _key in ("CPU", "CUDA"):
+    ops.LIBRARY.impl("schedule", _schedule, _key)
+    ops.LIBRARY.impl("banked", _banked, _key)

@@ -1,0 +1,102 @@
+"""How the factors of one module's adapter lie in the pool (`ir.banked`): whole for CPUs, in blocks of ranks for GPUs.
+
+Either way they are *parts*, each an entry of a schedule with a run of the pool for A and one for B. On a CPU there is
+one part. On a GPU each has `BLOCK` columns, of which the last part's last are the bias and DoRA's, if there are such;
+what ranks a part has not are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gawscompile.banks.checkpoints import Factors
+from gawscompile.ir.banked import BLOCK, FIELDS, UNIT
+
+
+class Part(NamedTuple):
+    """Ranks from `start` on, `real` of them; the entry's `ra` and `rb` (columns of B)."""
+
+    start: int
+    real: int
+    ra: int
+    rb: int
+
+
+def parts(rank: int, more: int, blocks: bool) -> list[Part]:
+    """The parts of an adapter of a rank with `more` columns behind B's: none, a bias, or a bias and DoRA's."""
+    if not blocks:
+        return [Part(0, rank, rank, rank + more)]
+    found = [Part(start, min(BLOCK, rank - start), BLOCK, BLOCK) for start in range(0, rank, BLOCK)]
+    if more:
+        last = found.pop() if found and found[-1].real <= BLOCK - more else Part(rank, 0, 0, 0)
+        found.append(Part(last.start, last.real, BLOCK - more, BLOCK))
+    return found
+
+
+def more(factors: Factors) -> int:
+    """Columns of B in the pool beside its own: one where there is a bias, two where it is DoRA."""
+    return 2 if factors.scaled is not None else 0 if factors.bias is None else 1
+
+
+def runs(factors: Factors, blocks: bool) -> list[int]:
+    """How many numbers of the pool each A and B takes."""
+    (rank, k), n = factors.a.shape, factors.b.shape[0]
+    found = parts(rank, more(factors), blocks)
+    return [size for part in found for size in (_rows(part, blocks) * k, n * part.rb)]
+
+
+def fill(pool: Tensor, begins: Iterator[int], factors: Factors, blocks: bool) -> np.ndarray:
+    """Copy the factors to where their runs begin: the entries, ``[parts, FIELDS]``. Raises `OverflowError` for numbers
+    that are too large for a pool of float16."""
+    (rank, k), n = factors.a.shape, factors.b.shape[0]
+    found = parts(rank, more(factors), blocks)
+    entries = np.zeros((len(found), FIELDS), np.int32)
+    numbers = np.array([factors.scale, 1.0], np.float32).view(np.int32)
+    for entry, part in zip(entries, found, strict=True):
+        a, b, end = next(begins), next(begins), part.start + part.real
+        first, columns = _views(pool, a, b, part, k, n, blocks)
+        if part.real < len(first) or part.rb > part.real:
+            first.zero_()
+            columns.zero_()
+        first[: part.real].copy_(factors.a[part.start : end])
+        columns[:, : part.real].copy_(factors.b[:, part.start : end])
+        if part.rb > part.ra and factors.bias is not None:
+            columns[:, part.ra].copy_(factors.bias)
+        if part.rb > part.ra + 1 and factors.scaled is not None:
+            columns[:, part.ra + 1].copy_(factors.scaled.c - 1)
+        if pool.dtype == torch.float16 and not (first.isfinite().all() and columns.isfinite().all()):
+            raise OverflowError("factors beyond float16")
+        entry[:6] = a // UNIT, b // UNIT, part.ra, part.rb, *numbers
+    return entries
+
+
+def taken(
+    pool: Tensor, entries: np.ndarray, rank: int, sizes: tuple[int, int], blocks: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A ``[rank, k]``, B ``[n, rank]`` and the bias of what `fill` has put there: views of the pool, or copies where
+    there are several parts."""
+    (n, k), used = sizes, [entry for entry in entries if entry[3]]
+    extra = int(used[-1][3] - used[-1][2])
+    firsts, columns, bias = [], [], None
+    for entry, part in zip(used, parts(rank, extra, blocks), strict=True):
+        first, wide = _views(pool, int(entry[0]) * UNIT, int(entry[1]) * UNIT, part, k, n, blocks)
+        firsts.append(first[: part.real])
+        columns.append(wide[:, : part.real])
+        bias = wide[:, part.ra] if part.rb > part.ra else None
+    if len(used) == 1:
+        return firsts[0], columns[0], bias
+    return torch.cat(firsts), torch.cat(columns, dim=1), bias
+
+
+def _rows(part: Part, blocks: bool) -> int:
+    return BLOCK if blocks else part.ra
+
+
+def _views(pool: Tensor, a: int, b: int, part: Part, k: int, n: int, blocks: bool) -> tuple[Tensor, Tensor]:
+    rows = _rows(part, blocks)
+    return pool[a:][: rows * k].view(rows, k), pool[b:][: n * part.rb].view(n, part.rb)

@@ -1,0 +1,56 @@
+"""Schedules (`ir.banked`) of all modules of a bank, from what is chosen for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gawscompile.banks.residents import Held
+from gawscompile.ir.banked import FIELDS, PAD
+
+Rows = tuple[tuple[tuple[Held, float], ...], ...]
+"""What is active: the adapters of each row with their weights. All are resident."""
+
+
+def made(chosen: Rows, rows: int, modules: int, width: int, compact: bool) -> np.ndarray:
+    """``[modules, rows + 1, width, FIELDS]`` for a batch of `rows`, each choice for as many rows one after the other.
+    `compact`: a row's entries are those that a module has, and no others."""
+    found = np.zeros((modules, rows + 1, width, FIELDS), np.int32)
+    each, room = rows // len(chosen), np.zeros(modules, np.int32)
+    first = {row: number for number, row in reversed(list(enumerate(chosen)))}
+    for number, row in enumerate(chosen):
+        if not row:
+            found[:, 1 + number * each : 1 + (number + 1) * each, 0, 6] = first[row] * each
+            continue
+        entries, counts = _entries(row, compact)
+        mine = found[:, 1 + number * each : 1 + (number + 1) * each]
+        mine[:, :, : entries.shape[1]] = entries[:, None, :width]
+        mine[:, :, 0, 6] = first[row] * each
+        mine[:, :, 0, 7] = counts[:, None]
+        room = np.maximum(room, entries[:, :, 3].sum(axis=1))
+    found[:, 0, 0, 0], found[:, 0, 0, 1] = rows, width
+    found[:, 0, 0, 2] = -(-room // PAD) * PAD
+    return found
+
+
+def most(row: Sequence[tuple[Held, float]]) -> int:
+    """Entries that any module has for a row."""
+    counts = [(held.entries[:, :, 3] > 0).sum(axis=1) for held, _ in row if held.entries is not None]
+    return int(np.max(sum(counts))) if counts else 0
+
+
+def _entries(row: Sequence[tuple[Held, float]], compact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Of a row's adapters, weighted, ``[modules, entries, FIELDS]``, and how many each module has."""
+    parts = []
+    for held, weight in row:
+        assert held.entries is not None
+        part = held.entries.copy()
+        part[:, :, 4:6] = (part[:, :, 4:6].view(np.float32) * np.float32(weight * held.scale)).view(np.int32)
+        parts.append(part)
+    found = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    there = found[:, :, 3] > 0
+    if compact:
+        order = np.argsort(~there, axis=1, kind="stable")
+        return np.take_along_axis(found, order[:, :, None], axis=1), there.sum(axis=1)
+    return found, np.where(there.any(axis=1), found.shape[1], 0)

@@ -1,0 +1,42 @@
+"""What is active, where a GPU can read it: the table that graphs captured there take their schedules from.
+
+A CUDA graph replays kernels and no Python, so what it is to see of a bank has to lie at one address. A forward that
+Python runs gets a schedule of its own instead, which nobody changes afterwards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gawscompile.banks.checkpoints import BankError
+
+
+class Table:
+    """Schedules of up to `rows` rows on `device`: ``[modules, rows + 1, width, FIELDS]`` of int32, of which the first
+    header says how many are chosen (`runtime.banked.taken`)."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.tensor = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.rows = shape[1] - 1
+        self._last: np.ndarray | None = None
+
+    def check(self, rows: int) -> None:
+        """Raises `BankError` where the table has no place for so many."""
+        if rows > self.rows:
+            what = f"adapters for {rows} rows, and the bank has places for {self.rows}"
+            raise BankError(f"{what}: AdapterBank(max_rows=…)")
+
+    def write(self, schedule: np.ndarray) -> None:
+        """Kernels that this thread's stream launches from now on, replays too, see `schedule`."""
+        if self._last is not None and np.array_equal(self._last, schedule):
+            return
+        made, self._last = torch.from_numpy(schedule).to(self.tensor.device), schedule
+        with torch.inference_mode():
+            self.tensor[:, : schedule.shape[1]].copy_(made)
+
+    def own(self, schedule: np.ndarray) -> Tensor:
+        """`schedule` as a tensor that nobody changes."""
+        return torch.from_numpy(schedule).to(self.tensor.device, copy=True)
