@@ -43,8 +43,8 @@ KERNELS = {
     ),
     "DoRA's scale of the first token for its tile": Fault(
         "codegen/banks.cpp",
-        "if (t == 0 || bank.key[t0 + t] != bank.key[t0 + t - 1]) scales",
-        "if (t == 0) scales",
+        "if (t == 0 || bank.key[t0 + t] != bank.key[t0 + t - 1]) bank",
+        "if (t == 0) bank",
         f"{ENTRIES}_gemv[bank-1]",
         unproven="the zoo's bank has one row",
     ),

@@ -26,12 +26,14 @@ struct Bank {
 
   const Use* row(int64_t r) const { return entries + (1 + r) * width; }
 
-  // 1 and what the adapters of the key r add to it: the scale of a row of W x
-  float scale(int64_t r, int64_t n) const {
-    float total = 1;
-    for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use)
-      if (use->scales()) total += use->weight * float(pool[use->b * UNIT + n * use->rb + use->ra + 1]);
-    return total;
+  // 1 and what the adapters of the key r add to it: the scales of `count` rows of W x from n on
+  void scale(int64_t r, int64_t n, int64_t count, float* scales) const {
+    for (int64_t i = 0; i < count; ++i) scales[i] = 1;
+    for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use) {
+      if (!use->scales()) continue;
+      const T* column = pool + use->b * UNIT + n * use->rb + use->ra + 1;
+      for (int64_t i = 0; i < count; ++i) scales[i] += use->weight * float(column[i * use->rb]);
+    }
   }
 
   // f(key, first, last) for the tokens of `order` that share their adapters, wherever their rows are
@@ -141,11 +143,10 @@ inline auto rescaled(const Bank<T>& bank) {
     constexpr int R = std::extent_v<std::remove_reference_t<decltype(acc)>>;
     constexpr int W = std::extent_v<std::remove_reference_t<decltype(acc)>, 1>;
     float scales[R];
-    for (int t = 0; t < W; ++t)
-      for (int r = 0; r < R; ++r) {
-        if (t == 0 || bank.key[t0 + t] != bank.key[t0 + t - 1]) scales[r] = bank.scale(bank.key[t0 + t], row + r);
-        acc[r][t] = acc[r][t] * F(scales[r]);
-      }
+    for (int t = 0; t < W; ++t) {
+      if (t == 0 || bank.key[t0 + t] != bank.key[t0 + t - 1]) bank.scale(bank.key[t0 + t], row, R, scales);
+      for (int r = 0; r < R; ++r) acc[r][t] = acc[r][t] * F(scales[r]);
+    }
   };
 }
 
@@ -156,9 +157,10 @@ inline auto rescaled(const Bank<T>& bank, Line product) {
     if (!bank.dora) return product(v, row, t);
     std::remove_reference_t<decltype(v)> own{};
     product(own, row, t);
-    const auto scale = [&](int64_t r) { return bank.scale(bank.key[t], row + r); };
-    if constexpr (std::is_same_v<decltype(own), Quad>) own *= Quad{scale(0), scale(1), scale(2), scale(3)};
-    else own *= scale(0);
+    constexpr int R = sizeof own / sizeof(float);
+    float scales[R];
+    bank.scale(bank.key[t], row, R, scales);
+    own *= load_as(own, scales);
     v += own;
   };
 }
@@ -206,8 +208,7 @@ struct Joined {
       for (int64_t k = 0; k < use.rb; ++k, ++rank)
         for (int64_t c = 0; c < columns; ++c) turned[rank * 2 * V + c] = float(b[c * use.rb + k]);
     }
-    if (bank.dora)
-      for (int64_t c = 0; c < columns; ++c) turned[bank.room * 2 * V + c] = bank.scale(row, n0 + c);
+    if (bank.dora) bank.scale(row, n0, columns, turned + bank.room * 2 * V);
   }
 
   template <int W>
