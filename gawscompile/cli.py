@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ from gawscompile.loading.arguments import Parser, new_file, new_folder, one_line
 from gawscompile.loading.errors import ModelError
 from gawscompile.loading.quiet import quiet
 from gawscompile.options import OptionError
+from gawscompile.planning.devices import Gpu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +101,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--rank", type=whole(1), help="of the random LoRA (default 16)")
     command.add_argument("--splits", type=whole(1), help="of the random GAWS (default 8)")
+    command.add_argument("--bank", action="store_true", help="put the adapters into an adapter bank")
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     command.add_argument(
         "--tokens", type=whole(1), default=1, help="tokens of text in the call that is compiled (default 1)"
@@ -126,7 +129,7 @@ def _emit(arguments: argparse.Namespace) -> str:
 
     gpu = ahead.gpu_for(arguments.target)
     new_folder("--out", arguments.out, empty=True)
-    model, inputs = _load(arguments)
+    model, inputs = _load(arguments, gpu)
     traced = ahead.trace(model, gpu, **inputs)
     return ahead.emit(traced, arguments.target, arguments.tokens, arguments.out)
 
@@ -178,17 +181,22 @@ def _cache_clear(arguments: argparse.Namespace) -> str:
     return f"{cache.root()}: {freed / 1e6:.1f} MB removed"
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model, and the inputs of one call."""
+def _load(arguments: argparse.Namespace, gpu: Gpu | None = None) -> tuple[Any, dict[str, Any]]:
+    """The model, and the inputs of one call. Its bank, if it is to have one, is as for `gpu`."""
     quiet()
     import torch
 
+    from gawscompile.banks.bank import AdapterBank
     from gawscompile.demo import packaged
     from gawscompile.loading import folders
+    from gawscompile.planning import devices
 
     dtype = getattr(torch, arguments.dtype)
     folder = arguments.model or packaged.smollm2()
     model = folders.load(folder, dtype, arguments.adapter, arguments.rank, arguments.splits)
+    if arguments.bank:
+        with devices.planning_for(gpu) if gpu else contextlib.nullcontext():
+            AdapterBank(model)
     return model, folders.example(model, arguments.tokens)
 
 

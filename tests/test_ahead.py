@@ -84,7 +84,7 @@ def test_targets_are_planned_for_as_the_nearest_gpu(target: str, gpu: str):
     assert ahead.gpu_for(target).name == gpu
 
 
-@pytest.mark.parametrize("adapter", ["lora", "gaws"])
+@pytest.mark.parametrize("adapter", ["lora", "lora --bank", "gaws"])
 def test_emit_writes_sources_binaries_and_a_table(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -95,7 +95,7 @@ def test_emit_writes_sources_binaries_and_a_table(
     config = LlamaConfig(vocab_size=64, num_hidden_layers=2, architectures=["LlamaForCausalLM"], **sizes)
     config.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    command = ["emit", "--model", str(tmp_path / "model"), "--adapter", adapter, "--target", "hip:gfx942"]
+    command = ["emit", "--model", str(tmp_path / "model"), "--adapter", *adapter.split(), "--target", "hip:gfx942"]
     command += ["--tokens", "1", "--dtype", "bfloat16", "--out", str(out)]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
@@ -108,6 +108,8 @@ def test_emit_writes_sources_binaries_and_a_table(
         compile((folder / "kernel.py").read_text(), "kernel.py", "exec")
     rows = [line for line in printed.splitlines() if re.match(r"\| \d\d_", line)]
     assert len(rows) == 4 and all("layers.0" in row for row in rows)
+    specs = [(folder / "kernel.py").read_text() for folder in modules]
+    assert all(("bank(bf16 x16)" in text) == adapter.endswith("--bank") for text in specs)
     assert cli.main(command) == 2
     assert "not an empty folder" in capsys.readouterr().err
 

@@ -91,7 +91,8 @@ class Residents:
         self.bases, self.known, self.base, self.dtype, self.most = bases, known, base, dtype, most
         self.modules, self.width = tuple(bases), width
         self.device = device_of(bases)
-        self.arena = Arena(size, None if width is None else lambda: torch.cuda.synchronize(self.device))
+        asynchronous = self.device.type == "cuda"
+        self.arena = Arena(size, (lambda: torch.cuda.synchronize(self.device)) if asynchronous else None)
         with torch.inference_mode(False):  # adapters may be loaded outside of it
             self.pool = torch.empty(self.arena.size, dtype=dtype, device=self.device)
         if width is None and Options.split(None)[0].huge_pages:
@@ -236,7 +237,7 @@ class Residents:
         entries = np.zeros((len(found), max(1, *map(len, found)), FIELDS), np.int32)
         for mine, filled in zip(entries, found, strict=True):
             mine[: len(filled)] = filled
-        if self.width is not None:  # whoever reads it may do so on another stream
+        if self.device.type == "cuda":  # whoever reads it may do so on another stream
             torch.cuda.current_stream(self.device).synchronize()
         held.entries = entries
 

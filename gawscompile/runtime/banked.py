@@ -88,9 +88,9 @@ def _schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch
 def _of_table(table: torch.Tensor, rows: int) -> torch.Tensor:
     """On a GPU. A CUDA graph that is being captured takes from the table itself, so replays see what is active then."""
     source = SOURCES.get(table.data_ptr())
-    if source is not None and not torch.cuda.is_current_stream_capturing():
-        return source.snapshot(rows)
-    return taken(table, rows)
+    if source is None or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return taken(table, rows)
+    return source.snapshot(rows)
 
 
 def taken(table: torch.Tensor, rows: int) -> torch.Tensor:
