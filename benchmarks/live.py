@@ -6,8 +6,9 @@ Three tables, everything in one of them in turns, on SmolLM2:
 
 - *one adapter*: a decode step with a LoRA of PEFT's modules, and with the same LoRA in a bank, plain and under
   ``gawscompile.compile``, over the base without adapters compiled likewise;
-- *batches*: a decode step of several rows with as many distinct adapters, each row's own, in a bank, over one adapter
-  for all; with PEFT's ``adapter_names`` in eager mode beside it;
+- *batches*: decode and prefill of several rows with as many distinct adapters, each row's own, in a bank, over one
+  adapter for all; beside it, for decode, PEFT's ``adapter_names`` in eager mode and under Inductor, and a merged model
+  for each adapter under Inductor, called with its rows one after the other;
 - *switches* among resident adapters of rank 4 to 64: ``activate`` alone, what making the schedule for it adds to the
   next forward, and the step itself, switched each time and not.
 """
@@ -35,6 +36,8 @@ Step = Callable[[], float]
 Sizes = dict[str, tuple[int, int]]
 """Inputs and outputs by path."""
 COMPILERS = ("gaws", "gawscompile.compile")
+BESIDE = {"eager": "PEFT adapter_names, eager", "inductor": "the same, Inductor", "merged": "merged models, Inductor"}
+"""What else serves rows with adapters of their own."""
 
 
 def decoder(model: Any, backend: str, rows: int = 1) -> Step:
@@ -107,63 +110,113 @@ def one_adapter(setup: Setup, rounds: int) -> list[list[str]]:
     return rows
 
 
-def batches(setup: Setup, rounds: int, sizes: list[int], distinct: list[int]) -> list[list[str]]:
-    """Rows: batch, distinct adapters, ms, over one adapter, over eager's adapter_names."""
+def loop_of(eager: Any, names: list[str], size: int) -> Callable[[Any], Callable[[int], Step]]:
+    """Decode steps of PEFT's ``adapter_names`` through a model or its compiled form, by how many are distinct."""
+
+    def through(run: Any) -> Callable[[int], Step]:
+        loop = Decoder(eager, run, 2 * PAST, batch=size)
+        loop.fill(common._ids(eager, PAST)[0].tolist())
+
+        def of(count: int) -> Step:
+            chosen = [names[row % count] for row in range(size)]
+
+            def step() -> float:
+                loop.seek()
+                with torch.no_grad():
+                    return measure.timed(lambda: run(**loop.inputs(), adapter_names=chosen))
+
+            return step
+
+        return of
+
+    return through
+
+
+def prefill(model: Any, compiler: str, rows: int) -> Step:
+    """A forward of `rows` prompts of `PAST` tokens."""
+    run = measure.compiled(model, compiler, dynamic=False)
+    ids = torch.stack([common._ids(model, PAST)[0]] * rows)
+
+    @torch.no_grad()
+    def step() -> float:
+        return measure.timed(lambda: run(input_ids=ids, use_cache=False))
+
+    return step
+
+
+def batches(setup: Setup, rounds: int, given: argparse.Namespace) -> list[list[str]]:
+    """Rows: phase, batch, distinct adapters, ms, over one adapter, and what else does it, in ms."""
     base, dtype = common.load_base(setup), getattr(torch, setup.dtype)
-    given = adapters(common.linear_sizes(base), setup.rank, max(distinct), dtype)
+    states = adapters(common.linear_sizes(base), setup.rank, max(given.distinct), dtype)
     inner = measure.sharing_copy(base)
     bank = gawscompile.AdapterBank(inner, memory="512MB")
     from peft import get_peft_model
     from peft.utils import set_peft_model_state_dict
 
-    first, *rest = given
+    first, *rest = states
     plain = measure.sharing_copy(base)
     eager: Any = get_peft_model(plain, config(setup.rank), adapter_name=first, autocast_adapter_dtype=False)
     for name in rest:
         eager.add_adapter(name, config(setup.rank), autocast_adapter_dtype=False)
-    for name, state in given.items():
+    for name, state in states.items():
         bank.load(name, state, config=config(setup.rank))
         set_peft_model_state_dict(eager, state, adapter_name=name)
     eager.eval()
-    names, rows = list(given), []
-    for size in sizes:
-        banked = decoder(inner, "gawscompile.compile", size)
-        loop = Decoder(eager, eager, 2 * PAST, batch=size)
-        loop.fill(common._ids(base, PAST)[0].tolist())
+    names, rows = list(states), []
+    for phase, size in [(phase, size) for phase in given.phases for size in given.batch]:
+        counts = [count for count in given.distinct if count <= size]
+        run = decoder(inner, "gawscompile.compile", size) if phase == "decode" else prefill(inner, COMPILERS[0], size)
 
-        def many(count: int, step: Step = banked, size: int = size) -> Step:
-            def run() -> float:
+        def many(count: int, run: Step = run, size: int = size) -> Step:
+            def step() -> float:
                 bank.activate([names[row % count] for row in range(size)] if count else None)
-                return step()
+                return run()
 
-            return run
+            return step
 
-        def peft_loop(count: int, loop: Decoder = loop, size: int = size) -> Step:
-            def run() -> float:
-                loop.seek()
-                chosen = [names[row % count] for row in range(size)]
-                with torch.no_grad():
-                    return measure.timed(lambda: eager(**loop.inputs(), adapter_names=chosen))
-
-            return run
-
-        steps = {f"{count}": many(count) for count in [0, *(d for d in distinct if d <= size)]}
-        steps |= {f"PEFT {count}": peft_loop(count) for count in distinct if count <= size}
+        steps = {f"{count}": many(count) for count in [0, *counts]}
+        if phase == "decode" and "eager" in given.beside:
+            loop = loop_of(eager, names, size)(eager)
+            steps |= {f"eager {count}": loop(count) for count in counts}
+        if phase == "decode" and "inductor" in given.beside:
+            loop = loop_of(eager, names, size)(measure.compiled(eager, "inductor", dynamic=False))
+            steps |= {f"inductor {count}": loop(count) for count in counts}
+        if phase == "decode" and "merged" in given.beside:  # a model for each adapter, called with its rows
+            single = {part: decoder(base, "inductor", part) for part in {size // count for count in counts}}
+            steps |= {f"merged {count}": _times(single[size // count], count) for count in counts}
         times = in_turns(steps, rounds)
-        for name, timing in times.items():
-            if name.startswith("PEFT"):
-                continue
-            loop_ = times.get(f"PEFT {name}")
-            over = timing.median / times["1"].median
-            beside = [f"{loop_.median:.1f}", f"{loop_.median / timing.median:.1f}"] if loop_ else ["", ""]
-            rows.append([f"{size}", name, f"{timing.median:.2f}", f"{over:.2f}", *beside])
+        for count in [0, *counts]:
+            mine = times[f"{count}"].median
+            beside = [times[name].median if (name := f"{kind} {count}") in times else None for kind in BESIDE]
+            cells = [f"{ms:.1f} ({ms / mine:.1f}×)" if ms else "" for ms in beside]
+            rows.append([phase, f"{size}", f"{count}", f"{mine:.2f}", f"{mine / times['1'].median:.2f}", *cells])
     return rows
+
+
+def _times(step: Step, count: int) -> Step:
+    return lambda: sum(step() for _ in range(count))
+
+
+def hot_swap(base: Any, linears: Sizes, dtype: torch.dtype) -> float:
+    """PEFT's way to another adapter of the same rank without recompiling, in µs: its factors are copied."""
+    from peft import get_peft_model
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    model: Any = get_peft_model(measure.sharing_copy(base), config(16), autocast_adapter_dtype=False)
+    states = list(adapters(linears, 16, 2, dtype).values())
+    spent = []
+    for number in range(20):
+        began = time.perf_counter()
+        hotswap_adapter_from_state_dict(model, dict(states[number % 2]), "default", config(16))
+        spent.append(1e6 * (time.perf_counter() - began))
+    return statistics.median(spent)
 
 
 def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
     """Rows: what, µs or ms."""
     base, dtype = common.load_base(setup), getattr(torch, setup.dtype)
     linears = common.linear_sizes(base)
+    swap = hot_swap(base, linears, dtype)
     bank = gawscompile.AdapterBank(base, memory="4GB")
     ranks = (4, 8, 16, 32, 64)
     for rank in ranks:
@@ -201,6 +254,7 @@ def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
         [f"activate, {len(names)} adapters of rank 4 to 64 ({resident:.0f} MB)", _median(spent["activate"], "µs")],
         ["the same, in a loop of its own", _median(alone, "µs")],
         ["a new schedule, in the next forward", _median(spent["schedule"], "µs")],
+        ["PEFT's hotswap_adapter, rank 16", f"{swap:.0f} µs"],
         ["decode step after a switch", f"{times['switched'].median:.2f} ms"],
         ["decode step, the same adapter as before", f"{times['steady'].median:.2f} ms"],
         ["ratio", f"{times['switched'].median / times['steady'].median:.3f}"],
@@ -218,6 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, nargs="*", default=[8], help="rows")
+    parser.add_argument("--phases", nargs="+", default=["decode"], choices=["decode", "prefill"])
+    parser.add_argument("--beside", nargs="*", default=["eager"], choices=list(BESIDE), help="what else to time")
     parser.add_argument("--distinct", type=int, nargs="+", default=[1, 2, 4, 8], help="distinct adapters in a batch")
     parser.add_argument("--resident", type=int, default=100, help="adapters to switch among; 0: no switches")
     parser.add_argument("--parts", nargs="+", default=["one", "batches", "switches"])
@@ -232,8 +288,9 @@ def main(argv: list[str] | None = None) -> None:
             head = ["decode, one adapter", "ms", "quartiles", "× base", "× PEFT's parameters"]
             found.append((title, head, one_adapter(setup, arguments.rounds)))
         if "batches" in arguments.parts and arguments.batch:
-            head = ["rows", "distinct adapters", "ms", "× one adapter", "PEFT adapter_names, eager, ms", "× faster"]
-            found.append((title, head, batches(setup, arguments.rounds, arguments.batch, arguments.distinct)))
+            others = [f"{kind}, ms" for kind in BESIDE.values()]
+            head = ["phase", "rows", "distinct adapters", "ms", "× one adapter", *others]
+            found.append((title, head, batches(setup, arguments.rounds, arguments)))
         if "switches" in arguments.parts and arguments.resident:
             found.append((title, ["switching", ""], switches(setup, arguments.rounds, arguments.resident)))
 

@@ -109,7 +109,7 @@ def test_emit_writes_sources_binaries_and_a_table(
     rows = [line for line in printed.splitlines() if re.match(r"\| \d\d_", line)]
     assert len(rows) == 4 and all("layers.0" in row for row in rows)
     specs = [(folder / "kernel.py").read_text() for folder in modules]
-    assert all(("bank(bf16 x16)" in text) == adapter.endswith("--bank") for text in specs)
+    assert all(("bank(f32 x16)" in text) == adapter.endswith("--bank") for text in specs)
     assert cli.main(command) == 2
     assert "not an empty folder" in capsys.readouterr().err
 
