@@ -44,6 +44,11 @@ USUAL_RANK = 16
 """What the cost model takes the rank of a row's adapters for: when a graph is compiled nobody knows it."""
 
 
+def usual_bytes(dtype: torch.dtype, k: int, n: int) -> int:
+    """Of one adapter's factors, for the cost model."""
+    return dtype.itemsize * USUAL_RANK * (k + n)
+
+
 class Use(NamedTuple):
     """One adapter of one row, in the order of the fields of an entry."""
 

@@ -339,7 +339,7 @@ class Banked(NamedTuple):
 
     def usual_bytes(self, k: int) -> int:
         """Of one adapter's factors, for the cost model."""
-        return DTYPES[self.dtype].itemsize * self.multiplications(k)
+        return banked.usual_bytes(DTYPES[self.dtype], k, self.n)
 
     def describe(self) -> str:
         return "Banked"

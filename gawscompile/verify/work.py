@@ -13,12 +13,14 @@ import sympy
 import torch
 from torch.fx import Node
 
-from gawscompile.analysis.reading import args, is_view
+from gawscompile.analysis.reading import args, dtype, is_view, shape
+from gawscompile.ir import banked
 from gawscompile.ir.records import Work
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, SCALE_DTYPES
 from gawscompile.passes.context import Context
 from gawscompile.planning.table import Program
+from gawscompile.runtime.banked import BANKED
 from gawscompile.verify.proof import cone, rewrites
 
 
@@ -50,7 +52,12 @@ def _traced(nodes: list[Node]) -> Work:
         if node.op != "call_function" or launches_nothing:
             continue
         launches += 1
-        total += sum(_bytes(value.meta.get("val")) for value in (node, *node.all_input_nodes))
+        read = list(node.all_input_nodes)
+        if node.target is BANKED:  # of the pool, what a row's adapters take of it
+            x, pool = args(node)[:2]
+            read.remove(pool)
+            total += banked.usual_bytes(dtype(pool), shape(x)[-1], shape(node)[-1])
+        total += sum(_bytes(value.meta.get("val")) for value in (node, *read))
     return Work(launches, str(total))
 
 
