@@ -134,8 +134,6 @@ def test_a_base_model_and_folders(judge, ids, tmp_path):
         bank.unload("x")
         close(compiled(ids).logits, logits(judge, ids, None))
     assert not list(bank) and in_kernels(records)
-    traced = [int(group.before.bytes) for group in records[0].groups]
-    assert max(traced) < bank.shared.pool.nbytes, "of the pool a call reads what its rows' adapters take"
 
 
 def test_generate_and_peft_s_own_calls(judge, ids, tmp_path):

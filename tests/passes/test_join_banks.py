@@ -16,6 +16,7 @@ from gawscompile.planning import devices
 from gawscompile.planning.targets import TRITON
 from gawscompile.runtime import ops
 from gawscompile.runtime.banked import BANKED, SCHEDULE, SNAPSHOT, SOURCES, Source
+from gawscompile.verify.work import account
 from tests.graphs import capture, count
 
 K, N, NUMBER = 24, 16, -1
@@ -178,6 +179,15 @@ def test_planned_for_a_gpu():
     assert TRITON.plans(KernelSpec.parse("k=64 x=bf16; n=32 w=bf16 out=bf16 bank(bf16 x2)"))
     with pytest.raises(SpecError, match="how wide"):
         TRITON.plans(KernelSpec.parse("k=64 x=bf16; n=32 w=bf16 out=bf16 bank(bf16)"))
+
+
+def test_of_the_pool_a_call_reads_what_adapters_take():
+    model = Model(both)
+    model.pool = torch.zeros(1 << 20)
+    context = capture(model, torch.randn(3, 4, K), kernels=True).until()
+    account(context)
+    (group,) = context.record.groups
+    assert 0 < int(group.after.bytes) < int(group.before.bytes) < model.pool.nbytes
 
 
 def test_tokens_that_are_no_whole_rows_are_refused():
