@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.fault import A_RACE, ON_GPUS, Fault
 
 CPP, PARTS, MODES = "codegen/cpp.py", "codegen/cpp_parts.py", "codegen/cpp_modes.py"
+BANKS = "codegen/triton_banks.py"
 GEMV, TILE, TEXT = "codegen/triton_gemv.py", "codegen/triton_tile.py", "codegen/triton_text.py"
 
 NUMBERS = "tests/codegen/test_triton.py::test_numbers"
@@ -243,6 +244,34 @@ KERNELS = {
         'fn("tl.sigmoid", v.gate)',
         'fn("tl.sigmoid", v.up)',
         f"{NUMBERS}[swiglu_plain-m1]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: a bank's entry for all of a row's": Fault(
+        BANKS,
+        "        v.from_b.let(factor(v.use, 1) + v.first * BLOCK),\n        *v.bank_bs",
+        "        v.from_b.let(factor(0, 1) + v.first * BLOCK),\n        *v.bank_bs",
+        f"{NUMBERS}[bank-m1]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: a bank's bias lost": Fault(
+        BANKS,
+        "v.found.let(fn(\"tl.where\", rank.equals(v.ranks), v.weight, nothing)",
+        "v.found.let(fn(\"tl.where\", rank.equals(v.ranks), nothing, nothing)",
+        f"{NUMBERS}[bank-m1]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: a tile's first row for all of its tokens": Fault(
+        BANKS,
+        "v.mine.let(v.keys.equals(v.key) & v.token_ok)",
+        "v.mine.let(v.token_ok)",
+        f"{NUMBERS}[bank-m6]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: DoRA's scale lost in a tile": Fault(
+        BANKS,
+        "v.mine[:, None], v.acc * v.dora[None, :], Code(\"0.0\")",
+        "v.mine[:, None], v.dora[None, :], Code(\"0.0\")",
+        f"{NUMBERS}[bank-m6]",
         unproven=ON_GPUS,
     ),
     "Triton: G's rows past their slice": Fault(
