@@ -2,13 +2,14 @@
 
     python -m benchmarks.live --dtype float32 bfloat16 --markdown benchmarks/results/live.md
 
-Three tables, everything in one of them in turns, on SmolLM2:
+Four tables, everything in one of them in turns, on SmolLM2:
 
 - *one adapter*: a decode step with a LoRA of PEFT's modules, and with the same LoRA in a bank, plain and under
   ``gawscompile.compile``, over the base without adapters compiled likewise;
 - *batches*: decode and prefill of several rows with as many distinct adapters, each row's own, in a bank, over one
   adapter for all; beside it, for decode, PEFT's ``adapter_names`` in eager mode and under Inductor, and a merged model
   for each adapter under Inductor, called with its rows one after the other;
+- *residency*: a token with an adapter drawn among many on disk, in a bank of 64 MB;
 - *switches* among resident adapters of rank 4 to 64: ``activate`` alone, what making the schedule for it adds to the
   next forward, and the step itself, switched each time and not.
 """
@@ -16,8 +17,11 @@ Three tables, everything in one of them in turns, on SmolLM2:
 from __future__ import annotations
 
 import argparse
+import os
+import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -261,6 +265,62 @@ def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
     ]
 
 
+AMONG = (1, 8, 16, 32, 64, 250, 1000)
+DRAWN = 40
+
+
+def residency(setup: Setup, count: int) -> list[list[str]]:
+    """Rows: among how many of `count` adapters on disk each token's is drawn, tokens a second, the switch in ms, and
+    how much memory the process has taken since its first token. The bank has 64 MB."""
+    from safetensors.torch import save_file
+
+    base, dtype = common.load_base(setup), getattr(torch, setup.dtype)
+    states = list(adapters(common.linear_sizes(base), 4, 8, dtype).values())
+    with tempfile.TemporaryDirectory() as disk:
+        for number in range(count):
+            folder = Path(disk) / f"{number}"
+            config(4).save_pretrained(str(folder))
+            save_file(states[number % len(states)], folder / "adapter_model.safetensors")
+        bank = gawscompile.AdapterBank(base, memory="64MB")
+        for number in range(count):
+            bank.load(f"{number}", Path(disk) / f"{number}", lazy=True)
+        step, rows, generator = decoder(base, "gawscompile.compile"), [], random.Random(0)
+        step()
+        before = _resident()
+        for among in [among for among in AMONG if among <= count]:
+            spent, began = [], time.perf_counter()
+            for _ in range(DRAWN):
+                at = time.perf_counter()
+                bank.activate(f"{generator.randrange(among)}")
+                spent.append(1e3 * (time.perf_counter() - at))
+                step()
+            rate = DRAWN / (time.perf_counter() - began)
+            held = sum(info.bytes for info in bank if info.resident) / 2**20
+            cells = [f"{rate:.1f}", f"{statistics.median(spent):.2f}", f"{held:.1f}", f"{_resident() - before:.0f}"]
+            rows.append([f"{among}", *cells])
+    return rows
+
+
+def _resident() -> float:
+    """MB of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def plot(tables: dict[str, list[list[str]]], file: Path) -> None:
+    """Tokens a second over the number of adapters that they are drawn among, a line for each of `tables`."""
+    figure = common.figure(6, 4)
+    if figure is None:
+        return
+    axes = figure.subplots()
+    for name, rows in tables.items():
+        axes.plot([int(row[0]) for row in rows], [float(row[1]) for row in rows], marker="o", label=name)
+    axes.set(xscale="log", xlabel="adapters on disk that each token's is drawn among", ylabel="tokens a second", ylim=0)
+    axes.set_title("A bank of 64 MB, another adapter for every token")
+    axes.legend()
+    common.save(figure, file)
+
+
 def _median(samples: list[float], unit: str) -> str:
     return f"{statistics.median(samples):.1f} {unit}"
 
@@ -276,7 +336,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--beside", nargs="*", default=["eager"], choices=list(BESIDE), help="what else to time")
     parser.add_argument("--distinct", type=int, nargs="+", default=[1, 2, 4, 8], help="distinct adapters in a batch")
     parser.add_argument("--resident", type=int, default=100, help="adapters to switch among; 0: no switches")
-    parser.add_argument("--parts", nargs="+", default=["one", "batches", "switches"])
+    parser.add_argument("--disk", type=int, default=1000, help="adapters on disk")
+    parser.add_argument("--parts", nargs="+", default=["one", "batches", "switches", "residency"])
+    parser.add_argument("--plot", type=Path, help="of residency; needs matplotlib: pip install 'gawscompile[bench]'")
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args(argv)
     facts = measure.machine()
@@ -293,6 +355,11 @@ def main(argv: list[str] | None = None) -> None:
             found.append((title, head, batches(setup, arguments.rounds, arguments)))
         if "switches" in arguments.parts and arguments.resident:
             found.append((title, ["switching", ""], switches(setup, arguments.rounds, arguments.resident)))
+        if "residency" in arguments.parts:
+            head = ["drawn among", "tokens a second", "activate, ms", "MB of factors", "MB of the process"]
+            found.append((title, head, residency(setup, arguments.disk)))
+    if arguments.plot:
+        plot({title: rows for title, head, rows in found if head[0] == "drawn among"}, arguments.plot)
 
     def report(markdown: bool) -> str:
         bold = "**" if markdown else ""
