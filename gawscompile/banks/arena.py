@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gawscompile.ir.banked import UNIT
@@ -16,11 +16,10 @@ from gawscompile.ir.banked import UNIT
 
 class Arena:
     """Runs of ``[0, size)``, each beginning at a multiple of `UNIT`; the first that is long enough is lent. Callers of
-    everything but `read_by` hold one lock. `settle` waits for what a device may still be doing for snapshots that are
-    gone."""
+    everything but `read_by` hold one lock. Where a device reads them, `asynchronous`, callers wake what is quiet."""
 
-    def __init__(self, size: int, settle: Callable[[], None] | None = None) -> None:
-        self.size, self._settle = size // UNIT * UNIT, settle
+    def __init__(self, size: int, asynchronous: bool = False) -> None:
+        self.size, self._asynchronous = size // UNIT * UNIT, asynchronous
         self._free = [(0, self.size)]  # (begin, end), in order, none touching the next
         self._resting: list[tuple[int, int, int]] = []  # (when it was taken back, begin, end)
         self._clock = itertools.count(1)
@@ -71,16 +70,21 @@ class Arena:
         return bool(self._resting)
 
     def _wake(self) -> None:
-        """Runs that nobody can be reading any more are free."""
+        if not self._asynchronous:
+            self.wake(self.quiet())
+
+    def quiet(self) -> list[tuple[int, int, int]]:
+        """Runs that rest, and that no snapshot is left for."""
         oldest = min([when for when, _ in list(self._readers.values())], default=next(self._clock))
-        awake = [run for run in self._resting if run[0] < oldest]
-        if not awake:
+        return [run for run in self._resting if run[0] < oldest]
+
+    def wake(self, quiet: Sequence[tuple[int, int, int]]) -> None:
+        """Runs that were `quiet` are free: whatever a device was still doing for them is done."""
+        if not quiet:
             return
-        if self._settle is not None:
-            self._settle()
-        self._resting = [run for run in self._resting if run[0] >= oldest]
+        self._resting = [run for run in self._resting if run not in quiet]
         merged: list[tuple[int, int]] = []
-        for begin, end in sorted([*self._free, *((begin, end) for _, begin, end in awake)]):
+        for begin, end in sorted([*self._free, *((begin, end) for _, begin, end in quiet)]):
             if merged and merged[-1][1] == begin:
                 merged[-1] = merged[-1][0], end
             else:

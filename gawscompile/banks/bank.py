@@ -41,7 +41,7 @@ from gawscompile.ir.banked import BLOCK, FIELDS, UNIT
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.planning import devices
 from gawscompile.planning.targets import CPP, target_of
-from gawscompile.runtime.banked import SOURCES, Source, publish, retract
+from gawscompile.runtime.banked import SOURCES, Source, publish, retract, taken
 
 __all__ = ["AdapterBank", "BankError", "Info"]
 
@@ -300,18 +300,18 @@ class AdapterBank(Source):
     def snapshot(self, rows: int) -> Tensor:
         """The schedule of all modules for a batch of `rows` (`ir.banked`), as the bank is now."""
         with self._lock:
-            chosen = self._rows.get(self._here.get(), self._rows[None])
+            here = self._here.get()
+            chosen = self._rows.get(here, self._rows[None])
             if rows % len(chosen):
                 raise BankError(
                     f"the bank has adapters for {len(chosen)} rows, and the batch has {rows}: activate one for each row"
                 )
-            made = self._made.get((chosen, rows))
             if self._table is not None:
-                if made is None:
-                    made = self._made[chosen, rows] = self._table.own(self._scheduled(chosen, rows))
-                found: Tensor = made.clone()
+                own = here is not None and here in self._rows
+                found = self._table.own(self._scheduled(chosen, rows)) if own else taken(self._table.tensor, rows)
                 self._all.arena.read_by(found.untyped_storage())  # which views of it keep, too
                 return found
+            made = self._made.get((chosen, rows))
             if made is None:
                 made = self._made[chosen, rows] = self._scheduled(chosen, rows)
                 self._all.arena.read_by(made)
@@ -322,11 +322,11 @@ class AdapterBank(Source):
         return torch.from_numpy(copied)
 
     def _scheduled(self, chosen: Rows, rows: int) -> np.ndarray:
-        """The same for what is `chosen`; of one adapter for all rows from what was made of it before."""
-        if len(chosen) > 1 or len(chosen[0]) != 1:
+        """The same for what is `chosen`; of one adapter for one row from what was made of it before."""
+        if rows > 1 or len(chosen[0]) != 1:
             return self._schedule(chosen, rows)
         ((held, weight),) = chosen[0]
-        key = rows, weight * held.scale
+        key = weight * held.scale
         if key not in held.schedules:
             held.schedules = {key: self._schedule(chosen, rows)}
         return held.schedules[key].copy()  # of this time, for the arena

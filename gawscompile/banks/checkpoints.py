@@ -380,7 +380,7 @@ class _Reader:
             bias = scaled if bias is None else bias + scaled
         if MAGNITUDE not in of:
             return Factors(of[A], of[B], scale, bias)
-        m = of[MAGNITUDE].float()
+        m = of[MAGNITUDE].to("cpu", torch.float32, copy=True).contiguous()  # kept: no view of the file or of a model
         c = m / norms(self.modules[path], of[A], of[B], scale)
         if not c.isfinite().all():
             what = "scales a row of zeros: W + s B A has one. Give an adapter of this base model, or one without DoRA"

@@ -16,18 +16,18 @@ NUMBERS = 1 << 22
 
 
 class Scaled(NamedTuple):
-    """What the rows of a module are multiplied by, and the magnitudes that say so: c and m, [n] in fp32."""
+    """What the rows of a module are multiplied by, and the magnitudes that say so: c and m, [n] in fp32 on the CPU."""
 
     c: Tensor
     m: Tensor
 
     def folded(self, b: Tensor) -> Tensor:
         """B's rows multiplied by c, in fp32."""
-        return b.float() * self.c[:, None]
+        return b.float() * self.c.to(b.device)[:, None]
 
     def unfolded(self, b: Tensor) -> Tensor:
         """The same undone. A row that c makes zero says nothing, and stays so."""
-        c = self.c[:, None]
+        c = self.c.to(b.device)[:, None]
         return torch.where(c == 0, 0.0, b.float() / c)
 
 

@@ -58,7 +58,7 @@ class Held:
     spilled: bool = False
     begins: list[int] = field(default_factory=list)
     entries: np.ndarray | None = None
-    schedules: dict[tuple[int, float], np.ndarray] = field(default_factory=dict)  # of it alone, by rows and factor
+    schedules: dict[float, np.ndarray] = field(default_factory=dict)  # of it alone for one row, by its factor
 
     @property
     def taken(self) -> int:
@@ -91,8 +91,7 @@ class Residents:
         self.bases, self.known, self.base, self.dtype, self.most = bases, known, base, dtype, most
         self.modules, self.width = tuple(bases), width
         self.device = device_of(bases)
-        asynchronous = self.device.type == "cuda"
-        self.arena = Arena(size, (lambda: torch.cuda.synchronize(self.device)) if asynchronous else None)
+        self.arena = Arena(size, asynchronous=self.device.type == "cuda")
         with torch.inference_mode(False):  # adapters may be loaded outside of it
             self.pool = torch.empty(self.arena.size, dtype=dtype, device=self.device)
         if width is None and Options.split(None)[0].huge_pages:
@@ -187,6 +186,7 @@ class Residents:
             raise BankError(f"{held.name} takes {need:.1f} MB, and the bank has {have:.1f}: AdapterBank(memory=…)")
         end = time.monotonic() + WAIT
         while True:
+            self._settle()
             with self.lock:
                 resident = [one for one in self.held.values() if one.entries is not None]
                 full = self.most is not None and len(resident) >= self.most
@@ -209,6 +209,17 @@ class Residents:
                 raise BankError(f"no room for {held.name}: a forward has read what was unloaded for {WAIT:.0f} s")
             else:
                 time.sleep(0.0005)
+
+    def _settle(self) -> None:
+        """Where a device reads the pool, wait for what it does with memory that no snapshot is left for. Forwards go on
+        meanwhile."""
+        if self.device.type == "cuda":
+            with self.lock:
+                quiet = self.arena.quiet()
+            if quiet:
+                torch.cuda.synchronize(self.device)
+                with self.lock:
+                    self.arena.wake(quiet)
 
     def _check(self, name: str, factors: Mapping[str, Factors]) -> None:
         """Raises `BankError` for an adapter that no row could have."""

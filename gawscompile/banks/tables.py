@@ -1,7 +1,7 @@
 """What is active, where a GPU can read it: the table that graphs captured there take their schedules from.
 
-A CUDA graph replays kernels and no Python, so what it is to see of a bank has to lie at one address. A forward that
-Python runs gets a schedule of its own instead, which nobody changes afterwards.
+A CUDA graph replays kernels and no Python, so what it is to see of a bank has to lie at one address. A forward takes a
+schedule of its own from there when it begins, by operations of its stream.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ class Table:
         """Kernels that this thread's stream launches from now on, replays too, see `schedule`."""
         if self._last is not None and np.array_equal(self._last, schedule):
             return
-        made, self._last = torch.from_numpy(schedule).to(self.tensor.device), schedule
+        self._last = schedule
         with torch.inference_mode():
-            self.tensor[:, : schedule.shape[1]].copy_(made)
+            self.tensor[:, : schedule.shape[1]].copy_(self._host(schedule), non_blocking=True)
 
     def own(self, schedule: np.ndarray) -> Tensor:
-        """`schedule` as a tensor that nobody changes."""
-        return torch.from_numpy(schedule).to(self.tensor.device, copy=True)
+        """`schedule` as a tensor of its own."""
+        return self._host(schedule).to(self.tensor.device, non_blocking=True, copy=True)
+
+    def _host(self, schedule: np.ndarray) -> Tensor:
+        """Where a device copies from while the caller goes on, who may hold the bank's lock."""
+        made = torch.from_numpy(schedule)
+        return made.pin_memory() if self.tensor.is_cuda else made

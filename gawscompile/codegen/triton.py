@@ -38,7 +38,8 @@ from gawscompile.codegen.triton_gemv import GEMV_ROWS, Gemv, RedundantShrink, Si
 from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
 from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
 from gawscompile.codegen.triton_tile import Accumulate, Tile
-from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.banked import FIELDS
+from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.types import ANY, DTYPES, OPERAND_DTYPES, SpecError
 
 
@@ -401,6 +402,16 @@ def _check_spec(spec: KernelSpec) -> None:
         raise SpecError(f"k, n and ranks must be at least 1: {spec}")
 
 
+def check_schedule(spec: KernelSpec, operand: Operand, schedule: torch.Tensor, m: int) -> None:
+    """Raises `ValueError` where `m` tokens are no whole rows of a bank's schedule, or its rows are not as wide as the
+    kernel has them."""
+    bank, rows = spec.projections[operand.projection].banked, schedule.shape[0] - 1
+    wanted = (bank.width if bank else None, FIELDS)
+    if tuple(schedule.shape[1:]) != wanted or rows < 1 or m % rows:
+        what = f"{m} tokens, and {operand.name} is {list(schedule.shape)}, not [rows + 1, {wanted[0]}, {FIELDS}]"
+        raise ValueError(f"{what} for whole rows of the batch: a bank's adapters are given by row")
+
+
 def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:
     if x.dim() != 2 or x.shape[1] != spec.k or x.shape[0] < 1 or x.dtype != DTYPES[spec.x]:
         raise ValueError(f"x is {list(x.shape)} {x.dtype}, not [m >= 1, {spec.k}] {DTYPES[spec.x]}")
@@ -411,6 +422,8 @@ def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch
         known = zip(operand.shape, tensor.shape, strict=False)
         shape = [{"m": x.shape[0], ANY: there}.get(size, size) for size, there in known]
         dtype = OPERAND_DTYPES[operand.dtype]
+        if operand.role == "schedule" and tensor.dim() == 3:
+            check_schedule(spec, operand, tensor, x.shape[0])
         if list(tensor.shape) != shape or len(shape) != len(operand.shape) or tensor.dtype != dtype:
             raise ValueError(f"{operand.name} is {list(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
         if not operand.scale and tensor.device != x.device:

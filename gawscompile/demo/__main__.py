@@ -66,7 +66,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=path, help="with --serve: a picture of every token's latency")
     options = parser.parse_args(argv)
     if options.serve and options.device != "cpu":
-        parser.error("--serve: adapter banks are for CPUs so far")
+        parser.error("--serve: this demo serves on a CPU")
     options.backends = [name.strip() for name in options.backends.split(",") if name.strip()]
     if unknown := set(options.backends) - set(BACKENDS):
         parser.error(f"unknown backends: {', '.join(sorted(unknown))}")

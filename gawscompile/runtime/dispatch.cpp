@@ -71,12 +71,13 @@ const Program& find(const std::string& text) {
   }
 }
 
+bool of_bank(const Operand& o) { return o.dtype == ScalarType::Int; }
+
 bool fits(const Tensor& t, const Operand& o, int64_t m) {
   if (t.scalar_type() != o.dtype || !t.is_cpu()) return false;
   if (!o.shape.empty() && o.shape[0] == -1) return t.dim() > 0 && t.size(-1) == o.shape[1] && t.numel() == m * o.shape[1];
   if (t.dim() != int64_t(o.shape.size())) return false;
-  const bool schedule = o.dtype == ScalarType::Int;  // of a bank: a header, and an entry for each row of the batch
-  if (schedule) {
+  if (of_bank(o) && m > 0) {  // a header, and an entry for each row of the batch
     if (!t.is_contiguous() || t.size(0) < 2 || m % (t.size(0) - 1) || t.size(1) < 1 || t.size(2) != 8) return false;
     const int32_t* header = t.const_data_ptr<int32_t>();
     if (header[0] != t.size(0) - 1 || header[1] != t.size(1)) return false;
@@ -114,8 +115,10 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
       const Tensor* operand = derived ? &values[own]->tensor : arguments.all[own];
       TORCH_CHECK(
           fits(*operand, program.operands[i], m), "gaws::project: operand ", program.operands[i].name,
-          " no longer has the dtype, shape or device it was compiled for, and no guard saw it: leave Dynamo its guards, or use "
-          "gawscompile.compile: ",
+          of_bank(program.operands[i])
+              ? " does not fit: a bank's adapters are given by row, and tokens must be whole rows of the batch: "
+              : " no longer has the dtype, shape or device it was compiled for, and no guard saw it: leave Dynamo its "
+                "guards, or use gawscompile.compile: ",
           text);
       if (!operand->is_contiguous()) operand = arguments.keep(operand->contiguous());
       in[i] = operand->const_data_ptr();

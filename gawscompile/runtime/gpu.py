@@ -135,6 +135,9 @@ def project_traced(x: torch.Tensor, operands: list[torch.Tensor], program: str) 
         return _nothing(x, spec)
     module = triton.load(spec, triton.Plan.parse(parsed.table.pick(m)), parsed.tuned)
     tensors = [t.contiguous() for t in _flat(m, spec, operands)]
+    for operand, tensor in zip(spec.operands(), tensors, strict=True):
+        if operand.role == "schedule":
+            triton.check_schedule(spec, operand, tensor, m)
     kernels = [torch.library.wrap_triton(kernel) for kernel in module.KERNELS]
     return _shaped(x, spec, module.launch(x.reshape(m, spec.k), tensors, kernels=kernels))
 

@@ -212,6 +212,26 @@ def test_saved_as_peft_reads_it(dora, ids, tmp_path):
                 torch.testing.assert_close(tensor, mine[key])
 
 
+def test_what_is_saved_is_what_was_read(dora, tmp_path):
+    """Whatever becomes of the file, or of the model, that magnitudes came from."""
+    theirs, saved = tmp_path / "theirs" / "m", tmp_path / "saved"
+    dora.save_pretrained(tmp_path / "theirs", selected_adapters=["m"])
+    before = {key: tensor.clone() for key, tensor in load_file(theirs / WEIGHTS).items()}
+    copied = copy.deepcopy(dora)
+    taken = AdapterBank(llama(), memory="8MB")
+    taken.load("file", theirs)
+    taken.load("model", copied, adapter_name="m")
+    with (theirs / WEIGHTS).open("r+b") as file:
+        file.truncate(0)
+    for name, parameter in copied.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data += 5
+    for name in ("file", "model"):
+        taken.save(name, saved)
+        for key, tensor in load_file(saved / WEIGHTS).items():
+            torch.testing.assert_close(tensor, before[key])
+
+
 def test_rows_that_vanish_are_saved_too(ids, tmp_path):
     """A magnitude of zero leaves nothing of a row, and of B nothing that could be read."""
     judge = adapted("m")

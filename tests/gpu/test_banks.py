@@ -92,3 +92,14 @@ def test_an_adapter_comes_back_to_the_pool(judged: Any, device: str, tmp_path: A
         assert not bank.info(name).resident
         bank.activate(name)
         alike(model(input_ids=ids).logits, by_row(judge, ids, [name]))
+
+
+@torch.no_grad()
+def test_reduce_overhead(judged: Any, device: str):
+    judge, model, bank = judged
+    ids = torch.randint(0, 64, (1, 1), device=device)
+    compiled = torch.compile(model, backend="gaws", dynamic=False, mode="reduce-overhead")
+    for name in ("a",) if device == "cpu" else ("a", None, "b", "default", "d"):  # warms up, records, replays
+        bank.activate(name)
+        torch.compiler.cudagraph_mark_step_begin()
+        alike(compiled(input_ids=ids, use_cache=False).logits.clone(), by_row(judge, ids, [name]))

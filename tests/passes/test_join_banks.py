@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gawscompile.codegen import triton
 from gawscompile.ir.banked import UNIT, Use, pack
 from gawscompile.ir.records import Reason
 from gawscompile.ir.spec import KernelSpec
@@ -199,6 +200,17 @@ def test_tokens_that_are_no_whole_rows_are_refused():
     for rows, schedule in wrong:
         operands = [torch.randn(N, K), torch.randn(N), torch.randn(64), schedule]
         operands += [torch.randn(N, K), torch.randn(64), right]
-        with pytest.raises(RuntimeError, match="schedule0"):
+        with pytest.raises(RuntimeError, match="schedule0 does not fit: a bank's adapters are given by row"):
             call.target(torch.randn(rows, 2, K), operands, call.args[2])
+    empty = [torch.randn(N, K), torch.randn(N), torch.randn(64), right[:1]]
+    empty += [torch.randn(N, K), torch.randn(64), right[:1]]
+    assert [y.shape for y in call.target(torch.randn(0, 2, K), empty, call.args[2])] == [(0, 2, N)] * 2
     assert not context.graph.find_nodes(op="call_function", target=operator_sum)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(5, 2), (1, 2), (4, 3)])
+def test_a_gpu_refuses_them_too(tokens, width):
+    spec = KernelSpec.parse(f"k={K} x=f32; n={N} w=f32 out=f32 bank(f32 x2)")
+    operands = [torch.randn(N, K), torch.randn(64), pack([[]] * 2, width)]
+    with pytest.raises(ValueError, match=r"schedule0 is .* whole rows of the batch"):
+        triton.launch(spec, triton.Plan("fused_tile"), torch.randn(tokens, K), operands)
