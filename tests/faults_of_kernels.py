@@ -14,6 +14,8 @@ SWIGLU = "tests/runtime/test_ops.py::test_swiglu_leaves_one_output"
 ORDER = "tests/codegen/test_triton_aot.py::test_all_threads_wait_before_u_is_told_and_before_it_is_read"
 ROUNDING = f"{ENTRIES}_numbers_are_rounded_to_the_nearest"
 
+NO_MODES = "the zoo's bank has no modes"
+
 KERNELS = {
     # --- C++: banks ---------------------------------------------------------------------------------------------
     "another row's adapters": Fault(
@@ -55,6 +57,37 @@ KERNELS = {
         'terms[:0] = [f"turned<',
         f"{ENTRIES}_accumulate[bank_16-1]",
         unproven="the zoo's bank is beside no other adapter",
+    ),
+    "a mode that reads x in place of what the one before it made": Fault(
+        "codegen/banks.cpp",
+        "if (stage) token(line + at - mode.inputs()",
+        "if (stage > 1) token(line + at - mode.inputs()",
+        f"{ENTRIES}_gemv[bank-1]",
+        unproven=NO_MODES,
+    ),
+    "a chain scaled at each of its modes": Fault(
+        "codegen/banks.cpp",
+        "scale = last ? use.scale : 1;",
+        "scale = use.scale;",
+        f"{ENTRIES}_accumulate[bank-1]",
+        unproven=NO_MODES,
+    ),
+    "a stretch of a wide mode left out": Fault(
+        "codegen/banks.cpp",
+        "a = own % each * stretch;",
+        "a = 0;",
+        f"{ENTRIES}_gemv[bank_wide_modes-1]",
+        unproven=NO_MODES,
+    ),
+    "a chain of a bank that waits for nobody": Fault(
+        CPP,
+        """        *(f"      chain<K>(modes, {bank}, x, stage);" for bank in banks),
+        "#pragma omp barrier",
+""",
+        """        *(f"      chain<K>(modes, {bank}, x, stage);" for bank in banks),
+""",
+        f"{ENTRIES}_everyone_waits_between_a_stage_and_what_reads_it",
+        unproven=A_RACE,
     ),
     # --- C++: templates -----------------------------------------------------------------------------------------
     "tail of a dot product dropped": Fault(

@@ -1,4 +1,5 @@
-"""`AdapterBank`: many adapters of one model (LoRA, DoRA), resident, switched, mixed and scaled without compiling anew.
+"""`AdapterBank`: many adapters of one model (LoRA, DoRA, GAWS, LoKr), resident, switched, mixed and scaled without
+compiling anew.
 
     bank = gawscompile.AdapterBank(model, memory="2GB")
     bank.load("legal", "adapters/legal")
@@ -28,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gawscompile.banks import listing, schedules
-from gawscompile.banks.checkpoints import BankError
+from gawscompile.banks import layouts, listing, schedules
 from gawscompile.banks.layer import Shared
 from gawscompile.banks.listing import Info
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
+from gawscompile.banks.opening import BankError
 from gawscompile.banks.residents import Held, Residents, device_of, forget
 from gawscompile.banks.saving import write
 from gawscompile.banks.schedules import Rows
@@ -49,8 +50,8 @@ Choice = str | None | Mapping[str, float]
 """Of one row: an adapter's name, none, or several with their weights."""
 
 class AdapterBank(Source):
-    """LoRA and DoRA adapters beside the linears of `model`, which is changed in place and remains the one to call,
-    compile and generate with.
+    """LoRA, DoRA and Kronecker adapters beside the linears of `model`, which is changed in place and remains the one to
+    call, compile and generate with.
 
     `model`: a base model, or a PeftModel, whose adapters the bank takes over (its ``set_adapter``,
     ``load_adapter``, ``delete_adapter`` and ``disable_adapter`` speak to the bank then).
@@ -58,6 +59,8 @@ class AdapterBank(Source):
     `modules`: "all-linear" (all but the output layer), or names or ends of names, as PEFT's ``target_modules``.
     `dtype`: of the factors in the pool; by default that of a PeftModel's factors, else the model's.
     `max_mix`: adapters that one row can mix. `max_adapters`: resident ones, if that is to be limited too.
+    `max_modes`: mode products of each of them, for LoKr, which has two to four: a row has place for
+    ``max_mix * max_modes``. All others count as one. No less than the PeftModel's adapters have.
     On a GPU, `max_ranks`: ranks of all adapters of one row together, in blocks of 16; `max_rows`: rows that can have
     adapters of their own.
 
@@ -76,6 +79,7 @@ class AdapterBank(Source):
         dtype: torch.dtype | None = None,
         max_mix: int = 4,
         max_adapters: int | None = None,
+        max_modes: int = 1,
         max_ranks: int = 256,
         max_rows: int = 64,
     ) -> None:
@@ -88,12 +92,14 @@ class AdapterBank(Source):
         for name, adapter in given.items():
             if missing := sorted(adapter.factors.keys() - bases.keys()):
                 raise BankError(f"adapter {name!r} adapts {missing[0]}, which modules={modules!r} leaves out")
-        dtypes = {factors.a.dtype for adapter in given.values() for factors in adapter.factors.values()}
+        theirs = [factors for adapter in given.values() for factors in adapter.factors.values()]
+        dtypes = {factors.dtype for factors in theirs}
         weight: Any = next(iter(bases.values())).weight
         dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else weight.dtype)
         if dtype not in DTYPE_NAMES:
             raise BankError(f"dtype={dtype}: factors of a bank are of {', '.join(map(str, DTYPE_NAMES))}")
-        limits = {"max_mix": max_mix, "max_adapters": max_adapters, "max_ranks": max_ranks, "max_rows": max_rows}
+        limits = {"max_mix": max_mix, "max_adapters": max_adapters, "max_modes": max_modes}
+        limits |= {"max_ranks": max_ranks, "max_rows": max_rows}
         for limit, value in limits.items():
             if value is not None and value < 1:
                 raise BankError(f"{limit}={value}: it counts from 1 on")
@@ -105,9 +111,10 @@ class AdapterBank(Source):
         base = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
         device = device_of(bases)
         on_gpu = target_of(devices.of(device.type)) is not CPP
-        self._width = -(-max_ranks // BLOCK) if on_gpu else max_mix  # entries of a row
+        longest = max([max_modes, *(layouts.count(factors, False) for factors in theirs)])
+        self._width = -(-max_ranks // BLOCK) if on_gpu else max_mix * longest  # entries of a row
         self._all = Residents(
-            *(bases, known, base, size, dtype, max_adapters, self._width if on_gpu else None),
+            *(bases, known, base, size, dtype, max_adapters, self._width, on_gpu),
             *(self._active, self._changed, self._became),
         )
         self._lock = self._all.lock
@@ -277,13 +284,15 @@ class AdapterBank(Source):
 
     def _check(self, rows: Rows) -> None:
         """Raises `BankError` where a row's adapters have more entries than a schedule has places for."""
-        for row in rows if self._table is not None else ():  # elsewhere `max_mix` is all
-            entries = schedules.most(row)
+        on_gpu = self._table is not None
+        for row in rows:
+            entries = schedules.most(row, on_gpu)
             if entries > self._width:
                 names = " and ".join(held.name for held, _ in row)
+                what = f"blocks of {BLOCK} ranks" if on_gpu else "modes"
                 raise BankError(
-                    f"{names} take {entries} blocks of {BLOCK} ranks, and a row has place for {self._width}: "
-                    "AdapterBank(max_ranks=…)"
+                    f"{names} take {entries} {what}, and a row has place for {self._width}: "
+                    f"AdapterBank({'max_ranks' if on_gpu else 'max_modes'}=…)"
                 )
 
     def _changed(self) -> None:
@@ -339,8 +348,9 @@ class AdapterBank(Source):
     def save(self, name: str, folder: str | Path) -> None:
         """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
-        Its factors have the pool's dtype; what `scale` was given is not in them. B of DoRA has been multiplied and is
-        divided again, which rounds it once more. Raises `BankError` for biases that PEFT's files cannot say apart.
+        Its factors have the pool's dtype; what `scale` was given is not in them. B of DoRA and G of GAWS with a diag
+        have been multiplied and are divided again, which rounds them once more. Raises `BankError` for biases that
+        PEFT's files cannot say apart.
         """
         with self._all.loading:
             self._all.bring([name])

@@ -2,7 +2,7 @@
 
 Either way they are *parts*, each an entry of a schedule with a run of the pool for A and one for B. On a CPU there is
 one part. On a GPU each has `BLOCK` columns, of which the last part's last are the bias and DoRA's, if there are such;
-what ranks a part has not are zeros.
+what ranks a part has not are zeros. A Kronecker adapter has an entry for each mode, with a run for its factor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from gawscompile.banks.checkpoints import Factors
-from gawscompile.ir.banked import BLOCK, FIELDS, UNIT
+from gawscompile.banks.kronecker import Chain
+from gawscompile.ir.banked import BLOCK, FIELDS, UNIT, modes_of, pack
+from gawscompile.ir.operators import Mode
 
 
 class Part(NamedTuple):
@@ -43,16 +45,25 @@ def more(factors: Factors) -> int:
     return 2 if factors.scaled is not None else 0 if factors.bias is None else 1
 
 
-def runs(factors: Factors, blocks: bool) -> list[int]:
-    """How many numbers of the pool each A and B takes."""
+def count(factors: Factors | Chain, blocks: bool) -> int:
+    """Entries that it takes of a row."""
+    return len(factors.modes) if isinstance(factors, Chain) else len(parts(factors.rank, more(factors), blocks))
+
+
+def runs(factors: Factors | Chain, blocks: bool) -> list[int]:
+    """How many numbers of the pool each A and B takes, or each mode's factor."""
+    if isinstance(factors, Chain):
+        return [mode.matrix.numel() for mode in factors.modes]
     (rank, k), n = factors.a.shape, factors.b.shape[0]
     found = parts(rank, more(factors), blocks)
     return [size for part in found for size in (_rows(part, blocks) * k, n * part.rb)]
 
 
-def fill(pool: Tensor, begins: Iterator[int], factors: Factors, blocks: bool) -> np.ndarray:
+def fill(pool: Tensor, begins: Iterator[int], factors: Factors | Chain, blocks: bool) -> np.ndarray:
     """Copy the factors to where their runs begin: the entries, ``[parts, FIELDS]``. Raises `OverflowError` for numbers
-    that are too large for a pool of float16."""
+    that are too large for the pool's dtype."""
+    if isinstance(factors, Chain):
+        return _fill_chain(pool, begins, factors)
     (rank, k), n = factors.a.shape, factors.b.shape[0]
     found = parts(rank, more(factors), blocks)
     entries = np.zeros((len(found), FIELDS), np.int32)
@@ -69,8 +80,9 @@ def fill(pool: Tensor, begins: Iterator[int], factors: Factors, blocks: bool) ->
             columns[:, part.ra].copy_(factors.bias)
         if part.rb > part.ra + 1 and factors.scaled is not None:
             columns[:, part.ra + 1].copy_(factors.scaled.c - 1)
-        if pool.dtype == torch.float16 and not (first.isfinite().all() and columns.isfinite().all()):
-            raise OverflowError("factors beyond float16")
+        # whatever is masked is multiplied by zero, so one adapter's infinity would be another row's NaN
+        if not (first.isfinite().all() and columns.isfinite().all()):
+            raise OverflowError("factors beyond the pool's dtype")
         entry[:6] = a // UNIT, b // UNIT, part.ra, part.rb, *numbers
     return entries
 
@@ -91,6 +103,29 @@ def taken(
     if len(used) == 1:
         return firsts[0], columns[0], bias
     return torch.cat(firsts), torch.cat(columns, dim=1), bias
+
+
+def _fill_chain(pool: Tensor, begins: Iterator[int], chain: Chain) -> np.ndarray:
+    found = []
+    for before, matrix, after in chain.modes:
+        begin, (rows, columns) = next(begins), matrix.shape
+        own = pool[begin:][: matrix.numel()].view(rows, columns)
+        own.copy_(matrix)
+        if not own.isfinite().all():
+            raise OverflowError("factors beyond the pool's dtype")
+        found.append((begin // UNIT, (before, rows, columns, after)))
+    entries: np.ndarray = pack([modes_of(found, chain.scale)], len(found))[1].numpy()
+    return entries
+
+
+def modes_in(pool: Tensor, entries: np.ndarray) -> tuple[tuple[Mode, ...], float]:
+    """The modes of a chain, views of the pool, and its scale."""
+    used = [entry for entry in entries if entry[3]]
+    modes = tuple(
+        Mode(int(before), pool[int(begin) * UNIT :][: -rows * columns].view(-rows, columns), abs(int(after)))
+        for begin, before, rows, columns, _, after, *_ in (entry.tolist() for entry in used)
+    )
+    return modes, float(used[-1].view(np.float32)[4])
 
 
 def _rows(part: Part, blocks: bool) -> int:

@@ -11,8 +11,8 @@ MOST_SAID = 20
 
 @dataclass(frozen=True)
 class Info:
-    """An adapter of a bank, as it was when it was asked for. `rank`: the largest of its modules. `bytes`: in the pool.
-    `used`: when it was last activated, by `time.time`, 0.0 if never."""
+    """An adapter of a bank, as it was when it was asked for. `rank`: the largest of its modules, 0 of a Kronecker
+    adapter. `bytes`: in the pool. `used`: when it was last activated, by `time.time`, 0.0 if never."""
 
     name: str
     rank: int
@@ -37,7 +37,8 @@ def notes(bank: Any) -> list[str]:
     ]
     for info in resident[:MOST_SAID]:
         state = ", ".join(["active"] * info.active + ["pinned"] * info.pinned) or "idle"
-        size = f"rank {info.rank} on {len(info.targets)} modules, scale {info.scale:g}, {info.bytes / 2**20:.2f} MB"
+        kind = f"rank {info.rank}" if info.rank else "Kronecker"
+        size = f"{kind} on {len(info.targets)} modules, scale {info.scale:g}, {info.bytes / 2**20:.2f} MB"
         lines.append(f"adapter bank: {info.name}: {size}, {state}")
     if more := resident[MOST_SAID:]:
         lines.append(f"adapter bank: and {len(more)} more")

@@ -11,8 +11,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from gawscompile.banks.checkpoints import Adapter, BankError, is_linear, read, sizes_of
+from gawscompile.banks.checkpoints import Adapter, read
 from gawscompile.banks.layer import BankedLinear, Shared, with_snapshots
+from gawscompile.banks.opening import BankError
+from gawscompile.banks.reading import is_linear, sizes_of
 
 
 def linears(model: nn.Module, modules: str | Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -58,7 +60,7 @@ def linears(model: nn.Module, modules: str | Sequence[str]) -> tuple[dict[str, n
 
 
 def adapters_of(peft: Any) -> dict[str, Adapter]:
-    """All adapters of a PeftModel, scaled as they are now. Raises `BankError` for one that is no LoRA."""
+    """All adapters of a PeftModel, scaled as they are now. Raises `BankError` for one that no bank takes."""
     inner = dict(peft.get_base_model().named_modules())
     layers = {path: layer for path, layer in inner.items() if hasattr(layer, "base_layer")}
     if merged := [path for path, layer in layers.items() if getattr(layer, "merged", False)]:
@@ -70,8 +72,10 @@ def adapters_of(peft: Any) -> dict[str, Adapter]:
         scales = {path: float(scale) for path, scale in now.items() if scale is not None}
         adapter = read(peft, bases, known=tuple(inner), adapter_name=name, scales=scales)
         for path, f in adapter.factors.items():
-            rank: float = math.sqrt(len(f.a)) if adapter.config.get("use_rslora") else len(f.a)
-            if f.scale != layers[path].lora_alpha[name] / rank:  # by set_scale: what a saved configuration has to say
+            of: Any = layers[path]
+            alpha = getattr(of, "lora_alpha", None) or getattr(of, "alpha", {})  # of LoRA, of LoKr
+            rank = math.sqrt(of.r[name]) if adapter.config.get("use_rslora") else getattr(of, "r", {}).get(name, 1)
+            if name in alpha and f.scale != alpha[name] / rank:  # by set_scale: what a saved config has to say
                 alphas = {**(adapter.config.get("alpha_pattern") or {}), path: f.scale * rank}
                 adapter = dataclasses.replace(adapter, config={**adapter.config, "alpha_pattern": alphas})
         found[name] = adapter

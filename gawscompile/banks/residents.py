@@ -6,26 +6,29 @@ what did not is written to a temporary folder first.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import finalize
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gawscompile.banks import layouts
 from gawscompile.banks.arena import Arena, whole
-from gawscompile.banks.checkpoints import Adapter, BankError, Factors, read, sizes_of
+from gawscompile.banks.checkpoints import Adapter, Factors, read
 from gawscompile.banks.dora import Scaled
+from gawscompile.banks.kronecker import Chain
+from gawscompile.banks.opening import BankError
+from gawscompile.banks.reading import sizes_of
+from gawscompile.banks.spilling import spilled, unspilled
 from gawscompile.ir.banked import BLOCK, FIELDS
 from gawscompile.options import Options
 from gawscompile.runtime import pages
@@ -51,6 +54,7 @@ class Held:
     config: dict[str, Any] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)  # by module
     scaled: dict[str, Scaled] = field(default_factory=dict)  # the same, where it is DoRA
+    chains: dict[str, Chain] = field(default_factory=dict)  # the same, where it is one: without factors
     sizes: list[int] = field(default_factory=list)  # numbers of each run of the pool: A and B of each module
     scale: float = 1.0
     pinned: bool = False
@@ -68,7 +72,7 @@ class Held:
 
 class Residents:
     """Adapters of the linears `bases` of a model of the name `base`, whose modules are `known`, in a pool of `size`
-    numbers, `most` of them at once. `width`: for a GPU, how many entries a row can have (`layouts`).
+    numbers, `most` of them at once. `width`: how many entries a row can have, of `blocks` for a GPU (`layouts`).
 
     `active` says whether an adapter may not leave, `changed` is told that one came or left; `became` that another
     adapter of the same name stands for one from now on. Two locks: `loading` of reading and of leaving, which may take
@@ -83,18 +87,19 @@ class Residents:
         size: int,
         dtype: torch.dtype,
         most: int | None,
-        width: int | None,
+        width: int,
+        blocks: bool,
         active: Callable[[Held], bool],
         changed: Callable[[], None],
         became: Callable[[Held, Held], None],
     ) -> None:
         self.bases, self.known, self.base, self.dtype, self.most = bases, known, base, dtype, most
-        self.modules, self.width = tuple(bases), width
+        self.modules, self.width, self.blocks = tuple(bases), width, blocks
         self.device = device_of(bases)
         self.arena = Arena(size, asynchronous=self.device.type == "cuda")
         with torch.inference_mode(False):  # adapters may be loaded outside of it
             self.pool = torch.empty(self.arena.size, dtype=dtype, device=self.device)
-        if width is None and Options.split(None)[0].huge_pages:
+        if not blocks and Options.split(None)[0].huge_pages:
             pages.untouched(self.pool)
         self.held: dict[str, Held] = {}
         self.lock, self.loading = threading.RLock(), threading.RLock()
@@ -125,12 +130,13 @@ class Residents:
     ) -> None:
         """Bring an adapter into the pool, and make it known. Raises `BankError` where there is no room. `again`: what
         it was known as, where it comes back."""
-        ranks = {path: factors.a.shape[0] for path, factors in adapter.factors.items()}
+        ranks = {path: factors.rank for path, factors in adapter.factors.items()}
         factors = {path: adapter.factors[path] for path in self.modules if path in adapter.factors}
         self._check(name, factors)
-        sizes = [size for f in factors.values() for size in layouts.runs(f, self.width is not None)]
-        scaled = {path: f.scaled for path, f in adapter.factors.items() if f.scaled is not None}
-        held = Held(name, source, adapter.config, ranks, scaled, sizes, scale, pinned)
+        sizes = [size for f in factors.values() for size in layouts.runs(f, self.blocks)]
+        scaled = {p: f.scaled for p, f in factors.items() if isinstance(f, Factors) and f.scaled is not None}
+        chains = {p: replace(f, modes=()) for p, f in factors.items() if isinstance(f, Chain)}
+        held = Held(name, source, adapter.config, ranks, scaled, chains, sizes, scale, pinned)
         with self.loading:
             held.begins = self._room_for(held)
             try:
@@ -176,7 +182,7 @@ class Residents:
             held.used = time.time()
             if held.entries is not None:
                 return
-        adapter = _unspilled(held) if held.spilled else self.read(held.source, None, name)
+        adapter = unspilled(held.source) if held.spilled and held.source else self.read(held.source, None, name)
         self.put(name, adapter, held.source, again=held)
 
     def _room_for(self, held: Held) -> list[int]:
@@ -221,15 +227,18 @@ class Residents:
                 with self.lock:
                     self.arena.wake(quiet)
 
-    def _check(self, name: str, factors: Mapping[str, Factors]) -> None:
+    def _check(self, name: str, factors: Mapping[str, Factors | Chain]) -> None:
         """Raises `BankError` for an adapter that no row could have."""
         for path, f in factors.items():
-            rank, more = f.a.shape[0], layouts.more(f)
-            blocks = len(layouts.parts(rank, more, True))
-            if self.width is not None and blocks > self.width:
+            if self.blocks and isinstance(f, Chain):
+                what = "is a Kronecker product, and a bank on a GPU holds LoRA and DoRA alone: serve it on a CPU"
+                raise BankError(f"{name}: {path} {what}")
+            count = layouts.count(f, self.blocks)
+            if count > self.width:
+                what = f"blocks of {BLOCK} ranks" if self.blocks else "modes"
                 raise BankError(
-                    f"{name}: {path} takes {blocks} blocks of {BLOCK} ranks, and a row of this bank has place for "
-                    f"{self.width}: AdapterBank(max_ranks=…)"
+                    f"{name}: {path} takes {count} {what}, and a row of this bank has place for {self.width}: "
+                    f"AdapterBank({'max_ranks' if self.blocks else 'max_modes'}=…)"
                 )
 
     def _fill(self, held: Held, adapter: Adapter) -> None:
@@ -240,9 +249,10 @@ class Residents:
             factors, parts = adapter.factors.get(path), np.zeros((0, FIELDS), np.int32)
             try:
                 if factors is not None:
-                    parts = layouts.fill(self.pool, begins, factors, self.width is not None)
+                    parts = layouts.fill(self.pool, begins, factors, self.blocks)
             except OverflowError as error:
-                what = f"{held.name}: {path} has factors beyond the pool's float16: AdapterBank(dtype=…)"
+                dtype = str(self.dtype).removeprefix("torch.")
+                what = f"{held.name}: {path} has factors beyond the pool's {dtype}: AdapterBank(dtype=…)"
                 raise BankError(what) from error
             found.append(parts)
         entries = np.zeros((len(found), max(1, *map(len, found)), FIELDS), np.int32)
@@ -267,20 +277,23 @@ class Residents:
                 self._spill = Path(tempfile.mkdtemp(prefix="gawscompile-bank-"))
                 finalize(self, _removed, self._spill, os.getpid())
             file = self._spill / f"{id(held)}-{time.monotonic_ns()}"
-            _spilled(held, self.factors(held), file)
+            spilled(held.config, self.factors(held), file)
             held.source, held.spilled = file, True
         with self.lock:
             if not held.pinned and not self._active(held):  # it may be by now
                 self.leave(held)
 
-    def factors(self, held: Held) -> dict[str, Factors]:
+    def factors(self, held: Held) -> dict[str, Factors | Chain]:
         """Of an adapter that is resident, by module; views of the pool, or copies. The caller holds `loading`."""
         assert held.entries is not None
-        found = {}
+        found: dict[str, Factors | Chain] = {}
         for index, path in enumerate(self.modules):
-            if path in held.ranks:
-                mine, sizes = held.entries[index], sizes_of(self.bases[path])
-                a, b, bias = layouts.taken(self.pool, mine, held.ranks[path], sizes, self.width is not None)
+            mine = held.entries[index]
+            if path in held.chains:
+                modes, scale = layouts.modes_in(self.pool, mine)
+                found[path] = replace(held.chains[path], modes=modes, scale=scale)
+            elif path in held.ranks:
+                a, b, bias = layouts.taken(self.pool, mine, held.ranks[path], sizes_of(self.bases[path]), self.blocks)
                 scale = float(mine.view(np.float32)[0, 4])
                 found[path] = Factors(a, b, scale, bias, held.scaled.get(path))
         return found
@@ -295,27 +308,3 @@ def forget(held: Held) -> None:
 def _removed(folder: Path, process: int) -> None:
     if os.getpid() == process:  # not at the end of a fork
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _spilled(held: Held, factors: Mapping[str, Factors], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    for path, f in factors.items():
-        parts = {"a": f.a, "b": f.b, "bias": f.bias, **(f.scaled._asdict() if f.scaled else {})}
-        tensors |= {f"{path}/{name}": part.clone() for name, part in parts.items() if part is not None}
-    scales = {path: f.scale for path, f in factors.items()}
-    save_file(tensors, file, metadata={"config": json.dumps(held.config), "scales": json.dumps(scales)})
-
-
-def _unspilled(held: Held) -> Adapter:
-    from safetensors import safe_open
-
-    with safe_open(held.source, "pt") as file:
-        metadata, found = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    factors = {}
-    for path, scale in json.loads(metadata["scales"]).items():
-        a, b, bias, c, m = (found.get(f"{path}/{part}") for part in ("a", "b", "bias", *Scaled._fields))
-        assert a is not None and b is not None
-        factors[path] = Factors(a, b, scale, bias, None if c is None or m is None else Scaled(c, m))
-    return Adapter(factors, json.loads(metadata["config"]))

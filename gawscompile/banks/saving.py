@@ -9,22 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gawscompile.banks.checkpoints import (
-    B_BIAS,
-    BASE_BIAS,
-    CONFIG,
-    MAGNITUDE,
-    PREFIX,
-    WEIGHTS,
-    A,
-    B,
-    BankError,
-    Factors,
-)
+from gawscompile.banks.checkpoints import B_BIAS, BASE_BIAS, MAGNITUDE, A, B, Factors
+from gawscompile.banks.kronecker import Chain
+from gawscompile.banks.opening import CONFIG, PREFIX, WEIGHTS, BankError
 
 
 def write(
-    name: str, factors: Mapping[str, Factors], config: Mapping[str, Any], bases: Mapping[str, nn.Module], folder: Path
+    name: str,
+    factors: Mapping[str, Factors | Chain],
+    config: Mapping[str, Any],
+    bases: Mapping[str, nn.Module],
+    folder: Path,
 ) -> None:
     """Write the adapter `name`, whose `factors` lie in a pool, into `folder`. Raises `BankError` for biases that PEFT's
     files cannot say apart."""
@@ -33,6 +28,9 @@ def write(
     tensors: dict[str, Tensor] = {}
     of_b, of_base = bool(config.get("lora_bias")), config.get("bias", "none") != "none"
     for path, f in factors.items():
+        if isinstance(f, Chain):
+            tensors |= {f"{PREFIX}{path}.{part}": tensor.clone() for part, tensor in f.tensors().items()}
+            continue
         own: Any = bases[path].bias
         parts = {A: f.a, B: f.b if f.scaled is None else f.scaled.unfolded(f.b)}
         if f.bias is not None and of_b:

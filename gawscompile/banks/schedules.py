@@ -28,14 +28,16 @@ def made(chosen: Rows, rows: int, modules: int, width: int, compact: bool) -> np
         mine[:, :, : entries.shape[1]] = entries[:, None, :width]
         mine[:, :, 0, 6] = first[row] * each
         mine[:, :, 0, 7] = counts[:, None]
-        room = np.maximum(room, entries[:, :, 3].sum(axis=1))
+        room = np.maximum(room, np.where(entries[:, :, 2] < 0, 0, entries[:, :, 3]).sum(axis=1))
     found[:, 0, 0, 0], found[:, 0, 0, 1] = rows, width
     found[:, 0, 0, 2] = -(-room // PAD) * PAD
     return found
 
 
-def most(row: Sequence[tuple[Held, float]]) -> int:
+def most(row: Sequence[tuple[Held, float]], compact: bool) -> int:
     """Entries that any module has for a row."""
+    if not compact:
+        return sum(held.entries.shape[1] for held, _ in row if held.entries is not None)
     counts = [(held.entries[:, :, 3] > 0).sum(axis=1) for held, _ in row if held.entries is not None]
     return int(np.max(sum(counts))) if counts else 0
 
@@ -46,7 +48,9 @@ def _entries(row: Sequence[tuple[Held, float]], compact: bool) -> tuple[np.ndarr
     for held, weight in row:
         assert held.entries is not None
         part = held.entries.copy()
-        part[:, :, 4:6] = (part[:, :, 4:6].view(np.float32) * np.float32(weight * held.scale)).view(np.int32)
+        real, factor = part.view(np.float32), np.float32(weight * held.scale)
+        real[:, :, 4] *= factor
+        np.multiply(real[:, :, 5], factor, out=real[:, :, 5], where=part[:, :, 2] >= 0)  # a mode's is no real number
         parts.append(part)
     found = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     there = found[:, :, 3] > 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gawscompile.banks.checkpoints import BankError
+from gawscompile.banks.opening import BankError
 
 
 class Table:

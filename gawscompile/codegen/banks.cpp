@@ -5,24 +5,59 @@ struct Use {
   float scale, weight;
   int32_t same, adapters;
 
-  bool scales() const { return rb - ra == 2; }
+  bool mode() const { return ra < 0; }
+  int64_t columns() const { return mode() ? 0 : rb; }  // of B: numbers of u
+  bool scales() const { return rb - ra == 2 && !mode(); }
+};
+
+// An entry as I_before ⊗ G ⊗ I_after, G [rows, cols]. The last of its chain is scaled.
+struct Mode {
+  int64_t g, before, rows, cols, after;
+  bool last;
+  float scale;
+
+  explicit Mode(const Use& use) : g(use.a), before(use.b), rows(-use.ra), cols(use.rb) {
+    int32_t width;  // below zero where a mode follows
+    std::memcpy(&width, &use.weight, sizeof width);
+    last = width > 0, after = last ? width : -width, scale = last ? use.scale : 1;
+  }
+  int64_t inputs() const { return before * cols * after; }
+  int64_t outputs() const { return before * rows * after; }
+
+  // Work for a tile of tokens, as pieces of what `cost` counts in multiplications of a block of rows: G's rows in blocks
+  // times some slices, or times a stretch of what each slice is as wide as.
+  int64_t stretch() const { return after == 1 ? min<int64_t>(before, 2 * TOKENS) : min<int64_t>(after, 8 * V); }
+  int64_t stretches() const { return after == 1 ? blocks(before, stretch()) : before * blocks(after, stretch()); }
+  int64_t pieces() const { return blocks(rows, ROWS) * stretches(); }
+  int64_t cost() const { return cols * stretch(); }
 };
 
 constexpr int64_t UNIT = 32;
 
-// One module's part of a schedule, for m tokens: `u` has a line of `room` numbers for each, `key` the first row that has the
-// same adapters. `order` has the tokens by their keys: those of the key r from `start[r]` on.
+// One module's part of a schedule, for m tokens: `u` has a line of `room` numbers for each, `z` one of `span` for what
+// modes make, `key` the first row that has the same adapters. `order` has the tokens by their keys: those of the key r from
+// `start[r]` on.
 template <class T>
 struct Bank {
   const T* pool;
   const Use* entries;
   int64_t rows, width, room, each;  // each: tokens of a row
   bool dora = false;                // whether any adapter scales the rows of W x
-  float* u = nullptr;
+  int64_t span = 0, stages = 0;     // stages: modes of the longest chain
+  float *u = nullptr, *z = nullptr;
   int32_t *key = nullptr, *order = nullptr, *start = nullptr;
 
   Bank(const T* pool, const int32_t* schedule, int64_t m)
-      : pool(pool), entries((const Use*)schedule), rows(entries->a), width(entries->b), room(entries->ra), each(m / rows) {}
+      : pool(pool), entries((const Use*)schedule), rows(entries->a), width(entries->b), room(entries->ra), each(m / rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use) dora |= use->scales();
+      chains(r, [&](const Mode& mode, int64_t stage, int64_t at) {
+        span = max(span, blocks(at + mode.outputs(), V) * V), stages = max(stages, stage + 1);
+      });
+    }
+  }
+
+  bool adds() const { return room || stages; }
 
   const Use* row(int64_t r) const { return entries + (1 + r) * width; }
 
@@ -36,6 +71,19 @@ struct Bank {
     }
   }
 
+  // f(mode, stage, at) for the modes of the key r: their numbers in their chains, and where in a line of z what they make
+  // begins
+  template <class Fn>
+  void chains(int64_t r, Fn&& f) const {
+    int64_t stage = 0, at = 0;
+    for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use) {
+      if (!use->mode()) continue;
+      const Mode mode(*use);
+      f(mode, stage, at);
+      at += mode.outputs(), stage = mode.last ? 0 : stage + 1;
+    }
+  }
+
   // f(key, first, last) for the tokens of `order` that share their adapters, wherever their rows are
   template <class Fn>
   void runs(Fn&& f) const {
@@ -43,26 +91,34 @@ struct Bank {
       if (row(r)->adapters && start[r] < start[r + 1]) f(r, start[r], start[r + 1]);
   }
 
-  int64_t cost() const {  // of `shrink`, in blocks of A's rows times tiles of tokens
+  int64_t cost(int64_t k) const {  // of `shrink`, in multiplications of a block of A's rows
     int64_t total = 0;
     runs([&](int64_t r, int64_t lo, int64_t hi) {
-      for (int64_t i = 0; i < row(r)->adapters; ++i) total += blocks(row(r)[i].rb, ROWS) * blocks(hi - lo, TILE);
+      for (int64_t i = 0; i < row(r)->adapters; ++i) total += blocks(row(r)[i].columns(), ROWS) * blocks(hi - lo, TILE);
     });
+    return total * k + chained(0);
+  }
+
+  int64_t chained(int64_t wanted) const {  // the cost of a stage of modes
+    int64_t total = 0;
+    if (wanted < stages)
+      runs([&](int64_t r, int64_t lo, int64_t hi) {
+        chains(r, [&](const Mode& mode, int64_t stage, int64_t) {
+          if (stage == wanted) total += mode.pieces() * mode.cost() * blocks(hi - lo, TILE);
+        });
+      });
     return total;
   }
 
   // How many `place` takes of each.
-  int64_t numbers(int64_t m) const { return m * room; }
+  int64_t numbers(int64_t m) const { return m * (room + span); }
   int64_t integers(int64_t m) const { return 2 * m + rows + 2; }
 
   // Memory behind that of what came before, and the order in it: tokens are counted by their keys, then sorted.
   void place(float*& memory, int32_t*& more, int64_t m) {
-    u = memory, key = more, order = more + m, start = more + 2 * m;
+    u = memory, z = memory + m * room, key = more, order = more + m, start = more + 2 * m;
     std::memset(start, 0, (rows + 2) * sizeof *start);
-    for (int64_t r = 0; r < rows; ++r) {
-      start[row(r)->same + 2] += each;
-      for (int64_t i = 0; i < row(r)->adapters; ++i) dora |= row(r)[i].scales();
-    }
+    for (int64_t r = 0; r < rows; ++r) start[row(r)->same + 2] += each;
     for (int64_t r = 0; r < rows; ++r) start[r + 2] += start[r + 1];
     for (int64_t t = 0; t < m; ++t) order[start[(key[t] = row(t / each)->same) + 1]++] = t;
     memory += numbers(m), more += integers(m);
@@ -75,8 +131,9 @@ template <int64_t K, class T, class TX>
   bank.runs([&](int64_t r, int64_t lo, int64_t hi) {
     const int64_t tiles = blocks(hi - lo, TILE);
     float* u = bank.u;
-    for (int64_t i = 0; i < bank.row(r)->adapters; u += bank.row(r)[i++].rb) {
+    for (int64_t i = 0; i < bank.row(r)->adapters; u += bank.row(r)[i++].columns()) {
       const Use use = bank.row(r)[i];
+      if (use.mode()) continue;
       const T* a = bank.pool + use.a * UNIT;
       share.piece(blocks(use.rb, ROWS) * tiles, K, [&](int64_t piece) {
         const int64_t t1 = lo + piece % tiles * TILE, t2 = min(hi, t1 + TILE), block = piece / tiles;
@@ -119,9 +176,9 @@ inline F load_one(const T* p) {
 }
 
 // acc[r][t] += sum over k < n of b[r, k] * u[t, k], for W tokens from column t on
-template <int W, int R, int TOKENS_, class T>
+template <int W, int R, int TOKENS_, class T, class TU>
 [[gnu::always_inline]] inline void dot_some(
-    F (&acc)[R][TOKENS_], int at, const T* b, int64_t n, const float* u, int64_t ldu) {
+    F (&acc)[R][TOKENS_], int at, const T* b, int64_t n, const TU* u, int64_t ldu) {
   const auto step = [&](int64_t k, auto... count) __attribute__((always_inline)) {
     F us[W];
     for (int t = 0; t < W; ++t) us[t] = load_one(u + t * ldu + k, count...);
@@ -174,8 +231,9 @@ inline auto banked(const Bank<T>& bank) {
     const auto tokens = [&](auto count, int t) __attribute__((always_inline)) {
       const float* u = bank.u + (t0 + t) * bank.room;
       const Use* use = bank.row(bank.key[t0 + t]);
-      for (int64_t left = use->adapters; left > 0; --left, u += use++->rb)
-        dot_some<decltype(count)::value>(acc, t, bank.pool + use->b * UNIT + row * use->rb, use->rb, u, bank.room);
+      for (int64_t left = use->adapters; left > 0; --left, u += use++->columns())
+        if (!use->mode())
+          dot_some<decltype(count)::value>(acc, t, bank.pool + use->b * UNIT + row * use->rb, use->rb, u, bank.room);
     };
     bool one = true;
     for (int t = 1; t < W; ++t) one &= bank.key[t0 + t] == bank.key[t0];
@@ -204,6 +262,7 @@ struct Joined {
     key = row, rank = 0;
     for (int64_t i = 0; i < bank.row(row)->adapters; ++i) {
       const Use use = bank.row(row)[i];
+      if (use.mode()) continue;
       const T* b = bank.pool + use.b * UNIT + n0 * use.rb;
       for (int64_t k = 0; k < use.rb; ++k, ++rank)
         for (int64_t c = 0; c < columns; ++c) turned[rank * 2 * V + c] = float(b[c * use.rb + k]);
@@ -229,3 +288,82 @@ struct Joined {
     }
   }
 };
+
+// ---- modes ----------------------------------------------------------------------------------------------------
+
+// Some rows of G times slices [s0, s1) of a token: what tokens are to a weight, slices are to G.
+template <int R, class T, class TX>
+inline void slices_of(const Mode& mode, const T* g, int64_t row, const TX* x, float* z, int64_t s0, int64_t s1) {
+  for_tokens(s0, s1, [&](auto width, int64_t s) {
+    constexpr int W = decltype(width)::value;
+    F acc[R][W];
+    clear(acc);
+    dot_some<W>(acc, 0, g + row * mode.cols, mode.cols, x + s * mode.cols, mode.cols);
+    for (int i = 0; i < W; ++i)
+      for (int r = 0; r < R; ++r) z[(s + i) * mode.rows + row + r] = mode.scale * sum(acc[r][i]);
+  });
+}
+
+// The same for a slice x [cols, after], from `a0` to `a1` of its width.
+template <int R, class T, class TX>
+inline void along(const Mode& mode, const T* g, int64_t row, const TX* x, float* z, int64_t a0, int64_t a1) {
+  const auto some = [&](int64_t a, auto... count) {
+    Pair acc[R];
+    for (auto& v : acc) v = {F(0), F(0)};
+    for (int64_t i = 0; i < mode.cols; ++i) {
+      const Pair v = load_pair(x + i * mode.after + a, count...);
+      for (int r = 0; r < R; ++r) {
+        const F w(mode.scale * float(g[(row + r) * mode.cols + i]));
+        acc[r] = {fmadd(w, v.lo, acc[r].lo), fmadd(w, v.hi, acc[r].hi)};
+      }
+    }
+    for (int r = 0; r < R; ++r) store_pair(z + (row + r) * mode.after + a, acc[r], count...);
+  };
+  for (; a0 + 2 * V <= a1; a0 += 2 * V) some(a0);
+  if (a0 < a1) some(a0, int(a1 - a0));
+}
+
+// A thread's share of the modes that come as the `wanted`-th of their chains. The first read x, the others z.
+template <int64_t K, class T, class TX>
+[[gnu::noinline]] void chain(Share& share, const Bank<T>& bank, const TX* x, int64_t wanted) {
+  if (wanted >= bank.stages) return;
+  bank.runs([&](int64_t r, int64_t lo, int64_t hi) {
+    bank.chains(r, [&](const Mode& mode, int64_t stage, int64_t at) {
+      if (stage != wanted) return;
+      const T* g = bank.pool + mode.g * UNIT;
+      const int64_t stretch = mode.stretch(), stretches = mode.stretches(), count = blocks(mode.rows, ROWS);
+      const auto token = [&](const auto* from, float* z, int64_t block, int64_t own) {
+        for_rows<false>(mode.rows, block, [&](auto rows, int64_t row) {
+          constexpr int R = decltype(rows)::value;
+          if (mode.after == 1) {
+            const int64_t s = own * stretch;
+            slices_of<R>(mode, g, row, from, z, s, min(mode.before, s + stretch));
+          } else {
+            const int64_t each = stretches / mode.before, slice = own / each, a = own % each * stretch;
+            from += slice * mode.cols * mode.after, z += slice * mode.rows * mode.after;
+            along<R>(mode, g, row, from, z, a, min(mode.after, a + stretch));
+          }
+        });
+      };
+      share.piece(mode.pieces() * blocks(hi - lo, TILE), mode.cost(), [&](int64_t piece) {
+        const int64_t block = piece % count, own = piece / count % stretches, t0 = lo + piece / mode.pieces() * TILE;
+        for (int64_t t = t0; t < min(hi, t0 + TILE); ++t) {
+          float* line = bank.z + bank.order[t] * bank.span;
+          if (stage) token(line + at - mode.inputs(), line + at, block, own);
+          else token(x + bank.order[t] * K, line + at, block, own);
+        }
+      });
+    });
+  });
+}
+
+// A line: what the last modes of each token's chains make.
+template <class T>
+inline auto chained(const Bank<T>& bank) {
+  return [&bank](auto& v, int64_t row, int64_t t, auto... count) {
+    if (!bank.stages) return;
+    bank.chains(bank.key[t], [&](const Mode& mode, int64_t, int64_t at) {
+      if (mode.last) v += load_as(v, bank.z + t * bank.span + at + row, count...);
+    });
+  };
+}

@@ -104,18 +104,34 @@ def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
         name = f"phase{number}"
         total = f"({' + '.join(costs)}) * blocks(m, TILE)" if costs else ""
         if number == 0 and banks:
-            total = f"{total + ' + ' if total else ''}({' + '.join(f'{bank}.cost()' for bank in banks)}) * K"
+            total = " + ".join([*[total] * bool(total), *(f"{bank}.cost(K)" for bank in banks)])
         lines.append(f"    Share {name}({total}, id, threads);")
         for i, j, term in terms:
             scale = f"float(*scale{i}_{j})" if as_number(term.scale) is None else f"{term.scale!r}f"
             own = f"{term.rank}, a{i}_{j}, x, {scale}, u + {ranks.offsets[i, j]}{parts.seen(f'a{i}_{j}')}"
             lines.append(f"    low_rank<even({term.rank}), K, LDU>({name}, {unit}, m, {own});")
-        lines += [f"    shrink<K>({name}, {bank}, x);" for bank in banks if number == 0]
+        first = banks if number == 0 else {}
+        lines += [f"    shrink<K>({name}, {bank}, x);" for bank in first]
+        lines += [f"    chain<K>({name}, {bank}, x, 0);" for bank in first]
         lines += [step_code(step, name) for step in steps]
         lines.append("#pragma omp barrier")
+    lines += _later_modes(banks)
     if not ranks.width:  # a bank may have nothing to add
-        lines = [f"    if ({' + '.join(f'{bank}.room' for bank in banks)}) {{", *lines, "    }"]
+        lines = [f"    if ({' || '.join(f'{bank}.adds()' for bank in banks)}) {{", *lines, "    }"]
     return lines
+
+
+def _later_modes(banks: Collection[str]) -> list[str]:
+    """What is left of the chains of modes in banks: how long they are, a call's schedule says."""
+    if not banks:
+        return []
+    return [
+        f"    for (int64_t stage = 1; {' || '.join(f'stage < {bank}.stages' for bank in banks)}; ++stage) {{",
+        f"      Share modes({' + '.join(f'{bank}.chained(stage)' for bank in banks)}, id, threads);",
+        *(f"      chain<K>(modes, {bank}, x, stage);" for bank in banks),
+        "#pragma omp barrier",
+        "    }",
+    ]
 
 
 def banks_of(spec: KernelSpec) -> dict[str, str]:

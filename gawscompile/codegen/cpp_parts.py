@@ -41,15 +41,17 @@ class Parts:
             else:
                 lines.append(f"plus({pointer}, Int<LDU>{{}})")
         lines += [product] if product else []
+        lines += [f"chained(bank{i})"] * bool(p.banked)
         lines += [f"plus(base{i}, Int<N{i}>{{}})"] * (p.opaque is not None)
         return [_all(dots), _all([*lines, *self._scale(i), *self._epilogue(i)])]
 
     def added(self, i: int) -> list[str]:
         """Lines before and after, and terms, that join a base's product by columns."""
-        bank, scale, lines = bool(self._spec.projections[i].banked), self._scale(i), self._epilogue(i)
+        bank, lines = bool(self._spec.projections[i].banked), self._epilogue(i)
+        scale = [f"chained(bank{i})"] * bank + self._scale(i)
         terms = [f"Joined(bank{i}, b * 2 * V, N{i})"] * bank  # it scales W x alone: nothing comes before it
         terms += [f"turned<{sizes}>({factor}, {source}, b * 2 * V, N{i})" for sizes, factor, source in self._terms(i)]
-        return [_all([]), _all([*scale, *lines]), *terms] if scale or bank else [_all(lines), _all([]), *terms]
+        return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
 
     def _terms(self, i: int) -> list[tuple[str, str, str]]:
         """B u and C z: rank and stride, the factor, and what it multiplies."""

@@ -13,18 +13,24 @@ An entry is a `Use`: A ``[ra, k]`` begins at ``a * UNIT`` in the pool and B ``[n
 DoRA's (Liu et al. 2024, eq. 5): its column of B is ``c - 1``, which scales the base's product without the base's bias,
 and B's first columns have been multiplied by c.
 
+An entry of a negative `ra` is a mode product, ``I_before ⊗ G ⊗ I_after`` (`operators.Mode`): G ``[-ra, rb]`` begins at
+``a * UNIT``, `b` is before, and `weight` has after, as a whole number. A Kronecker adapter (GAWS, LoKr) is a chain of
+such entries, ``y += scale * M_p … M_1 x`` with the scale of the last. In the others after is negated: the next entry
+takes what they make.
+
 A row's first entry has besides, as `same`, the first row of the batch that has the same entries, and as `adapters`, how
 many these are. The header's first entry has ``(rows, width, room, 0, …)``: `room` is the most numbers ``A x`` of a row,
-all its adapters together, rounded up to whole vectors.
+all its adapters together, rounded up to whole vectors. What modes make is not in it.
 
 For a GPU, whose kernels want sizes that are known, an adapter lies in blocks of `BLOCK` ranks. Each is an entry of its
 own, with A ``[BLOCK, k]`` and B ``[n, BLOCK]``, zeros where ranks are missing. So rb is BLOCK there, and the other
-summands take the last columns of the last block.
+summands take the last columns of the last block. Modes are for CPUs alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +56,7 @@ def usual_bytes(dtype: torch.dtype, k: int, n: int) -> int:
 
 
 class Use(NamedTuple):
-    """One adapter of one row, in the order of the fields of an entry."""
+    """One adapter of one row, or a mode of one, in the order of the fields of an entry."""
 
     a: int
     b: int
@@ -61,35 +67,55 @@ class Use(NamedTuple):
     same: int = 0
     adapters: int = 0
 
+    @property
+    def mode(self) -> bool:
+        return self.ra < 0
+
+    @property
+    def columns(self) -> int:
+        """Of B."""
+        return 0 if self.mode else self.rb
+
 
 def has_bias(use: Use) -> bool:
-    return use.rb - use.ra >= 1
+    return not use.mode and use.rb - use.ra >= 1
 
 
 def scales_rows(use: Use) -> bool:
     """Whether it is DoRA."""
-    return use.rb - use.ra == 2
+    return not use.mode and use.rb - use.ra == 2
+
+
+def modes_of(chain: Sequence[tuple[int, tuple[int, int, int, int]]], scale: float) -> list[Use]:
+    """The entries of a chain: for each mode where G begins, in units, and before, G's rows and columns, and after."""
+    last = len(chain) - 1
+    return [
+        Use(begin, before, -rows, columns, scale if i == last else 0.0, after if i == last else -after)
+        for i, (begin, (before, rows, columns, after)) in enumerate(chain)
+    ]
 
 
 def uses(schedule: torch.Tensor, row: int) -> Iterator[Use]:
     """The adapters of a row."""
     entries = schedule[1 + row][: int(schedule[1 + row, 0, -1])].contiguous()
     for whole, real in zip(entries.tolist(), entries.view(torch.float32).tolist(), strict=True):
-        yield Use(*whole[:4], *real[4:6], *whole[6:])
+        yield Use._make([*whole[:4], real[4], whole[5] if whole[2] < 0 else real[5], *whole[6:]])
 
 
 def pack(rows: Sequence[Sequence[Use]], width: int) -> torch.Tensor:
     """The schedule of one module: the adapters of each row, whose `same` follows from them."""
     empty = Use(0, 0, 0, 0, 0.0, 0.0)
     first = [list(rows).index(row) for row in rows]
-    room = max((sum(use.rb for use in row) for row in rows), default=0)
+    room = max((sum(use.columns for use in row) for row in rows), default=0)
     found = torch.zeros(len(rows) + 1, width, FIELDS, dtype=torch.int32)
     found[0, 0, :3] = torch.tensor([len(rows), width, -(-room // PAD) * PAD])
     for number, row in enumerate(rows):
         for i, use in enumerate([*row, *[empty] * (width - len(row))]):
-            whole = use._replace(scale=0, weight=0, same=first[number], adapters=len(row))
+            after = int(use.weight) if use.mode else 0
+            whole = use._replace(scale=0, weight=after, same=first[number], adapters=len(row))
             found[number + 1, i] = torch.tensor(whole, dtype=torch.int32)
-            found[number + 1, i, 4:6] = torch.tensor([use.scale, use.weight]).view(torch.int32)
+            real = [use.scale] if use.mode else [use.scale, use.weight]
+            found[number + 1, i, 4 : 4 + len(real)] = torch.tensor(real).view(torch.int32)
     return found
 
 
@@ -97,33 +123,70 @@ def drawn(
     rows: int, width: int, k: int, n: int, generator: torch.Generator, blocks: bool = False
 ) -> tuple[torch.Tensor, int]:
     """A random schedule for a projection of k to n features, and how many numbers the pool needs. There are adapters
-    with a DoRA, with a bias and plain; a row of as many as it can have, in this order; others of none, one and several;
-    and rows that share. With `blocks`, entries for a GPU."""
+    with a DoRA, with a bias and plain, and chains of one to four modes; a row of as many as it can have, one after the
+    other; others of none, one and several; and rows that share. With `blocks`, entries for a GPU."""
 
     def number(most: int) -> int:
         return int(torch.randint(most + 1, (1,), generator=generator))
 
-    known, end = [], 0
+    known: list[list[Use]] = []
+    end = 0
     for more in (2, 1, 0):
         ra = BLOCK - more if blocks else number(20)
         rb = ra + more
         b = -(-(end + (BLOCK if blocks else ra) * k) // UNIT)
         weight = number(1) - 0.5
-        known.append(Use(end // UNIT, b, ra, rb, number(4) / 2 - 0.75, weight))
+        known.append([Use(end // UNIT, b, ra, rb, number(4) / 2 - 0.75, weight)])
         end = -(-(b * UNIT + n * rb) // UNIT) * UNIT
-    others = [[known[number(2)] for _ in range(number(width))] for _ in range(1, rows)]
-    return pack([[known[i % 3] for i in range(width)], *others][:rows], width), end
+    for sizes in [] if blocks else _chains(k, n, number):
+        chain = []
+        for before, high, wide, after in sizes:
+            chain.append((end // UNIT, (before, high, wide, after)))
+            end = -(-(end + high * wide) // UNIT) * UNIT
+        known.append(modes_of(chain, number(4) / 2 - 0.75))
+
+    def row(most: int, following: bool) -> list[Use]:
+        found: list[Use] = []
+        at = number(len(known) - 1)
+        for i in range(len(known) + most if following else most):
+            adapter = known[(at + i) % len(known) if following else number(len(known) - 1)]
+            found += adapter if len(found) + len(adapter) <= most else []
+        return found
+
+    return pack([row(width, True), *(row(number(width), False) for _ in range(1, rows))][:rows], width), end
+
+
+def _chains(k: int, n: int, number: Callable[[int], int]) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Modes that take k features to n, with before, rows, columns and after of each; none that would be large."""
+
+    def divisor(*sizes: int) -> int:
+        common = math.gcd(*sizes)
+        found = [d for d in range(1, min(common, 256) + 1) if common % d == 0]
+        return found[number(len(found) - 1)]
+
+    for among in (lambda d: (d, n // d, k // d, 1), lambda d: (1, n // d, k // d, d)):  # GAWS and GAWS-D
+        before, rows, columns, after = among(divisor(k, n))
+        if rows * columns <= 32 * (k + n):
+            yield [(before, rows, columns, after)]
+    m, high, rank, inner = divisor(k), divisor(n), 1 + number(4), 1 + number(2)
+    wide, tall = k // m, n // high  # w1 [high, m] ⊗ w2 [tall, wide] (LoKr), with w2 and w1 in two factors or in one
+    left = [(1, inner, m, rank), (1, high, inner, rank)]
+    if tall * wide <= 32 * (k + n):
+        yield [(1, high, m, wide), (high, tall, wide, 1)]
+    yield [(m, rank, wide, 1), (1, high, m, rank), (high, tall, rank, 1)]
+    yield [(m, rank, wide, 1), *left, (high, tall, rank, 1)]
 
 
 def apply(
     x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What the bank adds to `base`, ``W x`` or with a `bias` ``W x + bias``, in plain torch: x ``[..., k]`` and base
-    ``[..., n]`` → ``[..., n]`` of the pool's dtype. Tokens are the rows of the batch one after the other. Raises
-    `ValueError` where they are no whole rows."""
+    ``[..., n]`` → ``[..., n]`` of the dtype that holds both base and pool. Tokens are the rows of the batch one after
+    the other. Raises `ValueError` where they are no whole rows."""
     rows, k, n = len(schedule) - 1, x.shape[-1], base.shape[-1]
+    wide = torch.promote_types(base.dtype, pool.dtype)
     if rows == 0:
-        return pool.new_zeros((*x.shape[:-1], n))
+        return pool.new_zeros((*x.shape[:-1], n), dtype=wide)
     tokens = x.reshape(-1, k).to(pool.dtype)
     if len(tokens) % rows:
         raise ValueError(f"{len(tokens)} tokens are no {rows} rows of a batch: a bank's adapters are given by row")
@@ -131,8 +194,16 @@ def apply(
     made = base.reshape(*batch.shape[:2], n)
     sums = []
     for row in range(rows):
-        total = batch.new_zeros(batch.shape[1], n)
+        total = batch.new_zeros(batch.shape[1], n, dtype=wide)
+        z = batch[row]
         for use in uses(schedule, row):
+            if use.mode:
+                g = pool[use.a * UNIT :][: -use.ra * use.rb].view(-use.ra, use.rb)
+                axes = z.unflatten(-1, (use.b, use.rb, abs(int(use.weight))))
+                z = torch.einsum("oi,...bia->...boa", g, axes).flatten(-3)
+                if use.weight > 0:
+                    total, z = total + z * use.scale, batch[row]
+                continue
             a = pool[use.a * UNIT :][: use.ra * k].view(use.ra, k)
             b = pool[use.b * UNIT :][: n * use.rb].view(n, use.rb)
             total = total + F.linear(F.linear(batch[row], a), b[:, : use.ra]) * use.scale
@@ -140,6 +211,6 @@ def apply(
                 total = total + b[:, use.ra] * use.weight
             if scales_rows(use):
                 product = made[row] if bias is None else made[row] - bias
-                total = total + product.to(pool.dtype) * b[:, use.ra + 1] * use.weight
+                total = total + product.to(wide) * b[:, use.ra + 1].to(wide) * use.weight
         sums.append(total)
     return torch.stack(sums).reshape(*x.shape[:-1], n)

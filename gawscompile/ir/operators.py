@@ -309,8 +309,9 @@ class Kronecker(NamedTuple):
 
 class Banked(NamedTuple):
     """What a bank's adapters add: to each row of a batch ``Σ s B (A x) + v + d ⊙ (W x)`` of those that `schedule` gives
-    it. Their factors lie in `pool`, `n` is the number of y's features. For a GPU, `width` says how many entries a row
-    of the schedule has, each of a block of ranks. Layouts and meaning: `ir.banked`."""
+    it, on a CPU also ``s M_p … M_1 x``. Their factors lie in `pool`, `n` is the number of y's features. For a GPU,
+    `width` says how many entries a row of the schedule has, each of a block of ranks. Layouts and meaning: `ir.banked`.
+    """
 
     pool: Annotated[Leaf, Place("pool", "pool", "table", "rows")]
     schedule: Annotated[Leaf, Place("schedule", "schedule", "table", "rows")]

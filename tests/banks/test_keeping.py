@@ -76,7 +76,7 @@ def test_a_full_disk_loses_no_adapter(judge, ids, monkeypatch):
     model, bank = with_bank(judge, memory=sum(sizes.values()))
     bank.activate(None)
     with monkeypatch.context() as patched:
-        patched.setattr(residents, "_spilled", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        patched.setattr(residents, "spilled", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.raises(OSError, match="no space"):
             bank.load("again", judge, adapter_name="c")
     for name in "acd":

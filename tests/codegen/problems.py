@@ -46,7 +46,7 @@ class Problem:
         for i, p in enumerate(spec.projections):
             if p.banked:
                 rows = max(r for r in (1, 2, 3, 5) if m % r == 0)
-                schedule, room = banked.drawn(rows, 1 + (m + i) % 3, spec.k, p.n, generator)
+                schedule, room = banked.drawn(rows, 1 + (m + i) % 4, spec.k, p.n, generator)
                 operands |= {f"pool{i}": make((room,), p.banked.dtype), f"schedule{i}": schedule}
         for operand in spec.operands():
             if operand.table:
@@ -89,9 +89,17 @@ def _banked(x: Tensor, pool: Tensor, schedule: Tensor, w: Tensor) -> tuple[Tenso
     total, size = torch.zeros(len(tokens), n).double(), torch.zeros(len(tokens), n).double()
     scales = torch.ones(len(tokens), n).double()
     for t, token in enumerate(tokens):
+        z, bound = token, token.abs()
         for entry in schedule[1 + t * rows // len(tokens)]:
-            a0, b0, ra, rb, *_ = (int(field) for field in entry)
+            a0, b0, ra, rb, _, after, *_ = (int(field) for field in entry)
             scale, weight = (float(field) for field in entry[4:6].view(torch.float32))
+            if ra < 0:  # a mode, which the next follows where `after` is negated
+                g = pool[32 * a0 : 32 * a0 - ra * rb].view(-ra, rb)
+                z, bound = (_mode(b0, one, abs(after), part) for one, part in ((g, z), (g.abs(), bound)))
+                if after > 0:
+                    total[t], size[t] = total[t] + scale * z, size[t] + abs(scale) * bound
+                    z, bound = token, token.abs()
+                continue
             a = pool[32 * a0 : 32 * a0 + ra * len(token)].view(ra, len(token))
             b = pool[32 * b0 : 32 * b0 + n * rb].view(n, rb)
             bias, row = b[:, ra : ra + 1].sum(1), b[:, ra + 1 :].sum(1)
@@ -100,6 +108,11 @@ def _banked(x: Tensor, pool: Tensor, schedule: Tensor, w: Tensor) -> tuple[Tenso
             size[t] += abs(weight) * row.abs() * (w.abs() @ token.abs())
             scales[t] += weight * row
     return total.view(*x.shape[:-1], n), size.view(*x.shape[:-1], n), scales.view(*x.shape[:-1], n)
+
+
+def _mode(before: int, g: Tensor, after: int, x: Tensor) -> Tensor:
+    """``(I ⊗ G ⊗ I) x``, written out."""
+    return torch.kron(torch.kron(torch.eye(before).double(), g.contiguous()), torch.eye(after).double()) @ x
 
 
 def _gated(gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], spec: KernelSpec) -> tuple[Tensor, Tensor]:

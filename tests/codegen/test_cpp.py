@@ -66,6 +66,7 @@ SPECS = {
     "n=44 wt=bf16 out=bf16 bank(f32); n=40 w=bf16 out=bf16 kron(10*4x10*1 f32 s=1.0) bank(f16)",
     "bank_beside_all": "k=64 x=f32; n=21 w=f32 out=f32 bias=f32 rowscale=f32 lora(r=5 f32 s=2.0) given(r=3 f32 z=f32) "
     "bank(f32); n=48 wt=f32 out=f32 bias=f32 lora(r=3 f32 s=1.0) kron(4*12x16*1 f32 s=1.0) bank(f32)",
+    "bank_wide_modes": "k=840 x=bf16; n=420 w=bf16 out=bf16 bank(bf16); n=1260 w=bf16 out=f32 bank(f32)",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
@@ -174,7 +175,7 @@ def test_numbers_are_rounded_to_the_nearest(dtype):
 
 
 def test_everyone_waits_between_a_stage_and_what_reads_it():
-    for name, stages in {"plain": 0, "given": 0, "qkv": 1, "gaws": 1, "lokr": 3, "rowscale_kron": 1}.items():
+    for name, stages in {"plain": 0, "given": 0, "qkv": 1, "gaws": 1, "lokr": 3, "rowscale_kron": 1, "bank": 2}.items():
         text = cpp.emit(KernelSpec.parse(SPECS[name]))
         for entry in text.split('extern "C" void ')[1:]:
             assert entry.count("#pragma omp barrier") == stages, name
