@@ -73,8 +73,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "memory that is still read given away": Fault(
         "banks/arena.py",
-        "awake = [run for run in self._resting if run[0] < oldest]",
-        "awake = list(self._resting)",
+        "return [run for run in self._resting if run[0] < oldest]",
+        "return list(self._resting)",
         "tests/banks/test_arena.py",
         unproven=A_CHANGE,
     ),

@@ -242,7 +242,7 @@ KERNELS = {
         GEMV,
         "for flag in range(self.stages + 1)),",
         "for flag in range(self.stages)),",
-        f"{NUMBERS}[rank_8-m1]",
+        f"{NUMBERS}[qkv-m1]",
         unproven=ON_GPUS,
     ),
     "Triton: rows scaled after the bias": Fault(
@@ -253,10 +253,10 @@ KERNELS = {
         unproven=ON_GPUS,
     ),
     "Triton: scale not in a tile's u": Fault(
-        TILE, "scaled(term, v.scale, v.acc)", "v.acc", f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
+        TILE, "scaled(term, v.scale, v.acc)", "v.acc", f"{NUMBERS}[bank_odd-m6]", unproven=ON_GPUS
     ),
     "Triton: one token too many": Fault(
-        TILE, "v.tokens < v.left)", "v.tokens < v.left + 1)", f"{NUMBERS}[rank_8-m5]", unproven=ON_GPUS
+        TILE, "v.tokens < v.left)", "v.tokens < v.left + 1)", f"{NUMBERS}[bank_odd-m6]", unproven=ON_GPUS
     ),
     "Triton: the last block unmasked": Fault(
         TEXT,
@@ -276,7 +276,7 @@ KERNELS = {
         "codegen/triton_kernels.py",
         'fn("tl.sigmoid", v.gate)',
         'fn("tl.sigmoid", v.up)',
-        f"{NUMBERS}[swiglu_plain-m1]",
+        f"{NUMBERS}[swiglu-m1]",
         unproven=ON_GPUS,
     ),
     "Triton: a bank's entry for all of a row's": Fault(
@@ -311,7 +311,7 @@ KERNELS = {
         "codegen/triton_modes.py",
         "owned = (v.row // p.rows).equals(slice_)",
         "owned = v.row // p.rows < slice_ + 1",
-        f"{NUMBERS}[gaws_crossing-m3]",
+        f"{NUMBERS}[gaws_crossing-m17]",
         unproven=ON_GPUS,
     ),
     "counters that two streams share": Fault(

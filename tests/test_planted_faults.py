@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from gawscompile import explain
+from tests.codegen.interpreted_specs import CASES
+from tests.codegen.test_triton import takes_long
 from tests.planted import FAULTS, ROOT, Zoo, judged, planted, suite
 
 
@@ -38,3 +40,11 @@ def test_verify_refuses_and_the_answer_stays_right(name, tmp_path):
 def test_the_suite_notices(name, tmp_path):
     done = suite(name, planted(name, tmp_path))
     assert done.returncode == 1, done.stdout[-2000:]
+
+
+def test_numbers_that_notice_are_among_the_fast_ones():
+    """A case that has become slow is not collected, and nobody would notice the fault."""
+    for name, fault in FAULTS.items():
+        if fault.by == "fast" and "::test_numbers[" in fault.tests:
+            case = fault.tests.partition("[")[2].rstrip("]")
+            assert case in CASES and not takes_long(case), name
