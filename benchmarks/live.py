@@ -17,6 +17,7 @@ Four tables, everything in one of them in turns, on SmolLM2:
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import statistics
@@ -207,7 +208,8 @@ def hot_swap(base: Any, linears: Sizes, dtype: torch.dtype) -> float:
     from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
     model: Any = get_peft_model(measure.sharing_copy(base), config(16), autocast_adapter_dtype=False)
-    states = list(adapters(linears, 16, 2, dtype).values())
+    found = adapters(linears, 16, 2, dtype).values()
+    states = [{key.replace(".weight", ".default.weight"): one for key, one in state.items()} for state in found]
     spent = []
     for number in range(20):
         began = time.perf_counter()
@@ -285,9 +287,13 @@ def residency(setup: Setup, count: int) -> list[list[str]]:
         for number in range(count):
             bank.load(f"{number}", Path(disk) / f"{number}", lazy=True)
         step, rows, generator = decoder(base, "gawscompile.compile"), [], random.Random(0)
-        step()
+        for _ in range(3):
+            step()
+        gc.collect()
         before = _resident()
         for among in [among for among in AMONG if among <= count]:
+            for number in range(min(among, DRAWN)):  # those that stay are there
+                bank.activate(f"{number}")
             spent, began = [], time.perf_counter()
             for _ in range(DRAWN):
                 at = time.perf_counter()
