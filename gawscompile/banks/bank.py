@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from gawscompile.banks.layer import Shared
 from gawscompile.banks.listing import Info
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
 from gawscompile.banks.opening import BankError
-from gawscompile.banks.residents import Held, Residents, device_of, forget
+from gawscompile.banks.residents import Held, Residents, bytes_of, device_of, forget
 from gawscompile.banks.saving import write
 from gawscompile.banks.schedules import Rows
 from gawscompile.banks.tables import Table
@@ -49,13 +48,14 @@ __all__ = ["AdapterBank", "BankError", "Info"]
 Choice = str | None | Mapping[str, float]
 """Of one row: an adapter's name, none, or several with their weights."""
 
+
 class AdapterBank(Source):
     """LoRA, DoRA and Kronecker adapters beside the linears of `model`, which is changed in place and remains the one to
     call, compile and generate with.
 
     `model`: a base model, or a PeftModel, whose adapters the bank takes over (its ``set_adapter``,
     ``load_adapter``, ``delete_adapter`` and ``disable_adapter`` speak to the bank then).
-    `memory`: bytes of the pool, or "64MB", "2GB". Memory that no adapter has used yet costs nothing.
+    `memory`: bytes of the pool, or "64MB", "2GB". On a CPU, what no adapter has used yet costs nothing.
     `modules`: "all-linear" (all but the output layer), or names or ends of names, as PEFT's ``target_modules``.
     `dtype`: of the factors in the pool; by default that of a PeftModel's factors, else the model's.
     `max_mix`: adapters that one row can mix. `max_adapters`: resident ones, if that is to be limited too.
@@ -103,7 +103,7 @@ class AdapterBank(Source):
         for limit, value in limits.items():
             if value is not None and value < 1:
                 raise BankError(f"{limit}={value}: it counts from 1 on")
-        size = _bytes(memory) // dtype.itemsize
+        size = bytes_of(memory) // dtype.itemsize
         if size < UNIT:
             raise BankError(f"memory={memory!r} holds no adapter")
         self.model, self.modules, self.max_mix, self.left_out = model, tuple(bases), max_mix, left
@@ -288,12 +288,7 @@ class AdapterBank(Source):
         for row in rows:
             entries = schedules.most(row, on_gpu)
             if entries > self._width:
-                names = " and ".join(held.name for held, _ in row)
-                what = f"blocks of {BLOCK} ranks" if on_gpu else "modes"
-                raise BankError(
-                    f"{names} take {entries} {what}, and a row has place for {self._width}: "
-                    f"AdapterBank({'max_ranks' if on_gpu else 'max_modes'}=…)"
-                )
+                raise layouts.no_place(" and ".join(held.name for held, _ in row), entries, self._width, on_gpu)
 
     def _changed(self) -> None:
         """What schedules were made of is no longer so. The caller holds the lock."""
@@ -395,12 +390,3 @@ def _parts(choice: Choice) -> list[tuple[str, float]]:
     if isinstance(choice, str):
         return [(choice, 1.0)]
     return [(name, float(weight)) for name, weight in choice.items()]
-
-
-def _bytes(memory: int | str) -> int:
-    if isinstance(memory, int):
-        return memory
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B\s*", memory, re.IGNORECASE)
-    if match is None:
-        raise BankError(f"memory={memory!r}: bytes as a number, or as '64MB' or '2GB'")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

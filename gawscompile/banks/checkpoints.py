@@ -181,15 +181,11 @@ class LoraReader(Reader):
 
     def _module(self, path: str, keys: dict[str, str]) -> Factors | None:
         """What the checkpoint holds for a module, or None where that is a bias that was not trained."""
-        from peft.utils.other import get_pattern_key
-
         some = next(iter(keys.values()))
         n, k, own = self.layer(path, some)
         setting: dict[str, Any] = {**DEFAULTS, **self.settings}
-        ranks: Any = setting.get("rank_pattern") or {}
-        alphas: Any = setting.get("alpha_pattern") or {}
-        rank: int = ranks.get(get_pattern_key(ranks, path), setting["r"])
-        alpha: float = alphas.get(get_pattern_key(alphas, path), setting["lora_alpha"])
+        rank: int = self.said_of(path, "rank_pattern", "r")
+        alpha: float = self.said_of(path, "alpha_pattern", "lora_alpha")
 
         if BASE_BIAS in keys and own is None:
             what = f"is a bias, and the base layer has none{self.other}: give an adapter of this base model"
@@ -198,11 +194,7 @@ class LoraReader(Reader):
         due = set() if only_bias else {A, B, B_BIAS} if setting["lora_bias"] else {A, B}
         due |= {MAGNITUDE} if setting["use_dora"] and not only_bias else set()
         due |= {BASE_BIAS} if setting["bias"] != "none" and own is not None else set()
-        for part in sorted(due ^ keys.keys()):
-            if part in due:
-                what = f"is missing beside {plain(some)}: save the adapter again, or correct its config"
-                raise self.error(f"{PREFIX}{path}.{part}", what)
-            raise self.error(keys[part], "is not what the config asks for: correct its bias, lora_bias or use_dora")
+        self.complete(path, keys, due, "bias, lora_bias or use_dora")
 
         shapes = {A: (rank, k), B: (n, rank), B_BIAS: (n,), BASE_BIAS: (n,), MAGNITUDE: (n,)}
         why = f"{plain(path)} has {k} inputs and {n} outputs, and rank {rank} in the config{self.other}"

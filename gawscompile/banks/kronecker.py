@@ -7,6 +7,7 @@ of w2 comes first and the other one last: what w1 has to mix is as small as it c
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,21 +38,17 @@ SPLITS = ("input_splits", "output_splits", "input_split_dim", "output_split_dim"
 PATTERNS = ("input_splits_pattern", "output_splits_pattern")
 
 
-def _defaults(name: str) -> Callable[[], dict[str, Any]]:
+def _defaults(package: str, name: str) -> Callable[[], dict[str, Any]]:
     def defaults() -> dict[str, Any]:
-        import peft
-
-        from gawscompile import adapters
-
-        config: Any = getattr(adapters if name.startswith("GAWS") else peft, name)()
-        return dict(config.to_dict())
+        return dict(getattr(importlib.import_module(package), name)().to_dict())
 
     return defaults
 
 
 def _gaws(words: str, config: str) -> Kind:
     honoured = {**TARGETS, **dict.fromkeys(SPLITS, COUNT), **dict.fromkeys(PATTERNS, by_pattern(RANK)), "diag": FLAG}
-    return Kind(words, (), honoured, (*UNHEARD, "fan_in_fan_out", "init_weights"), _defaults(config))
+    inert = (*UNHEARD, "fan_in_fan_out", "init_weights")
+    return Kind(words, (), honoured, inert, _defaults("gawscompile.adapters", config))
 
 
 LOKR = Kind(
@@ -67,7 +64,7 @@ LOKR = Kind(
         "decompose_factor": (lambda value: type(value) is int and (value > 0 or value == -1), "above 0, or -1"),
     },
     (*UNHEARD, "init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"),
-    _defaults("LoKrConfig"),
+    _defaults("peft", "LoKrConfig"),
 )
 KINDS = {"GAWS": _gaws("GAWS", "GAWSConfig"), "GAWSD": _gaws("GAWS-D", "GAWSDConfig"), "LOKR": LOKR}
 
@@ -130,14 +127,6 @@ class KroneckerReader(Reader):
         why = next(why for piece, why in FOREIGN.items() if piece in key)
         raise self.error(key, f"is not taken, as {why}")
 
-    def _due(self, path: str, keys: dict[str, str], due: set[str]) -> None:
-        """Raises `BankError` unless a module has the parts that its config asks for."""
-        for part in sorted(due ^ keys.keys()):
-            if part in due:
-                what = f"is missing beside {plain(next(iter(keys.values())))}: save the adapter again, or correct"
-                raise self.error(f"{PREFIX}{path}.{part}", f"{what} its config")
-            raise self.error(keys[part], f"is not what the config asks for, {' and '.join(sorted(due))}: correct it")
-
     def _gaws(self, path: str, keys: dict[str, str]) -> Chain:
         from gawscompile.adapters import GAWSConfig, GAWSDConfig
 
@@ -151,7 +140,7 @@ class KroneckerReader(Reader):
         except ValueError as error:
             what = f"does not fit its config{self.other}: {plain(str(error))}"
             raise self.error(some, f"{what}. Give an adapter of this base model") from error
-        self._due(path, keys, {g, DIAG} if self.settings.get(DIAG) else {g})
+        self.complete(path, keys, {g, DIAG} if self.settings.get(DIAG) else {g}, DIAG)
         rows, columns = splits.shape("gaws" if own else "gawsd", k, n)
         slices = f"in {splits.inputs} and {splits.outputs} slices in the config{self.other}"
         why = f"{plain(path)} has {k} inputs and {n} outputs, {slices}"
@@ -164,21 +153,18 @@ class KroneckerReader(Reader):
 
     def _lokr(self, path: str, keys: dict[str, str]) -> Chain:
         from peft.tuners.lokr.layer import factorization
-        from peft.utils.other import get_pattern_key
 
         some = next(iter(keys.values()))
         n, k, _ = self.layer(path, some)
         if type(self.modules[path]) is not nn.Linear:
             raise self.error(some, "is of a Conv1D, for which PEFT has no LoKr: give LoKr of nn.Linear")
-        ranks: Any = self.settings.get("rank_pattern") or {}
-        alphas: Any = self.settings.get("alpha_pattern") or {}
-        rank: int = ranks.get(get_pattern_key(ranks, path), self.settings["r"])
-        alpha: float = alphas.get(get_pattern_key(alphas, path), self.settings["alpha"])
+        rank: int = self.said_of(path, "rank_pattern", "r")
+        alpha: float = self.said_of(path, "alpha_pattern", "alpha")
         factor = self.settings.get("decompose_factor", -1)
         (m, wide), (high, tall) = factorization(k, factor), factorization(n, factor)
         narrow = bool(self.settings.get("decompose_both")) and rank < max(high, m) / 2, rank < max(tall, wide) / 2
         due = {*((W1_A, W1_B) if narrow[0] else (W1,)), *((W2_A, W2_B) if narrow[1] else (W2,))}
-        self._due(path, keys, due)
+        self.complete(path, keys, due, "r, rank_pattern, decompose_both or decompose_factor")
         shapes = {W1: (high, m), W1_A: (high, rank), W1_B: (rank, m)}
         shapes |= {W2: (tall, wide), W2_A: (tall, rank), W2_B: (rank, wide)}
         why = f"{plain(path)} has {k} inputs and {n} outputs, and rank {rank} in the config{self.other}"

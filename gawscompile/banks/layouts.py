@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gawscompile.banks.checkpoints import Factors
 from gawscompile.banks.kronecker import Chain
+from gawscompile.banks.opening import BankError
 from gawscompile.ir.banked import BLOCK, FIELDS, UNIT, modes_of, pack
 from gawscompile.ir.operators import Mode
 
@@ -48,6 +49,12 @@ def more(factors: Factors) -> int:
 def count(factors: Factors | Chain, blocks: bool) -> int:
     """Entries that it takes of a row."""
     return len(factors.modes) if isinstance(factors, Chain) else len(parts(factors.rank, more(factors), blocks))
+
+
+def no_place(who: str, entries: int, width: int, blocks: bool) -> BankError:
+    """A row of the bank has place for `width` entries, and `who` takes more."""
+    what, limit = (f"blocks of {BLOCK} ranks", "max_ranks") if blocks else ("modes", "max_modes")
+    return BankError(f"{who}: {entries} {what}, and a row of this bank has place for {width}: AdapterBank({limit}=…)")
 
 
 def runs(factors: Factors | Chain, blocks: bool) -> list[int]:

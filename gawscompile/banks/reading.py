@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Reader:
+class Reader(ABC):
     """Tensors by key, and what they must agree with. `at`: what messages call the tensors. `other`: words on another
     base model, if it is that. `scales`: by module, where they are not what the settings say."""
 
@@ -52,9 +53,13 @@ class Reader:
     other: str
     scales: Mapping[str, float]
 
+    @abstractmethod
     def key(self, key: str) -> Key:
         """Raises `BankError` for one that is no part of such an adapter."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def factors(self) -> Mapping[str, Any]:
+        """What the adapter adds to each module, by path. Raises `BankError`."""
 
     def error(self, key: str, what: str) -> BankError:
         return BankError(f"{self.at}: {plain(key)} {what}")
@@ -85,6 +90,22 @@ class Reader:
             one, two, *_ = names.values()
             raise self.error(one, f"and {plain(two)} are not of one adapter: keep the keys of one")
         return found
+
+    def said_of(self, path: str, pattern: str, name: str) -> Any:
+        """What the settings say of a module: by their `pattern`, else `name`, for all."""
+        from peft.utils.other import get_pattern_key
+
+        patterns: Any = self.settings.get(pattern) or {}
+        return patterns.get(get_pattern_key(patterns, path), self.settings[name])
+
+    def complete(self, path: str, keys: Mapping[str, str], due: Collection[str], correct: str) -> None:
+        """Raises `BankError` unless a module has the parts that are `due`. `correct`: the settings that say so."""
+        for part in sorted(set(due) ^ keys.keys()):
+            if part in due:
+                some = next(iter(keys.values()))
+                what = f"is missing beside {plain(some)}: save the adapter again, or correct its config"
+                raise self.error(f"{PREFIX}{path}.{part}", what)
+            raise self.error(keys[part], f"is not what the config asks for: correct its {correct}")
 
     def as_targeted(self, found: Collection[str], keys: Mapping[str, Mapping[str, str]], part: str) -> None:
         """Raises `BankError` unless the modules in `found` are those that the config names."""

@@ -7,6 +7,7 @@ what did not is written to a temporary folder first.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from gawscompile.banks.kronecker import Chain
 from gawscompile.banks.opening import BankError
 from gawscompile.banks.reading import sizes_of
 from gawscompile.banks.spilling import spilled, unspilled
-from gawscompile.ir.banked import BLOCK, FIELDS
+from gawscompile.ir.banked import FIELDS
 from gawscompile.options import Options
 from gawscompile.runtime import pages
 
@@ -42,6 +43,16 @@ def device_of(bases: Mapping[str, nn.Module]) -> torch.device:
     weight: Any = next(iter(bases.values())).weight
     device: torch.device = weight.device
     return device
+
+
+def bytes_of(memory: int | str) -> int:
+    """A number of bytes, or as "64MB". Raises `BankError`."""
+    if isinstance(memory, int):
+        return memory
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B\s*", memory, re.IGNORECASE)
+    if match is None:
+        raise BankError(f"memory={memory!r}: bytes as a number, or as '64MB' or '2GB'")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 @dataclass(eq=False)
@@ -235,11 +246,7 @@ class Residents:
                 raise BankError(f"{name}: {path} {what}")
             count = layouts.count(f, self.blocks)
             if count > self.width:
-                what = f"blocks of {BLOCK} ranks" if self.blocks else "modes"
-                raise BankError(
-                    f"{name}: {path} takes {count} {what}, and a row of this bank has place for {self.width}: "
-                    f"AdapterBank({'max_ranks' if self.blocks else 'max_modes'}=…)"
-                )
+                raise layouts.no_place(f"{name}, {path}", count, self.width, self.blocks)
 
     def _fill(self, held: Held, adapter: Adapter) -> None:
         """Copy the factors into their runs, and write their entries."""

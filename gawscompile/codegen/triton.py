@@ -34,13 +34,13 @@ from types import ModuleType
 import torch
 
 from gawscompile import cache
+from gawscompile.codegen.triton_checks import check_arguments, check_spec
 from gawscompile.codegen.triton_gemv import GEMV_ROWS, Gemv, RedundantShrink, SingleLaunch
 from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
 from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
 from gawscompile.codegen.triton_tile import Accumulate, Tile
-from gawscompile.ir.banked import FIELDS
-from gawscompile.ir.spec import KernelSpec, Operand
-from gawscompile.ir.types import ANY, DTYPES, OPERAND_DTYPES, SpecError
+from gawscompile.ir.spec import KernelSpec
+from gawscompile.ir.types import DTYPES, SpecError
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ _PLANS = f"these are: {', '.join(f'{name}[rows]' if kind.decodes else name for n
 
 def plans(spec: KernelSpec) -> list[Plan]:
     """Every plan that can run `spec`. Raises `SpecError` as `emit` does."""
-    _check_spec(spec)
+    check_spec(spec)
     gemv = Gemv(spec, GEMV_ROWS[0])
     few = GEMV_ROWS[1:] if gemv.written else GEMV_ROWS  # 32 rows and a chain of modes after them spill on sm_80
     applying = {name: kind for name, kind in PLANS.items() if kind.applies(spec, gemv)}
@@ -222,7 +222,7 @@ def launch(
     the tensor, for a wrong count, shape, dtype or device and for a parameter that is not contiguous. Runs where Triton
     has a driver, or anywhere if ``TRITON_INTERPRET=1`` was set before its import.
     """
-    _check_arguments(spec, x, operands)
+    check_arguments(spec, x, operands)
     kept = {"flags": flags} if plan.style.keeps_state else {}
     outs: list[torch.Tensor] = load(spec, plan, tuned).launch(x, operands, **kept)
     return outs
@@ -384,49 +384,3 @@ def _unpack(names: Sequence[str], value: str) -> list[str]:
         return [f"({names[0]},) = {value}"]
     line = f"{', '.join(names)} = {value}"
     return [line] if len(line) <= WIDTH else ["(", *indent(f"{name}," for name in names), f") = {value}"]
-
-
-# --- Checks ------------------------------------------------------------------------------------------------
-
-
-def _check_spec(spec: KernelSpec) -> None:
-    if not spec.projections:
-        raise SpecError(f"no projections in {spec}")
-    if any(p.opaque is not None for p in spec.projections):
-        raise SpecError(f"no kernel on a GPU adds to what an opaque base makes: {spec}")
-    if any(p.banked and p.banked.width is None for p in spec.projections):
-        raise SpecError(f"a kernel on a GPU has to know how wide a bank's schedule is: {spec}")
-    ranks = [term.rank for p in spec.projections for term in p.lowrank]
-    ranks += [term.rank for p in spec.projections for term in p.given]
-    if min(spec.k, *(p.n for p in spec.projections), *ranks) < 1:
-        raise SpecError(f"k, n and ranks must be at least 1: {spec}")
-
-
-def check_schedule(spec: KernelSpec, operand: Operand, schedule: torch.Tensor, m: int) -> None:
-    """Raises `ValueError` where `m` tokens are no whole rows of a bank's schedule, or its rows are not as wide as the
-    kernel has them."""
-    bank, rows = spec.projections[operand.projection].banked, schedule.shape[0] - 1
-    wanted = (bank.width if bank else None, FIELDS)
-    if tuple(schedule.shape[1:]) != wanted or rows < 1 or m % rows:
-        what = f"{m} tokens, and {operand.name} is {list(schedule.shape)}, not [rows + 1, {wanted[0]}, {FIELDS}]"
-        raise ValueError(f"{what} for whole rows of the batch: a bank's adapters are given by row")
-
-
-def _check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:
-    if x.dim() != 2 or x.shape[1] != spec.k or x.shape[0] < 1 or x.dtype != DTYPES[spec.x]:
-        raise ValueError(f"x is {list(x.shape)} {x.dtype}, not [m >= 1, {spec.k}] {DTYPES[spec.x]}")
-    wanted = list(spec.operands())
-    if len(wanted) != len(operands):
-        raise ValueError(f"{len(operands)} operands for {len(wanted)}: {', '.join(o.name for o in wanted)}")
-    for operand, tensor in zip(wanted, operands, strict=True):
-        known = zip(operand.shape, tensor.shape, strict=False)
-        shape = [{"m": x.shape[0], ANY: there}.get(size, size) for size, there in known]
-        dtype = OPERAND_DTYPES[operand.dtype]
-        if operand.role == "schedule" and tensor.dim() == 3:
-            check_schedule(spec, operand, tensor, x.shape[0])
-        if list(tensor.shape) != shape or len(shape) != len(operand.shape) or tensor.dtype != dtype:
-            raise ValueError(f"{operand.name} is {list(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
-        if not operand.scale and tensor.device != x.device:
-            raise ValueError(f"{operand.name} is on {tensor.device}, x on {x.device}")
-        if not operand.activation and not tensor.is_contiguous():
-            raise ValueError(f"{operand.name} is not contiguous: strides {tensor.stride()} of {shape}")

@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gawscompile.codegen import triton
+from gawscompile.codegen.triton_checks import check_schedules
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
 from gawscompile.planning.table import Program
@@ -135,9 +136,7 @@ def project_traced(x: torch.Tensor, operands: list[torch.Tensor], program: str) 
         return _nothing(x, spec)
     module = triton.load(spec, triton.Plan.parse(parsed.table.pick(m)), parsed.tuned)
     tensors = [t.contiguous() for t in _flat(m, spec, operands)]
-    for operand, tensor in zip(spec.operands(), tensors, strict=True):
-        if operand.role == "schedule":
-            triton.check_schedule(spec, operand, tensor, m)
+    check_schedules(spec, m, tensors)
     kernels = [torch.library.wrap_triton(kernel) for kernel in module.KERNELS]
     return _shaped(x, spec, module.launch(x.reshape(m, spec.k), tensors, kernels=kernels))
 

@@ -288,15 +288,15 @@ def test_a_bank_of_lora_is_as_wide_as_it_was(folders, ids):
         bank.load(name, folders[name])
         bank.activate(name)
     before, made = [*bank], bank.model(ids).logits
-    with pytest.raises(BankError, match=r"lokr and lokr_both take 6 modes, .* place for 4: AdapterBank\(max_modes=…\)"):
+    with pytest.raises(BankError, match=r"lokr and lokr_both: 6 modes, .* place for 4: AdapterBank\(max_modes=…\)"):
         bank.activate(["gaws", {"lokr": 1.0, "lokr_both": 1.0}])
     narrow = AdapterBank(llama(), memory="8MB", max_mix=2)
-    with pytest.raises(BankError, match=r"x: .* takes 4 modes, and a row of this bank has place for 2: .*max_modes"):
+    with pytest.raises(BankError, match=r"x, .*: 4 modes, and a row of this bank has place for 2: .*max_modes"):
         narrow.load("x", folders["lokr_both"])
     assert [*bank] == before and torch.equal(bank.model(ids).logits, made) and not list(narrow)
     bank.activate({"lokr": 1.0, "gaws": 1.0})
     before, made = [*bank], bank.model(ids).logits
-    with pytest.raises(BankError, match="lokr and gaws take 6 modes"):
+    with pytest.raises(BankError, match="lokr and gaws: 6 modes"):
         bank.load("gaws", folders["lokr_both"])
     assert [*bank] == before and torch.equal(bank.model(ids).logits, made)
 
