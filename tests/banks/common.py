@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +76,28 @@ def logits(model: PeftModel, ids: Tensor, choice: Any) -> Tensor:
             layer.scaling.update(scaling)
 
 
-def by_row(model: PeftModel, ids: Tensor, choices: Sequence[Any]) -> Tensor:
-    """The same for a batch, row by row."""
+def by_row(judge: Any, ids: Tensor, choices: Sequence[Any], answer: Callable[..., Tensor] = logits) -> Tensor:
+    """The same for a batch, row by row. `answer`: what a judge makes of one choice."""
     each = len(ids) // len(choices)
-    return torch.cat([logits(model, ids[i : i + 1], choices[i // each]) for i in range(len(ids))])
+    return torch.cat([answer(judge, ids[i : i + 1], choices[i // each]) for i in range(len(ids))])
+
+
+def agree(
+    run: Any,
+    bank: AdapterBank,
+    judge: Any,
+    ids: Tensor,
+    choices: Sequence[Any],
+    rows: Sequence[list[Any]],
+    answer: Callable[..., Tensor] = logits,
+) -> None:
+    """`run` follows the bank from choice to choice, for all rows and by row, as `judge` answers."""
+    for choice in choices:
+        bank.activate(choice)
+        close(run(ids).logits, answer(judge, ids, choice))
+    for own in rows:
+        bank.activate(own)
+        close(run(ids).logits, by_row(judge, ids, own, answer))
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:

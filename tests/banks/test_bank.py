@@ -18,7 +18,7 @@ from gawscompile.banks.layer import BankedLinear
 from gawscompile.ir.records import GraphRecord
 from gawscompile.runtime.banked import BANKED, SCHEDULE
 from gawscompile.verify import proof
-from tests.banks.common import adapted, by_row, close, in_kernels, llama, logits, with_bank
+from tests.banks.common import adapted, agree, by_row, close, in_kernels, llama, logits, with_bank
 from tests.graphs import capture, rewriting
 
 CHOICES = ["a", "c", None, "d", {"a": 0.5, "c": 2.0}, {"d": -1.0}, {"a": 1.0, "c": 0.25, "d": 3.0}]
@@ -35,12 +35,7 @@ ROWS = [
 
 def test_eager(judge, ids):
     model, bank = with_bank(judge)
-    for choice in CHOICES:
-        bank.activate(choice)
-        close(model(ids).logits, logits(judge, ids, choice))
-    for rows in ROWS:
-        bank.activate(rows)
-        close(model(ids).logits, by_row(judge, ids, rows))
+    agree(model, bank, judge, ids, CHOICES, ROWS)
 
 
 def test_a_bias_of_b(ids):
@@ -65,12 +60,7 @@ def test_compiled_once_for_all(judge, ids, compiled):
     model(ids)
     graphs = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for choice in CHOICES:
-            bank.activate(choice)
-            close(model(ids).logits, logits(judge, ids, choice))
-        for rows in ROWS:  # eight rows of eight adapters, then fewer: SGLang's CUDA graphs kept some (PR 28371)
-            bank.activate(rows)
-            close(model(ids).logits, by_row(judge, ids, rows))
+        agree(model, bank, judge, ids, CHOICES, ROWS)  # many, then fewer: SGLang's CUDA graphs kept some (PR 28371)
         bank.activate("a")
         bank.scale("a", 0.5)
         close(model(ids).logits, logits(judge, ids, {"a": 0.5}))

@@ -9,7 +9,7 @@ import torch
 
 from gawscompile.banks.checkpoints import WEIGHTS
 from tests.banks.checkpoints import adapted, base, saved
-from tests.banks.test_broken_checkpoints import (
+from tests.banks.damage import (
     QB,
     Checkpoint,
     Damage,

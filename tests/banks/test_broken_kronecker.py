@@ -15,7 +15,7 @@ from gawscompile.adapters import GAWSConfig, GAWSDConfig
 from gawscompile.banks.checkpoints import CONFIG, WEIGHTS, BankError, read
 from gawscompile.banks.kronecker import KINDS, PARTS
 from tests.banks.checkpoints import TARGETS, base, linears, saved
-from tests.banks.test_broken_checkpoints import (
+from tests.banks.damage import (
     Damage,
     all_of,
     damaged,

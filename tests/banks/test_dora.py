@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from gawscompile.banks.dora import norms
 from gawscompile.banks.layer import BankedLinear
 from gawscompile.ir.records import GraphRecord
 from gawscompile.verify import proof
+from tests.banks import common
 from tests.banks.checkpoints import base, linears
 from tests.banks.common import KINDS, close, in_kernels, llama, with_bank
 from tests.graphs import capture, rewriting
@@ -81,9 +83,7 @@ def logits(model: peft.PeftModel, ids: torch.Tensor, choice: Any) -> torch.Tenso
         return model(ids).logits
 
 
-def by_row(model: peft.PeftModel, ids: torch.Tensor, choices: list[Any]) -> torch.Tensor:
-    each = len(ids) // len(choices)
-    return torch.cat([logits(model, ids[i : i + 1], choices[i // each]) for i in range(len(ids))])
+by_row = functools.partial(common.by_row, answer=logits)
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +106,7 @@ def test_as_peft(dora, ids, how):
     bank.activate("a")
     close(run(ids).logits, logits(dora, ids, "a"))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for choice in CHOICES:
-            bank.activate(choice)
-            close(run(ids).logits, logits(dora, ids, choice))
-        for rows in ROWS:
-            bank.activate(rows)
-            close(run(ids).logits, by_row(dora, ids, rows))
+        common.agree(run, bank, dora, ids, CHOICES, ROWS, logits)
         bank.activate("m")
         bank.scale("m", 0.5)
         close(run(ids).logits, logits(dora, ids, {"m": 0.5}))

@@ -4,6 +4,7 @@ over, spilled and refused."""
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gawscompile.banks.reading import sizes_of
 from gawscompile.ir import banked
 from gawscompile.ir.records import GraphRecord
 from gawscompile.verify import proof
+from tests.banks import common
 from tests.banks.common import KINDS, close, in_kernels, llama
 from tests.graphs import capture, rewriting
 
@@ -99,9 +101,7 @@ def logits(judges: dict[str, peft.PeftModel], ids: torch.Tensor, choice: Any) ->
     return model(ids).logits
 
 
-def by_row(judges: dict[str, peft.PeftModel], ids: torch.Tensor, choices: list[Any]) -> torch.Tensor:
-    each = len(ids) // len(choices)
-    return torch.cat([logits(judges, ids[i : i + 1], choices[i // each]) for i in range(len(ids))])
+by_row = functools.partial(common.by_row, answer=logits)
 
 
 def test_the_judge_is_peft_s_forward(judges, ids):
@@ -125,12 +125,7 @@ def test_as_peft(judges, folders, ids, how):
     bank.activate("a")
     close(run(ids).logits, logits(judges, ids, "a"))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for name in judges:
-            bank.activate(name)
-            close(run(ids).logits, logits(judges, ids, name))
-        for rows in ROWS:
-            bank.activate(rows)
-            close(run(ids).logits, by_row(judges, ids, rows))
+        common.agree(run, bank, judges, ids, list(judges), ROWS, logits)
         bank.activate("lokr_low")
         bank.scale("lokr_low", -0.5)
         close(run(ids).logits, logits(judges, ids, {"lokr_low": -0.5}))
