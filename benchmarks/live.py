@@ -170,7 +170,7 @@ def batches(setup: Setup, rounds: int, given: argparse.Namespace) -> list[list[s
     names, rows = list(states), []
     for phase, size in [(phase, size) for phase in given.phases for size in given.batch]:
         counts = [count for count in given.distinct if count <= size]
-        run = decoder(inner, "gawscompile.compile", size) if phase == "decode" else prefill(inner, COMPILERS[0], size)
+        run = decoder(inner, "gawscompile.compile", size) if phase == "decode" else prefill(inner, "gaws", size)
 
         def many(count: int, run: Step = run, size: int = size) -> Step:
             def step() -> float:
