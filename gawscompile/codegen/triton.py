@@ -34,10 +34,11 @@ from types import ModuleType
 import torch
 
 from gawscompile import cache
+from gawscompile.codegen.triton_cases import Kernel
 from gawscompile.codegen.triton_checks import check_arguments, check_spec
 from gawscompile.codegen.triton_gemv import GEMV_ROWS, Gemv, RedundantShrink, SingleLaunch
 from gawscompile.codegen.triton_kernels import MAX_ROW_BLOCKS, Style
-from gawscompile.codegen.triton_text import WIDTH, Kernel, indent
+from gawscompile.codegen.triton_text import WIDTH, indent
 from gawscompile.codegen.triton_tile import Accumulate, Tile
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, SpecError

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from gawscompile.codegen import triton_banks as banks
+from gawscompile.codegen.triton_cases import Case, Kernel, Work
 from gawscompile.codegen.triton_kernels import (
     Narrow,
     Style,
@@ -23,7 +24,7 @@ from gawscompile.codegen.triton_kernels import (
     row_of_w,
 )
 from gawscompile.codegen.triton_modes import Emitter, Product
-from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Work, cut, fn, function, scaled, shape, store, v
+from gawscompile.codegen.triton_text import Code, Cut, cut, fn, function, scaled, shape, store, v
 from gawscompile.ir.banked import BLOCK
 from gawscompile.ir.operators import Banked, LowRank
 from gawscompile.ir.spec import KernelSpec

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
 
+from gawscompile.codegen.triton_cases import Case, Kernel, Tensor, Work
 from gawscompile.codegen.triton_modes import Product, columns, common
-from gawscompile.codegen.triton_text import Case, Code, Cut, Kernel, Tensor, Work, fn, function, printed, reads, v
+from gawscompile.codegen.triton_text import Code, Cut, fn, function, printed, reads, v
 from gawscompile.ir.operators import Banked, LowRank
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from gawscompile.codegen import triton_banks as banks
+from gawscompile.codegen.triton_cases import Case, Work
 from gawscompile.codegen.triton_kernels import (
     Narrow,
     Style,
@@ -17,7 +18,7 @@ from gawscompile.codegen.triton_kernels import (
     row_range,
 )
 from gawscompile.codegen.triton_modes import DOT_MINIMUM, TILE_COLUMNS, Emitter, Product, common
-from gawscompile.codegen.triton_text import Case, Code, Cut, Work, cut, fn, scaled, shape, store, v, when
+from gawscompile.codegen.triton_text import Code, Cut, cut, fn, scaled, shape, store, v, when
 from gawscompile.ir.banked import BLOCK
 from gawscompile.ir.operators import Banked, LowRank
 from gawscompile.ir.spec import KernelSpec
