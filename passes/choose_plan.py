@@ -46,7 +46,8 @@ def run(graph: Graph, context: Context) -> None:
         program = Program(table, spec, planned.target, planned.target.tunes and context.options.autotune, derived)
         entries = node.meta["gaws_entries"]
         adapted = derived or any(total.adapted for total in sums)
-        if not adapted and program.target.kind(program.plans[0]).uses_library:
+        packed = any(total.packed for total in sums)  # whose own spelling is slower than ours
+        if not adapted and not packed and program.target.kind(program.plans[0]).uses_library:
             spell_out(context, node, seen=True)
             for entry in entries:
                 context.reject(entry, Reason.LIBRARY, f"m = {tokens}: {planned.compare(tokens)}")

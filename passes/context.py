@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -231,6 +232,8 @@ def _lowered(x: Node, arguments: list[Node], text: str) -> KernelSpec:
         shape_ = operand.shape[-1:] if operand.activation else operand.shape
         if found and operand.table:
             shape_ = found.shape[: len(shape_)]
+        if found and operand.flat and math.prod(found.shape) == shape_[0]:
+            shape_ = found.shape
         if found and (found.dtype != operand.dtype or found.shape[-len(shape_) or None :] != shape_):
             raise SpecError(f"{operand.name} is {found}, not {operand.type}")
     return program.spec

@@ -44,8 +44,10 @@ def on_an_opaque_base(node: Node, forms: dict[Node, Form], context: Context) -> 
 
 def is_opaque(form: Form, context: Context) -> bool:
     """Whether no kernel may read what it is made of: a matrix is computed in the graph, or no linear is known."""
-    matrices = [stored(factor.node) for p in form.products for factor in p.matrices]
+    factors = [factor for p in form.products for factor in p.matrices]
+    matrices = [stored(factor.node) for factor in factors]
     readable = all(is_parameter(m) or hoistable(m, context) for m in matrices)
+    readable = readable and not any(factor.packed and factor.turned for factor in factors)
     return form.opaque is None and (form.regrouped or not readable)
 
 

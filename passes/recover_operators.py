@@ -212,7 +212,7 @@ def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tu
     terms: list[Operator] = [Opaque(form.opaque)]
     if base is not None:
         (weight,) = base.matrices
-        terms = [Dense(stored(weight.node), weight.turned)]
+        terms = [weight.packed or Dense(stored(weight.node), weight.turned)]
     bias = _bias(context, form.vectors, node)
     terms += [Bias(bias)] if bias is not None else []
     adapters = [p for p in form.products if p is not base]

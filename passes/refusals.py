@@ -22,6 +22,8 @@ from gawscompile.passes.hoist_weights import hoistable
 def refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Reason, str] | None:
     """Why this sum cannot be one projection, if it cannot."""
     x = form.activation
+    if base.matrices[0].packed is not None:
+        return _packed_refusal(base, x, node)
     weight = stored(base.matrices[0].node)
     if not is_parameter(weight) and not hoistable(weight, context):
         return Reason.WEIGHT_COMPUTED, f"it is the result of {through_casts(weight).target}"
@@ -40,6 +42,15 @@ def refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Re
     if base.scale != Scale():
         return Reason.SCALE, ""
     return None
+
+
+def _packed_refusal(base: Product, x: Node, node: Node) -> tuple[Reason, str] | None:
+    odd = [str(d) for d in (dtype(x), dtype(node)) if d not in DTYPE_NAMES]
+    if odd:
+        return Reason.DTYPE, ", ".join(odd)
+    if base.matrices[0].turned:
+        return Reason.WEIGHT_LAYOUT, "it is kept as codes, and transposed"
+    return (Reason.SCALE, "") if base.scale != Scale() else None
 
 
 def vectors_refusal(form: Form, rowscale: Node | None) -> tuple[Reason, str] | None:

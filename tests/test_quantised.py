@@ -1,4 +1,4 @@
-"""Quantised bases, torchao's int8, bitsandbytes' int8 and nf4: they keep their own matmul, and adapters are fused."""
+"""Quantised bases of torchao and bitsandbytes: read as they are packed, in one kernel with their adapters."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def bitsandbytes_nf4(model):
 
 
 KINDS = {"torchao int8": torchao_int8, "bitsandbytes int8": bitsandbytes_int8, "bitsandbytes nf4": bitsandbytes_nf4}
-TOLERANCE = {"bitsandbytes nf4": 2e-3}
-"""Its operator rounds an fp32 activation to bf16: the last bit of one turns into a bit of the other. Others: 1e-4."""
+TOLERANCE = {"bitsandbytes nf4": 1e-2, "bitsandbytes int8": 2e-2}
+"""Their operators round an fp32 activation, to bf16 and to int8; ours do not. Others: 1e-4."""
 
 
 def quantised(kind, dtype=torch.float32):
@@ -80,7 +80,7 @@ def test_adapters_are_fused_and_live(kind):
     report = explain(model, tokens(1, 1), use_cache=False)
     adapted = [entry for entry in report.linears if "lm_head" not in entry.path]
     assert len(adapted) == 7 * LAYERS and {entry.status for entry in adapted} == {"fused"}
-    assert all(entry.operators.startswith("Opaque[") and "LowRank(r=4)" in entry.operators for entry in adapted)
+    assert all(entry.operators.startswith("Packed[") and "LowRank(r=4)" in entry.operators for entry in adapted)
     groups = {entry.group for entry in adapted}
     assert len(groups) == 4 * LAYERS  # q/k/v, o, gate/up, down
     torch._dynamo.reset()
@@ -136,8 +136,9 @@ def test_of_any_length():
         torch.testing.assert_close(logits(compiled, count), logits(model, count), rtol=1e-4, atol=1e-4)
 
 
-def test_without_adapters_a_quantised_base_is_left_with_its_reason():
+def test_without_adapters_a_quantised_base_is_fused_too():
     base = small_llama(layers=1, lora=None)
     torchao_int8(base)
-    reasons = {entry.reason for entry in explain(base, tokens(1, 1), use_cache=False).linears if entry.reason}
-    assert reasons == {"WEIGHT_COMPUTED"}
+    report = explain(base, tokens(1, 1), use_cache=False)
+    assert {entry.operators for entry in report.linears if "q_proj" in entry.path} == {"Packed[int8 64x64]"}
+    assert {entry.reason for entry in report.linears if "lm_head" not in entry.path} == {None}

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gawscompile.analysis.identity import reinterpreted, source_of, through_casts, widens
+from gawscompile.analysis.identity import base_activation, reinterpreted, source_of, through_casts, widens
 from gawscompile.analysis.layouts import Layout, Unknown, moved, split
 from gawscompile.analysis.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
+from gawscompile.analysis.packed import product_of, with_scales
 from gawscompile.analysis.reading import (
     CASTS,
     VIEWS,
@@ -91,6 +92,10 @@ class Form:
 def form_of(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form | None:
     if is_call(node, linear):
         return _of_linear(node, forms)
+    if (found := product_of(node)) is not None:
+        x, packed, bias = found
+        vectors = (Vector(readable(bias)),) if bias is not None else ()
+        return Form(x, (Product((Factor(packed.codes, packed=packed),), node),), vectors, (node,))
     if value(node) is None or dtype(node) not in DTYPE_NAMES:
         return None  # who widens a sum to fp64 wants it summed so
     if is_cast(node):
@@ -124,7 +129,7 @@ def _of_view(node: Node, forms: dict[Node, Form]) -> Form | None:
         return Form(source, (Product((), node),), (), (node,), layout=layout)
     if form.opaque is not None:
         return None
-    form = replace(form, inner=(*form.inner, node))
+    form = replace(form, inner=(*form.inner, node), activation=_unflattened(form, node))
     if form.layout is None and transposed(node) is not None:
         return replace(form, turned=not form.turned)
     if form.turned:  # its last dimension is tokens
@@ -133,6 +138,13 @@ def _of_view(node: Node, forms: dict[Node, Form]) -> Form | None:
         return replace(form, layout=moved(form.layout, node)) if not form.vectors or form.layout is None else None
     except Unknown:
         return None
+
+
+def _unflattened(form: Form, node: Node) -> Node:
+    """The activation of a packed weight's product, which its operator takes as a matrix, with the tokens of `node`."""
+    x = base_activation(form.activation)
+    packed = form.plain and any(factor.packed for p in form.products for factor in p.matrices)
+    return x if packed and same_sizes(shape(x)[:-1], shape(node)[:-1]) else form.activation
 
 
 def on_its_slices(form: Form) -> Form | None:
@@ -175,6 +187,8 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
             continue
         if not same_sizes(shape(x), shape(node)):
             continue
+        if (scaled := _with_scales(form, v, node)) is not None:
+            return scaled
         v, less = shifted(v)
         v = vector_of(v, shape(node)[-1])
         if v is None or not (is_parameter(through_casts(v)) or v in fixed):
@@ -189,6 +203,18 @@ def _of_rows(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> For
         inner = (*form.inner, node)
         return replace(form, products=merged(products), vectors=merged_vectors(vectors), inner=inner)
     return None
+
+
+def _with_scales(form: Form, v: Node, node: Node) -> Form | None:
+    """``v ⊙ (Q x)``, Q the codes of a packed weight, and v its scales."""
+    (factor,) = form.products[0].matrices if len(form.products) == 1 and len(form.bases) == 1 else (None,)
+    if factor is None or factor.packed is None or form.vectors or form.products[0].scale != Scale():
+        return None
+    packed = with_scales(factor.packed, v)
+    if packed is None:
+        return None
+    product = form.products[0]._replace(matrices=(factor._replace(packed=packed),))
+    return replace(form, products=(product,), inner=(*form.inner, node))
 
 
 def summed(node: Any, forms: dict[Node, Form]) -> Form | None:

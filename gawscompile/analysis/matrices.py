@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from gawscompile.analysis.identity import reinterpreted, through_casts
 from gawscompile.analysis.layouts import kronecker_factors
+from gawscompile.analysis.packed import packed_of
 from gawscompile.analysis.reading import (
     CASTS,
     MATRIX_MATHS,
@@ -25,18 +26,20 @@ from gawscompile.analysis.reading import (
     transposed,
     value,
 )
+from gawscompile.ir.operators import Packed
 from gawscompile.ir.sizes import same_size, same_sizes
 from gawscompile.ir.sums import linear
 
 
 class Factor(NamedTuple):
     """``I_before ⊗ M ⊗ I_after``: M a parameter matrix, its transpose, the diagonal matrix of a parameter vector, or
-    the block-diagonal one of a parameter ``[blocks, rows, columns]``."""
+    the block-diagonal one of a parameter ``[blocks, rows, columns]``. Where M is `packed`, the node has its codes."""
 
     node: Node
     turned: bool = False
     before: int = 1
     after: int = 1
+    packed: Packed | None = None
 
     @property
     def whole(self) -> bool:
@@ -45,22 +48,22 @@ class Factor(NamedTuple):
 
     @property
     def diagonal(self) -> bool:
-        return len(shape(self.node)) == 1
+        return self.packed is None and len(shape(self.node)) == 1
 
     @property
     def distinct(self) -> bool:
         """Whether M is block-diagonal."""
-        return len(shape(self.node)) == 3
+        return self.packed is None and len(shape(self.node)) == 3
 
     @property
     def dense(self) -> bool:
         """Whether it is M alone, and M a matrix of as many numbers as it has places."""
-        return self.whole and len(shape(self.node)) == 2
+        return self.whole and not self.diagonal and not self.distinct
 
     @property
     def own(self) -> tuple[Any, Any]:
         """(rows, columns) of M."""
-        sizes = shape(self.node)
+        sizes = self.packed.sizes if self.packed else shape(self.node)
         if self.distinct:
             return sizes[0] * sizes[1], sizes[0] * sizes[2]
         rows, columns = (*sizes, *sizes)[:2] if self.diagonal else sizes
@@ -140,6 +143,8 @@ def matrix_of(node: Any) -> tuple[tuple[Product, ...], tuple[Node, ...]] | None:
     if not isinstance(node, Node) or value(node) is None or len(shape(node)) != 2:
         return None
     source = through_casts(node)
+    if (packed := packed_of(node)) is not None:
+        return (Product((Factor(packed.codes, packed=packed),), node),), ()
     if is_parameter(source):
         return (Product((Factor(source),), node),), ()
     if dtype(node) == torch.float64:

@@ -29,6 +29,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
+from gawscompile.codegen.cpp_packed import PACKED, activations, packed_of, row_bytes, weights
 from gawscompile.codegen.cpp_parts import Parts
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
 from gawscompile.ir.banked import USUAL_RANK
@@ -37,7 +38,8 @@ from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of
 
-CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16", "i32": "int32_t"}
+CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16", "i32": "int32_t", "i8": "int8_t"}
+CPP_TYPES["u8"] = "uint8_t"
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
@@ -56,18 +58,21 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
 
     With `summed`, ``gemv`` has one more argument, ``uint64_t* sums``: to each it adds the checksum of that operand.
 
-    Raises `SpecError` for SwiGLU over weights kept as ``[k, n]``.
+    Raises `SpecError` for SwiGLU over weights that are `summed_apart`.
     """
-    if spec.swiglu and any(p.transposed for p in spec.projections):
-        raise SpecError(f"no C++ for swiglu over transposed weights: {spec}")
+    if spec.swiglu and any(p.summed_apart for p in spec.projections):
+        raise SpecError(f"no C++ for swiglu over weights that are transposed or in blocks: {spec}")
     ranks = Scratch(spec)
     whole, added = (plan in plans for plan in PLANS)
     prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
     prelude += [BANKS] * bool(banks_of(spec))
+    prelude += [PACKED] * bool(packed_of(spec))
     parts = [_header(spec, plans), "\n\n".join(prelude), "", *_constants(spec, ranks), "", "}  // namespace"]
     parts += ["", *_gemv(spec, ranks, summed)] if whole else []
     if added and (spec.swiglu or not all(p.plain for p in spec.projections)):
         parts += ["", *_accumulate(spec, ranks)]
+    if added and packed_of(spec):
+        parts += ["", *_unpack(spec)]
     return "\n".join(parts) + "\n"
 
 
@@ -165,16 +170,17 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
     total = f"blocks(N0, ROWS) * {sum(costs)}" if spec.swiglu else total
     parts = Parts(spec, ranks, summed)
-    body = [*begin(summed), *_shrink(spec, ranks, parts)]
+    body = [*begin(summed), *activations(spec), *_shrink(spec, ranks, parts)]
     body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
     if spec.swiglu:
         halves = [*parts.expanded(0), *parts.expanded(1), *parts.hashes(0), *parts.hashes(1)]
         body.append(f"    gated<even(N0), PANEL>(rows, {sum(costs)}, N0, m, y, {', '.join(halves)});")
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
-        reads = ", ".join([*parts.expanded(i, "plus(z, ldz)" if p.transposed else None), *parts.hashes(i)])
-        if p.transposed:
+        reads = ", ".join([*parts.expanded(i, "plus(z, ldz)" if p.summed_apart else None), *parts.hashes(i)])
+        if p.summed_apart:
+            way = f"by_blocks(rows, {cost}, m, q{i}" if p.packed else f"by_columns<K>(rows, {cost}, N{i}, m, w{i}"
             body += [
-                f"    by_columns<K>(rows, {cost}, N{i}, m, w{i}, x, [&](auto first, auto last, auto z, auto ldz) {{",
+                f"    {way}, x, [&](auto first, auto last, auto z, auto ldz) {{",
                 f"      expand<even(N{i})>(first, last, N{i}, m, y{i}, {reads});",
                 f"    }}{parts.seen(f'w{i}')});",
             ]
@@ -213,25 +219,25 @@ def _added(spec: KernelSpec, i: int, parts: Parts) -> str:
     """2V rows of a projection, all tokens, on top of what y holds: the block b."""
     p = spec.projections[i]
     if not p.kronecker:
-        base = f"{'y' if p.dense else 'base'}{i}"
+        base = f"{'y' if p.opaque is None else 'base'}{i}"
         return f"      add<N{i}>({', '.join(['b * 2 * V', 'm', f'y{i}', base, *parts.added(i)])});"
     ends = f"b * 2 * V / ROWS, min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS)"
-    reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.dense else None, weight=False)
+    reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.opaque is None else None, weight=False)
     return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, {', '.join(reads)});"
 
 
 def _entry(
-    name: str, spec: KernelSpec, ranks: Scratch, x: bool, weights: bool, ys: list[str], body: list[str]
+    name: str, spec: KernelSpec, ranks: Scratch, x: bool, bases: bool, ys: list[str], body: list[str]
 ) -> list[str]:
     """An entry point, whose threads all run `body`. It reads `x`, if so, and all
-    operands, `weights` if so; it writes `ys`."""
+    operands, the `bases` if so; it writes `ys`."""
     types = [CPP_TYPES[p.out] for p in (*spec.projections, spec.projections[0])]
-    read = [(at, o) for at, o in enumerate(spec.operands()) if weights or o.role != "weight"]
-    operands = [(CPP_TYPES[o.dtype], o.name, at) for at, o in read]
+    read = [(at, o) for at, o in enumerate(spec.operands()) if bases or not o.of_base]
     return [
         f'extern "C" void {name.format("int64_t m, const void* x_, const void* const* in, void* const* out")} {{',
         *["  const X* x = (const X*)x_;"] * x,
-        *[f"  const {dtype}* {operand} = (const {dtype}*)in[{at}];" for dtype, operand, at in operands],
+        *[_operand(at, o) for at, o in read],
+        *(weights(spec, CPP_TYPES) if bases else []),
         *[f"  {dtype}* {y} = ({dtype}*)out[{at}];" for at, (dtype, y) in enumerate(zip(types, ys, strict=False))],
         *["  static thread_local Buffer scratch;  // of the calling thread"] * bool(ranks.width),
         *["  float* u = scratch.of(m * LDU);"] * bool(ranks.width),
@@ -245,8 +251,24 @@ def _entry(
     ]
 
 
+def _unpack(spec: KernelSpec) -> list[str]:
+    """An entry point: the packed weight of one projection as a matrix of x's dtype."""
+    lines = ['extern "C" void unpack(int64_t projection, const void* const* in, void* out) {']
+    lines += [_operand(at, o) for at, o in enumerate(spec.operands()) if o.of_base and o.projection in packed_of(spec)]
+    lines += weights(spec, CPP_TYPES)
+    lines += [f"  if (projection == {i}) unpack(q{i}, (X*)out);" for i in packed_of(spec)]
+    return [*lines, "}"]
+
+
+def _operand(at: int, operand: Operand) -> str:
+    dtype = CPP_TYPES[operand.dtype]
+    return f"  const {dtype}* {operand.name} = (const {dtype}*)in[{at}];"
+
+
 def _base(spec: KernelSpec, p: Sum) -> int:
     """Bytes of a row of W, or of what stands for its product."""
+    if p.packed:
+        return row_bytes(p.packed)
     return spec.k * _SIZE[p.weight.dtype] if p.dense else _SIZE[dtype_of(p.opaque)]
 
 

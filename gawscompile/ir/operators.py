@@ -16,6 +16,7 @@ Shapes: x ``[..., k]``; a base weight ``[n, k]`` or its transpose; LoRA's A ``[r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir import banked
+from gawscompile.ir import banked, packed
 from gawscompile.ir.types import DTYPES, SpecError, dtype_of, shape_of, type_of
 
 Leaf = Any
@@ -34,11 +35,11 @@ Leaf = Any
 class Place:
     """What an operand is to a kernel: its role, the stem of its name in code, what kind of tensor it is, and the stage
     that reads it: the ``base`` product, ``shrink`` (u = A x), each of the ``rows`` of y, or a ``chain`` of modes. The
-    sizes of a ``table`` may change from call to call."""
+    sizes of a ``table`` may change from call to call; what is ``flat`` may have any shape of as many numbers."""
 
     role: str
     stem: str
-    kind: Literal["matrix", "vector", "activation", "number", "table"]
+    kind: Literal["matrix", "vector", "activation", "number", "table", "flat"]
     stage: Literal["base", "shrink", "rows", "chain"]
 
 
@@ -72,6 +73,82 @@ class Dense(NamedTuple):
 
     def text(self) -> str:
         return f"{'wt' if self.transposed else 'w'}={dtype_of(self.weight)}"
+
+
+class Packed(NamedTuple):
+    """``W x``, W ``[n, k]``, kept as codes of 8 or 4 bits (`ir.packed`). Its columns share a scale by `group`, all of a
+    row's where that is k; scales are times `factor`. Without `scales`, W is the codes' levels."""
+
+    codes: Annotated[Leaf, Place("weight", "w", "flat", "base")]
+    n: int
+    k: int
+    coding: str
+    group: int
+    table: Annotated[Leaf | None, Place("table", "wt", "flat", "base")] = None
+    scales: Annotated[Leaf | None, Place("scales", "ws", "flat", "base")] = None
+    zeros: Annotated[Leaf | None, Place("zeros", "wz", "flat", "base")] = None
+    levels: Annotated[Leaf | None, Place("levels", "wl", "flat", "base")] = None
+    outer: Annotated[Leaf | None, Place("outer", "wo", "flat", "base")] = None
+    offset: Annotated[Leaf | None, Place("offset", "wb", "flat", "base")] = None
+    factor: float = 1.0
+
+    @property
+    def kept(self) -> packed.Coding:
+        return packed.CODINGS[self.coding]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(n, k)``."""
+        return self.n, self.k
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W ``[n, k]``."""
+        w = self.kept.numbers(self.codes, self.table, self.n, self.k, dtype)
+        if self.zeros is not None:
+            w = w - packed.spread(self.zeros.to(dtype), self.n, self.k)
+        if self.scales is not None:
+            scales = packed.plain_scales(self.scales, self.levels, self.outer, self.offset, dtype)
+            w = w * packed.spread(scales * self.factor, self.n, self.k, self.kept.by_groups)
+        return w
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, self.dense(x.dtype), bias)
+
+    def features(self, k: Any) -> Any:
+        groups = self.n * self.k // self.group
+        wanted = {"codes": self.n * packed.bytes_of(self.kept.bits, self.k), "scales": groups, "zeros": groups}
+        wanted["table"] = 16
+        counts = {name: _count(getattr(self, name)) for name in wanted if getattr(self, name) is not None}
+        fits = self.k == k and self.k % self.group == 0 and self.group % packed.STEP == 0
+        fits = fits and self.n % {"halves": 2, "blocks": packed.BLOCK}.get(self.kept.layout, 1) == 0
+        fits = fits and all(wanted[name] == count for name, count in counts.items())
+        return self.n if fits and dtype_of(self.codes) == self.kept.dtype else _misfit(self, k)
+
+    def multiplications(self, k: int) -> int:
+        return self.n * k
+
+    @property
+    def bytes(self) -> int:
+        """Of codes, scales and zeros."""
+        return sum(type_of(leaf).bytes for _, _, leaf in leaves(self))
+
+    def describe(self) -> str:
+        """``Packed[nf4/64 576x576]``: a scale for 64 columns each."""
+        return f"Packed[{self.coding}{'' if self.group == self.k else f'/{self.group}'} {self.n}x{self.k}]"
+
+    def formula(self, at: str) -> str:
+        return f"W{at} x"
+
+    def text(self) -> str:
+        words = [self.coding, f"g={self.group}"]
+        given = (("s", self.scales), ("z", self.zeros))
+        words += [f"{name}={dtype_of(leaf)}" for name, leaf in given if leaf is not None]
+        words += [f"f={self.factor!r}"] * (self.factor != 1.0)
+        return f"packed({' '.join(words)})"
+
+
+def _count(leaf: Leaf) -> int:
+    return math.prod(shape_of(leaf))
 
 
 class _Single(NamedTuple):
@@ -352,8 +429,8 @@ class Banked(NamedTuple):
         return f"bank({self.dtype}{f' x{self.width}' if self.width else ''})"
 
 
-Operator = Dense | Opaque | Bias | Residual | RowScale | LowRank | Given | Kronecker | Banked
-ORDER: tuple[type, ...] = (Dense, Opaque, Bias, Residual, RowScale, LowRank, Given, Kronecker, Banked)
+Operator = Dense | Packed | Opaque | Bias | Residual | RowScale | LowRank | Given | Kronecker | Banked
+ORDER: tuple[type, ...] = (Dense, Packed, Opaque, Bias, Residual, RowScale, LowRank, Given, Kronecker, Banked)
 """The order of a sum's terms, and so of a kernel's operands."""
 
 REPEATED: tuple[type, ...] = (LowRank, Given, Kronecker)
@@ -404,7 +481,7 @@ def leaves(term: Operator | Mode, at: int | None = None) -> Iterator[tuple[Place
         if name == "modes":
             for number, mode in enumerate(value):
                 yield from leaves(mode, number)
-        elif place is not None and not isinstance(value, (int, float)):
+        elif place is not None and value is not None and not isinstance(value, (int, float)):
             yield place, at, value
 
 
@@ -415,7 +492,7 @@ def rebuilt(term: Any, change: Callable[[Place, Leaf], Leaf]) -> Any:
         value = getattr(term, name)
         if name == "modes":
             value = tuple(rebuilt(mode, change) for mode in value)
-        elif place is not None and not isinstance(value, (int, float)):
+        elif place is not None and value is not None and not isinstance(value, (int, float)):
             value = change(place, value)
         values.append(value)
     return type(term)(*values)

@@ -15,9 +15,11 @@ from gawscompile.ir.operators import (
     Mode,
     Opaque,
     Operator,
+    Packed,
     Residual,
     RowScale,
 )
+from gawscompile.ir.packed import CODINGS, OUTER, bytes_of
 from gawscompile.ir.types import ANY, DTYPES, SpecError, TensorType
 
 
@@ -74,9 +76,30 @@ def _bank(text: str, n: int, k: int) -> Banked:
     )
 
 
+def _packed(text: str, n: int, k: int) -> Packed:
+    found = _words("packed", r"(\w+) g=(\d+)(?: s=(\w+))?(?: z=(\w+))?(?: f=(\S+))?", text)
+    coding, group, scales, zeros, factor = found.groups()
+    if coding not in CODINGS or not int(group):
+        raise SpecError(f"not a projection spec: packed({text})")
+    groups = n * k // int(group)
+
+    def flat(dtype: str | None, count: int) -> TensorType | None:
+        return None if dtype is None else TensorType((count,), dtype if dtype in ("u8", "i8") else known(dtype))
+
+    coded = scales == "u8"
+    codes = TensorType((n * bytes_of(CODINGS[coding].bits, k),), CODINGS[coding].dtype)
+    return Packed(
+        codes, n, k, coding, int(group), flat("f32" if CODINGS[coding].layout == "blocks" else None, 16),
+        flat(scales, groups), flat(zeros, groups),
+        flat("f32" if coded else None, 256), flat("f32" if coded else None, -(-groups // OUTER)),
+        flat("f32" if coded else None, 1), 1.0 if factor is None else float(factor),
+    )  # fmt: skip
+
+
 PARSERS: dict[str, Callable[[str, int, int], Operator]] = {
     "w": lambda dtype, n, k: Dense(TensorType((n, k), known(dtype))),
     "wt": lambda dtype, n, k: Dense(TensorType((k, n), known(dtype)), True),
+    "packed": _packed,
     "opaque": lambda dtype, n, k: Opaque(TensorType(("m", n), known(dtype))),
     "bias": lambda dtype, n, k: Bias(TensorType((n,), known(dtype))),
     "residual": lambda dtype, n, k: Residual(TensorType(("m", n), known(dtype))),

@@ -14,6 +14,7 @@ rebuild the kernel.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ class Operand:
     def table(self) -> bool:
         """Whether its sizes may change from call to call."""
         return self.place.kind == "table"
+
+    @property
+    def flat(self) -> bool:
+        """Whether it may have any shape of as many numbers."""
+        return self.place.kind == "flat"
+
+    @property
+    def of_base(self) -> bool:
+        """Whether it is a base's weight, or a part of it."""
+        return self.place.stage == "base" and not self.activation
 
     @property
     def factor(self) -> bool:
@@ -132,8 +143,11 @@ class KernelSpec:
 
     @property
     def library_takes(self) -> bool:
-        """Whether the vendor library can multiply the bases: activation, weight and product have one dtype."""
-        return all(p.dense is None or self.x == p.weight.dtype == p.out for p in self.projections)
+        """Whether the vendor library can multiply the bases: activation, weight (which a packed one is first made to
+        be) and product have one dtype."""
+        kinds = [p.weight.dtype if p.dense else self.x for p in self.projections if p.opaque is None]
+        outs = [p.out for p in self.projections if p.opaque is None]
+        return all(self.x == kind == out for kind, out in zip(kinds, outs, strict=True))
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
@@ -163,6 +177,8 @@ class KernelSpec:
 def _typed(place: Place, leaf: Leaf) -> TensorType:
     """Of a kernel's operand: what has a row for each token is a matrix there."""
     found = type_of(leaf)
+    if place.kind == "flat":
+        return TensorType((math.prod(found.shape),), found.dtype)
     if place.kind == "table":
         return TensorType((ANY,) * len(found.shape), found.dtype)
     return TensorType(("m", found.shape[-1]), found.dtype) if place.kind == "activation" else found

@@ -27,6 +27,7 @@ from gawscompile.ir.operators import (
     Mode,
     Opaque,
     Operator,
+    Packed,
     Residual,
     RowScale,
     leaves,
@@ -34,7 +35,7 @@ from gawscompile.ir.operators import (
 from gawscompile.ir.parsing import PARSERS, known
 from gawscompile.ir.types import DTYPES, SpecError, shape_of
 
-_FIELD = re.compile(r"(?:(\w+)=(\w+)|(lora|given|kron|bank)\(([^)]*)\))(?: |$)")
+_FIELD = re.compile(r"(?:(\w+)=(\w+)|(lora|given|kron|bank|packed)\(([^)]*)\))(?: |$)")
 
 
 class Sum(NamedTuple):
@@ -65,15 +66,26 @@ class Sum(NamedTuple):
         return found
 
     @property
+    def packed(self) -> Packed | None:
+        found: Packed | None = self._only(Packed)
+        return found
+
+    @property
     def weight(self) -> Leaf:
-        """Of the base. Raises `SpecError` where the base is opaque."""
+        """Of a dense base. Raises `SpecError` where the base is another."""
         if self.dense is None:
-            raise SpecError(f"an opaque base has no weight: {self.text()}")
+            raise SpecError(f"only a dense base has a weight: {self.text()}")
         return self.dense.weight
 
     @property
     def transposed(self) -> bool:
         return self.dense is not None and self.dense.transposed
+
+    @property
+    def summed_apart(self) -> bool:
+        """Whether a kernel makes the sums of W's rows in memory before adapters join them: W is transposed, or lies in
+        blocks."""
+        return self.transposed or (self.packed is not None and self.packed.kept.layout == "blocks")
 
     def _value(self, kind: type) -> Leaf | None:
         term = self._only(kind)
@@ -131,20 +143,20 @@ class Sum(NamedTuple):
     @property
     def n(self) -> int:
         """Output features."""
-        base = self.dense.sizes[0] if self.dense else shape_of(self.opaque)[-1]
-        return int(base)
+        base = self.dense or self.packed
+        return int(base.sizes[0] if base else shape_of(self.opaque)[-1])
 
     def check(self, k: Any) -> None:
         """Raises `SpecError` where the terms are no sum on `k` features, naming one that is at fault."""
         counts = Counter(map(type, self.terms))
         if twice := [kind.__name__ for kind, count in counts.items() if count > 1 and kind not in REPEATED]:
             raise SpecError(f"a sum has one {twice[0]} at most: {self.describe()}")
-        if counts[Dense] + counts[Opaque] != 1:
+        if counts[Dense] + counts[Packed] + counts[Opaque] != 1:
             raise SpecError(f"a sum has one base: {self.describe()}")
         if counts[Opaque] and (counts[RowScale] or not self.adapted):
             raise SpecError(f"to an opaque base adapters are added, and no row scale: {self.describe()}")
-        if counts[Banked] and not counts[Dense]:
-            raise SpecError(f"a bank is told what a dense base makes: {self.describe()}")
+        if counts[Banked] and counts[Opaque]:
+            raise SpecError(f"a bank is told what a base makes that the kernel knows: {self.describe()}")
         if list(self.terms) != sorted(self.terms, key=lambda term: ORDER.index(type(term))):
             raise SpecError(f"the terms of a sum are not in order: {self.describe()}")
         for term in self.terms:
@@ -154,8 +166,9 @@ class Sum(NamedTuple):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """The sum on x ``[..., k]``: ``[..., n]``. In fp64, where proofs run it, it is not rounded."""
         bias, scale, base = self.bias, self.rowscale, self.terms[0]
-        assert isinstance(base, (Dense, Opaque))
-        together = bias is not None and scale is None and (not self.dense or bias.dtype == self.weight.dtype)
+        assert isinstance(base, (Dense, Packed, Opaque))
+        dtype = self.weight.dtype if self.dense else x.dtype if self.packed else None
+        together = bias is not None and scale is None and dtype in (None, bias.dtype)
         total = base.apply(x, bias if together else None)
         if bias is not None and scale is None and not together:
             total = total + bias

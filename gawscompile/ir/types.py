@@ -14,8 +14,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 SCALE_DTYPES = {**DTYPES, "f64": torch.float64}
 """A scale may be of fp64 too, which is what Dynamo makes of a Python float that changes."""
 
-OPERAND_DTYPES = {**SCALE_DTYPES, "i32": torch.int32}
-"""Of everything that a kernel reads. A bank's schedule is of integers."""
+OPERAND_DTYPES = {**SCALE_DTYPES, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8}
+"""Of everything that a kernel reads. A bank's schedule is of integers, a quantised weight of bytes."""
 
 _NAMES = {dtype: name for name, dtype in OPERAND_DTYPES.items()}
 

@@ -12,13 +12,16 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
 from gawscompile.planning.devices import Device
 
+UNPACKING = 2e-11
+"""Seconds to make a number of a code, by all threads."""
+
 TILE_TOKENS, FIRST_CACHE = 6, 32 << 10
 """Tokens in a tile of the generated kernel, and bytes of first cache that every CPU has."""
 
 
 def weight_bytes(spec: KernelSpec) -> int:
     """Bytes of the group's base weights."""
-    return sum(o.type.bytes for o in spec.operands() if o.role == "weight")
+    return sum(o.type.bytes for o in spec.operands() if o.of_base)
 
 
 def adapter_bytes(spec: KernelSpec) -> int:
@@ -37,6 +40,8 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
     later tiles find the weights in a cache."""
     token = 2 * _adapter_products(spec) / device.kernel_rate["f32"]
     for p in spec.projections:
+        if p.packed:
+            token += 2 * p.n * spec.k / device.kernel_rate["f32"]
         if p.dense is None:
             continue
         # bf16's dot products eat twice what fp32's do: only there do tiles from the second cache slow them down
@@ -53,10 +58,13 @@ def gemm(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
     """The library's matmul per projection, then one region that adds what the product lacks, in place."""
     seconds = sympy.Float(0)
     for p in spec.projections:
-        if p.dense is None:
+        if p.opaque is not None:
             continue
-        dtype = p.weight.dtype
-        seconds += device.library_launch + p.weight.bytes / device.library_bandwidth[dtype]
+        dtype = p.weight.dtype if p.dense else spec.x
+        size = p.n * spec.k * DTYPES[dtype].itemsize
+        seconds += device.library_launch + size / device.library_bandwidth[dtype]
+        if p.packed:  # it is made dense in memory first
+            seconds += device.launch + (size + p.packed.bytes) / device.bandwidth + p.n * spec.k * UNPACKING
         seconds += 2 * m * p.n * spec.k / device.library_rate[dtype]
     if not all(p.plain for p in spec.projections):
         traffic = 2 * m * sum(p.n * DTYPES[p.out].itemsize for p in spec.projections)

@@ -71,7 +71,7 @@ class Target(ABC):
     def launches(self, spec: KernelSpec, plan: str) -> int:
         """Of one call: generated kernels, and products of the vendor library."""
         kind = self.kind(plan)
-        return kind.kernels(spec, plan) + kind.uses_library * sum(p.dense is not None for p in spec.projections)
+        return kind.kernels(spec, plan) + kind.uses_library * sum(p.opaque is None for p in spec.projections)
 
     @abstractmethod
     def sources(self, spec: KernelSpec, plans: Sequence[str], summed: Sequence[Operand], tuned: bool) -> dict[str, str]:

@@ -25,6 +25,7 @@ using at::ScalarType;
 namespace {
 
 using Kernel = void (*)(int64_t m, const void* x, const void* const* in, void* const* out);
+using Unpacking = void (*)(int64_t projection, const void* const* in, void* out);
 using SummingKernel = void (*)(int64_t m, const void* x, const void* const* in, void* const* out, uint64_t* sums);
 
 struct Operand {
@@ -38,11 +39,13 @@ struct Projection {
   ScalarType dtype;
   int64_t weight;  // index of its weight among the operands, or -1: its base is opaque
   bool transposed;  // the weight is [k, n]
+  bool packed;      // it is kept as codes
 };
 
 struct Program {
   void* gemv;         // a Kernel, or a SummingKernel where it sums up what it reads
   Kernel accumulate;  // null where nothing is to be added to W x
+  Unpacking unpack;   // where a weight is packed: it as a matrix of x's dtype
   int64_t gemv_max;         // the most tokens that gemv runs; beyond, the library multiplies
   int64_t k;
   ScalarType x_dtype;
@@ -75,6 +78,7 @@ bool of_bank(const Operand& o) { return o.dtype == ScalarType::Int; }
 
 bool fits(const Tensor& t, const Operand& o, int64_t m) {
   if (t.scalar_type() != o.dtype || !t.is_cpu()) return false;
+  if (!o.shape.empty() && o.shape[0] == -3) return t.numel() == o.shape[1];
   if (!o.shape.empty() && o.shape[0] == -1) return t.dim() > 0 && t.size(-1) == o.shape[1] && t.numel() == m * o.shape[1];
   if (t.dim() != int64_t(o.shape.size())) return false;
   if (of_bank(o) && m > 0) {  // a header, and an entry for each row of the batch
@@ -168,7 +172,13 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
     if (p.weight < 0) continue;
     Tensor y = view(out[i], m, p.n, p.n, 1, p.dtype);
     const int64_t row = p.transposed ? p.n : 1, column = p.transposed ? 1 : program.k;
-    at::cpu::mm_out(y, matrix, view(const_cast<void*>(in[p.weight]), program.k, p.n, row, column, p.dtype));
+    Tensor unpacked;  // a weight that is kept as codes
+    if (p.packed) {
+      unpacked = at::detail::empty_cpu({p.n, program.k}, p.dtype);
+      program.unpack(int64_t(i), in.data(), unpacked.mutable_data_ptr());
+    }
+    void* weight = p.packed ? unpacked.mutable_data_ptr() : const_cast<void*>(in[p.weight]);
+    at::cpu::mm_out(y, matrix, view(weight, program.k, p.n, row, column, p.dtype));
   }
   if (program.accumulate) program.accumulate(m, rows, in.data(), out.data());
   return outputs;
@@ -189,15 +199,16 @@ void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
 extern "C" void gaws_set_resolver(const char* (*f)(const char*)) { resolver = f; }
 
 extern "C" void gaws_register(
-    const char* text, void* gemv, void* accumulate, int64_t gemv_max, int64_t k, int32_t x_dtype, int64_t n_operands,
-    const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
+    const char* text, void* gemv, void* accumulate, void* unpack, int64_t gemv_max, int64_t k, int32_t x_dtype,
+    int64_t n_operands, const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
     int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
-    const bool* transposed, bool swiglu, int64_t n_derived, const int64_t* places, const char* const* recipes,
+    const bool* transposed, const bool* packed, bool swiglu, int64_t n_derived, const int64_t* places, const char* const* recipes,
     const int64_t* counts, const int64_t* sources, int64_t n_summed, const int64_t* summed,
     const int64_t* unit_rows) {
   auto program = std::make_unique<Program>();
   program->gemv = gemv;
   program->accumulate = Kernel(accumulate);
+  program->unpack = Unpacking(unpack);
   program->gemv_max = gemv_max;
   program->k = k;
   program->x_dtype = ScalarType(x_dtype);
@@ -205,7 +216,7 @@ extern "C" void gaws_register(
   for (int64_t i = 0, at = 0; i < n_operands; at += ranks[i++])
     program->operands.push_back({ScalarType(dtypes[i]), {shapes + at, shapes + at + ranks[i]}, names[i]});
   for (int64_t i = 0; i < n_projections; ++i)
-    program->projections.push_back({widths[i], ScalarType(out_dtypes[i]), weights[i], transposed[i]});
+    program->projections.push_back({widths[i], ScalarType(out_dtypes[i]), weights[i], transposed[i], packed[i]});
   program->arguments = size_t(n_operands - n_derived);
   Hoisted& hoisted = program->hoisted;
   hoisted.sums = size_t(n_summed);

@@ -81,6 +81,9 @@ def scalar_type(name: str) -> int:
 _FREE = {"m": -1, ANY: -2}
 """Sizes that the dispatcher learns in a call."""
 
+_FLAT = -3
+"""Stands before how many numbers there are, in any shape."""
+
 REGISTERS: dict[str, Callable[[str], None]] = {}
 """What builds kernels of other ops than this one, by how their names begin."""
 
@@ -161,16 +164,16 @@ def register(program: str) -> None:
     kernels = build.load(source)
     operands = list(spec.operands())
     weights = {o.projection: i for i, o in enumerate(operands) if o.role == "weight"}
-    shapes = [[_FREE.get(size, size) for size in o.shape] for o in operands]
+    shapes = [[*[_FLAT] * o.flat, *(_FREE.get(size, size) for size in o.shape)] for o in operands]
     flat = [size for shape in shapes for size in shape]
     by_library = [CPP.kind(plan).uses_library for plan in planned.plans]
     if by_library not in ([False], [True], [False, True]):
         raise SpecError(f"the op runs gemv_cpp up to some m and gemm_accumulate beyond, not {planned.table}")
     bound = planned.table.rows[0][1]
     gemv_max = 0 if by_library[0] else 2**62 if bound is None else bound
-    gemv, accumulate = (
+    gemv, accumulate, unpack = (
         ctypes.cast(getattr(kernels, name), ctypes.c_void_p) if hasattr(kernels, name) else None
-        for name in ("gemv", "accumulate")
+        for name in ("gemv", "accumulate", "unpack")
     )
     derived = planned.derived
     sources = [source for d in derived for source in d.sources]
@@ -180,6 +183,7 @@ def register(program: str) -> None:
         program.encode(),
         gemv,
         accumulate,
+        unpack,
         ctypes.c_int64(gemv_max),
         ctypes.c_int64(spec.k),
         ctypes.c_int32(scalar_type(spec.x)),
@@ -193,6 +197,7 @@ def register(program: str) -> None:
         (ctypes.c_int32 * len(spec.projections))(*[scalar_type(p.out) for p in spec.projections]),
         (ctypes.c_int64 * len(spec.projections))(*[weights.get(i, -1) for i in range(len(spec.projections))]),
         (ctypes.c_bool * len(spec.projections))(*[p.transposed for p in spec.projections]),
+        (ctypes.c_bool * len(spec.projections))(*[p.packed is not None for p in spec.projections]),
         ctypes.c_bool(spec.swiglu),
         ctypes.c_int64(len(derived)),
         (ctypes.c_int64 * len(derived))(*[d.operand for d in derived]),

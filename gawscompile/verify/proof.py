@@ -14,7 +14,7 @@ import functools
 import operator
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -22,7 +22,8 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gawscompile.analysis.identity import reinterpreted, through_casts
-from gawscompile.analysis.reading import args, aten, is_call, is_cast
+from gawscompile.analysis.packed import product_of, rounds_activation
+from gawscompile.analysis.reading import CASTS, args, aten, is_call, is_cast
 from gawscompile.ir import banked, recipe
 from gawscompile.ir.records import Reason, plain
 from gawscompile.passes.context import Context
@@ -78,6 +79,13 @@ class Values:
             inputs, keywords = map_arg((node.args, node.kwargs), self.known.__getitem__)
             if is_cast(node):
                 result = inputs[0]
+            elif is_call(node, *CASTS) and isinstance(fake, torch.Tensor) and fake.is_floating_point():
+                result = inputs[0].double()
+            elif (found := product_of(node)) is not None:  # whose own kernel knows no fp64
+                x, weight, bias = cast(Any, map_arg(found, self.known.__getitem__))
+                result = weight.apply(x, bias)
+            elif rounds_activation(node):  # what its product makes of it is known
+                result = inputs[0], None, None
             elif is_call(node, *OPS):
                 program = Program.parse(inputs[2])
                 result = program.run(inputs[0], inputs[1], functools.partial(recipe.run, exact=True))
@@ -112,6 +120,8 @@ def random(fake: Any, draw: int, generator: torch.Generator, activation: bool = 
     if not isinstance(fake, torch.Tensor):
         return fake
     sizes = [_size(size, draw) for size in fake.shape]
+    if fake.dtype in (torch.int8, torch.uint8):  # a quantised weight's codes
+        return torch.randint(0, 256, sizes, generator=generator).to(torch.uint8).view(fake.dtype)
     if not fake.is_floating_point():
         return torch.randint(0, 2, sizes, generator=generator).to(fake.dtype)
     numbers = torch.randn(sizes, generator=generator, dtype=torch.float64)

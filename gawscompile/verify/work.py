@@ -17,7 +17,7 @@ from gawscompile.analysis.reading import args, dtype, is_view, shape
 from gawscompile.ir import banked
 from gawscompile.ir.records import Work
 from gawscompile.ir.spec import KernelSpec
-from gawscompile.ir.types import DTYPES, SCALE_DTYPES
+from gawscompile.ir.types import DTYPES, OPERAND_DTYPES
 from gawscompile.passes.context import Context
 from gawscompile.planning.table import Program
 from gawscompile.runtime.banked import BANKED
@@ -78,5 +78,5 @@ def _traffic(spec: KernelSpec, m: Any) -> Any:
     for one in spec.operands():
         if one.table:
             continue
-        total += SCALE_DTYPES[one.dtype].itemsize * math.prod(m if n == "m" else int(n) for n in one.shape)
+        total += OPERAND_DTYPES[one.dtype].itemsize * math.prod(m if n == "m" else int(n) for n in one.shape)
     return total + sum(m * n * DTYPES[dtype].itemsize for n, dtype in spec.outputs)

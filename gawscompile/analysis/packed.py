@@ -1,0 +1,274 @@
+"""Quantised weights: which parameters hold a matrix as codes, scales and zeros, read from how a graph makes it.
+
+No list of libraries: a matrix is traced back through views, casts, products with numbers that groups of its columns
+share, and differences to such, down to a parameter of bytes. Only what has no spelling in aten is known by name:
+bitsandbytes' product with a weight of 4 bits, and HQQ's way to take bytes apart.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from gawscompile.analysis.identity import reinterpreted
+from gawscompile.analysis.reading import CASTS, args, aten, is_call, is_parameter, shape, transposed, value
+from gawscompile.ir.operators import Packed
+from gawscompile.ir.packed import BLOCK, OUTER, STEP
+from gawscompile.ir.types import DTYPE_NAMES
+
+STEPS = 32
+"""Nodes at most between a weight and its codes."""
+
+BYTES = {torch.int8: "int8", torch.uint8: "uint8"}
+
+
+def packed_of(node: Any) -> Packed | None:
+    """The matrix `node` ``[n, k]`` as it is kept, if it is made of codes."""
+    fake = value(node)
+    if fake is None or fake.dtype not in DTYPE_NAMES or fake.device.type != "cpu" or fake.dim() != 2:
+        return None
+    if not all(isinstance(size, int) for size in shape(node)):
+        return None
+    n, k = shape(node)
+    group: int | None = None
+    scales: Node | None = None
+    zeros: Node | None = None
+    turned = False
+    for _ in range(STEPS):
+        if (source := transposed(node)) is not None and scales is None:
+            node, turned = source, not turned
+        elif is_call(node, *CASTS) and value(args(node)[0]) is not None:
+            node = args(node)[0]
+        elif (coded := _halves(node)) is not None:
+            found = None if turned else _settled(coded, n, k, "uint4_halves", group or k, scales, zeros)
+            return found if found is None or n % 2 == 0 else None
+        elif is_parameter(node):
+            coding = BYTES.get(_dtype(node))
+            right = coding is not None and not turned and math.prod(shape(node)) == n * k
+            return _settled(node, n, k, coding or "", group or k, scales, zeros) if right else None
+        elif turned:
+            return None
+        elif (source := reinterpreted(node)) is not None:
+            node = source
+        elif is_call(node, aten.mul.Tensor, aten.sub.Tensor):
+            whole, shared = args(node)
+            if is_call(node, aten.mul.Tensor) and _numbers(whole) < _numbers(shared):
+                whole, shared = shared, whole
+            columns = _columns(shared, whole)
+            taken = scales if is_call(node, aten.mul.Tensor) else zeros
+            if not columns or taken is not None or group not in (None, columns):
+                return None
+            if is_call(node, aten.mul.Tensor):
+                group, scales = columns, shared
+            elif scales is not None:  # zeros come off first
+                group, zeros = columns, shared
+            else:
+                return None
+            node = whole
+        else:
+            return None
+    return None
+
+
+def product_of(node: Any) -> tuple[Node, Packed, Node | None] | None:
+    """(x, W, bias) where `node` is the product with a packed weight by an operator of bitsandbytes' own."""
+    operator = _name(node)
+    if operator not in _PRODUCTS:
+        return None
+    found = _PRODUCTS[operator](node)
+    fake = value(found[0]) if found else None
+    known = fake is not None and fake.dtype in DTYPE_NAMES and fake.device.type == "cpu"
+    return found if known else None
+
+
+def _argument(node: Node, at: int, name: str) -> Any:
+    """The argument at that place or by that name, or None."""
+    return args(node)[at] if len(args(node)) > at else node.kwargs.get(name)
+
+
+def _gemm_4bit(node: Node) -> tuple[Node, Packed, Node | None] | None:
+    """``gemm_4bit(x, codes, [n, k], absmax, blocksize, type, bias, absmax_8bit, absmax_code, absmax_offset)``."""
+    x, codes, (n, k), absmax, group, coding = args(node)[:6]
+    places = enumerate(("absmax_8bit", "absmax_code", "absmax_offset"), 7)
+    coded, levels, offset = (_argument(node, at, name) for at, name in places)
+    codes = _parameter(codes)
+    if codes is None or _dtype(codes) != torch.uint8 or k % group or group % STEP:
+        return None
+    double = (coded, levels, absmax, offset) if coded is not None else (absmax, None, None, None)
+    leaves = [_parameter(leaf) if leaf is not None else None for leaf in double]
+    if any(leaf is not None and found is None for leaf, found in zip(double, leaves, strict=True)):
+        return None
+    if coded is not None and math.prod(shape(absmax)) != -(-(n * k // group) // OUTER):
+        return None
+    scales, levels, outer, offset = leaves
+    weight = Packed(codes, n, k, coding, group, None, scales, None, levels, outer, offset)
+    return x, weight, _argument(node, 6, "bias")
+
+
+def _gemv_4bit(node: Node) -> tuple[Node, Packed, Node | None] | None:
+    """``gemv_4bit(x, codes, [n, k], absmax, levels, blocksize)``, which runs any number of tokens: on a CPU its weight
+    lies in blocks of rows."""
+    x, codes, (n, k), absmax, levels, group = args(node)[:6]
+    codes, scales, levels = _parameter(codes), _parameter(absmax), _parameter(levels)
+    if codes is None or scales is None or levels is None or (shape(levels), _dtype(levels)) != ((16,), torch.float32):
+        return None
+    laid_out = (shape(codes), shape(scales)) == ((n, k // 2), (k // group, n))
+    if not laid_out or _dtype(codes) != torch.uint8 or n % BLOCK or k % group or group % STEP:
+        return None
+    return x, Packed(codes, n, k, "table4_blocks", group, levels, scales), None
+
+
+def _int8_product(node: Node) -> tuple[Node, Packed, Node | None] | None:
+    """``int8_scaled_mm(codes of x, codes, scales of x, scales, bias, dtype)``, or ``int8_mixed_scaled_mm(x, codes of x,
+    codes, scales of x, scales, outliers, bias)``. x's codes round it; W x is what they stand for."""
+    if _name(node).endswith("mixed_scaled_mm"):
+        x, _, codes, _, scales = args(node)[:5]
+        bias = _argument(node, 6, "bias")
+    else:
+        coded, codes, _, scales = args(node)[:4]
+        bias = _argument(node, 4, "bias")
+        made: Any = args(coded)[0] if is_call(coded, operator.getitem) else None
+        if _name(made) != VECTORWISE or _argument(made, 1, "threshold"):
+            return None
+        x = args(made)[0]
+    while is_call(x, *CASTS):
+        x = args(x)[0]
+    codes, scales = _parameter(codes), _parameter(scales)
+    if codes is None or scales is None or _dtype(codes) != torch.int8:
+        return None
+    n, k = shape(codes)
+    fits = math.prod(shape(scales)) == n and k % STEP == 0
+    return (x, Packed(codes, n, k, "int8", k, None, scales, factor=1 / 127), bias) if fits else None
+
+
+VECTORWISE = "bitsandbytes::int8_vectorwise_quant"
+"""Rounds an activation to codes."""
+
+_PRODUCTS = {
+    "bitsandbytes::gemm_4bit": _gemm_4bit,
+    "bitsandbytes::gemv_4bit": _gemv_4bit,
+    "bitsandbytes::int8_scaled_mm": _int8_product,
+    "bitsandbytes::int8_mixed_scaled_mm": _int8_product,
+}
+
+
+def rounds_activation(node: Any) -> bool:
+    """Whether it makes codes of an activation, whose product `product_of` knows."""
+    return _name(node) == VECTORWISE
+
+
+def with_scales(packed: Packed, scales: Node) -> Packed | None:
+    """`packed`, of which nothing is scaled yet, with a scale for each row."""
+    if packed.scales is not None or packed.zeros is not None:
+        return None
+    return _settled(packed.codes, packed.n, packed.k, packed.coding, packed.k, scales, None)
+
+
+def _settled(
+    codes: Node, n: int, k: int, coding: str, group: int, scales: Node | None, zeros: Node | None
+) -> Packed | None:
+    """With the parameters that hold scales and zeros, if those are such."""
+    if group % STEP or k % group:
+        return None
+    found, factor = _scaled(scales) if scales is not None else (None, 1.0)
+    zero, times = _scaled(zeros) if zeros is not None else (None, 1.0)
+    for given, kept in ((scales, found), (zeros, zero)):
+        if given is not None and (kept is None or math.prod(shape(kept)) != n * k // group):
+            return None
+    return Packed(codes, n, k, coding, group, None, found, zero, factor=factor) if times == 1.0 else None
+
+
+def _scaled(node: Node) -> tuple[Node | None, float]:
+    """(p, c) where `node` is c times the parameter p, under views and casts."""
+    factor = 1.0
+    for _ in range(STEPS):
+        if is_parameter(node):
+            fine = _dtype(node) in DTYPE_NAMES or _dtype(node) in BYTES
+            return (_parameter(node) if fine else None), factor
+        if is_call(node, *CASTS):
+            node = args(node)[0]
+        elif (source := reinterpreted(node)) is not None:
+            node = source
+        elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(args(node)[1], (int, float)):
+            by = float(args(node)[1])
+            factor *= by if is_call(node, aten.mul.Tensor) else 1 / by
+            node = args(node)[0]
+        else:
+            break
+    return None, factor
+
+
+def _columns(shared: Any, whole: Any) -> int:
+    """How many columns of `whole`, whose last axis they are, share each number of `shared`; 0 if it is not so."""
+    if value(shared) is None or value(whole) is None or len(shape(shared)) != len(shape(whole)):
+        return 0
+    (*a, one), (*b, columns) = shape(shared), shape(whole)
+    return columns if one == 1 and a == b and isinstance(columns, int) and columns > 1 else 0
+
+
+def _dtype(node: Any) -> Any:
+    found = value(node)
+    return None if found is None else found.dtype
+
+
+def _numbers(node: Any) -> int:
+    found = value(node)
+    return 0 if found is None else found.numel()
+
+
+def _parameter(node: Any) -> Node | None:
+    """The parameter that `node` is, or a view of it."""
+    while isinstance(node, Node) and not is_parameter(node):
+        node = reinterpreted(node)
+    found = value(node)
+    return node if found is not None and found.is_contiguous() else None
+
+
+def _name(node: Any) -> str:
+    target = node.target if isinstance(node, Node) and node.op == "call_function" else None
+    return str(target.name()).removesuffix(".default") if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _halves(node: Any) -> Node | None:
+    """The bytes whose upper halves are the first half of `node`'s rows, and whose lower halves the second.
+
+    ::
+
+        empty = aten.empty([2 g, c])
+        copy  = aten.copy(aten.slice(empty, 0, 0, g), (bytes & 240) >> 4);  a = aten.slice_scatter(empty, copy, 0, 0, g)
+        copy  = aten.copy(aten.slice(a, 0, g, …), bytes & 15);  node = aten.slice_scatter(a, copy, 0, g, …)
+    """
+    low = _written(node)
+    high = _written(low[0]) if low else None
+    if low is None or high is None or not is_call(high[0], aten.empty.memory_format):
+        return None
+    half = shape(node)[0] // 2
+    if (high[2], low[2]) != (0, half) or high[3] != half or low[3] < 2 * half or shape(node)[0] % 2:
+        return None
+    rest, shifted = low[1], high[1]
+    if not is_call(rest, aten.bitwise_and.Scalar) or args(rest)[1] != 15:
+        return None
+    if not is_call(shifted, aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor_Scalar) or args(shifted)[1] != 4:
+        return None
+    source = args(shifted)[0]
+    if is_call(source, aten.bitwise_and.Scalar) and args(source)[1] == 240:
+        source = args(source)[0]
+    codes = _parameter(source)
+    same = codes is not None and codes is _parameter(args(rest)[0])
+    return codes if same and _dtype(codes) == torch.uint8 else None
+
+
+def _written(node: Any) -> tuple[Node, Node, int, int] | None:
+    """(target, source, first, end) where `node` is `target` with rows written over by `source`."""
+    if not is_call(node, aten.slice_scatter.default):
+        return None
+    target, copied, *where = args(node)
+    axis, first, end = (*where, 0, None, None)[:3] if len(where) < 3 else where[:3]
+    if axis != 0 or not is_call(copied, aten.copy.default):
+        return None
+    return target, args(copied)[1], first or 0, 2**63 - 1 if end is None else end
+
