@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import gawscompile
+from benchmarks import quantized
 from benchmarks.shapes import SHAPES
 from gawscompile.calibration import measure
 from gawscompile.demo import packaged
@@ -45,8 +46,8 @@ class Setup:
     quantize: str | None = None
 
 
-QUANTIZED = ("int8",)
-"""How bases can be quantised: torchao's weight-only int8."""
+QUANTIZED = tuple(quantized.KINDS)
+"""How bases can be quantised."""
 
 
 @dataclass
@@ -91,11 +92,9 @@ def load_base(setup: Setup, own: bool = True) -> Any:
     model = _load(setup, own)
     if setup.quantize:
         try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+            quantized.quantize(model, setup.quantize, set(linear_sizes(model)))
         except ImportError:
             raise SystemExit("--quantize: pip install 'gawscompile[quant]'") from None
-        wanted = set(linear_sizes(model))
-        quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name in wanted)
     return model
 
 

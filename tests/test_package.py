@@ -13,7 +13,7 @@ from gawscompile.passes import PIPELINE
 
 ROOT = Path(__file__).parent.parent
 
-HELPERS = {"activations", "context", "forms", "kept", "layouts", "matrices", "refusals", "sizes", "vectors"}
+HELPERS = {"context", "opaque_bases", "refusals", "spell_out"}
 PROGRAM = """
 import importlib, pathlib, pkgutil, torch
 import gawscompile.passes as passes
@@ -40,7 +40,8 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     sh(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT))
     (wheel,) = tmp_path.glob("*.whl")
     inside = zipfile.ZipFile(wheel).namelist()
-    kernels = [f"codegen/{name}.cpp" for name in ("vectors", "prelude", "modes", "projections", "checksum", "sums")]
+    names = ("vectors", "prelude", "modes", "projections", "checksum", "sums", "packed")
+    kernels = [f"codegen/{name}.cpp" for name in names]
     runtime = [f"runtime/{name}.cpp" for name in ("dispatch", "hoisted", "unchanged")]
     sources = ("passes/lower.py", *runtime, *kernels)
     for needed in (*sources, "demo/lighthouse.txt", "observe/dump.html"):

@@ -410,9 +410,32 @@ inline auto unpacked(const W& w, const float* x) {
 template <int64_t K, int64_t N, int64_t GROUP, class TS, class T>
 void unpack(const Blocks<K, N, GROUP, TS>& w, T* out) {
 #pragma omp parallel for
-  for (int64_t row = 0; row < N; row += 32)
+  for (int64_t row = 0; row < N; row += 32) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const Levels levels = Levels::of(w.table);
+    alignas(64) double two[V][32];  // columns k and k + 1 of 32 rows, for V times k
+    for (int64_t k = 0; k < K; k += 2 * V) {
+      for (int i = 0; i < V; ++i) {
+        const uint8_t* p = w.at(row, k + 2 * i);
+        const __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16)));
+        float* to = (float*)two[i];
+        levels(a).store(to), levels(b).store(to + V);
+        levels(_mm512_srli_epi32(a, 4)).store(to + 2 * V), levels(_mm512_srli_epi32(b, 4)).store(to + 3 * V);
+      }
+      for (int r = 0; r < 32; ++r) {
+        double line[V];
+        for (int i = 0; i < V; ++i) line[i] = two[i][r];
+        const F s(float(w.scales[k / GROUP * N + row + r]));
+        const Pair v = load_pair((const float*)line);
+        store_pair(out + (row + r) * K + k, Pair{v.lo * s, v.hi * s});
+      }
+    }
+#else
     for (int r = 0; r < 32; ++r)
       for (int64_t k = 0; k < K; ++k) out[(row + r) * K + k] = T(w.number(row, r, k));
+#endif
+  }
 }
 
 // W as a matrix, for the library.

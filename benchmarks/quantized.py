@@ -1,0 +1,117 @@
+"""Bases in other people's formats: how torchao, bitsandbytes and HQQ quantise a model's linears on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+GROUP = 64
+"""Columns that share a scale, in HQQ's weights."""
+
+
+def _int8(model: nn.Module, wanted: Collection[str]) -> None:
+    """torchao's weight-only int8, a scale for each row."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name in wanted)
+
+
+def _replaced(model: nn.Module, wanted: Collection[str], make: Callable[[nn.Linear], nn.Module]) -> None:
+    for name in wanted:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, make(linear))
+
+
+def _bitsandbytes(linear: nn.Linear, new: Any) -> nn.Module:
+    new.load_state_dict(linear.state_dict())
+    on_cpu: nn.Module = new.to("cpu")  # which quantises it
+    return on_cpu
+
+
+def _bnb_int8(model: Any, wanted: Collection[str]) -> None:
+    """LLM.int8 (Dettmers et al. 2022): its own kernel rounds activations to int8 as well."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    def make(linear: nn.Linear) -> nn.Module:
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        return _bitsandbytes(linear, Linear8bitLt(*sizes, has_fp16_weights=False))
+
+    _replaced(model, wanted, make)
+    model.is_loaded_in_8bit = True  # PEFT asks
+
+
+def _nf4(model: Any, wanted: Collection[str]) -> None:
+    """bitsandbytes' nf4, double quantised (QLoRA: Dettmers et al. 2023)."""
+    from bitsandbytes.nn import Linear4bit
+
+    def make(linear: nn.Linear) -> nn.Module:
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        return _bitsandbytes(linear, Linear4bit(*sizes, quant_type="nf4", compute_dtype=linear.weight.dtype))
+
+    _replaced(model, wanted, make)
+    model.is_loaded_in_4bit = True
+
+
+def _hqq(bits: int) -> Callable[[Any, Collection[str]], None]:
+    """HQQ (Badri and Shaji 2023): groups of columns with a scale and a zero each."""
+
+    def quantize(model: Any, wanted: Collection[str]) -> None:
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        config = BaseQuantizeConfig(nbits=bits, group_size=GROUP)
+        _replaced(
+            model, wanted, lambda linear: HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
+        )
+
+    return quantize
+
+
+KINDS: dict[str, Callable[[Any, Collection[str]], None]] = {
+    "int8": _int8,
+    "bnb-int8": _bnb_int8,
+    "nf4": _nf4,
+    "hqq8": _hqq(8),
+    "hqq4": _hqq(4),
+}
+
+
+@torch.no_grad()
+def quantize(model: Any, kind: str, wanted: Collection[str]) -> None:
+    """Quantise the linears `wanted` of `model` in place.
+
+    Raises `ImportError` where the library is missing.
+    """
+    KINDS[kind](model, wanted)
+
+
+@torch.no_grad()
+def dequantize(model: Any) -> None:
+    """Plain linears in the place of quantised ones, with the numbers that those hold, in fp32."""
+    for name, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "W_q"):
+            from hqq.core.quantize import Quantizer
+
+            kept = module.meta
+            levels = Quantizer.unpack[kept["packing"]](module.W_q, dtype=torch.float32)
+            dense = ((levels.double() - kept["zero"].double()) * kept["scale"].double()).reshape(kept["shape"])
+        elif type(weight).__name__ == "Int8Tensor":
+            dense = weight.qdata.double() * weight.scale.double()
+        elif type(weight).__name__ == "Int8Params":
+            dense = weight.CB.double() * weight.SCB.double()[:, None] / 127
+        elif type(weight).__name__ == "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit
+
+            dense = dequantize_4bit(weight.data, weight.quant_state)
+        else:
+            continue
+        bias = getattr(module, "bias", None)
+        linear = nn.Linear(dense.shape[1], dense.shape[0], bias=bias is not None)
+        linear.weight.data, linear.weight.requires_grad = dense.float(), False
+        if bias is not None:
+            linear.bias.data = bias.data.float()
+        model.set_submodule(name, linear)
