@@ -176,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def report(markdown: bool) -> str:
         name = common.title(dataclasses.asdict(setup_of(options, PLAIN)))
-        head = f"{measure.machine()}\n\n{name}, {options.dtype}, one token"
+        facts = measure.machine()
+        head = f"{measure.describe(facts)}\n\n{name}, {options.dtype}, one token"
         return "\n\n".join([head, *(measure.table(headers, rows, markdown) for headers, rows in tables)])
 
     common.publish("Formats", "formats", list(argv or sys.argv[1:]), options.markdown, report)
