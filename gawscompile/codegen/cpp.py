@@ -29,7 +29,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.cpp_packed import PACKED, activations, packed_of, row_bytes, weights
+from gawscompile.codegen.cpp_packed import PACKED, activations, apart, packed_of, row_bytes, weights
 from gawscompile.codegen.cpp_parts import Parts
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
 from gawscompile.ir.banked import USUAL_RANK
@@ -178,9 +178,10 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
         reads = ", ".join([*parts.expanded(i, "plus(z, ldz)" if p.summed_apart else None), *parts.hashes(i)])
         if p.summed_apart:
-            way = f"by_blocks(rows, {cost}, m, q{i}" if p.packed else f"by_columns<K>(rows, {cost}, N{i}, m, w{i}"
+            way = f"by_columns<K>(rows, {cost}, N{i}, m, w{i}, x"
+            way = f"{apart(i, p.packed)[0]}(rows, {cost}, m, q{i}, {apart(i, p.packed)[1]}" if p.packed else way
             body += [
-                f"    {way}, x, [&](auto first, auto last, auto z, auto ldz) {{",
+                f"    {way}, [&](auto first, auto last, auto z, auto ldz) {{",
                 f"      expand<even(N{i})>(first, last, N{i}, m, y{i}, {reads});",
                 f"    }}{parts.seen(f'w{i}')});",
             ]

@@ -55,6 +55,11 @@ def activations(spec: KernelSpec) -> list[str]:
     return [f"    const float* {_ordered(kind)} = ordered<{kind}, K>(x, m);" for kind in kinds]
 
 
+def apart(i: int, term: Packed) -> tuple[str, str]:
+    """What sums rows of a weight up in memory, and the x that it reads."""
+    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(_CODES[term.coding]))
+
+
 def dot(i: int, term: Packed) -> str:
     """W x, as a part of a projection."""
     return f"unpacked(q{i}, {_ordered(_CODES[term.coding])})"

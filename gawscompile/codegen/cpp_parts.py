@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gawscompile.codegen.cpp_modes import Scratch
-from gawscompile.codegen.cpp_packed import dot, in_blocks
+from gawscompile.codegen.cpp_packed import dot
 from gawscompile.ir.spec import KernelSpec, Operand
 
 
@@ -29,7 +29,7 @@ class Parts:
         p = self._spec.projections[i]
         streams = weight and p.dense and not p.transposed
         dots = [f"weight<K>(w{i}, x{self.seen(f'w{i}')})"] if streams else []
-        if weight and p.packed and not in_blocks(p.packed):
+        if weight and p.packed and not p.summed_apart:
             dots, streams = [dot(i, p.packed)], True
         if p.banked:  # what it scales is W x alone, so it comes before all others
             dots += [f"rescaled(bank{i})"] * bool(streams) + [f"banked(bank{i})"]

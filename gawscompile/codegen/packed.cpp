@@ -401,6 +401,54 @@ template <int R, int T, class W>
       for (int t = 0; t < T; ++t) acc[r][t] = acc[r][t] * F(w.scales.at(row + r, 0));
 }
 
+// A share of a weight whose bytes have codes of rows n/2 apart: both rows are summed up while a byte is at hand. `f` is
+// by_blocks' and is called for the upper rows, then for the lower.
+template <class W, class Fn>
+inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, const float* x, Fn&& f) {
+  constexpr int64_t K = W::K, G = W::GROUP, HALF = W::N / 2, LDZ = 256;
+  static_assert(HALF % ROWS == 0 && !W::Codes::PAIRS);
+  static thread_local Buffer sums;
+  share.range(HALF / ROWS, 2 * cost, [&](int64_t first, int64_t last) {
+    for (int64_t at = first * ROWS; at < last * ROWS; at += LDZ) {
+      const int64_t count = min(LDZ, last * ROWS - at);
+      float* z = sums.of(2 * m * LDZ);
+      const auto some = [&](auto rows, auto width, int64_t r, int64_t t0) {
+        constexpr int R = decltype(rows)::value, T = decltype(width)::value;
+        F upper[R][T], lower[R][T];
+        clear(upper), clear(lower);
+        for (int64_t g = 0; g < K / G; ++g) {
+          typename W::Codes high[R], low[R];
+          for (int i = 0; i < R; ++i) high[i] = w.group(at + r + i, g), low[i] = w.group(HALF + at + r + i, g);
+          for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
+            Pair xs[T];
+            for (int t = 0; t < T; ++t) xs[t] = load_pair(x + (t0 + t) * K + k);
+            const char* ahead = (const char*)w.at(at + r, 0) + R * k + AHEAD;
+            for (int i = 0; i < R * 2 * V; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
+            for (int i = 0; i < R; ++i) {
+              const Pair a = w.get(high[i], at + r + i, k), b = w.get(low[i], HALF + at + r + i, k);
+              for (int t = 0; t < T; ++t) {
+                upper[i][t] = fmadd(a.hi, xs[t].hi, fmadd(a.lo, xs[t].lo, upper[i][t]));
+                lower[i][t] = fmadd(b.hi, xs[t].hi, fmadd(b.lo, xs[t].lo, lower[i][t]));
+              }
+            }
+          }
+        }
+        for (int t = 0; t < T; ++t)
+          for (int i = 0; i < R; ++i) {
+            z[(t0 + t) * LDZ + r + i] = sum(upper[i][t]);
+            z[(m + t0 + t) * LDZ + r + i] = sum(lower[i][t]);
+          }
+      };
+      for_tokens(0, m, [&](auto width, int64_t t0) {  // as many accumulators as there are registers for
+        constexpr int R = decltype(width)::value <= 2 ? ROWS : 2;
+        for (int64_t r = 0; r < count; r += R) some(Int<R>{}, width, r, t0);
+      });
+      f(at / ROWS, (at + count) / ROWS, z - at, LDZ);
+      f((HALF + at) / ROWS, (HALF + at + count) / ROWS, z + m * LDZ - HALF - at, LDZ);
+    }
+  });
+}
+
 // W x: a part of a projection, the first to join a tile's sums.
 template <class W>
 inline auto unpacked(const W& w, const float* x) {

@@ -128,6 +128,12 @@ class Packed(NamedTuple):
         return self.n * k
 
     @property
+    def summed_apart(self) -> bool:
+        """Whether a kernel makes sums of rows in memory before adapters join: rows that follow each other do not lie
+        so."""
+        return self.kept.layout == "blocks" or (self.kept.layout == "halves" and self.n % 8 == 0)
+
+    @property
     def bytes(self) -> int:
         """Of codes, scales and zeros."""
         return sum(type_of(leaf).bytes for _, _, leaf in leaves(self))

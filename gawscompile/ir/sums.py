@@ -83,9 +83,9 @@ class Sum(NamedTuple):
 
     @property
     def summed_apart(self) -> bool:
-        """Whether a kernel makes the sums of W's rows in memory before adapters join them: W is transposed, or lies in
-        blocks."""
-        return self.transposed or (self.packed is not None and self.packed.kept.layout == "blocks")
+        """Whether a kernel makes sums of W's rows in memory before adapters join them: W is transposed, or packed by
+        several rows."""
+        return self.transposed or (self.packed is not None and self.packed.summed_apart)
 
     def _value(self, kind: type) -> Leaf | None:
         term = self._only(kind)
