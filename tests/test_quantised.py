@@ -37,10 +37,16 @@ def quantised(kind, dtype=torch.float32, config=LORA, exact=False):
         pytest.skip(f"not installed: {error}")
     if exact:
         quantized.dequantize(base)
-    model = randomise(peft.get_peft_model(base, config).eval())
+    try:
+        model = randomise(peft.get_peft_model(base, config).eval())
+        if not exact:
+            logits(model)  # bitsandbytes lays its weights out anew for the CPU in the first call
+    except (AttributeError, TypeError) as error:
+        if config is LORA:
+            raise
+        pytest.skip(f"not in eager mode: {error}")  # PEFT's DoRA, HQQ's linear
     if exact:
         return model.double()
-    logits(model)  # bitsandbytes lays its weights out anew for the CPU in the first call
     return model
 
 
@@ -99,16 +105,21 @@ def test_no_further_from_fp64_than_eager(kind, adapters, dtype):
     """The reference computes with the numbers that are stored: dequantised bases and factors, in fp64."""
     if adapters == "dora" and not kind.startswith(("bnb", "nf4")):
         pytest.skip("PEFT has no DoRA for it")
-    with torch.random.fork_rng():
-        model = quantised(kind, dtype, ADAPTERS[adapters])
-        wide = quantised(kind, dtype, ADAPTERS[adapters], exact=True)
+    model = quantised(kind, dtype, ADAPTERS[adapters])
+    wide = quantised(kind, dtype, ADAPTERS[adapters], exact=True)
+    if adapters == "dora":
+        try:
+            logits(torch.compile(model, backend="eager"))
+        except Exception as error:
+            pytest.skip(f"not compiled by any backend: {type(error).__name__}")
+        torch._dynamo.reset()
     if adapters == "two":
         for one in (model, wide):
             one.add_adapter("other", LORA)
             one.base_model.set_adapter(["default", "other"])
     compiled = torch.compile(model, backend="gaws", options={"strict": True})
     logs = []
-    for seed in range(6):
+    for seed in range(16):
         with torch.no_grad():
             exact = dict(wide.named_parameters())
             for name, p in model.named_parameters():

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gawscompile.adapters.config import KroneckerConfig
 from gawscompile.adapters.splits import Kind, Splits
+from gawscompile.adapters.tuner import is_packed
 
 BASE = "__base__"
 """Stands for "no adapter" in a mixed batch's `adapter_names`, as in PEFT."""
@@ -156,9 +157,12 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
         return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
 
     def _base_weight(self) -> nn.Parameter:
-        weight = self.get_base_layer().weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        layer = self.get_base_layer()
+        if is_packed(layer):
+            kind = type(layer.weight).__name__
+            raise TypeError(f"a quantised weight ({kind}) takes no adapter into itself: leave it unmerged")
+        assert isinstance(layer.weight, nn.Parameter)
+        return layer.weight
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

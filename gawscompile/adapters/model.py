@@ -42,7 +42,7 @@ class KroneckerModel(Tuner):
         """Every check that can fail, over every target: PEFT calls this before it replaces the first module."""
         found = targets(peft_config, model)
         for name, layer in found.items():
-            check_supported(name, layer)
+            check_supported(name, layer, packed=True)
             peft_config.splits_of(name, *features(layer))
         for pattern in (peft_config.input_splits_pattern, peft_config.output_splits_pattern):
             used = {key for key in pattern if any(get_pattern_key([key], name) == key for name in found)}
@@ -60,7 +60,7 @@ class KroneckerModel(Tuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = base_layer_of(target)
-        check_supported(current_key, layer)
+        check_supported(current_key, layer, packed=True)
         splits = peft_config.splits_of(current_key, *features(layer))
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, splits)

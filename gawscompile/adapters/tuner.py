@@ -20,8 +20,15 @@ def base_layer_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def check_supported(name: str, layer: nn.Module) -> None:
-    """Raises `TypeError` where the module `layer` at `name` cannot carry an adapter."""
+def is_packed(layer: nn.Module) -> bool:
+    """Whether `layer` multiplies by a weight that it keeps as codes: torchao's tensors, bitsandbytes' linears."""
+    ours = type(getattr(layer, "weight", None)).__module__.partition(".")[0]
+    return ours == "torchao" or (isinstance(layer, nn.Linear) and type(layer).__module__.startswith("bitsandbytes."))
+
+
+def check_supported(name: str, layer: nn.Module, packed: bool = False) -> None:
+    """Raises `TypeError` where the module `layer` at `name` cannot carry an adapter. `packed`: one that only adds to
+    what the layer makes, and so may stand beside a quantised weight."""
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise TypeError(
             f"{name} is a {type(layer).__name__}: adapters go on torch.nn.Linear and transformers' Conv1D"
@@ -30,6 +37,8 @@ def check_supported(name: str, layer: nn.Module) -> None:
         raise TypeError(f"{name} is the out_proj of nn.MultiheadAttention, which never calls it: leave it out")
     if "weight" not in layer._parameters:
         raise TypeError(f"{name} computes its weight (a parametrization): adapters need a plain parameter")
+    if packed and is_packed(layer):
+        return
     weight = layer.weight
     kind = type(weight.data) if type(weight) is nn.Parameter else type(weight)
     if weight.dtype not in PLAIN_DTYPES or kind.__name__ not in PLAIN_TENSORS:
