@@ -24,6 +24,9 @@ STEPS = 32
 """Nodes at most between a weight and its codes."""
 
 BYTES = {torch.int8: "int8", torch.uint8: "uint8"}
+INTEGERS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
+WIDE = (*DTYPE_NAMES, torch.float64)
+"""Dtypes of floats that only round."""
 
 
 def packed_of(node: Any) -> Packed | None:
@@ -41,8 +44,8 @@ def packed_of(node: Any) -> Packed | None:
     for _ in range(STEPS):
         if (source := transposed(node)) is not None and scales is None:
             node, turned = source, not turned
-        elif is_call(node, *CASTS) and value(args(node)[0]) is not None:
-            node = args(node)[0]
+        elif (source := _exact(node)) is not None:
+            node = source
         elif (coded := _halves(node)) is not None:
             found = None if turned else _settled(coded, n, k, "uint4_halves", group or k, scales, zeros)
             return found if found is None or n % 2 == 0 else None
@@ -54,7 +57,7 @@ def packed_of(node: Any) -> Packed | None:
             return None
         elif (source := reinterpreted(node)) is not None:
             node = source
-        elif is_call(node, aten.mul.Tensor, aten.sub.Tensor):
+        elif is_call(node, aten.mul.Tensor, aten.sub.Tensor) and not node.kwargs and not _wraps(node):
             whole, shared = args(node)
             if is_call(node, aten.mul.Tensor) and _numbers(whole) < _numbers(shared):
                 whole, shared = shared, whole
@@ -176,6 +179,8 @@ def _settled(
         return None
     found, factor = _scaled(scales) if scales is not None else (None, 1.0)
     zero, times = _scaled(zeros) if zeros is not None else (None, 1.0)
+    if found is not None and _dtype(found) == torch.uint8:  # specs know bytes as scales that are coded
+        return None
     for given, kept in ((scales, found), (zeros, zero)):
         if given is not None and (kept is None or math.prod(shape(kept)) != n * k // group):
             return None
@@ -189,17 +194,33 @@ def _scaled(node: Node) -> tuple[Node | None, float]:
         if is_parameter(node):
             fine = _dtype(node) in DTYPE_NAMES or _dtype(node) in BYTES
             return (_parameter(node) if fine else None), factor
-        if is_call(node, *CASTS):
-            node = args(node)[0]
-        elif (source := reinterpreted(node)) is not None:
+        if (source := _exact(node) or reinterpreted(node)) is not None:
             node = source
         elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(args(node)[1], (int, float)):
             by = float(args(node)[1])
+            if not by or not math.isfinite(by) or _dtype(node) not in WIDE:
+                break
             factor *= by if is_call(node, aten.mul.Tensor) else 1 / by
             node = args(node)[0]
         else:
             break
     return None, factor
+
+
+def _exact(node: Any) -> Node | None:
+    """What `node` is a cast of that keeps numbers: to floats, or of integers to wider ones."""
+    if not is_call(node, *CASTS) or value(args(node)[0]) is None:
+        return None
+    source: Node = args(node)[0]
+    made, given = _dtype(node), _dtype(source)
+    bits = INTEGERS.get(made, 0)
+    wider = made == given or (given in INTEGERS and bits > INTEGERS[given] and made != torch.uint8)
+    return source if wider or (made in WIDE and given in (*WIDE, *INTEGERS)) else None
+
+
+def _wraps(node: Node) -> bool:
+    """Whether its numbers may not fit its dtype: a difference of bytes is one modulo 256."""
+    return _dtype(node) not in WIDE and INTEGERS.get(_dtype(node), 0) < 32
 
 
 def _columns(shared: Any, whole: Any) -> int:
@@ -259,6 +280,7 @@ def _halves(node: Any) -> Node | None:
         source = args(source)[0]
     codes = _parameter(source)
     same = codes is not None and codes is _parameter(args(rest)[0])
+    same = same and 2 * _numbers(codes) == _numbers(node)
     return codes if same and _dtype(codes) == torch.uint8 else None
 
 
@@ -267,6 +289,8 @@ def _written(node: Any) -> tuple[Node, Node, int, int] | None:
     if not is_call(node, aten.slice_scatter.default):
         return None
     target, copied, *where = args(node)
+    if where[3:] not in ([], [1]):
+        return None
     axis, first, end = (*where, 0, None, None)[:3] if len(where) < 3 else where[:3]
     if axis != 0 or not is_call(copied, aten.copy.default):
         return None

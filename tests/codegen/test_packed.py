@@ -22,7 +22,7 @@ GEMV, GEMM = "gemv_cpp<=40, gemm_accumulate", "gemv_cpp<=0, gemm_accumulate"
 
 TOKENS = (1, 2, 5, 7, 13)
 CLOSE = {"f32": 1e-6, "bf16": 4e-3, "f16": 1e-3}
-"""Largest error, over the largest answer, both as norms."""
+"""Norm of the error, over that of the answer. The library's plan rounds twice or thrice."""
 
 KINDS = ("s=f32", "s=bf16", "s=f16", "s=u8", "s=f32 z=f32", "s=bf16 z=bf16", "s=f16 z=u8", "s=f32 f=0.0625", "")
 ROWS = {"int8": 13, "uint8": 7, "nf4": 21, "fp4": 6, "uint4_halves": 14, "table4_blocks": 64}
@@ -87,13 +87,19 @@ def built(request):
         Program.parse(f"{GEMV} | {SPECS[name]}").start()
 
 
+def call(problem, plan):
+    operands = [problem.operands[o.name] for o in problem.spec.operands()]
+    return torch.ops.gaws.project(problem.x, operands, f"{plan} | {problem.spec}")
+
+
 def close(text, m, plan, seed=0):
     problem = Problem.of(text, m, seed)
-    outputs = torch.ops.gaws.project(problem.x, list(problem.operands.values()), f"{plan} | {problem.spec}")
+    outputs = call(problem, plan)
     assert [out.shape for out in outputs] == [(m, n) for n, _ in problem.spec.outputs]
     for i, (got, want) in enumerate(zip(outputs, problem.want, strict=True)):
         error = ((got.double() - want).norm() / want.norm()).item()
-        assert error <= CLOSE[problem.spec.outputs[i][1]], f"projection {i} of {text}, m = {m}, {plan}: {error:.2g}"
+        allowed = CLOSE[problem.spec.outputs[i][1]] * (1 if plan == GEMV else 1.5)
+        assert error <= allowed, f"projection {i} of {text}, m = {m}, {plan}: {error:.2g}"
     if plan == GEMV or problem.spec.x == "f32":  # the library's weight is rounded to x's dtype
         problem.check(outputs)
 
@@ -129,7 +135,7 @@ def test_nothing_is_written_around_an_output(name):
 @pytest.mark.parametrize("plan", [GEMV, GEMM], ids=["gemv", "gemm"])
 def test_no_tokens_at_all(plan):
     problem = Problem.of(SPECS["all codings"], 0)
-    outputs = torch.ops.gaws.project(problem.x, list(problem.operands.values()), f"{plan} | {problem.spec}")
+    outputs = call(problem, plan)
     assert [out.shape for out in outputs] == [(0, n) for n, _ in problem.spec.outputs]
 
 
@@ -202,7 +208,8 @@ def test_a_text_parses_to_the_spec_that_prints_it(coding):
         assert str(spec) == text
         (total,) = spec.projections
         assert total.packed.coding == coding and total.packed.group == group and total.n == ROWS[coding]
-        again = KernelSpec.of(Problem.of(text, 2).x, spec.bound(list(Problem.of(text, 2).operands.values())))
+        problem = Problem.of(text, 2)
+        again = KernelSpec.of(problem.x, spec.bound([problem.operands[o.name] for o in spec.operands()]))
         assert again == spec and again.projections == spec.projections
 
 
