@@ -42,7 +42,7 @@ def packed_of(node: Any) -> Packed | None:
     zeros: Node | None = None
     turned = False
     for _ in range(STEPS):
-        if (source := transposed(node)) is not None and scales is None:
+        if (source := transposed(node)) is not None:
             node, turned = source, not turned
         elif (source := _exact(node)) is not None:
             node = source
@@ -79,10 +79,13 @@ def packed_of(node: Any) -> Packed | None:
 
 def product_of(node: Any) -> tuple[Node, Packed, Node | None] | None:
     """(x, W, bias) where `node` is the product with a packed weight by an operator of bitsandbytes' own."""
-    operator = _name(node)
-    if operator not in _PRODUCTS:
+    if is_call(node, operator.getitem) and args(node)[1] == 0 and _name(args(node)[0]) == MIXED:
+        node = args(node)[0]
+    elif _name(node) == MIXED:  # a tuple, whose first part is the product
         return None
-    found = _PRODUCTS[operator](node)
+    if _name(node) not in _PRODUCTS:
+        return None
+    found = _PRODUCTS[_name(node)](node)
     fake = value(found[0]) if found else None
     known = fake is not None and fake.dtype in DTYPE_NAMES and fake.device.type == "cpu"
     return found if known else None
@@ -128,7 +131,7 @@ def _gemv_4bit(node: Node) -> tuple[Node, Packed, Node | None] | None:
 def _int8_product(node: Node) -> tuple[Node, Packed, Node | None] | None:
     """``int8_scaled_mm(codes of x, codes, scales of x, scales, bias, dtype)``, or ``int8_mixed_scaled_mm(x, codes of x,
     codes, scales of x, scales, outliers, bias)``. x's codes round it; W x is what they stand for."""
-    if _name(node).endswith("mixed_scaled_mm"):
+    if _name(node) == MIXED:
         x, _, codes, _, scales = args(node)[:5]
         bias = _argument(node, 6, "bias")
     else:
@@ -151,17 +154,20 @@ def _int8_product(node: Node) -> tuple[Node, Packed, Node | None] | None:
 VECTORWISE = "bitsandbytes::int8_vectorwise_quant"
 """Rounds an activation to codes."""
 
+MIXED = "bitsandbytes::int8_mixed_scaled_mm"
+"""Leaves columns of large numbers as they are, and returns those beside its product."""
+
 _PRODUCTS = {
     "bitsandbytes::gemm_4bit": _gemm_4bit,
     "bitsandbytes::gemv_4bit": _gemv_4bit,
     "bitsandbytes::int8_scaled_mm": _int8_product,
-    "bitsandbytes::int8_mixed_scaled_mm": _int8_product,
+    MIXED: _int8_product,
 }
 
 
 def rounds_activation(node: Any) -> bool:
-    """Whether it makes codes of an activation, whose product `product_of` knows."""
-    return _name(node) == VECTORWISE
+    """Whether it makes codes of an activation, or leaves out some of it, and `product_of` knows the product."""
+    return _name(node) in (VECTORWISE, MIXED)
 
 
 def with_scales(packed: Packed, scales: Node) -> Packed | None:
