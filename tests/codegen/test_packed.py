@@ -47,7 +47,7 @@ def every_kind(coding, x, k=160):
     return "; ".join([f"k={k} x={x}", *parts])
 
 
-GRID = {f"{coding} {x}": every_kind(coding, x) for coding in CODINGS for x in CLOSE}
+GRID = {f"{coding}-{x}": every_kind(coding, x) for coding in CODINGS for x in CLOSE}
 
 LORA, KRON = "lora(r=5 f32 s=2.0)", "kron(4*12x16*1 f32 s=1.5)"
 BESIDE = {
@@ -74,7 +74,7 @@ BESIDE = {
     f"{base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}",
 }
 SPECS = {**BESIDE, **GRID}
-SLOW = {f"{coding} f16" for coding in CODINGS} | {f"{coding} bf16" for coding in ("uint8", "fp4")}
+SLOW = {f"{coding}-f16" for coding in CODINGS} | {f"{coding}-bf16" for coding in ("uint8", "fp4")}
 NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SPECS]
 
 
@@ -124,7 +124,7 @@ def test_any_number_of_threads(threads, plan):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["all codings", "bias, residual", "uint4_halves f32"])
+@pytest.mark.parametrize("name", ["all codings", "bias, residual", "uint4_halves-f32"])
 def test_nothing_is_written_around_an_output(name):
     source = cpp.emit(KernelSpec.parse(SPECS[name]), ("gemv_cpp",))
     for m in (1, 7):

@@ -402,10 +402,9 @@ def test_4_bits_laid_out_for_the_cpu(kind, caplog):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_8_bits_by_rows(mixed, biased, caplog, monkeypatch):
+def test_8_bits_by_rows(mixed, biased, caplog):
     """The mixed operator returns as many columns as there are large ones: Dynamo must be told to go on there."""
     library()
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
     cb, scb, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(numbers(N, K).half(), 0.0)
 
     def function(x, cb, scb, bias, a, b):
@@ -418,7 +417,8 @@ def test_8_bits_by_rows(mixed, biased, caplog, monkeypatch):
             made = torch.ops.bitsandbytes.int8_scaled_mm(ca, cb, sca, scb, bias=given, dtype=x.dtype)
         return made.reshape(*x.shape[:-1], N) + delta(x, a, b)
 
-    captured = capture(function, X, cb, scb, numbers(N, seed=1), *FACTORS, kernels=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        captured = capture(function, X, cb, scb, numbers(N, seed=1), *FACTORS, kernels=True)
     right(captured, 2e-2)  # its operator rounds x to 8 bits
     w, terms = weight(captured)
     same(w, cb.double() * scb.double()[:, None] / 127)
