@@ -283,8 +283,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "the library is given what it cannot write": Fault(
         "ir/spec.py",
-        "self.x == p.weight.dtype == p.out for p",
-        "self.x == p.weight.dtype for p",
+        "self.x == kind == out for kind, out",
+        "self.x == kind for kind, out",
         "tests/planning/test_cost.py",
         unproven="it is an error of torch's matmul, and no value",
     ),
