@@ -22,7 +22,8 @@ GEMV, GEMM = "gemv_cpp<=40, gemm_accumulate", "gemv_cpp<=0, gemm_accumulate"
 
 TOKENS = (1, 2, 5, 7, 13)
 CLOSE = {"f32": 1e-6, "bf16": 4e-3, "f16": 1e-3}
-"""Norm of the error, over that of the answer. The library's plan rounds twice or thrice."""
+"""Norm of the error, over that of the answer. Twice that where the library multiplies: the weight is
+rounded for it, and the product."""
 
 KINDS = ("s=f32", "s=bf16", "s=f16", "s=u8", "s=f32 z=f32", "s=bf16 z=bf16", "s=f16 z=u8", "s=f32 f=0.0625", "")
 ROWS = {"int8": 13, "uint8": 7, "nf4": 21, "fp4": 6, "uint4_halves": 14, "table4_blocks": 64}
@@ -98,7 +99,7 @@ def close(text, m, plan, seed=0):
     assert [out.shape for out in outputs] == [(m, n) for n, _ in problem.spec.outputs]
     for i, (got, want) in enumerate(zip(outputs, problem.want, strict=True)):
         error = ((got.double() - want).norm() / want.norm()).item()
-        allowed = CLOSE[problem.spec.outputs[i][1]] * (1 if plan == GEMV else 1.5)
+        allowed = CLOSE[problem.spec.outputs[i][1]] * (1 if plan == GEMV else 2)
         assert error <= allowed, f"projection {i} of {text}, m = {m}, {plan}: {error:.2g}"
     if plan == GEMV or problem.spec.x == "f32":  # the library's weight is rounded to x's dtype
         problem.check(outputs)
