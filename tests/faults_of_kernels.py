@@ -9,6 +9,7 @@ BANKS = "codegen/triton_banks.py"
 GEMV, TILE, TEXT = "codegen/triton_gemv.py", "codegen/triton_tile.py", "codegen/triton_text.py"
 
 NUMBERS = "tests/codegen/test_triton.py::test_numbers"
+PACKED = "tests/codegen/test_packed.py::test"
 ENTRIES = "tests/codegen/test_cpp.py::test"
 SWIGLU = "tests/runtime/test_ops.py::test_swiglu_leaves_one_output"
 ORDER = "tests/codegen/test_triton_aot.py::test_all_threads_wait_before_u_is_told_and_before_it_is_read"
@@ -88,6 +89,45 @@ KERNELS = {
 """,
         f"{ENTRIES}_everyone_waits_between_a_stage_and_what_reads_it",
         unproven=A_RACE,
+    ),
+    # --- C++: weights kept as codes -----------------------------------------------------------------------------
+    "a zero's sign": Fault(
+        "codegen/packed.cpp",
+        "scale(s), shift(-z * s) {}",
+        "scale(s), shift(z * s) {}",
+        f"{PACKED}_kernels_against_fp64[uint8-f32-gemv]",
+    ),
+    "a row's half of a byte is the other row's": Fault(
+        "codegen/packed.cpp",
+        "const int shift = upper ? 4 : 0;",
+        "const int shift = upper ? 0 : 4;",
+        f"{PACKED}_kernels_against_fp64[uint4_halves-f32-gemv]",
+    ),
+    "the scales of the group before": Fault(
+        "codegen/packed.cpp",
+        "groups[r] = w.group(row + r, g);",
+        "groups[r] = w.group(row + r, g ? g - 1 : 0);",
+        f"{PACKED}_kernels_against_fp64[uint8-f32-gemv]",
+    ),
+    "a scale that waits for its row's sum is forgotten": Fault(
+        "codegen/packed.cpp",
+        "acc[r][t] = acc[r][t] * F(w.scales.at(row + r, 0));",
+        "acc[r][t] = acc[r][t];",
+        f"{PACKED}_kernels_against_fp64[int8-f32-gemv]",
+    ),
+    "a scale that waits is forgotten where the library multiplies": Fault(
+        "codegen/packed.cpp",
+        "v = {v.lo * s, v.hi * s};",
+        "v = {v.lo, v.hi};",
+        f"{PACKED}_kernels_against_fp64[int8-f32-gemm]",
+        library=True,
+    ),
+    "scales of scales in larger blocks": Fault(
+        "codegen/packed.cpp",
+        "outer[i / 256]",
+        "outer[i / 512]",
+        f"{PACKED}_the_second_level_of_scales_has_more_than_one_block",
+        unproven="the zoo has no scales that are coded",
     ),
     # --- C++: templates -----------------------------------------------------------------------------------------
     "tail of a dot product dropped": Fault(

@@ -67,6 +67,12 @@ class Zoo(nn.Module):
         self.pool = nn.Parameter(torch.randn(96 * UNIT) / 5)
         self.register_buffer("entries", pack(entries, 2))
         self.register_buffer("seen", torch.tensor([True, True, False, True, False]))
+        self.register_buffer("signed", torch.randint(-128, 128, (24, 64), dtype=torch.int8))
+        self.register_buffer("unsigned", torch.randint(0, 256, (24, 64), dtype=torch.uint8))
+        self.register_buffer("nibbles", torch.randint(0, 256, (48, 32), dtype=torch.uint8))
+        self.scales = nn.ParameterList([torch.rand(24, 1) / 99, torch.rand(24, 2, 1) / 99, torch.rand(96, 1) / 9])
+        self.middle = nn.Parameter(torch.rand(96, 1) + 7)
+        self.zeros = nn.Parameter(torch.rand(24, 2, 1) * 99)
 
     def delta(self, name: str, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.a[name]), self.b[name])
@@ -108,7 +114,17 @@ class Zoo(nn.Module):
         banked = F.linear(square, self.w["o"])
         banked = banked + torch.ops.gaws.banked(square, self.pool, self.entries, banked, None)
         answers = (q, k, v, o, odd, twice, alpha, other, grouped, turned, product, scaled, streamed, kept, blocks, last)
-        return *answers, attended, banked, self.wide(o.double())
+        return *answers, attended, banked, *self.packed((o * 2).tanh()), self.wide(o.double())
+
+    def packed(self, x: Tensor) -> tuple[Tensor, ...]:
+        """By weights kept as codes: a scale for each row, for each group of columns with a zero, and of 4 bits."""
+        rows = self.signed.to(x.dtype) * self.scales[0]
+        groups = (self.unsigned.view(24, 2, 32).to(x.dtype) - self.zeros) * self.scales[1]
+        halves = torch.empty([96, 32], dtype=torch.uint8)
+        halves[:48] = (self.nibbles & 240) >> 4
+        halves[48:] = self.nibbles & 15
+        halves = ((halves.to(x.dtype) - self.middle) * self.scales[2]).view(48, 64)
+        return F.linear(x, rows) + self.delta("twice", x), F.linear(x, groups.view(24, 64)), F.linear(x, halves)
 
 
 # --- Planting ------------------------------------------------------------------------------------------------

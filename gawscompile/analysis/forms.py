@@ -210,6 +210,9 @@ def _with_scales(form: Form, v: Node, node: Node) -> Form | None:
     (factor,) = form.products[0].matrices if len(form.products) == 1 and len(form.bases) == 1 else (None,)
     if factor is None or factor.packed is None or form.vectors or form.products[0].scale != Scale():
         return None
+    n = factor.packed.n
+    if value(v) is None or not same_sizes(shape(v), (*(1 for _ in shape(v)[1:]), n)):  # one along the tokens, say
+        return None
     packed = with_scales(factor.packed, v)
     if packed is None:
         return None

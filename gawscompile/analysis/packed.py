@@ -24,6 +24,9 @@ STEPS = 32
 """Nodes at most between a weight and its codes."""
 
 BYTES = {torch.int8: "int8", torch.uint8: "uint8"}
+INTEGERS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64}
+WIDE = (*DTYPE_NAMES, torch.float64)
+"""Dtypes of floats that only round."""
 
 
 def packed_of(node: Any) -> Packed | None:
@@ -39,10 +42,10 @@ def packed_of(node: Any) -> Packed | None:
     zeros: Node | None = None
     turned = False
     for _ in range(STEPS):
-        if (source := transposed(node)) is not None and scales is None:
+        if (source := transposed(node)) is not None:
             node, turned = source, not turned
-        elif is_call(node, *CASTS) and value(args(node)[0]) is not None:
-            node = args(node)[0]
+        elif (source := _exact(node)) is not None:
+            node = source
         elif (coded := _halves(node)) is not None:
             found = None if turned else _settled(coded, n, k, "uint4_halves", group or k, scales, zeros)
             return found if found is None or n % 2 == 0 else None
@@ -54,7 +57,7 @@ def packed_of(node: Any) -> Packed | None:
             return None
         elif (source := reinterpreted(node)) is not None:
             node = source
-        elif is_call(node, aten.mul.Tensor, aten.sub.Tensor):
+        elif is_call(node, aten.mul.Tensor, aten.sub.Tensor) and not node.kwargs and not _wraps(node):
             whole, shared = args(node)
             if is_call(node, aten.mul.Tensor) and _numbers(whole) < _numbers(shared):
                 whole, shared = shared, whole
@@ -76,10 +79,13 @@ def packed_of(node: Any) -> Packed | None:
 
 def product_of(node: Any) -> tuple[Node, Packed, Node | None] | None:
     """(x, W, bias) where `node` is the product with a packed weight by an operator of bitsandbytes' own."""
-    operator = _name(node)
-    if operator not in _PRODUCTS:
+    if is_call(node, operator.getitem) and args(node)[1] == 0 and _name(args(node)[0]) == MIXED:
+        node = args(node)[0]
+    elif _name(node) == MIXED:  # a tuple, whose first part is the product
         return None
-    found = _PRODUCTS[operator](node)
+    if _name(node) not in _PRODUCTS:
+        return None
+    found = _PRODUCTS[_name(node)](node)
     fake = value(found[0]) if found else None
     known = fake is not None and fake.dtype in DTYPE_NAMES and fake.device.type == "cpu"
     return found if known else None
@@ -125,7 +131,7 @@ def _gemv_4bit(node: Node) -> tuple[Node, Packed, Node | None] | None:
 def _int8_product(node: Node) -> tuple[Node, Packed, Node | None] | None:
     """``int8_scaled_mm(codes of x, codes, scales of x, scales, bias, dtype)``, or ``int8_mixed_scaled_mm(x, codes of x,
     codes, scales of x, scales, outliers, bias)``. x's codes round it; W x is what they stand for."""
-    if _name(node).endswith("mixed_scaled_mm"):
+    if _name(node) == MIXED:
         x, _, codes, _, scales = args(node)[:5]
         bias = _argument(node, 6, "bias")
     else:
@@ -148,17 +154,20 @@ def _int8_product(node: Node) -> tuple[Node, Packed, Node | None] | None:
 VECTORWISE = "bitsandbytes::int8_vectorwise_quant"
 """Rounds an activation to codes."""
 
+MIXED = "bitsandbytes::int8_mixed_scaled_mm"
+"""Leaves columns of large numbers as they are, and returns those beside its product."""
+
 _PRODUCTS = {
     "bitsandbytes::gemm_4bit": _gemm_4bit,
     "bitsandbytes::gemv_4bit": _gemv_4bit,
     "bitsandbytes::int8_scaled_mm": _int8_product,
-    "bitsandbytes::int8_mixed_scaled_mm": _int8_product,
+    MIXED: _int8_product,
 }
 
 
 def rounds_activation(node: Any) -> bool:
-    """Whether it makes codes of an activation, whose product `product_of` knows."""
-    return _name(node) == VECTORWISE
+    """Whether it makes codes of an activation, or leaves out some of it, and `product_of` knows the product."""
+    return _name(node) in (VECTORWISE, MIXED)
 
 
 def with_scales(packed: Packed, scales: Node) -> Packed | None:
@@ -176,6 +185,8 @@ def _settled(
         return None
     found, factor = _scaled(scales) if scales is not None else (None, 1.0)
     zero, times = _scaled(zeros) if zeros is not None else (None, 1.0)
+    if found is not None and _dtype(found) == torch.uint8:  # specs know bytes as scales that are coded
+        return None
     for given, kept in ((scales, found), (zeros, zero)):
         if given is not None and (kept is None or math.prod(shape(kept)) != n * k // group):
             return None
@@ -189,17 +200,33 @@ def _scaled(node: Node) -> tuple[Node | None, float]:
         if is_parameter(node):
             fine = _dtype(node) in DTYPE_NAMES or _dtype(node) in BYTES
             return (_parameter(node) if fine else None), factor
-        if is_call(node, *CASTS):
-            node = args(node)[0]
-        elif (source := reinterpreted(node)) is not None:
+        if (source := _exact(node) or reinterpreted(node)) is not None:
             node = source
         elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(args(node)[1], (int, float)):
             by = float(args(node)[1])
+            if not by or not math.isfinite(by) or _dtype(node) not in WIDE:
+                break
             factor *= by if is_call(node, aten.mul.Tensor) else 1 / by
             node = args(node)[0]
         else:
             break
     return None, factor
+
+
+def _exact(node: Any) -> Node | None:
+    """What `node` is a cast of that keeps numbers: to floats, or of integers to wider ones."""
+    if not is_call(node, *CASTS) or value(args(node)[0]) is None:
+        return None
+    source: Node = args(node)[0]
+    made, given = _dtype(node), _dtype(source)
+    bits = INTEGERS.get(made, 0)
+    wider = made == given or (given in INTEGERS and bits > INTEGERS[given] and made != torch.uint8)
+    return source if wider or (made in WIDE and given in (*WIDE, *INTEGERS)) else None
+
+
+def _wraps(node: Node) -> bool:
+    """Whether its numbers may not fit its dtype: a difference of bytes is one modulo 256."""
+    return _dtype(node) not in WIDE and INTEGERS.get(_dtype(node), 0) < 32
 
 
 def _columns(shared: Any, whole: Any) -> int:
@@ -259,6 +286,7 @@ def _halves(node: Any) -> Node | None:
         source = args(source)[0]
     codes = _parameter(source)
     same = codes is not None and codes is _parameter(args(rest)[0])
+    same = same and 2 * _numbers(codes) == _numbers(node)
     return codes if same and _dtype(codes) == torch.uint8 else None
 
 
@@ -267,6 +295,8 @@ def _written(node: Any) -> tuple[Node, Node, int, int] | None:
     if not is_call(node, aten.slice_scatter.default):
         return None
     target, copied, *where = args(node)
+    if where[3:] not in ([], [1]):
+        return None
     axis, first, end = (*where, 0, None, None)[:3] if len(where) < 3 else where[:3]
     if axis != 0 or not is_call(copied, aten.copy.default):
         return None

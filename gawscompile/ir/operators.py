@@ -117,11 +117,17 @@ class Packed(NamedTuple):
     def features(self, k: Any) -> Any:
         groups = self.n * self.k // self.group
         wanted = {"codes": self.n * packed.bytes_of(self.kept.bits, self.k), "scales": groups, "zeros": groups}
-        wanted["table"] = 16
+        wanted |= {"table": 16, "levels": 256, "outer": -(-groups // packed.OUTER), "offset": 1}
         counts = {name: _count(getattr(self, name)) for name in wanted if getattr(self, name) is not None}
         fits = self.k == k and self.k % self.group == 0 and self.group % packed.STEP == 0
         fits = fits and self.n % {"halves": 2, "blocks": packed.BLOCK}.get(self.kept.layout, 1) == 0
         fits = fits and all(wanted[name] == count for name, count in counts.items())
+        coded = [part is not None for part in (self.levels, self.outer, self.offset)]
+        fits = fits and all(coded) == any(coded) == (self.scales is not None and dtype_of(self.scales) == "u8")
+        fits = fits and (self.scales is not None or (self.zeros is None and self.factor == 1.0))
+        if self.kept.layout == "blocks":
+            fits = fits and self.scales is not None and self.zeros is None and self.factor == 1.0 and not any(coded)
+        fits = fits and (self.table is not None) == (self.kept.layout == "blocks")
         return self.n if fits and dtype_of(self.codes) == self.kept.dtype else _misfit(self, k)
 
     def multiplications(self, k: int) -> int:

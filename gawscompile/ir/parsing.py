@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -79,7 +80,11 @@ def _bank(text: str, n: int, k: int) -> Banked:
 def _packed(text: str, n: int, k: int) -> Packed:
     found = _words("packed", r"(\w+) g=(\d+)(?: s=(\w+))?(?: z=(\w+))?(?: f=(\S+))?", text)
     coding, group, scales, zeros, factor = found.groups()
-    if coding not in CODINGS or not int(group):
+    try:
+        times = 1.0 if factor is None else float(factor)
+    except ValueError:
+        times = math.nan
+    if coding not in CODINGS or not int(group) or not math.isfinite(times):
         raise SpecError(f"not a projection spec: packed({text})")
     groups = n * k // int(group)
 
@@ -92,7 +97,7 @@ def _packed(text: str, n: int, k: int) -> Packed:
         codes, n, k, coding, int(group), flat("f32" if CODINGS[coding].layout == "blocks" else None, 16),
         flat(scales, groups), flat(zeros, groups),
         flat("f32" if coded else None, 256), flat("f32" if coded else None, -(-groups // OUTER)),
-        flat("f32" if coded else None, 1), 1.0 if factor is None else float(factor),
+        flat("f32" if coded else None, 1), times,
     )  # fmt: skip
 
 

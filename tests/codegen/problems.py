@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from gawscompile.ir import banked
+from gawscompile.ir.operators import Packed, rebuilt
+from gawscompile.ir.packed import plain_scales, spread
 from gawscompile.ir.spec import KernelSpec
-from gawscompile.ir.types import DTYPES
+from gawscompile.ir.types import OPERAND_DTYPES
 
 GUARD = 96
-TORCH = {**DTYPES, "f64": torch.float64}
+TORCH = OPERAND_DTYPES
 
 
 def guarded(values: Tensor) -> Tensor:
-    """A contiguous copy of `values` inside a larger buffer of NaNs: a read beyond an end shows in the answer."""
-    buffer = torch.full((values.numel() + 2 * GUARD,), float("nan"), dtype=values.dtype)
+    """A contiguous copy of `values` inside a larger buffer of NaNs (bytes: of 127s): a read beyond an end shows in the
+    answer."""
+    around = float("nan") if values.is_floating_point() else 127
+    buffer = torch.full((values.numel() + 2 * GUARD,), around, dtype=values.dtype)
     inside = buffer[GUARD : GUARD + values.numel()].view(values.shape)
     return inside.copy_(values)
 
@@ -38,6 +42,8 @@ class Problem:
         generator = torch.Generator().manual_seed(seed)
 
         def make(shape: tuple[int, ...], dtype: str) -> Tensor:
+            if dtype in ("i8", "u8"):
+                return guarded(torch.randint(0, 256, shape, generator=generator).to(torch.uint8).view(TORCH[dtype]))
             return guarded(torch.randn(shape, generator=generator, dtype=torch.float64).to(TORCH[dtype]))
 
         leading = (m,) if leading is None else leading
@@ -77,10 +83,34 @@ def _whole(g: Tensor) -> Tensor:
 
 def weight(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     """A projection's base weight as ``[n, k]``, in fp64; zeros where it has none."""
+    if spec.projections[i].packed is not None:
+        return packed(spec, i, operands).dense(torch.float64)
     if spec.projections[i].dense is None:
         return torch.zeros(spec.projections[i].n, spec.k, dtype=torch.float64)
     w = operands[f"w{i}"].double()
     return w.T if spec.projections[i].transposed else w
+
+
+def packed(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Packed:
+    """A projection's packed base, of tensors."""
+    found: Packed = rebuilt(spec.projections[i].packed, lambda place, _: operands[f"{place.stem}{i}"])
+    return found
+
+
+def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
+    """What the rounding of W x is measured by: |W|, or |scale| (|level| + |zero|), and a coded scale's two parts."""
+    if spec.projections[i].packed is None:
+        return weight(spec, i, operands).abs()
+    term = packed(spec, i, operands)
+    size = term.kept.numbers(term.codes, term.table, term.n, term.k, torch.float64).abs()
+    if term.zeros is not None:
+        size = size + spread(term.zeros.double().abs(), term.n, term.k)
+    if term.scales is not None:
+        parts = [part if part is None else part.abs() for part in (term.levels, term.outer, term.offset)]
+        scales = plain_scales(term.scales, *parts, torch.float64).abs() * abs(term.factor)
+        size = size * spread(scales, term.n, term.k, term.kept.by_groups)
+    # bf16's dot products take the levels of blocks as sums of two numbers
+    return size * (1 + 16 * (term.kept.by_groups and spec.x == "bf16"))
 
 
 def _banked(x: Tensor, pool: Tensor, schedule: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +161,7 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
     """
     p = spec.projections[i]
     w = weight(spec, i, operands)
-    base, size = x @ w.T, x.abs() @ w.abs().T
+    base, size = x @ w.T, x.abs() @ _magnitude(spec, i, operands).T
     total = base.clone()
     for j, term in enumerate(p.lowrank):
         a, b = operands[f"a{i}_{j}"].double(), operands[f"b{i}_{j}"].double()

@@ -105,6 +105,7 @@ def kernel(x: torch.Tensor, operands: list[torch.Tensor], spec: str) -> list[tor
         shape = tuple(m if size == "m" else size for size in operand.shape)
         found = (math.prod(tensor.shape[:-1]), tensor.shape[-1]) if operand.activation else tuple(tensor.shape)
         shape = found if operand.table else shape  # any
+        found = (tensor.numel(),) if operand.flat else found
         if tensor.dtype != dtype or found != shape:
             raise Refused(f"{operand.name} is {tuple(tensor.shape)} {tensor.dtype} in {spec}")
     made = project(x.float(), parsed.bound([_single(t) for t in operands]), parsed.swiglu, None)
