@@ -72,7 +72,7 @@ PLANS = {
         lambda spec, few: few.width > 0 and not few.written and not any(p.banked for p in spec.projections),
     ),
     "fused_tile": PlanKind(Tile, lambda spec, few: True),
-    "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes),
+    "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes and not any(p.packed for p in spec.projections)),
 }
 """Every plan. To add one: a class that prints its kernels, and a line here."""
 

@@ -62,8 +62,8 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
 
 @functools.lru_cache(maxsize=4096)
 def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
-    """Of base weights, and of factors. Those of a bank are guessed."""
-    weights = sum(p.weight.bytes for p in spec.projections)
+    """Of base weights, packed ones with their scales, and of factors. Those of a bank are guessed."""
+    weights = sum(p.packed.bytes if p.packed else p.weight.bytes for p in spec.projections)
     factors = sum(o.type.bytes for o in spec.operands() if o.factor)
     return weights, factors + sum(p.banked.usual_bytes(spec.k) for p in spec.projections if p.banked)
 
