@@ -44,6 +44,11 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, SpecError
 
 
+def _packed(spec: KernelSpec) -> bool:
+    """Whether a base is kept as codes, which the vendor library does not multiply."""
+    return any(p.packed for p in spec.projections)
+
+
 @dataclass(frozen=True)
 class PlanKind:
     """What prints the kernels of a plan, and whether it can run a spec (as one of few tokens would see it)."""
@@ -72,7 +77,7 @@ PLANS = {
         lambda spec, few: few.width > 0 and not few.written and not any(p.banked for p in spec.projections),
     ),
     "fused_tile": PlanKind(Tile, lambda spec, few: True),
-    "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes and not any(p.packed for p in spec.projections)),
+    "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes and not _packed(spec)),
 }
 """Every plan. To add one: a class that prints its kernels, and a line here."""
 

@@ -18,19 +18,16 @@ from collections.abc import Sequence
 
 from gawscompile.codegen.triton_text import Code, Cut, cut, fn, function, shape, v
 from gawscompile.ir.operators import Packed
-from gawscompile.ir.packed import OUTER, STEP
+from gawscompile.ir.packed import OUTER, READ, STEP
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of
-
-LAYOUTS = ("bytes", "pairs")
-"""Those of codes that these kernels read."""
 
 
 def check(spec: KernelSpec) -> None:
     """Raises `SpecError`, naming the coding, where no kernel reads a weight's."""
     for p in spec.projections:
-        if p.packed and p.packed.kept.layout not in LAYOUTS:
+        if p.packed and p.packed.kept.layout not in READ["cuda"]:
             raise SpecError(f"no kernel on a GPU reads weights of the coding {p.packed.coding}: {spec}")
 
 
@@ -186,29 +183,27 @@ def columns_of_tile(term: Packed, blocks: Sequence[int]) -> Cut:
 
 def tile(term: Packed, rows: Cut, cols: Cut, x: str) -> list[Code]:
     """``acc`` = x Wᵀ of a tile of tokens and the rows of a program."""
-    each = 2 if _pairs(term) else 1  # columns of a byte
-    codes = v.w + v.rows[None, :] * _row(term) + v.cols[:, None]
-    row_ok = [rows.mask(v.row_ok)]
+    pairs, row_ok = _pairs(term), [rows.mask(v.row_ok)]
     at = v.rows * _groups(term) + v.k // term.group if _groups(term) > 1 else v.rows
     scaled = term.scales is not None and not _late(term)
-    within = fn("tl.arange", 0, cols.block // each)
+    column, row = (slice(None), None), (None, slice(None))
+    by, along = (column, row) if pairs else (row, column)  # halves of bytes are put in order along the last axis
+    codes = v.w + v.rows[by] * _row(term) + (v.byte if pairs else v.cols)[along]
+    ws = fn("tl.interleave", *_unpacked(term)) if pairs else v.codes
+    ws = ws - v.zero[by] if term.zeros is not None else ws
+    ws = ws * v.scale[by] if scaled else ws
     step = [
-        v.cols.let(v.k // each + within if cols.steps > 1 else within),
-        *v.codes.load(codes, [row_ok[0] and v.row_ok[None, :]], term.kept.dtype, "i32" if _pairs(term) else "f32"),
+        *cols.index(v.cols, v.col_ok, v.k, None, v.BLOCK_K),
+        *(Cut(cols.size // 2, cols.block // 2).index(v.byte, v.byte_ok, v.k // 2) if pairs else []),
+        *v.xs.load(v.x + v.tokens[:, None] * v.K + v.cols[None, :], [v.token_ok[:, None]], x, x),
+        *v.codes.load(codes, [row_ok[0] and v.row_ok[by]], term.kept.dtype, "i32" if pairs else "f32"),
         *_zeros(term, at, row_ok),
         *(_scales(term, at, row_ok) if scaled else []),
+        v.ws.let(ws.to(x, "f32")),
+        *v.acc.dot(v.xs, fn("tl.trans", v.ws) if pairs else v.ws, x, accumulate=cols.steps > 1),
     ]
-    for i, made in enumerate(_unpacked(term)):
-        xs, ws = v[f"xs{i}"], v[f"ws{i}"]
-        value = made - v.zero[None, :] if term.zeros is not None else made
-        value = value * v.scale[None, :] if scaled else value
-        step += [
-            *xs.load(v.x + v.tokens[:, None] * v.K + v.cols[None, :] * each + i, [v.token_ok[:, None]], x, x),
-            ws.let(value.to(x, "f32")),
-            *v.acc.dot(xs, ws, x, accumulate=cols.steps > 1 or i > 0),
-        ]
     return [
-        *[v.BLOCK_K.constant(cols.block)] * (cols.steps > 1),
+        v.BLOCK_K.constant(cols.block),
         *_moved(term),
         *[v.acc.zeros(shape(v.BLOCK_M, v.BLOCK_N))] * (cols.steps > 1),
         *cols.loop(v.k, fn("range", 0, v.K, v.BLOCK_K), step),

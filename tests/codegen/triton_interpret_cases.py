@@ -117,7 +117,7 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
 
 
 def part_of_packed(spec: KernelSpec, o: Operand, generator: torch.Generator) -> Tensor:
-    """Random codes; scales, and what coded ones are made of, are positive, and of a size that makes W's numbers k^-½."""
+    """Random codes; scales, and what coded ones are made of, are positive, such that W's numbers are about k^-½."""
     term = spec.projections[o.projection].packed
     assert term is not None
     dtype, (count,) = OPERAND_DTYPES[o.dtype], o.shape
@@ -151,7 +151,8 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
         if without != f"given{j}":
             y = y + p.get("z", i, j).double() @ p.get("c", i, j).double().T
     if projection.banked and without != "bank":
-        y = y + banked.apply(x, p.get("pool", i).double(), p.get("schedule", i), x @ p.weight(i, torch.float64).double().T)
+        base = x @ p.weight(i, torch.float64).double().T
+        y = y + banked.apply(x, p.get("pool", i).double(), p.get("schedule", i), base)
     for j in range(len(projection.kronecker)):
         if without != f"kron{j}":
             y = y + p.kronecker(i, j, exact=True).apply(x)
