@@ -29,6 +29,10 @@ IN_FLIGHT = 8192
 TILE_STEPS = 128
 """Columns of W that a tile keeps in flight: two steps of 64 while a third is multiplied."""
 
+UNPACKING = {8: 16, 4: 80}
+"""Operations of the vector units, counted as multiplications and additions of fp32, that make a number of a code, by its
+bits: a cast at an eighth of their rate, or some twenty choices and tests at half of it. Counted, not measured."""
+
 
 def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int) -> Any:
     """Of one call by `plan`: an expression in the symbol `m`, or a number where `m` is one."""
@@ -50,7 +54,9 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
     if tiles:
         streamed /= gpu.tensor_share
         again = _most(m / 64 - 1, 0) * weights / gpu.cache_bandwidth  # every tile of tokens reads all of W
-        return overhead + _most(streamed + again, _matrix(spec, gpu.tile_share, gpu, m, work))
+        unpacked = _most(m / 64, 1) * unpacking(spec) / gpu.vector_rate if unpacking(spec) else 0  # and unpacks it
+        return overhead + _most(streamed + again, _matrix(spec, gpu.tile_share, gpu, m, work)) + unpacked
+    work += unpacking(spec)
     taken = overhead + streamed + (m - 1) * weights / gpu.cache_bandwidth + m * work / gpu.vector_rate
     if plan.style.keeps_state:
         taken += gpu.publish
@@ -58,6 +64,12 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
         a = [(p.n, t.rank * DTYPES[t.dtype].itemsize) for p in spec.projections for t in p.lowrank]
         taken += m * sum(-(-n // rows) * spec.k * column for n, column in a) / gpu.cache_bandwidth
     return taken
+
+
+@functools.lru_cache(maxsize=4096)
+def unpacking(spec: KernelSpec) -> int:
+    """Operations that make numbers of all codes of the bases, once."""
+    return sum(UNPACKING[p.packed.kept.bits] * p.n * spec.k for p in spec.projections if p.packed)
 
 
 @functools.lru_cache(maxsize=4096)
