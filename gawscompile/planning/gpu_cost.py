@@ -30,8 +30,9 @@ TILE_STEPS = 128
 """Columns of W that a tile keeps in flight: two steps of 64 while a third is multiplied."""
 
 UNPACKING = {8: 16, 4: 80}
-"""Operations of the vector units, counted as multiplications and additions of fp32, that make a number of a code, by its
-bits: a cast at an eighth of their rate, or some twenty choices and tests at half of it. Counted, not measured."""
+"""Operations of the vector units that make a number of a code, by its bits, counted as if they were multiplications and
+additions of fp32: a cast at an eighth of their rate, or some twenty choices and tests at half. Counted, not measured.
+"""
 
 
 def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int) -> Any:
