@@ -17,6 +17,8 @@ The plans, each with the file that has its kernels:
     single_launch, redundant_shrink, two_launch     few tokens; `triton_gemv`
     fused_tile, gemm_accumulate                     many tokens; `triton_tile`
 
+Bases that are kept as codes run by all of these but gemm_accumulate; `triton_packed` has what reads them.
+
 These modules do not import Triton; the generated one does.
 """
 

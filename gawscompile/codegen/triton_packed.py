@@ -1,13 +1,14 @@
 """Packed weights in Triton (`ir.packed`): codes are loaded where other weights are, and become numbers in registers.
 
-A byte of a weight of 4 bits has two columns that follow each other. So that each byte is loaded once, and by all the
-width that a load has, a program multiplies the upper halves by x's even features and the lower ones by its odd ones.
+A byte of a weight of 4 bits has two columns that follow each other, and is loaded once.
 
 Few tokens: rows are taken in pieces of `STEP` columns, which share a scale whatever the group. A thread has most of a
 piece, or all of it, so what its products come to is scaled once, and a tile of scales is as small as one of pieces.
+The upper halves of bytes meet x's even features, and the lower ones its odd features, so no thread needs another's.
 
-Many tokens: a step over K lies within one group, so each row has one scale in it. Weights are scaled in fp32 and
-rounded to x's dtype, in which `tl.dot` takes them: as precise as a weight of that dtype.
+Many tokens: a step over K lies within one group, so each row has one scale in it. The halves of bytes are put in order
+there, on the way to shared memory that a `tl.dot` makes anyway. Weights are scaled in fp32 and rounded to x's dtype, in
+which the dot takes them: as precise as a weight of that dtype.
 
 Scales of whole rows, without zeros, come after the rows are summed up.
 """
