@@ -17,7 +17,7 @@ from torch.fx import Node
 from gawscompile.analysis.identity import reinterpreted
 from gawscompile.analysis.reading import CASTS, args, aten, is_call, is_parameter, shape, transposed, value
 from gawscompile.ir.operators import Packed
-from gawscompile.ir.packed import BLOCK, OUTER, STEP
+from gawscompile.ir.packed import BLOCK, OUTER, READ, STEP
 from gawscompile.ir.types import DTYPE_NAMES
 
 STEPS = 32
@@ -32,10 +32,21 @@ WIDE = (*DTYPE_NAMES, torch.float64)
 def packed_of(node: Any) -> Packed | None:
     """The matrix `node` ``[n, k]`` as it is kept, if it is made of codes."""
     fake = value(node)
-    if fake is None or fake.dtype not in DTYPE_NAMES or fake.device.type != "cpu" or fake.dim() != 2:
+    if fake is None or fake.dtype not in DTYPE_NAMES or fake.dim() != 2:
         return None
     if not all(isinstance(size, int) for size in shape(node)):
         return None
+    found = _traced(node)
+    return found if found is not None and _readable(found, fake) else None
+
+
+def _readable(packed: Packed, fake: Any) -> bool:
+    """Whether the kernels of the device of `fake` read such codes."""
+    return packed.kept.layout in READ.get(fake.device.type, ())
+
+
+def _traced(node: Any) -> Packed | None:
+    """What `packed_of` finds, for whatever device."""
     n, k = shape(node)
     group: int | None = None
     scales: Node | None = None
@@ -87,7 +98,7 @@ def product_of(node: Any) -> tuple[Node, Packed, Node | None] | None:
         return None
     found = _PRODUCTS[_name(node)](node)
     fake = value(found[0]) if found else None
-    known = fake is not None and fake.dtype in DTYPE_NAMES and fake.device.type == "cpu"
+    known = found is not None and fake is not None and fake.dtype in DTYPE_NAMES and _readable(found[1], fake)
     return found if known else None
 
 

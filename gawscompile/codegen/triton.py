@@ -17,6 +17,8 @@ The plans, each with the file that has its kernels:
     single_launch, redundant_shrink, two_launch     few tokens; `triton_gemv`
     fused_tile, gemm_accumulate                     many tokens; `triton_tile`
 
+Bases that are kept as codes run by all of these but gemm_accumulate; `triton_packed` has what reads them.
+
 These modules do not import Triton; the generated one does.
 """
 
@@ -42,6 +44,11 @@ from gawscompile.codegen.triton_text import WIDTH, indent
 from gawscompile.codegen.triton_tile import Accumulate, Tile
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, SpecError
+
+
+def _packed(spec: KernelSpec) -> bool:
+    """Whether a base is kept as codes, which the vendor library does not multiply."""
+    return any(p.packed for p in spec.projections)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ PLANS = {
         lambda spec, few: few.width > 0 and not few.written and not any(p.banked for p in spec.projections),
     ),
     "fused_tile": PlanKind(Tile, lambda spec, few: True),
-    "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes),
+    "gemm_accumulate": PlanKind(Accumulate, lambda spec, few: spec.library_takes and not _packed(spec)),
 }
 """Every plan. To add one: a class that prints its kernels, and a line here."""
 

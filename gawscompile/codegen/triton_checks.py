@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from gawscompile.codegen import triton_packed as packed
 from gawscompile.ir.banked import FIELDS
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import ANY, DTYPES, OPERAND_DTYPES, SpecError
@@ -18,6 +19,7 @@ def check_spec(spec: KernelSpec) -> None:
         raise SpecError(f"no kernel on a GPU adds to what an opaque base makes: {spec}")
     if any(p.banked and p.banked.width is None for p in spec.projections):
         raise SpecError(f"a kernel on a GPU has to know how wide a bank's schedule is: {spec}")
+    packed.check(spec)
     ranks = [term.rank for p in spec.projections for term in p.lowrank]
     ranks += [term.rank for p in spec.projections for term in p.given]
     if min(spec.k, *(p.n for p in spec.projections), *ranks) < 1:
@@ -44,10 +46,11 @@ def check_arguments(spec: KernelSpec, x: torch.Tensor, operands: Sequence[torch.
         raise ValueError(f"{len(operands)} operands for {len(wanted)}: {', '.join(o.name for o in wanted)}")
     check_schedules(spec, x.shape[0], operands)
     for operand, tensor in zip(wanted, operands, strict=True):
-        known = zip(operand.shape, tensor.shape, strict=False)
+        sizes = (tensor.numel(),) if operand.flat else tuple(tensor.shape)
+        known = zip(operand.shape, sizes, strict=False)
         shape = [{"m": x.shape[0], ANY: there}.get(size, size) for size, there in known]
         dtype = OPERAND_DTYPES[operand.dtype]
-        if list(tensor.shape) != shape or len(shape) != len(operand.shape) or tensor.dtype != dtype:
+        if list(sizes) != shape or len(shape) != len(operand.shape) or tensor.dtype != dtype:
             raise ValueError(f"{operand.name} is {list(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
         if not operand.scale and tensor.device != x.device:
             raise ValueError(f"{operand.name} is on {tensor.device}, x on {x.device}")

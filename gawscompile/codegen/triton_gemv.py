@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from gawscompile.codegen import triton_banks as banks
+from gawscompile.codegen import triton_packed as packed
 from gawscompile.codegen.triton_cases import Case, Kernel, Work
 from gawscompile.codegen.triton_kernels import (
     Narrow,
@@ -27,6 +28,7 @@ from gawscompile.codegen.triton_modes import Emitter, Product
 from gawscompile.codegen.triton_text import Code, Cut, cut, fn, function, scaled, shape, store, v
 from gawscompile.ir.banked import BLOCK
 from gawscompile.ir.operators import Banked, LowRank
+from gawscompile.ir.packed import STEP
 from gawscompile.ir.spec import KernelSpec
 
 GEMV_ROWS = (32, 16, 8, 4)  # rows of W per program
@@ -127,6 +129,10 @@ class Gemv(Style):
 
     def multiply(self, i: int, rows: Cut) -> list[Code]:
         p, cols = self.spec.projections[i], self._cut_columns(rows.block)
+        if p.packed:
+            steps = packed.pieces(self.spec.k, GEMV_COLUMNS, GEMV_ELEMENTS // rows.block)
+            range_ = _unrolled(steps, steps.block * STEP * rows.block, self._expand_warps())
+            return packed.gemv(p.packed, rows, steps, range_, self.spec.x)
         if p.transposed:
             block = shape(v.BLOCK_K, v.BLOCK_N)
             w = v.w + row_of_w(p, self.spec.k) + v.rows[None, :]

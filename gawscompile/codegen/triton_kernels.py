@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
 
+from gawscompile.codegen import triton_packed as packed
 from gawscompile.codegen.triton_cases import Case, Kernel, Tensor, Work
 from gawscompile.codegen.triton_modes import Product, columns, common
 from gawscompile.codegen.triton_text import Code, Cut, fn, function, printed, reads, v
@@ -131,7 +132,8 @@ class Style(ABC):
             *[_to_y()] * (not self.reads_y),
             *self.store(self.total, p.out, rows),
         ]
-        work = Work(f"{self.does}, {self.reach}: {{}}.", tuple(self.framed(body, rows)))
+        doc = f"{self.does}, {self.reach}: {{}}."
+        work = Work(doc, tuple(self.framed(body, rows)), packed.helpers([p]))
         y = Tensor("y", f"y{i}", p.out, updated=self.reads_y)
         return Case(f"y{i}", work, (*self.tensors(i), y), rows.steps, self.column(i), p.n)
 
@@ -148,7 +150,8 @@ class Style(ABC):
             _to_y(),
             *self.store(v.gate * fn("tl.sigmoid", v.gate) * v.up, gate.out, rows),
         ]
-        work = Work(f"{self.does}, {self.reach}: {{}}.", tuple(self.framed(body, rows)), (*multiply, *add))
+        called = (*packed.helpers(self.spec.projections), *multiply, *add)
+        work = Work(f"{self.does}, {self.reach}: {{}}.", tuple(self.framed(body, rows)), called)
         tensors = [Tensor(t.name, t.name, t.dtype) for i in (0, 1) for t in self.tensors(i, temporary=True)]
         return Case("y = silu(y0) y1", work, (*tensors, Tensor("y", "y", gate.out)), rows.steps, 0, gate.n)
 

@@ -15,7 +15,7 @@ from gawscompile.ir.operators import Kronecker, LowRank
 from gawscompile.ir.types import TensorType
 
 TL = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "i32": "tl.int32", "i64": "tl.int64"}
-POINTER = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64", "i32": "*i32"}
+POINTER = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "f64": "*fp64", "i32": "*i32", "i8": "*i8", "u8": "*u8"}
 WIDTH = 88  # of a line before its indentation
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from gawscompile.codegen import triton_banks as banks
+from gawscompile.codegen import triton_packed as packed
 from gawscompile.codegen.triton_cases import Case, Work
 from gawscompile.codegen.triton_kernels import (
     Narrow,
@@ -58,7 +59,7 @@ class Tile(Style):
 
     def tokens(self) -> tuple[int, int]:
         """BLOCK_M for few tokens and for many."""
-        dots = [common(p.weight.dtype, self.spec.x) for p in self.spec.projections]
+        dots = [self.spec.x if p.packed else common(p.weight.dtype, self.spec.x) for p in self.spec.projections]
         dots += [common(term.dtype, self.spec.x) for _, _, term, _ in self.terms()]
         for _, bank, _ in self.banks():
             dots += [common(bank.dtype, self.spec.x), common(bank.dtype, "f32", of_u=True)]
@@ -124,6 +125,9 @@ class Tile(Style):
 
     def multiply(self, i: int, rows: Cut) -> list[Code]:
         p = self.spec.projections[i]
+        if p.packed:
+            cols = packed.columns_of_tile(p.packed, self._blocks_of_columns("w", self.spec.x, rows))
+            return packed.tile(p.packed, rows, cols, self.spec.x)
         return [
             v.BLOCK_K.constant(self._cut_columns("w", p.weight.dtype, rows).block),
             v.w.let(v.first if p.transposed else v.first * v.K, "+="),
@@ -135,10 +139,14 @@ class Tile(Style):
 
     def _cut_columns(self, matrix: str, dtype: str, rows: Cut) -> Cut:
         """The steps over K of a product of x with `rows` of a `matrix` of `dtype`."""
-        blocks = TILE_COLUMNS[DTYPES[common(dtype, self.spec.x)].itemsize]
+        return cut(self.spec.k, self._blocks_of_columns(matrix, dtype, rows), DOT_MINIMUM)
+
+    def _blocks_of_columns(self, matrix: str, dtype: str, rows: Cut) -> tuple[int, ...]:
+        """How long they may be."""
+        blocks: tuple[int, ...] = TILE_COLUMNS[DTYPES[common(dtype, self.spec.x)].itemsize]
         if matrix == "w" and rows.block == TILE_ROWS[-1]:  # longer, so that each thread has 16 bytes of them to load
             blocks = (2 * blocks[0], *blocks)
-        return cut(self.spec.k, blocks[self.crowded :], DOT_MINIMUM)
+        return blocks[self.crowded :]
 
     def _product(
         self,

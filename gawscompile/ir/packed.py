@@ -93,6 +93,9 @@ CODINGS = {
     )
 }
 
+READ = {"cpu": ("bytes", "pairs", "halves", "blocks"), "cuda": ("bytes", "pairs")}
+"""Layouts that kernels read, by kinds of devices."""
+
 
 def spread(numbers: torch.Tensor, n: int, k: int, by_groups: bool = False) -> torch.Tensor:
     """Scales or zeros ``[n, 1]``, or ``[n, k]`` where groups of columns have their own."""

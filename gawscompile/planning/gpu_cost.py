@@ -29,6 +29,11 @@ IN_FLIGHT = 8192
 TILE_STEPS = 128
 """Columns of W that a tile keeps in flight: two steps of 64 while a third is multiplied."""
 
+UNPACKING = {8: 16, 4: 80}
+"""Operations of the vector units that make a number of a code, by its bits, counted as if they were multiplications and
+additions of fp32: a cast at an eighth of their rate, or some twenty choices and tests at half. Counted, not measured.
+"""
+
 
 def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int) -> Any:
     """Of one call by `plan`: an expression in the symbol `m`, or a number where `m` is one."""
@@ -50,7 +55,9 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
     if tiles:
         streamed /= gpu.tensor_share
         again = _most(m / 64 - 1, 0) * weights / gpu.cache_bandwidth  # every tile of tokens reads all of W
-        return overhead + _most(streamed + again, _matrix(spec, gpu.tile_share, gpu, m, work))
+        unpacked = _most(m / 64, 1) * unpacking(spec) / gpu.vector_rate if unpacking(spec) else 0  # and unpacks it
+        return overhead + _most(streamed + again, _matrix(spec, gpu.tile_share, gpu, m, work)) + unpacked
+    work += unpacking(spec)
     taken = overhead + streamed + (m - 1) * weights / gpu.cache_bandwidth + m * work / gpu.vector_rate
     if plan.style.keeps_state:
         taken += gpu.publish
@@ -61,9 +68,15 @@ def seconds(spec: KernelSpec, plan: triton.Plan, gpu: Gpu, m: sympy.Symbol | int
 
 
 @functools.lru_cache(maxsize=4096)
+def unpacking(spec: KernelSpec) -> int:
+    """Operations that make numbers of all codes of the bases, once."""
+    return sum(UNPACKING[p.packed.kept.bits] * p.n * spec.k for p in spec.projections if p.packed)
+
+
+@functools.lru_cache(maxsize=4096)
 def operand_bytes(spec: KernelSpec) -> tuple[int, int]:
-    """Of base weights, and of factors. Those of a bank are guessed."""
-    weights = sum(p.weight.bytes for p in spec.projections)
+    """Of base weights, packed ones with their scales, and of factors. Those of a bank are guessed."""
+    weights = sum(p.packed.bytes if p.packed else p.weight.bytes for p in spec.projections)
     factors = sum(o.type.bytes for o in spec.operands() if o.factor)
     return weights, factors + sum(p.banked.usual_bytes(spec.k) for p in spec.projections if p.banked)
 

@@ -89,6 +89,36 @@ ROWSCALE = {
 }
 
 
+# Weights kept as codes: every coding, its scales plain or coded, of rows and of groups, with zeros and without; beside
+# adapters, scaled rows and siblings; with numbers of rows and of pieces of 32 columns that no block divides.
+PACKED = {
+    "packed_int8": "k=128 x=bf16; n=40 packed(int8 g=128 s=f32 f=0.5) out=bf16 lora(r=8 bf16 s=2.0);"
+    " n=21 packed(int8 g=32 s=bf16 z=i8) out=bf16 bias=bf16; n=16 w=bf16 out=bf16",
+    "packed_int8_odd": "k=96 x=f32; n=37 packed(int8 g=96) out=f32 bias=f32 residual=f32;"
+    " n=37 packed(int8 g=96 s=f32) out=f32 rowscale=f32 lora(r=3 f32 s=2.0); n=9 packed(int8 g=32 s=u8) out=f32",
+    "packed_uint8": "k=128 x=f32; n=40 packed(uint8 g=64 s=f32 z=f32) out=f32 lora(r=4 f32 s=2.0);"
+    " n=21 packed(uint8 g=128 s=f32 z=u8) out=f32 rowscale=f32 lora(r=3 f32 s=2.0)",
+    "packed_uint8_coded": "k=160 x=bf16; n=40 packed(uint8 g=160 s=u8 z=f32) out=bf16 lora(r=4 bf16 s=2.0);"
+    " n=40 packed(uint8 g=32 s=u8 z=bf16) out=bf16",
+    "packed_nf4": "k=128 x=bf16; n=48 packed(nf4 g=64 s=f32) out=bf16 bias=bf16 lora(r=8 bf16 s=2.0);"
+    " n=21 packed(nf4 g=128 s=bf16) out=bf16 rowscale=f32 lora(r=3 bf16 s=2.0); n=16 packed(nf4 g=32) out=bf16",
+    "packed_nf4_coded": "k=128 x=f32; n=200 packed(nf4 g=32 s=u8) out=f32 lora(r=4 f32 s=2.0);"
+    " n=21 packed(nf4 g=64 s=u8 z=f32) out=f32 rowscale=f32 lora(r=3 f32 s=2.0)",
+    "packed_nf4_long": "k=1056 x=f16; n=24 packed(nf4 g=96 s=f16) out=f16 lora(r=4 f16 s=2.0)",
+    "packed_nf4_small": "k=32 x=f32; n=5 packed(nf4 g=32 s=u8) out=f32",
+    "packed_nf4_bank": "k=64 x=bf16; n=24 packed(nf4 g=64 s=u8) out=bf16 bank(bf16 x2)",
+    "packed_nf4_gaws": "k=64 x=f32; n=48 packed(nf4 g=32 s=f32) out=f32 kron(4*12x16*1 f32 s=1.0)",
+    "packed_fp4": "k=96 x=f32; n=37 packed(fp4 g=32 s=f32) out=f32 bias=f32 lora(r=3 f32 s=2.0);"
+    " n=40 packed(fp4 g=96 s=f32 z=f32) out=f32 rowscale=f32 lora(r=3 f32 s=2.0)",
+    "packed_fp4_coded": "k=64 x=bf16; n=40 packed(fp4 g=64 s=u8) out=bf16 lora(r=4 bf16 s=2.0);"
+    " n=16 packed(fp4 g=32 s=u8) out=bf16 residual=bf16",
+    "packed_swiglu": "k=128 x=bf16 swiglu; "
+    + "; ".join(["n=48 packed(nf4 g=64 s=u8) out=bf16 lora(r=8 bf16 s=2.0)"] * 2),
+    "packed_swiglu_half": "k=64 x=f32 swiglu; n=21 packed(int8 g=64 s=f32) out=f32; n=21 packed(fp4 g=32 s=f32) out=f32"
+    " lora(r=4 f32 s=2.0)",
+}
+
+
 def _cases() -> dict[str, tuple[str, int]]:
     """Name → (printed spec, number of tokens); `plans_for` says by which plans each is run."""
     cases = {}
@@ -130,6 +160,7 @@ def _cases() -> dict[str, tuple[str, int]]:
     cases |= {f"{name}-m{m}": (text, m) for name, text in specs.items() for m in (1, 5)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in KRONECKER.items() for m in (1, 3, 17)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in (SWIGLU | GIVEN | ROWSCALE).items() for m in (1, 5)}
+    cases |= {f"{name}-m{m}": (text, m) for name, text in PACKED.items() for m in (1, 2, 6)}
     cases |= {f"{name}-m{m}": (text, m) for name, text in BANKS.items() for m in (1, 2, 6, 70)}
     # A second token in flight, and a second block of tokens.
     cases |= {f"{name}-m{m}": (specs[name], m) for name in ("qkv", "bias_and_residual_odd") for m in (2, 70)}
@@ -147,6 +178,9 @@ CORE = frozenset(
         "gaws",
         "gawsd",
         "bank",
+        "packed_int8",
+        "packed_nf4",
+        "packed_swiglu",
         "blocks",
         "lokr",
         "rowscale",

@@ -28,10 +28,12 @@ from tests.codegen.triton_specs import (
     GAWSD,
     GIVEN,
     GIVEN_SWIGLU,
+    INT8,
     KRONECKER,
     LOKR,
     LONG,
     MIXED,
+    NF4,
     QKV,
     SWIGLU,
     llama,
@@ -101,6 +103,22 @@ def test_every_target(spec: KernelSpec, plan: Plan, target: str):
         _checked(compiled, None if target.startswith("hip") or (spec is SWIGLU and plan is TILE) else 128)
         widths = compiled.loads.get("w", {16: 1})
         assert set(widths) == {16}, f"{compiled.name} loads W by {widths}"
+
+
+@pytest.mark.parametrize(
+    "target", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in TARGETS]
+)
+@pytest.mark.parametrize("plan", [SINGLE, TILE], ids=str)
+@pytest.mark.parametrize("spec", [NF4, INT8], ids=["nf4", "int8"])
+def test_packed_weights_on_every_target(spec: KernelSpec, plan: Plan, target: str):
+    """A step has as many codes as it has weights of 16 bits elsewhere, so loads are narrower: a tile's lies within a
+    group, and a wave of AMD's has twice the lanes."""
+    hip = target.startswith("hip")
+    least = (16 if plan is SINGLE else 8) // (2 if hip and spec is NF4 else 1)
+    for compiled in ahead.compile_plan(spec, plan, target):
+        _checked(compiled, None if hip else 128)
+        widths = compiled.loads.get("w", {16: 1})
+        assert min(widths) >= least, f"{compiled.name} loads codes by {widths}"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from gawscompile.ir import banked
 from gawscompile.ir.operators import Kronecker, Mode, as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
-from gawscompile.ir.types import DTYPES, SCALE_DTYPES
+from gawscompile.ir.types import DTYPES, OPERAND_DTYPES, SCALE_DTYPES
 from tests.codegen.interpreted_specs import CASES
 
 GUARD = 128  # elements of NaN on both sides of a tensor
@@ -62,8 +62,12 @@ class Problem:
         scale = named[f"kron_scale{projection}_{term}"] if as_number(spec.scale) is None else torch.tensor(spec.scale)
         return Kronecker(tuple(modes), scale.to(factors[0].dtype))
 
-    def weight(self, projection: int) -> Tensor:
-        """``[n, k]``"""
+    def weight(self, projection: int, dtype: torch.dtype | None = None) -> Tensor:
+        """``[n, k]``; what a packed one stands for, in `dtype` or x's."""
+        if self.spec.projections[projection].packed:
+            term = self.spec.bound(self.arguments.values())[projection].packed
+            assert term is not None
+            return term.dense(dtype or self.x.dtype)
         w = self.get("weight", projection)
         return w.T if self.spec.projections[projection].transposed else w
 
@@ -73,8 +77,9 @@ class Problem:
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """`tensor` in the middle of a buffer that is NaN elsewhere."""
-    buffer = torch.full((tensor.numel() + 2 * GUARD,), torch.nan, dtype=tensor.dtype)
+    """`tensor` in the middle of a buffer that is NaN elsewhere, or the largest code."""
+    beside = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), beside, dtype=tensor.dtype)
     view = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)
 
@@ -100,12 +105,29 @@ def problem(spec: KernelSpec, m: int, seed: int = 0) -> Problem:
                 schedule, size = bank(spec, o, m, generator)
             arguments[o] = normal((size,), o.dtype, 0.2) if o.role == "pool" else schedule
             continue
+        if o.flat:
+            arguments[o] = guarded(part_of_packed(spec, o, generator))
+            continue
         shape = tuple(m if size == "m" else int(size) for size in o.shape)
         fan_in = shape[-1] if o.role in ("weight", "a", "b", "c") or (o.role == "mode" and len(shape) > 1) else 1
         if o.role == "weight" and spec.projections[o.projection].transposed:
             fan_in = shape[0]
         arguments[o] = normal(shape, o.dtype, fan_in**-0.5)
     return Problem(spec, normal((m, spec.k), spec.x), arguments)
+
+
+def part_of_packed(spec: KernelSpec, o: Operand, generator: torch.Generator) -> Tensor:
+    """Random codes; scales, and what coded ones are made of, are positive, such that W's numbers are about k^-½."""
+    term = spec.projections[o.projection].packed
+    assert term is not None
+    dtype, (count,) = OPERAND_DTYPES[o.dtype], o.shape
+    if not dtype.is_floating_point:
+        bounds = torch.iinfo(dtype)
+        return torch.randint(bounds.min, bounds.max + 1, (int(count),), generator=generator, dtype=dtype)
+    level = {"int8": 74.0, "uint8": 148.0}.get(term.coding, 0.6)
+    drawn = torch.rand((int(count),), generator=generator) + 0.5
+    sizes = {"outer": 1.0, "zeros": 0.5 * level, "offset": 0.1 * spec.k**-0.5 / level / term.factor}
+    return (drawn * sizes.get(o.role, spec.k**-0.5 / level / term.factor)).to(dtype)
 
 
 def bank(spec: KernelSpec, pool: Operand, m: int, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -120,7 +142,7 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
     """y_i in fp64, from the algebra; `without` names a part to leave out: ``bias``, ``residual``, ``term0`` …"""
     projection = p.spec.projections[i]
     x = p.x.double()
-    y = x @ p.weight(i).double().T
+    y = x @ p.weight(i, torch.float64).double().T
     for j in range(len(projection.lowrank)):
         if without != f"term{j}":
             a, b = p.get("a", i, j).double(), p.get("b", i, j).double()
@@ -129,7 +151,8 @@ def reference(p: Problem, i: int, without: str = "") -> Tensor:
         if without != f"given{j}":
             y = y + p.get("z", i, j).double() @ p.get("c", i, j).double().T
     if projection.banked and without != "bank":
-        y = y + banked.apply(x, p.get("pool", i).double(), p.get("schedule", i), x @ p.weight(i).double().T)
+        base = x @ p.weight(i, torch.float64).double().T
+        y = y + banked.apply(x, p.get("pool", i).double(), p.get("schedule", i), base)
     for j in range(len(projection.kronecker)):
         if without != f"kron{j}":
             y = y + p.kronecker(i, j, exact=True).apply(x)
@@ -194,7 +217,7 @@ def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list
     module, flags = emitter.load(spec, plan), {}
     if plan.name == "single_launch":
         flags = {"flags": torch.zeros((m, module.FLAGS.value), dtype=torch.int32)}
-    counted = [p.weight(i) for i in range(len(spec.projections))] if m == 1 and seed == 0 else []
+    counted = [p.get("weight", i) for i in range(len(spec.projections))] if m == 1 and seed == 0 else []
     with counted_reads(counted) as reads:
         returned = module.launch(p.x, list(p.arguments.values()), outs, **flags)
     exact, theirs = references(p), rounded(p)

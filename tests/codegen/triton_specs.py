@@ -50,6 +50,10 @@ KRONECKER = {
 BANK = llama(*["bank(bf16 x16)"] * 3)
 GIVEN = llama(*["given(r=32 bf16 z=bf16)"] * 3)
 DORA = llama(*["rowscale=f32 lora(r=16 bf16 s=2.0)"] * 3)
+NF4, INT8 = (
+    KernelSpec.parse(str(llama(*["lora(r=16 bf16 s=2.0)"] * 3)).replace("w=bf16", base))
+    for base in ("packed(nf4 g=64 s=u8)", "packed(int8 g=3072 s=bf16)")
+)  # as bitsandbytes keeps QLoRA's bases, and torchao its own
 GIVEN_SWIGLU = KernelSpec.parse(
     "k=3072 x=bf16 swiglu; " + "; ".join(["n=8192 w=bf16 out=bf16 given(r=32 bf16 z=bf16)"] * 2)
 )

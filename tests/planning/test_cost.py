@@ -9,7 +9,7 @@ import sympy
 
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import SpecError
-from gawscompile.planning import cost, cpu_cost, devices
+from gawscompile.planning import cost, cpu_cost, devices, gpu_cost
 from gawscompile.planning.table import PlanTable, Program
 
 SPEC = KernelSpec.parse(
@@ -33,6 +33,17 @@ def test_the_table_is_the_argmin_of_the_costs():
         for m in [*range(1, 300), 1000, 5000, 60000]:
             best = min(planned.costs, key=lambda name: planned.seconds(name, m))
             assert planned.table.pick(m) == best, m
+
+
+def test_packed_weights_cost_a_gpu_their_bytes_and_what_unpacks_them():
+    row = "n=1536 packed(nf4 g=64 s=u8) out=bf16 lora(r=16 bf16 s=2.0)"
+    packed = KernelSpec.parse("; ".join(["k=576 x=bf16", row, row]))
+    scales = 1536 * 9
+    assert gpu_cost.operand_bytes(packed)[0] == 2 * (1536 * 288 + scales + 4 * (256 + scales // 256 + 1))
+    assert gpu_cost.unpacking(packed) == 80 * 2 * 1536 * 576 and gpu_cost.unpacking(SPEC) == 0
+    planned = cost.plan(packed, devices.GPUS["H100"])
+    assert "gemm_accumulate" not in planned.costs and planned.table.pick(4096) == "fused_tile"
+    assert "[" in planned.table.pick(1)  # one of those for few tokens
 
 
 def test_bytes_are_those_of_the_tensors():
