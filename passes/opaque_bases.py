@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from gawscompile.analysis.forms import Form, summed
 from gawscompile.analysis.identity import source_of, stored
-from gawscompile.analysis.matrices import weight_of
+from gawscompile.analysis.matrices import Scale, weight_of
 from gawscompile.analysis.reading import args, aten, dtype, empty_like, is_call, is_parameter, shape, value
 from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_sizes, same_strides
@@ -44,10 +44,10 @@ def on_an_opaque_base(node: Node, forms: dict[Node, Form], context: Context) -> 
 
 def is_opaque(form: Form, context: Context) -> bool:
     """Whether no kernel may read what it is made of: a matrix is computed in the graph, or no linear is known."""
-    factors = [factor for p in form.products for factor in p.matrices]
-    matrices = [stored(factor.node) for factor in factors]
+    factors = [(p, factor) for p in form.products for factor in p.matrices]
+    matrices = [stored(factor.node) for _, factor in factors]
     readable = all(is_parameter(m) or hoistable(m, context) for m in matrices)
-    readable = readable and not any(factor.packed and factor.turned for factor in factors)
+    readable = readable and not any(f.packed and (f.turned or p.scale != Scale()) for p, f in factors)
     return form.opaque is None and (form.regrouped or not readable)
 
 
