@@ -153,9 +153,10 @@ def adapter_config(base: Any, kind: str, rank: int) -> Any:
     from gawscompile.adapters import GAWSConfig, GAWSDConfig, ZFLoRAConfig
     from gawscompile.adapters.splits import Kind, all_splits
 
-    if kind in ("lora", DORA):
-        return LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=kind == DORA, target_modules="all-linear")
     sizes = linear_sizes(base)
+    if kind in ("lora", DORA):
+        # by name: "all-linear" takes no linear of HQQ's
+        return LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=kind == DORA, target_modules=sorted(sizes))
     if kind == "zflora":
         stream = ZFLoRAConfig(model_type=base.config.model_type).stream()
         ends = {"reader": 1, "writer": 0}  # a reader's factor has a row for each output, a writer's for each input
@@ -189,9 +190,11 @@ def linear_sizes(base: Any) -> dict[str, tuple[int, int]]:
     head = base.get_output_embeddings()
     found = {}
     for name, module in base.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
-            k, n = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        if isinstance(module, Conv1D):
+            k, n = module.weight.shape
             found[name] = (int(k), int(n))
+        elif (isinstance(module, torch.nn.Linear) or hasattr(module, "W_q")) and module is not head:  # HQQ's has that
+            found[name] = (int(module.in_features), int(module.out_features))
     return found
 
 

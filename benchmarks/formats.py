@@ -46,6 +46,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--parts", nargs="+", default=["speed", "quality"], choices=("speed", "quality"))
+    parser.add_argument("--head", action="store_true", help="quantise the head too, which is most of a shape cut short")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     return parser.parse_args(argv)
 
@@ -56,12 +57,21 @@ def setup_of(options: argparse.Namespace, kind: str) -> Setup:
     return dataclasses.replace(setup, quantize=None if kind == PLAIN else kind)
 
 
+def loaded(options: argparse.Namespace, kind: str) -> Any:
+    """The bare model in one format."""
+    model = common.load_base(setup_of(options, kind))
+    if options.head and kind != PLAIN:
+        head = model.get_output_embeddings()
+        quantized.quantize(model, kind, {name for name, module in model.named_modules() if module is head})
+    return model
+
+
 def speed(options: argparse.Namespace) -> list[list[str]]:
     """A row for each format: decode."""
     steppers, share = {}, {}
     for kind in (PLAIN, *options.formats):
         setup = setup_of(options, kind)
-        base = common.load_base(setup)
+        base = loaded(options, kind)
         adapted = common.with_adapter(base, setup)
         share[kind] = adapter_bytes(adapted) / tensor_bytes(base)
         for backend in options.backends:
@@ -127,9 +137,9 @@ def quality(options: argparse.Namespace) -> list[list[str]]:
     want = logits(reference, ids)
     rows = [["plain, fp32", "", "", "", f"{loss(want, ids):.3f}"]] if options.model == "smollm2" else []
     for kind in (PLAIN, *options.formats):
-        exact = common.load_base(setup_of(options, kind))
+        exact = loaded(options, kind)
         quantized.dequantize(exact)
-        base = common.load_base(setup_of(options, kind))
+        base = loaded(options, kind)
         torch.compiler.reset()
         got = logits(torch.compile(base, backend="gaws", dynamic=False), ids)
         eager = logits(base, ids)

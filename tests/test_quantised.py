@@ -16,8 +16,11 @@ from gawscompile.adapters import GAWSConfig
 from gawscompile.calibration.measure import graphs_compiled
 from tests.graphs import randomise, small_llama, tokens
 
-LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-DORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True)
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""PEFT's "all-linear" takes no linear of HQQ's."""
+
+LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=NAMES)
+DORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=NAMES, use_dora=True)
 GAWS = GAWSConfig(input_splits=4, output_splits=4, target_modules=["q_proj", "v_proj"])
 LAYERS = 2
 PACKED = {"int8": "int8", "bnb-int8": "int8", "nf4": "4", "hqq8": "uint8", "hqq4": "uint4_halves"}
