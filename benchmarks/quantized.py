@@ -92,7 +92,7 @@ def quantize(model: Any, kind: str, wanted: Collection[str]) -> None:
 def dequantize(model: Any) -> None:
     """Plain linears in the place of quantised ones, with the numbers that those hold, in fp32."""
     for name, module in list(model.named_modules()):
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if hasattr(module, "W_q"):
             from hqq.core.quantize import Quantizer
 
