@@ -291,9 +291,10 @@ def _of_linear(node: Node, forms: dict[Node, Form]) -> Form | None:
         (first,), (second,) = inner.products, products
         chain = Product((*first.matrices, *second.matrices), node, first.scale.times(second.scale))
         return Form(inner.activation, (chain,), vectors, (*inner.inner, *inner_nodes, node))
-    return Form(
-        _activation(x, weight), tuple(p._replace(origin=node) for p in products), vectors, (*inner_nodes, node)
-    )
+    # codes have no dtype: the activation is in that in which the linear multiplies
+    packed = any(factor.packed for p in products for factor in p.matrices)
+    activation = x if packed else _activation(x, weight)
+    return Form(activation, tuple(p._replace(origin=node) for p in products), vectors, (*inner_nodes, node))
 
 
 def _matrices(p: Product) -> bool:

@@ -15,7 +15,18 @@ import torch
 from torch.fx import Node
 
 from gawscompile.analysis.identity import reinterpreted
-from gawscompile.analysis.reading import CASTS, args, aten, is_call, is_parameter, shape, transposed, value
+from gawscompile.analysis.reading import (
+    CASTS,
+    args,
+    aten,
+    dtype,
+    is_call,
+    is_cast,
+    is_parameter,
+    shape,
+    transposed,
+    value,
+)
 from gawscompile.ir.operators import Packed
 from gawscompile.ir.packed import BLOCK, OUTER, READ, STEP
 from gawscompile.ir.types import DTYPE_NAMES
@@ -142,23 +153,23 @@ def _gemv_4bit(node: Node) -> tuple[Node, Packed, Node | None] | None:
 def _int8_product(node: Node) -> tuple[Node, Packed, Node | None] | None:
     """``int8_scaled_mm(codes of x, codes, scales of x, scales, bias, dtype)``, or ``int8_mixed_scaled_mm(x, codes of x,
     codes, scales of x, scales, outliers, bias)``. x's codes round it; W x is what they stand for."""
-    if _name(node) == MIXED:
-        x, _, codes, _, scales = args(node)[:5]
-        bias = _argument(node, 6, "bias")
-    else:
-        coded, codes, _, scales = args(node)[:4]
-        bias = _argument(node, 4, "bias")
-        made: Any = args(coded)[0] if is_call(coded, operator.getitem) else None
-        if _name(made) != VECTORWISE or _argument(made, 1, "threshold"):
-            return None
-        x = args(made)[0]
-    while is_call(x, *CASTS):
+    mixed = _name(node) == MIXED
+    coded, codes, rows, scales = args(node)[1:5] if mixed else args(node)[:4]
+    bias = _argument(node, 6 if mixed else 4, "bias")
+    made: Any = args(coded)[0] if is_call(coded, operator.getitem) else None
+    own = all(is_call(one, operator.getitem) and args(one) == (made, at) for at, one in enumerate((coded, rows)))
+    if _name(made) != VECTORWISE or not own or (not mixed and _argument(made, 1, "threshold")):
+        return None
+    x, out = args(made)[0], value(node) if not mixed else value(args(node)[0])
+    while is_cast(x) and out is not None and dtype(x) != out.dtype:
         x = args(x)[0]
+    if out is None or dtype(x) != out.dtype or (mixed and x is not args(node)[0]) or len(shape(codes)) != 2:
+        return None
+    n, k = shape(codes)
     codes, scales = _parameter(codes), _parameter(scales)
     if codes is None or scales is None or _dtype(codes) != torch.int8:
         return None
-    n, k = shape(codes)
-    fits = math.prod(shape(scales)) == n and k % STEP == 0
+    fits = math.prod(shape(scales)) == n and math.prod(shape(codes)) == n * k and k % STEP == 0
     return (x, Packed(codes, n, k, "int8", k, None, scales, factor=1 / 127), bias) if fits else None
 
 
@@ -201,6 +212,8 @@ def _settled(
     for given, kept in ((scales, found), (zeros, zero)):
         if given is not None and (kept is None or math.prod(shape(kept)) != n * k // group):
             return None
+    if not 1e-30 < abs(factor) < 1e30:  # a kernel has it in fp32
+        return None
     return Packed(codes, n, k, coding, group, None, found, zero, factor=factor) if times == 1.0 else None
 
 
@@ -230,6 +243,8 @@ def _exact(node: Any) -> Node | None:
         return None
     source: Node = args(node)[0]
     made, given = _dtype(node), _dtype(source)
+    if node.meta["val"].device != source.meta["val"].device:
+        return None
     bits = INTEGERS.get(made, 0)
     wider = made == given or (given in INTEGERS and bits > INTEGERS[given] and made != torch.uint8)
     return source if wider or (made in WIDE and given in (*WIDE, *INTEGERS)) else None

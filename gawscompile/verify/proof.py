@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gawscompile.analysis.identity import reinterpreted, through_casts
 from gawscompile.analysis.packed import product_of, rounds_activation
-from gawscompile.analysis.reading import CASTS, args, aten, is_call, is_cast
+from gawscompile.analysis.reading import CASTS, ROUNDING, args, aten, dtype, is_call, is_cast
 from gawscompile.ir import banked, recipe
 from gawscompile.ir.records import Reason, plain
 from gawscompile.passes.context import Context
@@ -79,7 +79,7 @@ class Values:
             inputs, keywords = map_arg((node.args, node.kwargs), self.known.__getitem__)
             if is_cast(node):
                 result = inputs[0]
-            elif is_call(node, *CASTS) and isinstance(fake, torch.Tensor) and fake.is_floating_point():
+            elif is_call(node, *CASTS) and inputs[0].dtype in (torch.int8, torch.uint8) and dtype(node) in ROUNDING:
                 result = inputs[0].double()
             elif (found := product_of(node)) is not None:  # whose own kernel knows no fp64
                 x, weight, bias = cast(Any, map_arg(found, self.known.__getitem__))

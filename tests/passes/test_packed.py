@@ -16,7 +16,7 @@ from gawscompile.backend import GawsPass
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.ir.operators import Dense, LowRank, Packed, rebuilt
 from gawscompile.ir.spec import KernelSpec
-from gawscompile.ir.sums import operator_group
+from gawscompile.ir.sums import operator_group, operator_sum
 from gawscompile.options import Options
 from tests.graphs import capture, count
 from tests.passes.test_opaque_bases import delta, right, terms_of
@@ -425,6 +425,36 @@ def test_8_bits_by_rows(mixed, biased, caplog):
     assert [type(term).__name__ for term in terms] == ["Packed", *["Bias"] * biased, "LowRank"]
     error, refused = verified(captured, caplog)
     assert error < 2e-2 and not refused
+
+
+NOT_X = {
+    "rounded to integers first": lambda x: (x.to(torch.int32).half(), 1.0),
+    "rounded to float8 first": lambda x: (x.to(torch.float8_e5m2).half(), 1.0),
+    "scales of x doubled": lambda x: (x.half(), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", NOT_X)
+def test_a_product_of_8_bits_with_other_codes_than_those_of_x_stays_the_library_s(name):
+    library()
+    cb, scb, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(numbers(N, K).half(), 0.0)
+
+    def function(x, cb, scb):
+        h, by = NOT_X[name](x.reshape(-1, K))
+        ca, sca, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(h, 0.0)
+        return torch.ops.bitsandbytes.int8_scaled_mm(ca, cb, sca * by if by != 1 else sca, scb, dtype=torch.float16)
+
+    captured = capture(function, X, cb, scb)
+    right(captured, 1e-2)
+
+
+def test_a_linear_that_widens_its_activation_multiplies_in_that_dtype():
+    captured = capture(
+        lambda x, q, s: F.linear(x.float(), q.float() * s), X.bfloat16(), codes(N, K), numbers(N, 1).abs()
+    )
+    (node,) = captured.until("recover_operators").graph.find_nodes(op="call_function", target=operator_sum)
+    assert node.args[0].meta["val"].dtype == torch.float32
+    right(captured, 1e-5)
 
 
 # --- Proofs -------------------------------------------------------------------------------------------------------
