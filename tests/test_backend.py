@@ -148,7 +148,7 @@ def test_gradients_are_left_to_inductor(caplog):
 
 
 class Quantised(torch.nn.Module):
-    """An int8 linear as many write it: the weight is computed in the forward."""
+    """An int8 linear whose weight is computed in the forward, with an offset that no kernel knows."""
 
     def __init__(self, n: int, k: int, adapted: bool = True) -> None:
         super().__init__()
@@ -159,12 +159,12 @@ class Quantised(torch.nn.Module):
         self.b = torch.nn.Parameter(torch.randn(n, 4))
 
     def forward(self, x):
-        weight = self.q.to(x.dtype) * self.s
+        weight = self.q.to(x.dtype) * self.s + 0.25
         base = torch.nn.functional.linear(x, weight)
         return base + 0.5 * (x @ self.a.T @ self.b.T) if self.adapted else base
 
 
-def test_a_quantised_base_is_left_alone_and_says_why_or_is_added_to():
+def test_a_quantised_base_of_an_unknown_format_is_left_alone_and_says_why_or_is_added_to():
     model, x = Quantised(24, 32), torch.randn(3, 32)
     (entry,) = explain(model, x).linears
     assert (entry.status, entry.operators) == ("fused", "Opaque[24] + 0.5·LowRank(r=4)")
