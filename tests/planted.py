@@ -69,9 +69,9 @@ class Zoo(nn.Module):
         self.register_buffer("seen", torch.tensor([True, True, False, True, False]))
         self.register_buffer("signed", torch.randint(-128, 128, (24, 64), dtype=torch.int8))
         self.register_buffer("unsigned", torch.randint(0, 256, (24, 64), dtype=torch.uint8))
-        self.register_buffer("nibbles", torch.randint(0, 256, (48, 32), dtype=torch.uint8))
-        self.scales = nn.ParameterList([torch.rand(24, 1) / 99, torch.rand(24, 2, 1) / 99, torch.rand(96, 1) / 9])
-        self.middle = nn.Parameter(torch.rand(96, 1) + 7)
+        self.register_buffer("nibbles", torch.randint(0, 256, (24, 32), dtype=torch.uint8))
+        self.scales = nn.ParameterList([torch.rand(24, 1) / 99, torch.rand(24, 2, 1) / 99, torch.rand(48, 1) / 9])
+        self.middle = nn.Parameter(torch.rand(48, 1) + 7)
         self.zeros = nn.Parameter(torch.rand(24, 2, 1) * 99)
 
     def delta(self, name: str, x: Tensor) -> Tensor:
@@ -120,10 +120,10 @@ class Zoo(nn.Module):
         """By weights kept as codes: a scale for each row, for each group of columns with a zero, and of 4 bits."""
         rows = self.signed.to(x.dtype) * self.scales[0]
         groups = (self.unsigned.view(24, 2, 32).to(x.dtype) - self.zeros) * self.scales[1]
-        halves = torch.empty([96, 32], dtype=torch.uint8)
-        halves[:48] = (self.nibbles & 240) >> 4
-        halves[48:] = self.nibbles & 15
-        halves = ((halves.to(x.dtype) - self.middle) * self.scales[2]).view(48, 64)
+        halves = torch.empty([48, 32], dtype=torch.uint8)
+        halves[:24] = (self.nibbles & 240) >> 4
+        halves[24:] = self.nibbles & 15
+        halves = ((halves.to(x.dtype) - self.middle) * self.scales[2]).view(24, 64)
         return F.linear(x, rows) + self.delta("twice", x), F.linear(x, groups.view(24, 64)), F.linear(x, halves)
 
 

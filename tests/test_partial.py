@@ -12,7 +12,7 @@ from gawscompile import explain
 from gawscompile.backend import STAGES
 from gawscompile.ir.records import GraphRecord, Reason
 from gawscompile.options import OptionError, Options
-from gawscompile.passes.context import Context, VerifierError, verify
+from gawscompile.passes.context import Context, verify
 from gawscompile.verify import unfinished
 from tests.fuzz.reference import Refused
 from tests.graphs import Pair, capture, without_kernels
@@ -44,7 +44,7 @@ def cut(captured, **options) -> Context:
 def right(captured, fuel: int) -> bool:
     try:
         found = captured.run(cut(captured, fuel=fuel))
-    except (RuntimeError, Refused, VerifierError):  # so wrong that a check, the trace or the op refuses it
+    except (RuntimeError, Refused):  # so wrong that it cannot even be traced, or that the op would not take it
         return False
     pairs = zip(found, captured.outputs, strict=True)
     return all(torch.allclose(got, want, rtol=2e-4, atol=2e-4) for got, want in pairs)
