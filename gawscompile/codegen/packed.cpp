@@ -246,39 +246,34 @@ struct Blocks {
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-  // vdpbf16ps sums two columns up by itself. A level is the sum of two numbers of bf16, exact to 16 bits.
+  // vdpbf16ps sums two columns up by itself. Levels are rounded to bf16 for it, as bitsandbytes' own kernel rounds them.
   template <int T>
   void dot_pairs(int64_t row, const bf16* x, float* z, int64_t ldz) const {
-    const F whole = F::loadu(table);
-    const __m256i upper = (__m256i)_mm512_cvtneps_pbh(whole);
-    const F rounded(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16)));
-    const __m256i rest = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(whole, rounded));
-    const __m512i high = _mm512_broadcast_i64x4(upper), low = _mm512_broadcast_i64x4(rest);
+    const __m512i levels = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(F::loadu(table)));
     F acc[T][2];
     for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = F(0.f);
     for (int64_t g = 0; g < K / GROUP; ++g) {
-      F part[T][2], more[T][2];
-      for (int t = 0; t < T; ++t) part[t][0] = part[t][1] = more[t][0] = more[t][1] = F(0.f);
-      for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2) {
-        const uint8_t* p = at(row, k);
-        __builtin_prefetch(p + NEARBY, 0, 2);
-        const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
-        const __m512i next = _mm512_srli_epi16(codes, 4);
-        const __m512bh a = (__m512bh)_mm512_permutexvar_epi16(codes, high), b = (__m512bh)_mm512_permutexvar_epi16(next, high);
-        const __m512bh c = (__m512bh)_mm512_permutexvar_epi16(codes, low), d = (__m512bh)_mm512_permutexvar_epi16(next, low);
-        for (int t = 0; t < T; ++t) {
-          int32_t both;
-          std::memcpy(&both, x + t * K + k, sizeof both);
-          const __m512bh xs = (__m512bh)_mm512_set1_epi32(both);
-          part[t][0] = F(_mm512_dpbf16_ps(part[t][0], a, xs));
-          part[t][1] = F(_mm512_dpbf16_ps(part[t][1], b, xs));
-          more[t][0] = F(_mm512_dpbf16_ps(more[t][0], c, xs));
-          more[t][1] = F(_mm512_dpbf16_ps(more[t][1], d, xs));
+      F part[T][4];  // sums of every other pair of columns: one multiply-add waits for the one before
+      for (int t = 0; t < T; ++t)
+        for (F& p : part[t]) p = F(0.f);
+      for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 4)
+        for (int i = 0; i < 2; ++i) {
+          const uint8_t* p = at(row, k + 2 * i);
+          if (i == 0) __builtin_prefetch(p + NEARBY, 0, 2);
+          const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+          const __m512bh a = (__m512bh)_mm512_permutexvar_epi16(codes, levels);
+          const __m512bh b = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), levels);
+          for (int t = 0; t < T; ++t) {
+            int32_t both;
+            std::memcpy(&both, x + t * K + k + 2 * i, sizeof both);
+            const __m512bh xs = (__m512bh)_mm512_set1_epi32(both);
+            part[t][2 * i] = F(_mm512_dpbf16_ps(part[t][2 * i], a, xs));
+            part[t][2 * i + 1] = F(_mm512_dpbf16_ps(part[t][2 * i + 1], b, xs));
+          }
         }
-      }
       for (int half = 0; half < 2; ++half) {
         const F s = scale(row + 16 * half, g);
-        for (int t = 0; t < T; ++t) acc[t][half] = fmadd(part[t][half] + more[t][half], s, acc[t][half]);
+        for (int t = 0; t < T; ++t) acc[t][half] = fmadd(part[t][half] + part[t][half + 2], s, acc[t][half]);
       }
     }
     for (int t = 0; t < T; ++t)

@@ -109,8 +109,8 @@ def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
         parts = [part if part is None else part.abs() for part in (term.levels, term.outer, term.offset)]
         scales = plain_scales(term.scales, *parts, torch.float64).abs() * abs(term.factor)
         size = size * spread(scales, term.n, term.k, term.kept.by_groups)
-    # bf16's dot products take the levels of blocks as sums of two numbers
-    return size * (1 + 16 * (term.kept.by_groups and spec.x == "bf16"))
+    # bf16's dot products take the levels of blocks rounded to bf16
+    return size * (1 + 2**15 * (term.kept.by_groups and spec.x == "bf16"))
 
 
 def _banked(x: Tensor, pool: Tensor, schedule: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
