@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 log = logging.getLogger("gawscompile")
 
@@ -136,11 +138,21 @@ def _page_size() -> int:
     return int((SETTINGS / "hpage_pmd_size").read_text())
 
 
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`tensor`, or the tensors that one of another library wraps: a quantised weight's codes and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
+
+
 def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     """The tensors' storages as (start, end), in order, none counted twice."""
     found = set()
-    for tensor in tensors:
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":  # no fake ones
+    for tensor in (part for tensor in tensors for part in _parts(tensor)):
+        known = type(tensor) is torch.Tensor or isinstance(tensor, torch.nn.Parameter)  # bitsandbytes' are such
+        if known and not is_fake(tensor) and tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
     return sorted(span for span in found if span[0] < span[1] and span[0] not in _AS_WRITTEN)
