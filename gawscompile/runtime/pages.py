@@ -150,7 +150,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     """The tensors' storages as (start, end), in order, none counted twice."""
     found = set()
-    for tensor in (part for tensor in tensors for part in _parts(tensor)):
+    for tensor in itertools.chain.from_iterable(map(_parts, tensors)):
         known = type(tensor) is torch.Tensor or isinstance(tensor, torch.nn.Parameter)  # bitsandbytes' are such
         if known and not is_fake(tensor) and tensor.device.type == "cpu":
             storage = tensor.untyped_storage()

@@ -62,6 +62,15 @@ def test_views_of_a_storage_count_once_and_others_are_passed_over():
     assert pages.enlarge([whole, whole[100:], *others]).asked == 16 * MIB
 
 
+def test_what_a_quantised_weight_wraps_is_found():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    inner = model[0].weight.qdata.untyped_storage()
+    spans = pages._spans(model.parameters())
+    assert (inner.data_ptr(), inner.data_ptr() + inner.nbytes()) in spans
+
+
 def test_mapped_files_stay_mapped(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(os.urandom(16 * MIB))
