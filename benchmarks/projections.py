@@ -1,10 +1,11 @@
 """Every projection of SmolLM2 by both CPU plans, with weights that come from memory: what the cost model is fitted to.
 
     python -m benchmarks.projections --dtype float32 bfloat16 --tokens 1 2 4 16 128 512
+    python -m benchmarks.projections --dtype bfloat16 --tokens 1 --weights plain int8 nf4 nf4-blocks hqq4
 
 Each of 30 layers has weights of its own, on huge pages, so no call finds them in a cache, as in a model. Columns: ms
 for all projections of a forward pass, without and with a LoRA of rank 16 in fp32, and for reading the weights of the
-bare ones and no more; medians over `--rounds` in turns.
+bare ones and no more; medians over `--rounds` in turns. `--weights`: as they are kept, see docs/quantised.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 from benchmarks import common, limits
 from gawscompile.calibration import measure
 from gawscompile.ir.spec import KernelSpec
-from gawscompile.ir.types import DTYPES
+from gawscompile.ir.types import DTYPES, OPERAND_DTYPES
 from gawscompile.runtime import ops, pages
 
 LAYERS = 30
@@ -30,9 +32,26 @@ PLANS = ("gemv_cpp", "gemm_accumulate")
 NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
 
+WEIGHTS = {
+    "plain": "w={x}",
+    "int8": "packed(int8 g={k} s=f32)",
+    "nf4": "packed(nf4 g=64 s=u8)",
+    "nf4-blocks": "packed(table4_blocks g=64 s=bf16)",
+    "hqq8": "packed(uint8 g=64 s=bf16 z=bf16)",
+    "hqq4": "packed(uint4_halves g=64 s=bf16 z=bf16)",
+}
+
+
+def drawn(sizes: list[int], dtype: str) -> torch.Tensor:
+    """Random numbers, or bytes."""
+    if OPERAND_DTYPES[dtype].is_floating_point:
+        return torch.randn(sizes).to(OPERAND_DTYPES[dtype])
+    return torch.randint(0, 256, sizes).to(torch.uint8).view(OPERAND_DTYPES[dtype])
+
+
 def operands(spec: KernelSpec, m: int) -> list[torch.Tensor]:
     """Random tensors for `spec`, in its order."""
-    return [torch.randn([m if s == "m" else int(s) for s in o.shape]).to(DTYPES[o.dtype]) for o in spec.operands()]
+    return [drawn([m if s == "m" else int(s) for s in o.shape], o.dtype) for o in spec.operands()]
 
 
 def forward(calls: list[tuple[torch.Tensor, list[torch.Tensor], str]]) -> None:
@@ -41,8 +60,8 @@ def forward(calls: list[tuple[torch.Tensor, list[torch.Tensor], str]]) -> None:
         torch.ops.gaws.project(*call)
 
 
-def run(dtype: str, m: int, rounds: int) -> list[str]:
-    """A row of the table: dtype, tokens, for each plan base and LoRA in ms, and reading alone."""
+def run(dtype: str, weights: str, m: int, rounds: int) -> list[str]:
+    """A row of the table: dtype, weights, tokens, for each plan base and LoRA in ms, and reading alone."""
     name = NAMES[dtype]
     variants: dict[tuple[str, str], Callable[[], None]] = {}
     for plan in PLANS:
@@ -50,7 +69,8 @@ def run(dtype: str, m: int, rounds: int) -> list[str]:
             calls = []
             for k, groups in GROUPS.items():
                 for widths in groups:
-                    parts = [f"n={n} w={name} out={name}{lora}" for n in widths]
+                    kept = WEIGHTS[weights].format(x=name, k=k)
+                    parts = [f"n={n} {kept} out={name}{lora}" for n in widths]
                     spec = KernelSpec.parse("; ".join([f"k={k} x={name}", *parts]))
                     x = torch.randn(m, k).to(DTYPES[name])
                     calls += [(x, operands(spec, m), f"{plan} | {spec}") for _ in range(LAYERS)]
@@ -66,22 +86,26 @@ def run(dtype: str, m: int, rounds: int) -> list[str]:
             taken = measure.timed(call)
             if turn:
                 samples[key].append(taken)
-    return [dtype, str(m), *(f"{statistics.median(values):.2f}" for values in samples.values())]
+    return [dtype, weights, str(m), *(f"{statistics.median(values):.2f}" for values in samples.values())]
 
 
 def main() -> None:
     """The table, on stdout and into ``--markdown``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--weights", nargs="+", default=["plain"], choices=list(WEIGHTS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 16, 128, 512])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     ops.ensure_loaded()
-    headers = ["dtype", "tokens", *(f"{plan}, {kind}" for plan in PLANS for kind in ("base", "LoRA")), "reading alone"]
-    rows = [run(dtype, m, options.rounds) for dtype in options.dtype for m in options.tokens]
+    plans = (f"{plan}, {kind}" for plan in PLANS for kind in ("base", "LoRA"))
+    headers = ["dtype", "weights", "tokens", *plans, "reading alone"]
+    cells = [(dtype, kept, m) for dtype in options.dtype for kept in options.weights for m in options.tokens]
+    rows = [run(*cell, options.rounds) for cell in cells]
     print(measure.describe(measure.machine()) + "\n\n" + measure.table(headers, rows))
-    text = f"# Projections\n\n`python -m benchmarks.projections`\n\n{measure.describe(measure.machine())}\n\n"
+    command = " ".join(["python -m benchmarks.projections", *sys.argv[1:]])
+    text = f"# Projections\n\n`{command}`\n\n{measure.describe(measure.machine())}\n\n"
     common.write(options.markdown, text + measure.table(headers, rows, markdown=True))
 
 

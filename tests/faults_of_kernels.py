@@ -129,6 +129,19 @@ KERNELS = {
         f"{PACKED}_the_second_level_of_scales_has_more_than_one_block",
         unproven="the zoo has no scales that are coded",
     ),
+    "the lower rows of halves written as upper ones": Fault(
+        "codegen/packed_rows.cpp",
+        "z + m * LDZ - HALF - at, LDZ);",
+        "z - HALF - at, LDZ);",
+        f"{PACKED}_kernels_against_fp64[uint4_halves-f32-gemv]",
+    ),
+    "a block's scales of the rows 16 further up": Fault(
+        "codegen/packed_rows.cpp",
+        "const F s = scale(row + 16 * half, g);\n        for (int t = 0; t < T; ++t) {",
+        "const F s = scale(row, g);\n        for (int t = 0; t < T; ++t) {",
+        f"{PACKED}_kernels_against_fp64[table4_blocks-f32-gemv]",
+        unproven="the zoo has no weight in blocks",
+    ),
     # --- C++: templates -----------------------------------------------------------------------------------------
     "tail of a dot product dropped": Fault(
         "codegen/prelude.cpp",

@@ -14,13 +14,13 @@ from benchmarks.common import linear_sizes
 from gawscompile import explain
 from gawscompile.adapters import GAWSConfig
 from gawscompile.calibration.measure import graphs_compiled
+from gawscompile.observe.store import RECORDS
 from tests.graphs import randomise, small_llama, tokens
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """PEFT's "all-linear" takes no linear of HQQ's."""
 
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=NAMES)
-DORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=NAMES, use_dora=True)
 GAWS = GAWSConfig(input_splits=4, output_splits=4, target_modules=["q_proj", "v_proj"])
 LAYERS = 2
 PACKED = {"int8": "int8", "bnb-int8": "int8", "nf4": "4", "hqq8": "uint8", "hqq4": "uint4_halves"}
@@ -40,16 +40,10 @@ def quantised(kind, dtype=torch.float32, config=LORA, exact=False):
         pytest.skip(f"not installed: {error}")
     if exact:
         quantized.dequantize(base)
-    try:
-        model = randomise(peft.get_peft_model(base, config).eval())
-        if not exact:
-            logits(model)  # bitsandbytes lays its weights out anew for the CPU in the first call
-    except (AttributeError, TypeError) as error:
-        if config is LORA:
-            raise
-        pytest.skip(f"not in eager mode: {error}")  # PEFT's DoRA, HQQ's linear
+    model = randomise(peft.get_peft_model(base, config).eval())
     if exact:
         return model.double()
+    logits(model)  # bitsandbytes lays its weights out anew for the CPU in the first call
     return model
 
 
@@ -97,25 +91,20 @@ def test_adapters_are_fused_and_live(kind):
     check()
 
 
-ADAPTERS = {"lora": LORA, "two": LORA, "dora": DORA, "gaws": GAWS}
+ADAPTERS = {"lora": (LORA, "LowRank", 7), "two": (LORA, "LowRank", 7), "gaws": (GAWS, "Kronecker", 2)}
+"""Configuration, the operator, and linears of a layer that have it. No format here runs with PEFT's DoRA, compiled."""
+
+CASES = [(kind, adapters) for kind in PACKED for adapters in ADAPTERS if adapters != "gaws" or "hqq" not in kind]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("adapters", ADAPTERS)
-@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize(("kind", "adapters"), CASES)
 def test_no_further_from_fp64_than_eager(kind, adapters, dtype):
     """The reference computes with the numbers that are stored: dequantised bases and factors, in fp64."""
-    if adapters == "dora" and not kind.startswith(("bnb", "nf4")):
-        pytest.skip("PEFT has no DoRA for it")
-    model = quantised(kind, dtype, ADAPTERS[adapters])
-    wide = quantised(kind, dtype, ADAPTERS[adapters], exact=True)
-    if adapters == "dora":
-        try:
-            logits(torch.compile(model, backend="eager"))
-        except Exception as error:
-            pytest.skip(f"not compiled by any backend: {type(error).__name__}")
-        torch._dynamo.reset()
+    config, operator, adapted = ADAPTERS[adapters]
+    model = quantised(kind, dtype, config)
+    wide = quantised(kind, dtype, config, exact=True)
     if adapters == "two":
         for one in (model, wide):
             one.add_adapter("other", LORA)
@@ -126,16 +115,23 @@ def test_no_further_from_fp64_than_eager(kind, adapters, dtype):
         with torch.no_grad():
             exact = dict(wide.named_parameters())
             for name, p in model.named_parameters():
-                if ("lora_" in name and "magnitude" not in name) or "GAWS" in name:
+                if "lora_" in name or "GAWS" in name:
                     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                     p.copy_(torch.randn(p.shape, generator=generator) / 5)
-                    exact[name].copy_(p)
-                elif "magnitude" in name:
                     exact[name].copy_(p)
         reference = logits(wide)
         ours, eager = ((logits(run).double() - reference).norm() for run in (compiled, model))
         logs.append(math.log(ours / eager))
     assert sum(logs) / len(logs) < math.log(1.25 if dtype is torch.float32 else 1.1), logs
+    (record,) = RECORDS.since(len(RECORDS) - 1)
+    fused = [entry.operators for entry in record.linears if entry.status == "fused" and "Packed[" in entry.operators]
+    assert len(fused) == 7 * LAYERS and sum(operator in operators for operators in fused) == adapted * LAYERS
+
+
+@pytest.mark.slow
+def test_gaws_on_a_linear_of_hqq_is_refused_by_name():
+    with pytest.raises(TypeError, match="q_proj is a HQQLinear"):
+        quantised("hqq4", config=GAWS)
 
 
 @pytest.mark.slow

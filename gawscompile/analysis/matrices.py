@@ -26,7 +26,7 @@ from gawscompile.analysis.reading import (
     transposed,
     value,
 )
-from gawscompile.ir.operators import Packed
+from gawscompile.ir.packed import Packed
 from gawscompile.ir.sizes import same_size, same_sizes
 from gawscompile.ir.sums import linear
 

@@ -27,9 +27,8 @@ from gawscompile.analysis.reading import (
     transposed,
     value,
 )
-from gawscompile.ir.operators import Packed
-from gawscompile.ir.packed import BLOCK, OUTER, READ, STEP
-from gawscompile.ir.types import DTYPE_NAMES
+from gawscompile.ir.packed import READ, Packed
+from gawscompile.ir.types import DTYPE_NAMES, SpecError
 
 STEPS = 32
 """Nodes at most between a weight and its codes."""
@@ -69,12 +68,10 @@ def _traced(node: Any) -> Packed | None:
         elif (source := _exact(node)) is not None:
             node = source
         elif (coded := _halves(node)) is not None:
-            found = None if turned else _settled(coded, n, k, "uint4_halves", group or k, scales, zeros)
-            return found if found is None or n % 2 == 0 else None
+            return None if turned else _settled(coded, n, k, "uint4_halves", group or k, scales, zeros)
         elif is_parameter(node):
-            coding = BYTES.get(_dtype(node))
-            right = coding is not None and not turned and math.prod(shape(node)) == n * k
-            return _settled(node, n, k, coding or "", group or k, scales, zeros) if right else None
+            coding = BYTES.get(_dtype(node)) if not turned else None
+            return _settled(node, n, k, coding, group or k, scales, zeros) if coding else None
         elif turned:
             return None
         elif (source := reinterpreted(node)) is not None:
@@ -107,10 +104,10 @@ def product_of(node: Any) -> tuple[Node, Packed, Node | None] | None:
         return None
     if _name(node) not in _PRODUCTS:
         return None
-    found = _PRODUCTS[_name(node)](node)
-    fake = value(found[0]) if found else None
-    known = found is not None and fake is not None and fake.dtype in DTYPE_NAMES and _readable(found[1], fake)
-    return found if known else None
+    x, weight, bias = _PRODUCTS[_name(node)](node)
+    fake = value(x)
+    known = weight is not None and fake is not None and fake.dtype in DTYPE_NAMES and _readable(weight, fake)
+    return (x, weight, bias) if weight is not None and known else None
 
 
 def _argument(node: Node, at: int, name: str) -> Any:
@@ -118,59 +115,53 @@ def _argument(node: Node, at: int, name: str) -> Any:
     return args(node)[at] if len(args(node)) > at else node.kwargs.get(name)
 
 
-def _gemm_4bit(node: Node) -> tuple[Node, Packed, Node | None] | None:
-    """``gemm_4bit(x, codes, [n, k], absmax, blocksize, type, bias, absmax_8bit, absmax_code, absmax_offset)``."""
+def _gemm_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:
+    """``gemm_4bit(x, codes, [n, k], absmax, blocksize, type, bias, absmax_8bit, absmax_code, absmax_offset)``. Where
+    scales are coded, ``absmax`` is what those share."""
     x, codes, (n, k), absmax, group, coding = args(node)[:6]
     places = enumerate(("absmax_8bit", "absmax_code", "absmax_offset"), 7)
     coded, levels, offset = (_argument(node, at, name) for at, name in places)
-    codes = _parameter(codes)
-    if codes is None or _dtype(codes) != torch.uint8 or k % group or group % STEP:
-        return None
-    double = (coded, levels, absmax, offset) if coded is not None else (absmax, None, None, None)
-    leaves = [_parameter(leaf) if leaf is not None else None for leaf in double]
-    if any(leaf is not None and found is None for leaf, found in zip(double, leaves, strict=True)):
-        return None
-    if coded is not None and math.prod(shape(absmax)) != -(-(n * k // group) // OUTER):
-        return None
-    scales, levels, outer, offset = leaves
-    weight = Packed(codes, n, k, coding, group, None, scales, None, levels, outer, offset)
-    return x, weight, _argument(node, 6, "bias")
+    scales = (absmax, None, None, None, None) if coded is None else (coded, None, levels, absmax, offset)
+    return x, _weight(codes, n, k, coding, group, None, *scales), _argument(node, 6, "bias")
 
 
-def _gemv_4bit(node: Node) -> tuple[Node, Packed, Node | None] | None:
+def _gemv_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:
     """``gemv_4bit(x, codes, [n, k], absmax, levels, blocksize)``, which runs any number of tokens: on a CPU its weight
-    lies in blocks of rows."""
+    lies in blocks of rows, and its shapes say so."""
     x, codes, (n, k), absmax, levels, group = args(node)[:6]
-    codes, scales, levels = _parameter(codes), _parameter(absmax), _parameter(levels)
-    if codes is None or scales is None or levels is None or (shape(levels), _dtype(levels)) != ((16,), torch.float32):
-        return None
-    laid_out = (shape(codes), shape(scales)) == ((n, k // 2), (k // group, n))
-    if not laid_out or _dtype(codes) != torch.uint8 or n % BLOCK or k % group or group % STEP:
-        return None
-    return x, Packed(codes, n, k, "table4_blocks", group, levels, scales), None
+    in_blocks = shape(codes) == (n, k // 2) and shape(absmax) == (k // group, n)
+    return x, _weight(codes, n, k, "table4_blocks", group, levels, absmax) if in_blocks else None, None
 
 
-def _int8_product(node: Node) -> tuple[Node, Packed, Node | None] | None:
+def _int8_product(node: Node) -> tuple[Node, Packed | None, Node | None]:
     """``int8_scaled_mm(codes of x, codes, scales of x, scales, bias, dtype)``, or ``int8_mixed_scaled_mm(x, codes of x,
     codes, scales of x, scales, outliers, bias)``. x's codes round it; W x is what they stand for."""
     mixed = _name(node) == MIXED
     coded, codes, rows, scales = args(node)[1:5] if mixed else args(node)[:4]
-    bias = _argument(node, 6 if mixed else 4, "bias")
+    x, weight = coded, None
     made: Any = args(coded)[0] if is_call(coded, operator.getitem) else None
     own = all(is_call(one, operator.getitem) and args(one) == (made, at) for at, one in enumerate((coded, rows)))
-    if _name(made) != VECTORWISE or not own or (not mixed and _argument(made, 1, "threshold")):
+    if _name(made) == VECTORWISE and own and (mixed or not _argument(made, 1, "threshold")):
+        x, wanted = args(made)[0], args(node)[0] if mixed else node
+        while is_cast(x) and dtype(x) != dtype(wanted):
+            x = args(x)[0]
+        if dtype(x) == dtype(wanted) and (x is wanted or not mixed) and len(shape(codes)) == 2:
+            n, k = shape(codes)
+            weight = _weight(codes, n, k, "int8", k, None, scales, factor=1 / 127)
+    return x, weight, _argument(node, 6 if mixed else 4, "bias")
+
+
+def _weight(codes: Any, n: int, k: int, coding: str, group: int, *parts: Any, factor: float = 1.0) -> Packed | None:
+    """The weight of these parts, if they are parameters and fit together."""
+    found = [part if part is None else _parameter(part) for part in (codes, *parts)]
+    if any(part is not None and one is None for part, one in zip((codes, *parts), found, strict=True)):
         return None
-    x, out = args(made)[0], value(node) if not mixed else value(args(node)[0])
-    while is_cast(x) and out is not None and dtype(x) != out.dtype:
-        x = args(x)[0]
-    if out is None or dtype(x) != out.dtype or (mixed and x is not args(node)[0]) or len(shape(codes)) != 2:
+    weight = Packed(found[0], n, k, coding, group, *found[1:], factor=factor)  # type: ignore[misc,arg-type]
+    try:
+        weight.features(k)
+    except SpecError:
         return None
-    n, k = shape(codes)
-    codes, scales = _parameter(codes), _parameter(scales)
-    if codes is None or scales is None or _dtype(codes) != torch.int8:
-        return None
-    fits = math.prod(shape(scales)) == n and math.prod(shape(codes)) == n * k and k % STEP == 0
-    return (x, Packed(codes, n, k, "int8", k, None, scales, factor=1 / 127), bias) if fits else None
+    return weight
 
 
 VECTORWISE = "bitsandbytes::int8_vectorwise_quant"
@@ -203,18 +194,14 @@ def _settled(
     codes: Node, n: int, k: int, coding: str, group: int, scales: Node | None, zeros: Node | None
 ) -> Packed | None:
     """With the parameters that hold scales and zeros, if those are such."""
-    if group % STEP or k % group:
-        return None
     found, factor = _scaled(scales) if scales is not None else (None, 1.0)
     zero, times = _scaled(zeros) if zeros is not None else (None, 1.0)
-    if found is not None and _dtype(found) == torch.uint8:  # specs know bytes as scales that are coded
+    if (scales is not None and found is None) or (zeros is not None and zero is None) or times != 1.0:
         return None
-    for given, kept in ((scales, found), (zeros, zero)):
-        if given is not None and (kept is None or math.prod(shape(kept)) != n * k // group):
-            return None
-    if not 1e-30 < abs(factor) < 1e30:  # a kernel has it in fp32
+    # a kernel has the factor in fp32, and takes scales that are bytes for coded ones
+    if not 1e-30 < abs(factor) < 1e30 or _dtype(found) == torch.uint8:
         return None
-    return Packed(codes, n, k, coding, group, None, found, zero, factor=factor) if times == 1.0 else None
+    return _weight(codes, n, k, coding, group, None, found, zero, factor=factor)
 
 
 def _scaled(node: Node) -> tuple[Node | None, float]:

@@ -28,18 +28,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from gawscompile.codegen import cpp_packed as packed
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.cpp_packed import PACKED, activations, apart, packed_of, row_bytes, weights
 from gawscompile.codegen.cpp_parts import Parts
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
+from gawscompile.codegen.cpp_types import CPP_TYPES
 from gawscompile.ir.banked import USUAL_RANK
 from gawscompile.ir.operators import as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of
-
-CPP_TYPES = {"f32": "float", "f64": "double", "bf16": "bf16", "f16": "f16", "i32": "int32_t", "i8": "int8_t"}
-CPP_TYPES["u8"] = "uint8_t"
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
@@ -66,12 +64,12 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
     whole, added = (plan in plans for plan in PLANS)
     prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
     prelude += [BANKS] * bool(banks_of(spec))
-    prelude += [PACKED] * bool(packed_of(spec))
+    prelude += packed.prelude(spec)
     parts = [_header(spec, plans), "\n\n".join(prelude), "", *_constants(spec, ranks), "", "}  // namespace"]
     parts += ["", *_gemv(spec, ranks, summed)] if whole else []
     if added and (spec.swiglu or not all(p.plain for p in spec.projections)):
         parts += ["", *_accumulate(spec, ranks)]
-    if added and packed_of(spec):
+    if added and packed.packed_of(spec):
         parts += ["", *_unpack(spec)]
     return "\n".join(parts) + "\n"
 
@@ -89,7 +87,7 @@ def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
         lines.append(f"constexpr int64_t PANEL = {_panel(spec)};  // rows of gate, and of up, at a time")
     if ranks.width:
         lines.append(f"constexpr int64_t LDU = {ranks.width};  // a token's row of u = s A x, all terms")
-    return lines
+    return [*lines, *packed.constants(spec)]
 
 
 def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
@@ -170,7 +168,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
     total = f"blocks(N0, ROWS) * {sum(costs)}" if spec.swiglu else total
     parts = Parts(spec, ranks, summed)
-    body = [*begin(summed), *activations(spec), *_shrink(spec, ranks, parts)]
+    body = [*begin(summed), *packed.activations(spec), *_shrink(spec, ranks, parts)]
     body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
     if spec.swiglu:
         halves = [*parts.expanded(0), *parts.expanded(1), *parts.hashes(0), *parts.hashes(1)]
@@ -179,7 +177,9 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
         reads = ", ".join([*parts.expanded(i, "plus(z, ldz)" if p.summed_apart else None), *parts.hashes(i)])
         if p.summed_apart:
             way = f"by_columns<K>(rows, {cost}, N{i}, m, w{i}, x"
-            way = f"{apart(i, p.packed)[0]}(rows, {cost}, m, q{i}, {apart(i, p.packed)[1]}" if p.packed else way
+            if p.packed:
+                sums, x = packed.apart(i, p.packed)
+                way = f"{sums}(rows, {cost}, m, q{i}, {x}"
             body += [
                 f"    {way}, [&](auto first, auto last, auto z, auto ldz) {{",
                 f"      expand<even(N{i})>(first, last, N{i}, m, y{i}, {reads});",
@@ -238,7 +238,7 @@ def _entry(
         f'extern "C" void {name.format("int64_t m, const void* x_, const void* const* in, void* const* out")} {{',
         *["  const X* x = (const X*)x_;"] * x,
         *[_operand(at, o) for at, o in read],
-        *(weights(spec, CPP_TYPES) if bases else []),
+        *(packed.weights(spec) if bases else []),
         *[f"  {dtype}* {y} = ({dtype}*)out[{at}];" for at, (dtype, y) in enumerate(zip(types, ys, strict=False))],
         *["  static thread_local Buffer scratch;  // of the calling thread"] * bool(ranks.width),
         *["  float* u = scratch.of(m * LDU);"] * bool(ranks.width),
@@ -255,9 +255,10 @@ def _entry(
 def _unpack(spec: KernelSpec) -> list[str]:
     """An entry point: the packed weight of one projection as a matrix of x's dtype."""
     lines = ['extern "C" void unpack(int64_t projection, const void* const* in, void* out) {']
-    lines += [_operand(at, o) for at, o in enumerate(spec.operands()) if o.of_base and o.projection in packed_of(spec)]
-    lines += weights(spec, CPP_TYPES)
-    lines += [f"  if (projection == {i}) unpack(q{i}, (X*)out);" for i in packed_of(spec)]
+    own = packed.packed_of(spec)
+    lines += [_operand(at, o) for at, o in enumerate(spec.operands()) if o.of_base and o.projection in own]
+    lines += packed.weights(spec)
+    lines += [f"  if (projection == {i}) unpack(q{i}, (X*)out);" for i in own]
     return [*lines, "}"]
 
 
@@ -269,7 +270,7 @@ def _operand(at: int, operand: Operand) -> str:
 def _base(spec: KernelSpec, p: Sum) -> int:
     """Bytes of a row of W, or of what stands for its product."""
     if p.packed:
-        return row_bytes(p.packed)
+        return packed.row_bytes(p.packed)
     return spec.k * _SIZE[p.weight.dtype] if p.dense else _SIZE[dtype_of(p.opaque)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gawscompile.codegen.cpp import CPP_TYPES
+from gawscompile.codegen.cpp_types import CPP_TYPES
 from gawscompile.ir.types import SpecError
 
 _FOLDER = Path(__file__).parent

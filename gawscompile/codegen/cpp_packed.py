@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gawscompile.ir.operators import Packed
+from gawscompile.codegen.cpp_types import CPP_TYPES
+from gawscompile.ir.packed import Packed
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import dtype_of
 
-PACKED = (Path(__file__).parent / "packed.cpp").read_text().strip()
+_HERE = Path(__file__).parent
+_PACKED, _ROWS = ((_HERE / f"{name}.cpp").read_text().strip() for name in ("packed", "packed_rows"))
 
-_CODES = {
-    "int8": "Byte<int8_t>",
-    "uint8": "Byte<uint8_t>",
-    "nf4": "Nibbles<NF4>",
-    "fp4": "Nibbles<FP4>",
-    "uint4_halves": "Split<UINT4>",
-}
+
+def prelude(spec: KernelSpec) -> list[str]:
+    """What kernels of a group with packed weights build on."""
+    terms = packed_of(spec).values()
+    return [_PACKED] * bool(terms) + [_ROWS] * any(term.summed_apart for term in terms)
+
+
+def constants(spec: KernelSpec) -> list[str]:
+    """The levels of a group's codes of 4 bits."""
+    lines = []
+    for kept in dict.fromkeys(term.kept for term in packed_of(spec).values()):
+        if kept.layout in ("pairs", "halves"):
+            levels = ", ".join(f"{float(level)}f" for level in kept.levels or range(16))
+            lines.append(f"constexpr float {kept.name}[16] = {{{levels}}};")
+    return lines
+
+
+def _codes(term: Packed) -> str:
+    """The C++ type of how its codes lie and what they stand for."""
+    kept = term.kept
+    if kept.layout == "bytes":
+        return f"Byte<{CPP_TYPES[kept.dtype]}>"
+    return f"{'Pairs' if kept.layout == 'pairs' else 'Halved'}<{kept.name}>"
 
 
 def packed_of(spec: KernelSpec) -> dict[int, Packed]:
@@ -29,40 +47,40 @@ def in_blocks(term: Packed | None) -> bool:
     return term is not None and term.kept.layout == "blocks"
 
 
-def weights(spec: KernelSpec, types: dict[str, str]) -> list[str]:
-    """Each packed weight's part of a call. `types` are C++'s by a dtype's name."""
+def weights(spec: KernelSpec) -> list[str]:
+    """Each packed weight's part of a call."""
     lines = []
     for i, term in packed_of(spec).items():
         groups, factor = term.k // term.group, f"{term.factor!r}f"
         scales = zeros = "Nothing{}"
-        if term.levels is not None:
-            scales = f"Coded<{groups}>{{ws{i}, wl{i}, wo{i}, *wb{i}, {factor}}}"
-        elif term.scales is not None:
-            scales = f"Plain<{groups}, {types[dtype_of(term.scales)]}>{{ws{i}, {factor}}}"
-        if term.zeros is not None:
-            zeros = f"Plain<{groups}, {types[dtype_of(term.zeros)]}>{{wz{i}, 1.0f}}"
         if in_blocks(term):
             lines.append(f"  const auto q{i} = blocks_of<K, N{i}, {term.group}>(w{i}, wt{i}, ws{i});")
             continue
-        kept = f"packed<K, N{i}, {term.group}, {_CODES[term.coding]}>"
+        if term.levels is not None:
+            scales = f"Coded<{groups}>{{ws{i}, wl{i}, wo{i}, *wb{i}, {factor}}}"
+        elif term.scales is not None:
+            scales = f"Plain<{groups}, {CPP_TYPES[dtype_of(term.scales)]}>{{ws{i}, {factor}}}"
+        if term.zeros is not None:
+            zeros = f"Plain<{groups}, {CPP_TYPES[dtype_of(term.zeros)]}>{{wz{i}, 1.0f}}"
+        kept = f"packed<K, N{i}, {term.group}, {_codes(term)}>"
         lines.append(f"  const auto q{i} = {kept}(w{i}, {scales}, {zeros});")
     return lines
 
 
 def activations(spec: KernelSpec) -> list[str]:
     """x in the orders in which the group's codes are read: a thread's own."""
-    kinds = dict.fromkeys(_CODES[term.coding] for term in packed_of(spec).values() if not in_blocks(term))
+    kinds = dict.fromkeys(_codes(term) for term in packed_of(spec).values() if not in_blocks(term))
     return [f"    const float* {_ordered(kind)} = ordered<{kind}, K>(x, m);" for kind in kinds]
 
 
 def apart(i: int, term: Packed) -> tuple[str, str]:
     """What sums rows of a weight up in memory, and the x that it reads."""
-    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(_CODES[term.coding]))
+    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(_codes(term)))
 
 
 def dot(i: int, term: Packed) -> str:
     """W x, as a part of a projection."""
-    return f"unpacked(q{i}, {_ordered(_CODES[term.coding])})"
+    return f"unpacked(q{i}, {_ordered(_codes(term))})"
 
 
 def _ordered(kind: str) -> str:

@@ -18,8 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gawscompile.codegen.triton_text import Code, Cut, cut, fn, function, shape, v
-from gawscompile.ir.operators import Packed
-from gawscompile.ir.packed import OUTER, READ, STEP
+from gawscompile.ir.packed import OUTER, READ, STEP, Packed
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of

@@ -16,31 +16,15 @@ Shapes: x ``[..., k]``; a base weight ``[n, k]`` or its transpose; LoRA's A ``[r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
-from gawscompile.ir import banked, packed
-from gawscompile.ir.types import DTYPES, SpecError, dtype_of, shape_of, type_of
-
-Leaf = Any
-"""A node, a tensor or a `TensorType`."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What an operand is to a kernel: its role, the stem of its name in code, what kind of tensor it is, and the stage
-    that reads it: the ``base`` product, ``shrink`` (u = A x), each of the ``rows`` of y, or a ``chain`` of modes. The
-    sizes of a ``table`` may change from call to call; what is ``flat`` may have any shape of as many numbers."""
-
-    role: str
-    stem: str
-    kind: Literal["matrix", "vector", "activation", "number", "table", "flat"]
-    stage: Literal["base", "shrink", "rows", "chain"]
+from gawscompile.ir import banked
+from gawscompile.ir.packed import Packed
+from gawscompile.ir.places import Leaf, Place, misfit, places
+from gawscompile.ir.types import DTYPES, SpecError, dtype_of, shape_of
 
 
 class Dense(NamedTuple):
@@ -60,7 +44,7 @@ class Dense(NamedTuple):
 
     def features(self, k: Any) -> Any:
         n, columns = self.sizes
-        return n if columns == k else _misfit(self, k)
+        return n if columns == k else misfit(self, k)
 
     def multiplications(self, k: int) -> int:
         return int(self.sizes[0]) * k
@@ -75,94 +59,6 @@ class Dense(NamedTuple):
         return f"{'wt' if self.transposed else 'w'}={dtype_of(self.weight)}"
 
 
-class Packed(NamedTuple):
-    """``W x``, W ``[n, k]``, kept as codes of 8 or 4 bits (`ir.packed`). Its columns share a scale by `group`, all of a
-    row's where that is k; scales are times `factor`. Without `scales`, W is the codes' levels."""
-
-    codes: Annotated[Leaf, Place("weight", "w", "flat", "base")]
-    n: int
-    k: int
-    coding: str
-    group: int
-    table: Annotated[Leaf | None, Place("table", "wt", "flat", "base")] = None
-    scales: Annotated[Leaf | None, Place("scales", "ws", "flat", "base")] = None
-    zeros: Annotated[Leaf | None, Place("zeros", "wz", "flat", "base")] = None
-    levels: Annotated[Leaf | None, Place("levels", "wl", "flat", "base")] = None
-    outer: Annotated[Leaf | None, Place("outer", "wo", "flat", "base")] = None
-    offset: Annotated[Leaf | None, Place("offset", "wb", "flat", "base")] = None
-    factor: float = 1.0
-
-    @property
-    def kept(self) -> packed.Coding:
-        return packed.CODINGS[self.coding]
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """``(n, k)``."""
-        return self.n, self.k
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W ``[n, k]``."""
-        w = self.kept.numbers(self.codes, self.table, self.n, self.k, dtype)
-        if self.zeros is not None:
-            w = w - packed.spread(self.zeros.to(dtype), self.n, self.k)
-        if self.scales is not None:
-            scales = packed.plain_scales(self.scales, self.levels, self.outer, self.offset, dtype)
-            w = w * packed.spread(scales * self.factor, self.n, self.k, self.kept.by_groups)
-        return w
-
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(x, self.dense(x.dtype), bias)
-
-    def features(self, k: Any) -> Any:
-        groups = self.n * self.k // self.group
-        wanted = {"codes": self.n * packed.bytes_of(self.kept.bits, self.k), "scales": groups, "zeros": groups}
-        wanted |= {"table": 16, "levels": 256, "outer": -(-groups // packed.OUTER), "offset": 1}
-        counts = {name: _count(getattr(self, name)) for name in wanted if getattr(self, name) is not None}
-        fits = self.k == k and self.k % self.group == 0 and self.group % packed.STEP == 0
-        fits = fits and self.n % {"halves": 2, "blocks": packed.BLOCK}.get(self.kept.layout, 1) == 0
-        fits = fits and all(wanted[name] == count for name, count in counts.items())
-        coded = [part is not None for part in (self.levels, self.outer, self.offset)]
-        fits = fits and all(coded) == any(coded) == (self.scales is not None and dtype_of(self.scales) == "u8")
-        fits = fits and (self.scales is not None or (self.zeros is None and self.factor == 1.0))
-        if self.kept.layout == "blocks":
-            fits = fits and self.scales is not None and self.zeros is None and self.factor == 1.0 and not any(coded)
-        fits = fits and (self.table is not None) == (self.kept.layout == "blocks")
-        return self.n if fits and dtype_of(self.codes) == self.kept.dtype else _misfit(self, k)
-
-    def multiplications(self, k: int) -> int:
-        return self.n * k
-
-    @property
-    def summed_apart(self) -> bool:
-        """Whether a kernel makes sums of rows in memory before adapters join: rows that follow each other do not lie
-        so."""
-        return self.kept.layout == "blocks" or (self.kept.layout == "halves" and self.n % 8 == 0)
-
-    @property
-    def bytes(self) -> int:
-        """Of codes, scales and zeros."""
-        return sum(type_of(leaf).bytes for _, _, leaf in leaves(self))
-
-    def describe(self) -> str:
-        """``Packed[nf4/64 576x576]``: a scale for 64 columns each."""
-        return f"Packed[{self.coding}{'' if self.group == self.k else f'/{self.group}'} {self.n}x{self.k}]"
-
-    def formula(self, at: str) -> str:
-        return f"W{at} x"
-
-    def text(self) -> str:
-        words = [self.coding, f"g={self.group}"]
-        given = (("s", self.scales), ("z", self.zeros))
-        words += [f"{name}={dtype_of(leaf)}" for name, leaf in given if leaf is not None]
-        words += [f"f={self.factor!r}"] * (self.factor != 1.0)
-        return f"packed({' '.join(words)})"
-
-
-def _count(leaf: Leaf) -> int:
-    return math.prod(shape_of(leaf))
-
-
 class _Single(NamedTuple):
     """An operator of one leaf, whose last axis is y's features. Its class says which `PLACE` it has."""
 
@@ -171,7 +67,7 @@ class _Single(NamedTuple):
     def features(self, k: Any) -> Any:
         sizes = shape_of(self.value)
         vector = cast(Any, self).PLACE.kind == "vector"
-        return _misfit(cast(Any, self), k) if vector and len(sizes) != 1 else sizes[-1]
+        return misfit(cast(Any, self), k) if vector and len(sizes) != 1 else sizes[-1]
 
     def multiplications(self, k: int) -> int:
         return 0
@@ -234,7 +130,7 @@ class LowRank(NamedTuple):
 
     def features(self, k: Any) -> Any:
         (rank, columns), (n, ranks) = shape_of(self.a), shape_of(self.b)
-        return n if (columns, ranks, dtype_of(self.b)) == (k, rank, self.dtype) else _misfit(self, k)
+        return n if (columns, ranks, dtype_of(self.b)) == (k, rank, self.dtype) else misfit(self, k)
 
     def multiplications(self, k: int) -> int:
         return self.rank * (k + int(shape_of(self.b)[0]))
@@ -269,7 +165,7 @@ class Given(NamedTuple):
 
     def features(self, k: Any) -> Any:
         n, rank = shape_of(self.c)
-        return n if shape_of(self.z)[-1] == rank else _misfit(self, k)
+        return n if shape_of(self.z)[-1] == rank else misfit(self, k)
 
     def multiplications(self, k: int) -> int:
         return self.rank * int(shape_of(self.c)[0])
@@ -422,7 +318,7 @@ class Banked(NamedTuple):
 
     def features(self, k: Any) -> Any:
         shapes = len(shape_of(self.pool)), len(shape_of(self.schedule))
-        return self.n if shapes == (1, 3) and dtype_of(self.schedule) == "i32" else _misfit(self, k)
+        return self.n if shapes == (1, 3) and dtype_of(self.schedule) == "i32" else misfit(self, k)
 
     def multiplications(self, k: int) -> int:
         return banked.USUAL_RANK * (k + self.n)
@@ -466,45 +362,5 @@ def _scale_text(scale: Any) -> str:
     return f"tensor.{dtype_of(scale)}" if number is None else repr(number)
 
 
-def _misfit(term: Operator, k: Any) -> Any:
-    raise SpecError(f"{term.describe()} does not fit {k} features: {[type_of(leaf) for _, _, leaf in leaves(term)]}")
-
-
-# ---- leaves -----------------------------------------------------------------------------------------------
-
-
-def _places(kind: Any) -> dict[str, Place | None]:
-    """The fields of an operator; those that are leaves with their place."""
-    if issubclass(kind, _Single):
-        return {"value": kind.PLACE}
-    hints = get_type_hints(kind, include_extras=True)
-    return {name: getattr(hints[name], "__metadata__", (None,))[0] for name in kind._fields}
-
-
-_PLACES = {kind: _places(kind) for kind in (*ORDER, Mode)}
-ROLES = frozenset(place.role for places in _PLACES.values() for place in places.values() if place)
+ROLES = frozenset(place.role for kind in (*ORDER, Mode) for place in places(kind).values() if place)
 """Of all operands."""
-
-
-def leaves(term: Operator | Mode, at: int | None = None) -> Iterator[tuple[Place, int | None, Leaf]]:
-    """The leaves of an operator in the order of its fields. A mode's have their number in the chain."""
-    for name, place in _PLACES[type(term)].items():
-        value = getattr(term, name)
-        if name == "modes":
-            for number, mode in enumerate(value):
-                yield from leaves(mode, number)
-        elif place is not None and value is not None and not isinstance(value, (int, float)):
-            yield place, at, value
-
-
-def rebuilt(term: Any, change: Callable[[Place, Leaf], Leaf]) -> Any:
-    """The same operator with other leaves, which are asked for in the order of `leaves`."""
-    values = []
-    for name, place in _PLACES[type(term)].items():
-        value = getattr(term, name)
-        if name == "modes":
-            value = tuple(rebuilt(mode, change) for mode in value)
-        elif place is not None and value is not None and not isinstance(value, (int, float)):
-            value = change(place, value)
-        values.append(value)
-    return type(term)(*values)

@@ -9,10 +9,15 @@ al. 2023, "double quantisation"): then they are bytes, and a scale is ``levels[b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+from gawscompile.ir.places import Leaf, Place, leaves, misfit
+from gawscompile.ir.types import dtype_of, shape_of, type_of
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -61,6 +66,10 @@ class Coding:
         """Whether scales lie ``[groups, n]``, not ``[n, groups]``."""
         return self.layout == "blocks"
 
+    def bytes_of(self, count: int) -> int:
+        """Of `count` codes."""
+        return count * self.bits // 8
+
     def numbers(self, codes: torch.Tensor, table: Any, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The levels ``[n, k]`` of `codes`, as they lie. `table` has the sixteen that are an operand, or is None."""
         if self.layout == "bytes":
@@ -103,14 +112,118 @@ def spread(numbers: torch.Tensor, n: int, k: int, by_groups: bool = False) -> to
     return each if each.shape[1] == 1 else each.repeat_interleave(k // each.shape[1], 1)
 
 
-def bytes_of(bits: int, k: int) -> int:
-    """Of a row's codes."""
-    return k * bits // 8
-
-
 def plain_scales(scales: torch.Tensor, levels: Any, outer: Any, offset: Any, dtype: torch.dtype) -> torch.Tensor:
     """Scales as numbers, where they are coded."""
     if levels is None:
         return scales.to(dtype)
     found = levels.to(dtype)[scales.reshape(-1).long()]
     return found * outer.to(dtype).reshape(-1).repeat_interleave(OUTER)[: len(found)] + offset.to(dtype)
+
+
+class Packed(NamedTuple):
+    """``W x``, W ``[n, k]`` kept as `codes` of the coding of that name. Columns share a scale by `group`, those of a
+    whole row where that is k. Without `scales`, W is the codes' levels.
+
+    - `codes`: int8 or uint8, ``n k`` or, of 4 bits, ``n k / 2``;
+    - `table`: fp32, the 16 levels of a coding whose levels are an operand;
+    - `scales`, ``n k / group``: fp32, bf16, fp16, times the number `factor`; or uint8, which with `levels` (fp32, 256),
+      `outer` (fp32, one for `OUTER` scales) and `offset` (fp32, one) stand for numbers;
+    - `zeros`, as many as scales: fp32, bf16, fp16 or int8.
+
+    Each may have any shape of as many numbers.
+    """
+
+    codes: Annotated[Leaf, Place("weight", "w", "flat", "base")]
+    n: int
+    k: int
+    coding: str
+    group: int
+    table: Annotated[Leaf | None, Place("table", "wt", "flat", "base")] = None
+    scales: Annotated[Leaf | None, Place("scales", "ws", "flat", "base")] = None
+    zeros: Annotated[Leaf | None, Place("zeros", "wz", "flat", "base")] = None
+    levels: Annotated[Leaf | None, Place("levels", "wl", "flat", "base")] = None
+    outer: Annotated[Leaf | None, Place("outer", "wo", "flat", "base")] = None
+    offset: Annotated[Leaf | None, Place("offset", "wb", "flat", "base")] = None
+    factor: float = 1.0
+
+    @property
+    def kept(self) -> Coding:
+        return CODINGS[self.coding]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(n, k)``."""
+        return self.n, self.k
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W ``[n, k]``."""
+        w = self.kept.numbers(self.codes, self.table, self.n, self.k, dtype)
+        if self.zeros is not None:
+            w = w - spread(self.zeros.to(dtype), self.n, self.k)
+        if self.scales is not None:
+            scales = plain_scales(self.scales, self.levels, self.outer, self.offset, dtype)
+            w = w * spread(scales * self.factor, self.n, self.k, self.kept.by_groups)
+        return w
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, self.dense(x.dtype), bias)
+
+    def features(self, k: Any) -> int:
+        """n. Raises `SpecError` where the parts are no weight on k features."""
+        return self.n if self.k == k and self._whole() and self._counted() and self._scaled() else int(misfit(self, k))
+
+    def _whole(self) -> bool:
+        """Whether rows are whole groups, and groups and rows what kernels take at a time."""
+        rows = {"halves": 2, "blocks": BLOCK}.get(self.kept.layout, 1)
+        return self.group > 0 and self.k % self.group == self.group % STEP == self.n % rows == 0
+
+    def _counted(self) -> bool:
+        """Whether there are as many numbers of each part as there must be."""
+        groups = self.n * self.k // self.group
+        wanted = {
+            "codes": self.kept.bytes_of(self.n * self.k), "table": 16, "scales": groups, "zeros": groups,
+            "levels": 256, "outer": -(-groups // OUTER), "offset": 1,
+        }  # fmt: skip
+        parts = {name: getattr(self, name) for name in wanted}
+        counted = all(math.prod(shape_of(part)) == wanted[name] for name, part in parts.items() if part is not None)
+        coded = [part for part in (self.table, self.levels, self.outer, self.offset) if part is not None]
+        return counted and dtype_of(self.codes) == self.kept.dtype and all(dtype_of(part) == "f32" for part in coded)
+
+    def _scaled(self) -> bool:
+        """Whether parts that belong together are there together, and as the coding has them."""
+        coded = {part is not None for part in (self.levels, self.outer, self.offset)}
+        if coded != {self.scales is not None and dtype_of(self.scales) == "u8"}:
+            return False
+        blocks, plain = self.kept.layout == "blocks", self.zeros is None and self.factor == 1.0
+        if blocks and (self.scales is None or not plain or coded == {True}):
+            return False
+        return (self.table is not None) == blocks and (self.scales is not None or plain)
+
+    def multiplications(self, k: int) -> int:
+        return self.n * k
+
+    @property
+    def summed_apart(self) -> bool:
+        """Whether a C++ kernel sums rows up in memory before adapters join: bytes have codes of rows that do not follow
+        each other."""
+        return self.kept.layout == "blocks" or (self.kept.layout == "halves" and self.n % 8 == 0)
+
+    @property
+    def bytes(self) -> int:
+        """Of codes, scales and zeros."""
+        return sum(type_of(leaf).bytes for _, _, leaf in leaves(self))
+
+    def describe(self) -> str:
+        """``Packed[nf4/64 576x576]``: a scale for 64 columns each."""
+        return f"Packed[{self.coding}{'' if self.group == self.k else f'/{self.group}'} {self.n}x{self.k}]"
+
+    def formula(self, at: str) -> str:
+        return f"W{at} x"
+
+    def text(self) -> str:
+        words = [self.coding, f"g={self.group}"]
+        given = (("s", self.scales), ("z", self.zeros))
+        words += [f"{name}={dtype_of(leaf)}" for name, leaf in given if leaf is not None]
+        words += [f"f={self.factor!r}"] * (self.factor != 1.0)
+        return f"packed({' '.join(words)})"
+

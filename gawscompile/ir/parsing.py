@@ -16,11 +16,10 @@ from gawscompile.ir.operators import (
     Mode,
     Opaque,
     Operator,
-    Packed,
     Residual,
     RowScale,
 )
-from gawscompile.ir.packed import CODINGS, OUTER, bytes_of
+from gawscompile.ir.packed import CODINGS, OUTER, Packed
 from gawscompile.ir.types import ANY, DTYPES, SpecError, TensorType
 
 
@@ -92,7 +91,7 @@ def _packed(text: str, n: int, k: int) -> Packed:
         return None if dtype is None else TensorType((count,), dtype if dtype in ("u8", "i8") else known(dtype))
 
     coded = scales == "u8"
-    codes = TensorType((n * bytes_of(CODINGS[coding].bits, k),), CODINGS[coding].dtype)
+    codes = TensorType((CODINGS[coding].bytes_of(n * k),), CODINGS[coding].dtype)
     return Packed(
         codes, n, k, coding, int(group), flat("f32" if CODINGS[coding].layout == "blocks" else None, 16),
         flat(scales, groups), flat(zeros, groups),

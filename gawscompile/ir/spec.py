@@ -20,8 +20,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gawscompile.ir.operators import REPEATED, Leaf, Place, leaves, rebuilt
+from gawscompile.ir.operators import REPEATED
 from gawscompile.ir.parsing import known
+from gawscompile.ir.places import Leaf, Place, leaves, rebuilt
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import ANY, SpecError, TensorType, type_of
 

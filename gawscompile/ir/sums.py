@@ -22,17 +22,16 @@ from gawscompile.ir.operators import (
     Dense,
     Given,
     Kronecker,
-    Leaf,
     LowRank,
     Mode,
     Opaque,
     Operator,
-    Packed,
     Residual,
     RowScale,
-    leaves,
 )
+from gawscompile.ir.packed import Packed
 from gawscompile.ir.parsing import PARSERS, known
+from gawscompile.ir.places import Leaf, leaves
 from gawscompile.ir.types import DTYPES, SpecError, shape_of
 
 _FIELD = re.compile(r"(?:(\w+)=(\w+)|(lora|given|kron|bank|packed)\(([^)]*)\))(?: |$)")
@@ -156,7 +155,7 @@ class Sum(NamedTuple):
         if counts[Opaque] and (counts[RowScale] or not self.adapted):
             raise SpecError(f"to an opaque base adapters are added, and no row scale: {self.describe()}")
         if counts[Banked] and counts[Opaque]:
-            raise SpecError(f"a bank is told what a base makes that the kernel knows: {self.describe()}")
+            raise SpecError(f"a bank stands beside a base that the kernel multiplies: {self.describe()}")
         if list(self.terms) != sorted(self.terms, key=lambda term: ORDER.index(type(term))):
             raise SpecError(f"the terms of a sum are not in order: {self.describe()}")
         for term in self.terms:

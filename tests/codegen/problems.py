@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gawscompile.ir import banked
-from gawscompile.ir.operators import Packed, rebuilt
-from gawscompile.ir.packed import plain_scales, spread
+from gawscompile.ir.packed import Packed, plain_scales, spread
+from gawscompile.ir.places import rebuilt
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import OPERAND_DTYPES
 

@@ -108,7 +108,7 @@ def test_operands_come_in_one_order_with_names_of_their_own():
         ("k=4 x=f32; n=1 opaque=f32 out=f32 rowscale=f32 lora(r=2 f32 s=1.0)", "no row scale"),
         ("k=4 x=f32; n=1 w=f32 w=f32 out=f32", "one Dense at most"),
         ("k=4 x=f32; n=1 w=f32 out=f32 bank(f32) bank(f32)", "one Banked at most"),
-        ("k=4 x=f32; n=1 opaque=f32 out=f32 bank(f32)", "what a base makes that the kernel knows"),
+        ("k=4 x=f32; n=1 opaque=f32 out=f32 bank(f32)", "a bank stands beside a base that the kernel multiplies"),
         ("k=4 x=f32; n=1 w=f32 out=f32 kron(1*2x3*1 f32 s=1.0)", "takes 3 features, not 4"),
         ("k=4 x=f32; n=1 w=f32 out=f32 twist=f32", "not a projection spec"),
         ("k=4 x=f32; n=1 w(f32) out=f32", "not a projection spec"),

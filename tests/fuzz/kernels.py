@@ -13,7 +13,9 @@ from random import Random
 from typing import Literal
 
 from gawscompile.codegen import cpp, triton
-from gawscompile.ir.operators import ROLES, Dense
+from gawscompile.ir.operators import ROLES, Banked, Dense
+from gawscompile.ir.packed import Packed
+from gawscompile.ir.places import places
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import TensorType
@@ -34,10 +36,12 @@ TRIALS = 40
 """Simpler calls at most that are tried to shrink a failure."""
 
 TRITON = frozenset(f"triton: {name}" for name in triton.PLANS)
+TESTED_APART = {place.role for kind in (Banked, Packed) for place in places(kind).values() if place} - {"weight"}
+"""Operands of banks and of packed bases, for which there are tests of their own, on numbers of one kind."""
 MUST_REACH: dict[str, frozenset[str]] = {
     "kernel": frozenset({"gemv", "accumulate", *(f"{how}: {name}" for how in ("op", "hoisted") for name in cpp.PLANS)})
     | TRITON,
-    "operand": ROLES - {"pool", "schedule"},  # those of a bank, for which there are tests of their own
+    "operand": ROLES - TESTED_APART,
     "spec": frozenset(FEATURES),
     "numbers": frozenset(NUMBERS),
     "activation": frozenset(FLOATS),

@@ -1,0 +1,222 @@
+// Packed weights whose bytes have codes of rows that do not follow each other (`ir/packed.py`): sums of those rows are made
+// in memory before adapters join them. Stands behind `packed.cpp`.
+namespace {
+
+// Of four bits, by blocks of 32 rows: for two columns that follow each other 32 bytes, of rows i and i + 16 the first
+// column's and the second's. TABLE's levels are an operand; scales lie by groups, those of all N rows after each other.
+template <int64_t K_, int64_t N_, int64_t GROUP_, class TS>
+struct Blocks {
+  static constexpr int64_t K = K_, N = N_, GROUP = GROUP_, ROWS_OF_ONE = 32;
+  const uint8_t* codes;
+  const float* table;
+  const TS* scales;
+
+  const uint8_t* at(int64_t row, int64_t k) const { return codes + row / ROWS_OF_ONE * (K / 2) * 32 + k / 2 * 32; }
+
+  // z[t] = 32 rows from `row` on times x[t], for T tokens
+  template <int T, class TX>
+  void dot(int64_t row, const TX* x, float* z, int64_t ldz) const {
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<TX, bf16>) return dot_pairs<T>(row, x, z, ldz);
+#endif
+#if defined(CPU_CAPABILITY_AVX512)
+    // lanes: eight rows, of each the first column and the second
+    const Levels levels = Levels::of(table);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    F acc[T][2];
+    for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = F(0.f);
+    for (int64_t g = 0; g < K / GROUP; ++g) {
+      F part[T][4];
+      for (int t = 0; t < T; ++t)
+        for (F& p : part[t]) p = F(0.f);
+      for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2) {
+        const uint8_t* p = at(row, k);
+        __builtin_prefetch(p + NEARBY, 0, 2);
+        const __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16)));
+        const F w[4] = {levels(a), levels(b), levels(_mm512_srli_epi32(a, 4)), levels(_mm512_srli_epi32(b, 4))};
+        for (int t = 0; t < T; ++t) {
+          const float two[2] = {float(x[t * K + k]), float(x[t * K + k + 1])};
+          double both;
+          std::memcpy(&both, two, sizeof both);
+          const F xs(_mm512_castpd_ps(_mm512_set1_pd(both)));
+          for (int i = 0; i < 4; ++i) part[t][i] = fmadd(w[i], xs, part[t][i]);
+        }
+      }
+      for (int half = 0; half < 2; ++half) {
+        const F s = scale(row + 16 * half, g);
+        for (int t = 0; t < T; ++t) {
+          const F &lo = part[t][2 * half], &hi = part[t][2 * half + 1];
+          const F rows = F(_mm512_permutex2var_ps(lo, even, hi)) + F(_mm512_permutex2var_ps(lo, odd, hi));
+          acc[t][half] = fmadd(rows, s, acc[t][half]);
+        }
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int half = 0; half < 2; ++half) acc[t][half].store(z + t * ldz + 16 * half);
+#else
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < 32; ++r) {
+        float sum = 0;
+        for (int64_t k = 0; k < K; ++k) sum += number(row, r, k) * float(x[t * K + k]);
+        z[t * ldz + r] = sum;
+      }
+#endif
+  }
+
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int NEARBY = 4 << 10;
+  F scale(int64_t row, int64_t g) const {
+    if constexpr (std::is_same_v<TS, float>) return F::loadu(scales + g * N + row);
+    else return widened(scales + g * N + row);
+  }
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  // vdpbf16ps sums two columns up by itself. Levels are rounded to bf16 for it, as bitsandbytes' own kernel rounds them.
+  template <int T>
+  void dot_pairs(int64_t row, const bf16* x, float* z, int64_t ldz) const {
+    const __m512i levels = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(F::loadu(table)));
+    F acc[T][2];
+    for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = F(0.f);
+    for (int64_t g = 0; g < K / GROUP; ++g) {
+      F part[T][4];  // sums of every other pair of columns: one multiply-add waits for the one before
+      for (int t = 0; t < T; ++t)
+        for (F& p : part[t]) p = F(0.f);
+      for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 4)
+        for (int i = 0; i < 2; ++i) {
+          const uint8_t* p = at(row, k + 2 * i);
+          if (i == 0) __builtin_prefetch(p + NEARBY, 0, 2);
+          const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+          const __m512bh a = (__m512bh)_mm512_permutexvar_epi16(codes, levels);
+          const __m512bh b = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), levels);
+          for (int t = 0; t < T; ++t) {
+            int32_t both;
+            std::memcpy(&both, x + t * K + k + 2 * i, sizeof both);
+            const __m512bh xs = (__m512bh)_mm512_set1_epi32(both);
+            part[t][2 * i] = F(_mm512_dpbf16_ps(part[t][2 * i], a, xs));
+            part[t][2 * i + 1] = F(_mm512_dpbf16_ps(part[t][2 * i + 1], b, xs));
+          }
+        }
+      for (int half = 0; half < 2; ++half) {
+        const F s = scale(row + 16 * half, g);
+        for (int t = 0; t < T; ++t) acc[t][half] = fmadd(part[t][half] + part[t][half + 2], s, acc[t][half]);
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int half = 0; half < 2; ++half) acc[t][half].store(z + t * ldz + 16 * half);
+  }
+#endif
+
+  float number(int64_t row, int r, int64_t k) const {
+    const uint8_t byte = at(row, k)[2 * (r % 16) + k % 2];
+    return table[r < 16 ? byte & 15 : byte >> 4] * float(scales[k / GROUP * N + row + r]);
+  }
+};
+
+template <int64_t K, int64_t N, int64_t GROUP, class TS>
+auto blocks_of(const uint8_t* codes, const float* table, const TS* scales) {
+  return Blocks<K, N, GROUP, TS>{codes, table, scales};
+}
+
+// A share of a weight that lies in blocks: the rows of some are summed up in z, then f(first, last, z, ldz) expands them.
+template <class W, class TX, class Fn>
+inline void by_blocks(Share& share, int64_t cost, int64_t m, const W& w, const TX* x, Fn&& f) {
+  constexpr int64_t SIZE = W::ROWS_OF_ONE;
+  static thread_local Buffer sums;
+  share.range(W::N / SIZE, SIZE / ROWS * cost, [&](int64_t first, int64_t last) {
+    const int64_t ldz = 8 * SIZE;
+    for (int64_t at = first * SIZE; at < last * SIZE; at += ldz) {
+      const int64_t count = min(ldz, last * SIZE - at);
+      float* z = sums.of(m * ldz);
+      for_tokens(0, m, [&](auto width, int64_t t0) {
+        for (int64_t row = 0; row < count; row += SIZE)
+          w.template dot<decltype(width)::value>(at + row, x + t0 * W::K, z + t0 * ldz + row, ldz);
+      });
+      f(at / ROWS, (at + count) / ROWS, z - at, ldz);
+    }
+  });
+}
+
+// W as a matrix, for the library.
+template <int64_t K, int64_t N, int64_t GROUP, class TS, class T>
+void unpack(const Blocks<K, N, GROUP, TS>& w, T* out) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < N; row += 32) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const Levels levels = Levels::of(w.table);
+    alignas(64) double two[V][32];  // columns k and k + 1 of 32 rows, for V times k
+    for (int64_t k = 0; k < K; k += 2 * V) {
+      for (int i = 0; i < V; ++i) {
+        const uint8_t* p = w.at(row, k + 2 * i);
+        const __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16)));
+        float* to = (float*)two[i];
+        levels(a).store(to), levels(b).store(to + V);
+        levels(_mm512_srli_epi32(a, 4)).store(to + 2 * V), levels(_mm512_srli_epi32(b, 4)).store(to + 3 * V);
+      }
+      for (int r = 0; r < 32; ++r) {
+        double line[V];
+        for (int i = 0; i < V; ++i) line[i] = two[i][r];
+        const F s(float(w.scales[k / GROUP * N + row + r]));
+        const Pair v = load_pair((const float*)line);
+        store_pair(out + (row + r) * K + k, Pair{v.lo * s, v.hi * s});
+      }
+    }
+#else
+    for (int r = 0; r < 32; ++r)
+      for (int64_t k = 0; k < K; ++k) out[(row + r) * K + k] = T(w.number(row, r, k));
+#endif
+  }
+}
+
+// A share of a weight whose bytes have codes of rows n/2 apart: both rows are summed up while a byte is at hand. `f` is
+// by_blocks' and is called for the upper rows, then for the lower.
+template <class W, class Fn>
+inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, const float* x, Fn&& f) {
+  constexpr int64_t K = W::K, G = W::GROUP, HALF = W::N / 2, LDZ = 256;
+  static_assert(HALF % ROWS == 0 && !W::Codes::PAIRS);
+  static thread_local Buffer sums;
+  share.range(HALF / ROWS, 2 * cost, [&](int64_t first, int64_t last) {
+    for (int64_t at = first * ROWS; at < last * ROWS; at += LDZ) {
+      const int64_t count = min(LDZ, last * ROWS - at);
+      float* z = sums.of(2 * m * LDZ);
+      const auto some = [&](auto rows, auto width, int64_t r, int64_t t0) {
+        constexpr int R = decltype(rows)::value, T = decltype(width)::value;
+        F upper[R][T], lower[R][T];
+        clear(upper), clear(lower);
+        for (int64_t g = 0; g < K / G; ++g) {
+          typename W::Codes high[R], low[R];
+          for (int i = 0; i < R; ++i) high[i] = w.group(at + r + i, g), low[i] = w.group(HALF + at + r + i, g);
+          for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
+            Pair xs[T];
+            for (int t = 0; t < T; ++t) xs[t] = load_pair(x + (t0 + t) * K + k);
+            const char* ahead = (const char*)w.at(at + r, 0) + R * k + AHEAD;
+            for (int i = 0; i < R * 2 * V; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
+            for (int i = 0; i < R; ++i) {
+              const Pair a = w.get(high[i], at + r + i, k), b = w.get(low[i], HALF + at + r + i, k);
+              for (int t = 0; t < T; ++t) {
+                upper[i][t] = fmadd(a.hi, xs[t].hi, fmadd(a.lo, xs[t].lo, upper[i][t]));
+                lower[i][t] = fmadd(b.hi, xs[t].hi, fmadd(b.lo, xs[t].lo, lower[i][t]));
+              }
+            }
+          }
+        }
+        for (int t = 0; t < T; ++t)
+          for (int i = 0; i < R; ++i) {
+            z[(t0 + t) * LDZ + r + i] = sum(upper[i][t]);
+            z[(m + t0 + t) * LDZ + r + i] = sum(lower[i][t]);
+          }
+      };
+      for_tokens(0, m, [&](auto width, int64_t t0) {  // as many accumulators as there are registers for
+        constexpr int R = decltype(width)::value <= 2 ? ROWS : 2;
+        for (int64_t r = 0; r < count; r += R) some(Int<R>{}, width, r, t0);
+      });
+      f(at / ROWS, (at + count) / ROWS, z - at, LDZ);
+      f((HALF + at) / ROWS, (HALF + at + count) / ROWS, z + m * LDZ - HALF - at, LDZ);
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,174 @@
+"""Packed weights that bitsandbytes' operators multiply by, and proofs of what was made of packed weights."""
+
+from __future__ import annotations
+
+import logging
+from unittest import mock
+
+import pytest
+import torch
+
+from gawscompile.analysis import packed as analysis
+from gawscompile.backend import GawsPass
+from gawscompile.ir.places import rebuilt
+from gawscompile.options import Options
+from tests.graphs import capture
+from tests.passes.test_opaque_bases import delta, right, terms_of
+from tests.passes.test_packed import FACTORS, SPELLINGS, K, N, R, X, numbers
+
+# --- bitsandbytes -------------------------------------------------------------------------------------------------
+
+
+def weight(captured):
+    """W of the one packed base, and what else is in its sum."""
+    context = captured.until("recover_operators")
+    (terms,) = terms_of(context)
+    held = dict(zip(context.graph.find_nodes(op="placeholder"), captured.inputs, strict=True))
+    return rebuilt(terms[0], lambda _, node: held[node]).dense(torch.float64), terms
+
+
+def library():
+    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+
+def same(w, want):
+    torch.testing.assert_close(w, want.double(), rtol=1e-6, atol=1e-6 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bits_in_pairs(kind, group, twice, caplog):
+    functional = library().functional
+    n, k = 160, 128  # with more scales than share one of theirs
+    packed, state = functional.quantize_4bit(
+        numbers(n, k), blocksize=group, quant_type=kind, compress_statistics=twice
+    )
+    bias = numbers(n, seed=1)
+    more = (state.absmax, state.state2.code, state.offset) if twice else ()
+    absmax = state.state2.absmax if twice else state.absmax
+
+    def function(x, packed, absmax, bias, a, b, *more):
+        given = dict(zip(("absmax_8bit", "absmax_code", "absmax_offset"), more, strict=False))
+        made = torch.ops.bitsandbytes.gemm_4bit(x, packed, [n, k], absmax, group, kind, bias=bias, **given)
+        return made + delta(x, a, b)
+
+    factors = numbers(R, k, seed=2) / k**0.5, numbers(n, R, seed=3)
+    captured = capture(function, numbers(2, 3, k), packed, absmax, bias, *factors, *more, kernels=True)
+    w, terms = weight(captured)
+    same(w, functional.dequantize_4bit(packed, state))
+    assert [type(term).__name__ for term in terms] == ["Packed", "Bias", "LowRank"]
+    assert terms[0].text() == f"packed({kind} g={group} s={'u8' if twice else 'f32'})"
+    right(captured)
+    error, refused = verified(captured, caplog)
+    assert error < 1e-5 and not refused
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bits_laid_out_for_the_cpu(kind, caplog):
+    bnb = library()
+    n, k, group = 64, 128, 64
+    packed, state = bnb.functional.quantize_4bit(numbers(n, k), blocksize=group, quant_type=kind)
+    want = bnb.functional.dequantize_4bit(packed, state)
+    if not hasattr(bnb.functional, "_convert_weight_packed_for_cpu"):
+        pytest.skip("this bitsandbytes lays nothing out for CPUs")
+    exact = state.absmax.reshape(n, k // group).T.contiguous()
+    laid, state = bnb.functional._convert_weight_packed_for_cpu(packed, state)
+
+    def function(x, laid, absmax, code):
+        return torch.ops.bitsandbytes.gemv_4bit(x, laid, [n, k], absmax, code, group)
+
+    captured = capture(function, numbers(2, 3, k), laid, state.absmax, state.code, kernels=True)
+    w, (term,) = weight(captured)
+    assert term.text() == f"packed(table4_blocks g={group} s=bf16)"
+    torch.testing.assert_close(w, want.double(), rtol=2**-8, atol=1e-6)  # its scales were rounded
+    right(captured, 2e-2)  # its operator rounds x to bf16
+    error, refused = verified(captured, caplog)
+    assert error < 2e-2 and not refused
+    w, _ = weight(capture(function, numbers(2, 3, k), laid, exact, state.code))
+    same(w, want)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_8_bits_by_rows(mixed, biased, caplog):
+    """The mixed operator returns as many columns as there are large ones: Dynamo must be told to go on there."""
+    library()
+    cb, scb, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(numbers(N, K).half(), 0.0)
+
+    def function(x, cb, scb, bias, a, b):
+        given = bias if biased else None
+        flat = x.reshape(-1, K)
+        ca, sca, large = torch.ops.bitsandbytes.int8_vectorwise_quant(flat.half(), 2.0 if mixed else 0.0)
+        if mixed:
+            made = torch.ops.bitsandbytes.int8_mixed_scaled_mm(flat, ca, cb, sca, scb, large, given)[0]
+        else:
+            made = torch.ops.bitsandbytes.int8_scaled_mm(ca, cb, sca, scb, bias=given, dtype=x.dtype)
+        return made.reshape(*x.shape[:-1], N) + delta(x, a, b)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        captured = capture(function, X, cb, scb, numbers(N, seed=1), *FACTORS, kernels=True)
+    right(captured, 2e-2)  # its operator rounds x to 8 bits
+    w, terms = weight(captured)
+    same(w, cb.double() * scb.double()[:, None] / 127)
+    assert [type(term).__name__ for term in terms] == ["Packed", *["Bias"] * biased, "LowRank"]
+    error, refused = verified(captured, caplog)
+    assert error < 2e-2 and not refused
+
+
+NOT_X = {
+    "rounded to integers first": lambda x: (x.to(torch.int32).half(), 1.0),
+    "rounded to float8 first": lambda x: (x.to(torch.float8_e5m2).half(), 1.0),
+    "scales of x doubled": lambda x: (x.half(), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", NOT_X)
+def test_a_product_of_8_bits_with_other_codes_than_those_of_x_stays_the_library_s(name):
+    library()
+    cb, scb, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(numbers(N, K).half(), 0.0)
+
+    def function(x, cb, scb):
+        h, by = NOT_X[name](x.reshape(-1, K))
+        ca, sca, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(h, 0.0)
+        return torch.ops.bitsandbytes.int8_scaled_mm(ca, cb, sca * by if by != 1 else sca, scb, dtype=torch.float16)
+
+    captured = capture(function, X, cb, scb)
+    right(captured, 1e-2)
+
+
+# --- Proofs -------------------------------------------------------------------------------------------------------
+
+
+def verified(captured, caplog):
+    """Errors of a graph that our passes rewrote under ``verify``, and what it refused."""
+    module = torch.fx.GraphModule(captured.module, captured.graph)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "gawscompile"), torch.no_grad():
+        gaws = GawsPass(Options(verify=True), "test", stored=captured.stored)
+        gaws(module.graph)
+        module.recompile()
+        got = module(*captured.inputs)
+    errors = [((g - w).norm() / w.norm()).item() for g, w in zip(got, captured.outputs, strict=True)]
+    said = [record.getMessage() for record in caplog.records]
+    return max(errors), [message for message in said if "verify refused the rewrite of" in message]
+
+
+@pytest.mark.parametrize("name", ["after the product", "scales times a number", "zeros", "halves"])
+def test_proofs_hold(name, caplog):
+    function, operands, _ = SPELLINGS[name]
+    error, refused = verified(capture(function, X, *operands), caplog)
+    assert error < 1e-5 and not refused
+
+
+def test_a_wrong_scale_is_refused(caplog):
+    function, operands, _ = SPELLINGS["by groups"]
+    scaled = analysis._scaled
+
+    def wrong(node):
+        leaf, factor = scaled(node)
+        return leaf, factor * 1.01
+
+    with mock.patch.object(analysis, "_scaled", wrong):
+        error, refused = verified(capture(function, X, *operands), caplog)
+    assert len(refused) == 1 and error < 1e-5
