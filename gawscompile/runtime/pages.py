@@ -59,10 +59,14 @@ def enlarge(tensors: Iterable[torch.Tensor]) -> Outcome:
     if len(ours) < len(inside):
         outcome.why = "the rest is mapped from files (gawscompile.own_memory), shared or untouched"
     for first, last in _runs(ours, size):
-        if _madvise(first, last - first):
-            outcome.huge += sum(inside[block] for block in range(first, last, size))
-        else:
-            outcome.why = f"the system refused: {os.strerror(ctypes.get_errno())}"
+        blocks = range(first, last, size)
+        whole = _madvise(first, last - first)
+        # where the system refuses one block of a run, it says no more than that: each is asked for by itself
+        for block in blocks:
+            if whole or _madvise(block, size):
+                outcome.huge += inside[block]
+            else:
+                outcome.why = f"the system refused: {os.strerror(ctypes.get_errno())}"
     return outcome
 
 
