@@ -28,12 +28,13 @@ class Architecture:
     calls: dict[str, Any] = field(default_factory=dict)
     targets: Any = "all-linear"
 
-    def build(self, dtype: torch.dtype = torch.float32) -> Any:
-        """In eval mode, base in `dtype`, factors in fp32 as PEFT keeps them, B random."""
+    def build(self, dtype: torch.dtype = torch.float32, prepare: Callable[[Any], None] = lambda base: None) -> Any:
+        """In eval mode, base in `dtype`, factors in fp32 as PEFT keeps them, B random. `prepare` may quantise it."""
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
         base = self.make().to(dtype).eval()
+        prepare(base)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=self.targets)
         return randomise(get_peft_model(base, config).eval())
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 
 import peft
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+from torchao.quantization import Int8Tensor
 
 from benchmarks import quantized
 from benchmarks.common import linear_sizes
@@ -15,6 +18,7 @@ from gawscompile import explain
 from gawscompile.adapters import GAWSConfig
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.observe.store import RECORDS
+from tests.architectures import ARCHITECTURES
 from tests.graphs import randomise, small_llama, tokens
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -142,6 +146,42 @@ def test_of_any_length(kind):
     close = CLOSE.get(kind, 1e-4)
     for count in (5, 40):
         torch.testing.assert_close(logits(compiled, count), logits(model, count), rtol=close, atol=close)
+
+
+FEW = ("Llama", "T5", "ViT")
+TRANSPOSED = ("GPT-2", "Falcon")
+"""Their linears transpose their weights, which torchao's int8 does not take, in eager either."""
+
+ZOO = [name for name in ARCHITECTURES if name not in TRANSPOSED]
+
+
+def int8(base):
+    quantized.quantize(base, "int8", set(linear_sizes(base)))
+
+
+@pytest.mark.parametrize("name", [one if one in FEW else pytest.param(one, marks=pytest.mark.slow) for one in ZOO])
+def test_the_zoo_on_int8(name):
+    """What is fused on plain weights is fused on packed ones, each linear that torchao quantised with its codes."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.build(prepare=int8)
+    packed = sum(isinstance(p, Int8Tensor) for n, p in model.named_parameters() if "lm_head" not in n)
+    assert packed
+    calls = {**architecture.inputs(), **architecture.calls}
+    compiled = torch.compile(model, backend="gaws", options={"strict": True, "verify": True})
+    with torch.no_grad():
+        wanted, got = (values(run(**calls)) for run in (model, compiled))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    report = explain(model, **calls)
+    adapted = [entry for entry in report.linears if entry.adapters]
+    assert len(adapted) == architecture.adapted
+    reasons = Counter(entry.reason for entry in adapted if entry.status != "fused")
+    assert reasons == architecture.refused, [(e.path, e.detail) for e in adapted if e.status != "fused"]
+    assert sum("Packed[int8" in entry.operators for entry in adapted) >= packed
+
+
+def values(output):
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def test_without_adapters_a_quantised_base_is_fused_too():
