@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: a model and its LoRA written as GGUF, in the precision they have, run by llama-cpp-python.
+"""llama.cpp as a peer: a model and its LoRA written as GGUF, in as many bits as they have, run by llama-cpp-python.
 
 An optional extra that is built from source: ``pip install 'gawscompile[llama]'``. Llama-type models alone, whose
 weights llama.cpp takes as they are, but for the rows of q and k, which it wants in another order. The vocabulary is
@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 
+from benchmarks import quantized
 from gawscompile.calibration import measure
 
 LAYER = {
@@ -93,7 +94,7 @@ def _prefill(peer: Peer, prompt: list[int], prefill: list[int]) -> float:
 
 
 def write_base(model: Any, path: Path) -> None:
-    """The base weights of `model`, matrices in their dtype and vectors in fp32."""
+    """`model`'s base: matrices in their dtype, or in llama.cpp's format of as many bits, and vectors in fp32."""
     import gguf
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -112,8 +113,10 @@ def write_base(model: Any, path: Path) -> None:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    for name, tensor in weights(inner):
-        kind = gguf.GGMLQuantizationType.BF16 if tensor.dtype == torch.bfloat16 and tensor.dim() == 2 else None
+    kinds = gguf.GGMLQuantizationType
+    of_bits = {16: kinds.BF16, 8: kinds.Q8_0, 4: kinds.Q4_0}
+    for name, tensor, bits in weights(inner):
+        kind = of_bits.get(bits) if tensor.dim() == 2 else None
         data = tensor.detach().float().numpy()
         if kind is None:
             writer.add_tensor(name, data)
@@ -122,21 +125,25 @@ def write_base(model: Any, path: Path) -> None:
     _finish(writer)
 
 
-def weights(inner: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """llama.cpp's names and tensors of a bare or adapted Llama's base."""
+def weights(inner: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """llama.cpp's names of a bare or adapted Llama's base, numbers, and the bits of each as it is kept."""
     modules = dict(inner.named_modules())
 
-    def weight(name: str) -> torch.Tensor:
+    def weight(name: str) -> tuple[torch.Tensor, int]:
         module = modules[name]
-        return (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight
+        module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if bits := quantized.bits(module):
+            return quantized.dense(module), bits
+        return module.weight, 8 * module.weight.element_size()
 
-    yield "token_embd.weight", weight("model.embed_tokens")
-    yield "output_norm.weight", weight("model.norm")
+    yield "token_embd.weight", *weight("model.embed_tokens")
+    yield "output_norm.weight", *weight("model.norm")
     if inner.lm_head.weight is not inner.model.embed_tokens.weight:
-        yield "output.weight", weight("lm_head")
+        yield "output.weight", *weight("lm_head")
     for i in range(inner.config.num_hidden_layers):
         for theirs, ours in LAYER.items():
-            yield f"blk.{i}.{ours}.weight", permuted(weight(f"model.layers.{i}.{theirs}"), theirs, inner.config)
+            numbers, bits = weight(f"model.layers.{i}.{theirs}")
+            yield f"blk.{i}.{ours}.weight", permuted(numbers, theirs, inner.config), bits
 
 
 def permuted(rows: torch.Tensor, name: str, config: Any) -> torch.Tensor:

@@ -88,30 +88,41 @@ def quantize(model: Any, kind: str, wanted: Collection[str]) -> None:
     KINDS[kind](model, wanted)
 
 
+def bits(module: Any) -> int | None:
+    """Of a number in a module's weight, if that is quantised."""
+    if hasattr(module, "W_q"):
+        return int(module.meta["nbits"])
+    return {"Int8Tensor": 8, "Int8Params": 8, "Params4bit": 4}.get(type(getattr(module, "weight", None)).__name__)
+
+
+@torch.no_grad()
+def dense(module: Any) -> torch.Tensor:
+    """The numbers that a quantised weight holds, ``[n, k]``, in fp64 (bitsandbytes' 4 bits: its library's own)."""
+    if hasattr(module, "W_q"):
+        from hqq.core.quantize import Quantizer
+
+        kept = module.meta
+        levels = Quantizer.unpack[kept["packing"]](module.W_q, dtype=torch.float32).double()
+        return ((levels - kept["zero"].double()) * kept["scale"].double()).reshape(kept["shape"])
+    weight = module.weight
+    if hasattr(weight, "qdata"):
+        return torch.as_tensor(weight.qdata.double() * weight.scale.double())
+    if hasattr(weight, "CB"):
+        return torch.as_tensor(weight.CB.double() * weight.SCB.double()[:, None] / 127)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
 @torch.no_grad()
 def dequantize(model: Any) -> None:
     """Plain linears in the place of quantised ones, with the numbers that those hold, in fp32."""
     for name, module in list(model.named_modules()):
-        weight: Any = getattr(module, "weight", None)
-        if hasattr(module, "W_q"):
-            from hqq.core.quantize import Quantizer
-
-            kept = module.meta
-            levels = Quantizer.unpack[kept["packing"]](module.W_q, dtype=torch.float32)
-            dense = ((levels.double() - kept["zero"].double()) * kept["scale"].double()).reshape(kept["shape"])
-        elif type(weight).__name__ == "Int8Tensor":
-            dense = weight.qdata.double() * weight.scale.double()
-        elif type(weight).__name__ == "Int8Params":
-            dense = weight.CB.double() * weight.SCB.double()[:, None] / 127
-        elif type(weight).__name__ == "Params4bit":
-            from bitsandbytes.functional import dequantize_4bit
-
-            dense = dequantize_4bit(weight.data, weight.quant_state)
-        else:
+        if not bits(module):
             continue
-        bias = getattr(module, "bias", None)
-        linear = nn.Linear(dense.shape[1], dense.shape[0], bias=bias is not None)
-        linear.weight.data, linear.weight.requires_grad = dense.float(), False
+        numbers, bias = dense(module).float(), getattr(module, "bias", None)
+        linear = nn.Linear(numbers.shape[1], numbers.shape[0], bias=bias is not None)
+        linear.weight.data, linear.weight.requires_grad = numbers, False
         if bias is not None:
             linear.bias.data = bias.data.float()
         model.set_submodule(name, linear)

@@ -60,7 +60,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = (*common.ADAPTERS, common.DORA, common.MERGED)
     parser.add_argument("--adapters", nargs="+", default=["lora"], choices=kinds)
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA, whose size the others take (default 16)")
-    parser.add_argument("--quantize", choices=common.QUANTIZED, help="the base's weights")
+    parser.add_argument("--quantize", nargs="+", default=[None], choices=common.QUANTIZED, help="the base's weights")
     parser.add_argument("--cast-adapters", action="store_true", help="factors in the base's dtype (PEFT: fp32)")
     parser.add_argument("--kv", choices=("static", "dynamic"), default="static", help="the decoder's cache")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
@@ -133,10 +133,11 @@ def setups(options: argparse.Namespace) -> list[Setup]:
             options.kv,
             options.device,
             options.layers,
-            options.quantize,
+            quantize,
         )
         for model in options.model
         for dtype in options.dtype
+        for quantize in options.quantize
     ]
 
 
