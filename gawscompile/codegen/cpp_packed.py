@@ -10,13 +10,15 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import dtype_of
 
 _HERE = Path(__file__).parent
-_PACKED, _ROWS = ((_HERE / f"{name}.cpp").read_text().strip() for name in ("packed", "packed_rows"))
+_PACKED, _DOTS, _ROWS = (
+    (_HERE / f"{name}.cpp").read_text().strip() for name in ("packed", "packed_dots", "packed_rows")
+)
 
 
 def prelude(spec: KernelSpec) -> list[str]:
     """What kernels of a group with packed weights build on."""
     terms = packed_of(spec).values()
-    return [_PACKED] * bool(terms) + [_ROWS] * any(term.summed_apart for term in terms)
+    return [_PACKED, _DOTS] * bool(terms) + [_ROWS] * any(term.summed_apart for term in terms)
 
 
 def constants(spec: KernelSpec) -> list[str]:
@@ -69,22 +71,23 @@ def weights(spec: KernelSpec) -> list[str]:
 
 def activations(spec: KernelSpec) -> list[str]:
     """x in the orders in which the group's codes are read: a thread's own."""
-    kinds = dict.fromkeys(_codes(term) for term in packed_of(spec).values() if not in_blocks(term))
-    return [f"    const float* {_ordered(kind)} = ordered<{kind}, K>(x, m);" for kind in kinds]
+    kinds = {_ordered(term): term for term in packed_of(spec).values() if not in_blocks(term)}
+    return [f"    const auto {name} = ordered<{_codes(t)}, K, {t.group}>(x, m);" for name, t in kinds.items()]
 
 
 def apart(i: int, term: Packed) -> tuple[str, str]:
     """What sums rows of a weight up in memory, and the x that it reads."""
-    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(_codes(term)))
+    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(term))
 
 
 def dot(i: int, term: Packed) -> str:
     """W x, as a part of a projection."""
-    return f"unpacked(q{i}, {_ordered(_codes(term))})"
+    return f"unpacked(q{i}, {_ordered(term)})"
 
 
-def _ordered(kind: str) -> str:
-    return "x_" + "".join(c if c.isalnum() else "_" for c in kind).strip("_").lower()
+def _ordered(term: Packed) -> str:
+    """x, as this weight reads it."""
+    return f"x_{term.kept.name}_{term.group}"
 
 
 def row_bytes(term: Packed) -> int:

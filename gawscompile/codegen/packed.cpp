@@ -4,12 +4,27 @@ namespace {
 // What stands for scales or zeros that are none.
 struct Nothing {};
 
-// A scale, or a zero, for each GROUP of a row's columns.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int32_t EACH[V] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline __mmask16 some(int count) { return (__mmask16)((1u << count) - 1); }
+inline __m512i bytes(const uint8_t* p, int count) {
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some(count), p));
+}
+#endif
+
+// A scale, or a zero, for each GROUP of a row's columns; V of them, or `count`, where there are such vectors.
 template <int64_t GROUPS, class T>
 struct Plain {
   const T* numbers;
   float factor;
   float at(int64_t row, int64_t g) const { return factor * float(numbers[row * GROUPS + g]); }
+#if defined(CPU_CAPABILITY_AVX512)
+  F at(int64_t row, int64_t g, int count) const {
+    const T* p = numbers + row * GROUPS + g;
+    if constexpr (std::is_same_v<T, uint8_t>) return F(factor) * F(_mm512_cvtepi32_ps(bytes(p, count)));
+    else return F(factor) * widened(p, count);
+  }
+#endif
 };
 
 // The same, where they are coded by 8 bits once more.
@@ -22,9 +37,26 @@ struct Coded {
     const int64_t i = row * GROUPS + g;
     return factor * (levels[codes[i]] * outer[i / 256] + offset);
   }
+#if defined(CPU_CAPABILITY_AVX512)
+  F at(int64_t row, int64_t g, int count) const {
+    const int64_t i = row * GROUPS + g;
+    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int(i % 256)), _mm512_loadu_si512(EACH));
+    const F level(_mm512_i32gather_ps(bytes(codes + i, count), levels, 4));
+    const F wide(_mm512_mask_i32gather_ps(
+        _mm512_setzero_ps(), some(count), _mm512_srli_epi32(places, 8), outer + i / 256, 4));
+    return F(factor) * fmadd(level, wide, F(offset));
+  }
+#endif
 };
 
-// ---- codes: 2V numbers from where a row's codes lie, and the order in which x's meet them --------------------
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+constexpr bool PAIRED = true;
+#else
+constexpr bool PAIRED = false;
+#endif
+
+// ---- codes: 2V numbers from where a row's codes lie, and the order in which x's meet them. `InBf16` makes the numbers
+// of 64 columns in bf16, less OFFSET: those of even columns are a sum of PARTS, and so are those of odd ones -----
 
 // of one byte each
 template <class T>
@@ -65,6 +97,25 @@ struct Byte {
     if constexpr (ZEROS) return {fmadd(q.lo, scale, shift), fmadd(q.hi, scale, shift)};
     else return {q.lo * scale, q.hi * scale};
   }
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  // A number less OFFSET is 128 and its lower seven bits, plus -128 or -256: one bitwise step makes either. Both are exact,
+  // and the sum of their products is as exact as fp32 is at 256 |x|. (An infinite x gives NaN.)
+  struct InBf16 {
+    static constexpr int PARTS = 2;
+    static constexpr float OFFSET = std::is_signed_v<T> ? 0.f : 128.f;
+    void get(__m512bh (&even)[2], __m512bh (&odd)[2], const T* p, bool) const {
+      split(even, _mm512_loadu_si512(p));
+      split(odd, _mm512_srli_epi16(_mm512_loadu_si512(p), 8));
+    }
+    static void split(__m512bh (&parts)[2], __m512i codes) {
+      constexpr int AND_OR = 0xea, ANDNOT_OR = 0xae, LOWER = std::is_signed_v<T> ? AND_OR : ANDNOT_OR;
+      const auto word = [](int bits) { return _mm512_set1_epi16(short(bits)); };
+      parts[0] = (__m512bh)_mm512_ternarylogic_epi32(codes, word(0x007f), word(0x4300), AND_OR);
+      parts[1] = (__m512bh)_mm512_ternarylogic_epi32(codes, word(0x0080), word(0xc300), LOWER);
+    }
+  };
+#endif
 };
 
 // The sixteen numbers that codes of four bits stand for in a group: scaled once, they cost nothing more.
@@ -109,6 +160,16 @@ struct FourBits {
   template <class... Numbers>
   explicit FourBits(Numbers... scale_and_zero) : levels(Levels::of(TABLE).scaled(scale_and_zero...)) {}
   FourBits() = default;
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  // Levels are rounded to bf16, as libraries round a weight before they multiply it.
+  struct Rounded {
+    static constexpr int PARTS = 1;
+    static constexpr float OFFSET = 0;
+    const __m512i levels = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(F::loadu(TABLE)));
+    __m512bh operator()(__m512i codes) const { return (__m512bh)_mm512_permutexvar_epi16(codes, levels); }
+  };
+#endif
 };
 
 // A byte has the codes of two columns, the first in its upper half. x's even columns come first, then
@@ -135,6 +196,15 @@ struct Pairs : FourBits<TABLE> {
     return load_pair(numbers);
 #endif
   }
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  struct InBf16 : FourBits<TABLE>::Rounded {
+    void get(__m512bh (&even)[1], __m512bh (&odd)[1], const uint8_t* p, bool) const {
+      const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+      even[0] = (*this)(_mm512_srli_epi16(codes, 4)), odd[0] = (*this)(codes);
+    }
+  };
+#endif
 };
 
 // A byte has the codes of a row in its upper half and of the row n/2 further down in the other.
@@ -166,6 +236,15 @@ struct Halved : FourBits<TABLE> {
     return load_pair(numbers);
 #endif
   }
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  struct InBf16 : FourBits<TABLE>::Rounded {
+    void get(__m512bh (&even)[1], __m512bh (&odd)[1], const uint8_t* p, bool upper) const {
+      const __m512i codes = _mm512_srli_epi16(_mm512_loadu_si512(p), upper ? 4 : 0);
+      even[0] = (*this)(codes), odd[0] = (*this)(_mm512_srli_epi16(codes, 8));
+    }
+  };
+#endif
 };
 
 // ---- a weight ------------------------------------------------------------------------------------------------
@@ -196,94 +275,6 @@ struct Packed {
 template <int64_t K, int64_t N, int64_t GROUP, class Codes, class Scales, class Zeros>
 auto packed(const typename Codes::Code* codes, Scales scales, Zeros zeros) {
   return Packed<K, N, GROUP, Codes, Scales, Zeros>{codes, scales, zeros};
-}
-
-// x in fp32, in the order in which codes are read: a thread's own copy, unless it lies so already.
-template <class Codes, int64_t K, class TX>
-inline const float* ordered(const TX* x, int64_t m) {
-  if constexpr (std::is_same_v<TX, float> && !Codes::PAIRS) {
-    return x;
-  } else {
-    static thread_local Buffer numbers;
-    float* found = numbers.of(m * K);
-    for (int64_t at = 0; at < m * K; at += 2 * V) {
-      const Pair v = load_pair(x + at);
-#if defined(CPU_CAPABILITY_AVX512)
-      if constexpr (Codes::PAIRS) {
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-        store_pair(found + at, Pair{_mm512_permutex2var_ps(v.lo, even, v.hi), _mm512_permutex2var_ps(v.lo, odd, v.hi)});
-        continue;
-      }
-#endif
-      store_pair(found + at, v);
-      if constexpr (Codes::PAIRS) {
-        float line[2 * V];
-        std::memcpy(line, found + at, sizeof line);
-        for (int i = 0; i < V; ++i) found[at + i] = line[2 * i], found[at + V + i] = line[2 * i + 1];
-      }
-    }
-    return found;
-  }
-}
-
-// acc[r][t] = W x for R rows and T tokens: nothing has joined the sums before.
-template <int R, int T, class W>
-[[gnu::always_inline]] inline void unpack_dot(F (&acc)[R][T], const W& w, int64_t row, const float* x) {
-  constexpr int64_t K = W::K, G = W::GROUP, BYTES = 2 * V * W::Codes::BITS / 8;
-  for (int64_t g = 0; g < K / G; ++g) {
-    typename W::Codes groups[R];
-    for (int r = 0; r < R; ++r) groups[r] = w.group(row + r, g);
-    for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
-      Pair xs[T];
-      for (int t = 0; t < T; ++t) xs[t] = load_pair(x + t * K + k);
-      const char* ahead = (const char*)w.at(row, 0) + R * (k / (2 * V)) * BYTES + AHEAD;
-      for (int at = 0; at < R * BYTES; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
-      for (int r = 0; r < R; ++r) {
-        const Pair v = w.get(groups[r], row + r, k);
-        for (int t = 0; t < T; ++t) {
-          acc[r][t] = fmadd(v.lo, xs[t].lo, acc[r][t]);
-          acc[r][t] = fmadd(v.hi, xs[t].hi, acc[r][t]);
-        }
-      }
-    }
-  }
-  if constexpr (W::LATE)
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) acc[r][t] = acc[r][t] * F(w.scales.at(row + r, 0));
-}
-
-// W x: a part of a projection, the first to join a tile's sums.
-template <class W>
-inline auto unpacked(const W& w, const float* x) {
-  return [=](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) { unpack_dot(acc, w, row, x + t0 * W::K); };
-}
-
-// W as a matrix, for the library.
-template <class W, class T>
-void unpack(const W& w, T* out) {
-#pragma omp parallel for
-  for (int64_t row = 0; row < W::N; ++row)
-    for (int64_t k = 0; k < W::K; k += 2 * V) {
-      Pair v = w.get(w.group(row, k / W::GROUP), row, k);
-      if constexpr (W::LATE) {
-        const F s(w.scales.at(row, 0));
-        v = {v.lo * s, v.hi * s};
-      }
-      if constexpr (W::Codes::PAIRS) {
-#if defined(CPU_CAPABILITY_AVX512)
-        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-        v = {_mm512_permutex2var_ps(v.lo, first, v.hi), _mm512_permutex2var_ps(v.lo, second, v.hi)};
-#else
-        float even[2 * V], line[2 * V];
-        store_pair(even, v);
-        for (int i = 0; i < V; ++i) line[2 * i] = even[i], line[2 * i + 1] = even[V + i];
-        v = load_pair(line);
-#endif
-      }
-      store_pair(out + row * W::K + k, v);
-    }
 }
 
 }  // namespace

@@ -173,9 +173,10 @@ void unpack(const Blocks<K, N, GROUP, TS>& w, T* out) {
 
 // A share of a weight whose bytes have codes of rows n/2 apart: both rows are summed up while a byte is at hand. `f` is
 // by_blocks' and is called for the upper rows, then for the lower.
-template <class W, class Fn>
-inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, const float* x, Fn&& f) {
+template <class W, class X, class Fn>
+inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, X x, Fn&& f) {
   constexpr int64_t K = W::K, G = W::GROUP, HALF = W::N / 2, LDZ = 256;
+  constexpr bool WIDE = std::is_same_v<X, Ordered<K>>;  // x in fp32
   static_assert(HALF % ROWS == 0 && !W::Codes::PAIRS);
   static thread_local Buffer sums;
   share.range(HALF / ROWS, 2 * cost, [&](int64_t first, int64_t last) {
@@ -186,12 +187,14 @@ inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, const f
         constexpr int R = decltype(rows)::value, T = decltype(width)::value;
         F upper[R][T], lower[R][T];
         clear(upper), clear(lower);
-        for (int64_t g = 0; g < K / G; ++g) {
+        if constexpr (!WIDE) {
+          unpack_dot(upper, w, at + r, x.from(t0)), unpack_dot(lower, w, HALF + at + r, x.from(t0));
+        } else for (int64_t g = 0; g < K / G; ++g) {
           typename W::Codes high[R], low[R];
           for (int i = 0; i < R; ++i) high[i] = w.group(at + r + i, g), low[i] = w.group(HALF + at + r + i, g);
           for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
             Pair xs[T];
-            for (int t = 0; t < T; ++t) xs[t] = load_pair(x + (t0 + t) * K + k);
+            for (int t = 0; t < T; ++t) xs[t] = load_pair(x.numbers + (t0 + t) * K + k);
             const char* ahead = (const char*)w.at(at + r, 0) + R * k + AHEAD;
             for (int i = 0; i < R * 2 * V; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
             for (int i = 0; i < R; ++i) {
@@ -210,7 +213,7 @@ inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, const f
           }
       };
       for_tokens(0, m, [&](auto width, int64_t t0) {  // as many accumulators as there are registers for
-        constexpr int R = decltype(width)::value <= 2 ? ROWS : 2;
+        constexpr int R = !WIDE || decltype(width)::value <= 2 ? ROWS : 2;
         for (int64_t r = 0; r < count; r += R) some(Int<R>{}, width, r, t0);
       });
       f(at / ROWS, (at + count) / ROWS, z - at, LDZ);

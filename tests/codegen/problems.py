@@ -98,19 +98,21 @@ def packed(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Packed:
 
 
 def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
-    """What the rounding of W x is measured by: |W|, or |scale| (|level| + |zero|), and a coded scale's two parts."""
+    """What the rounding of W x is measured by: |W|, or |scale| (|level| + |zero|), and a coded scale's two parts. Dot
+    products of bf16 round levels of 4 bits to bf16, and sum codes of 8 bits up as two numbers of 256 at most each."""
     if spec.projections[i].packed is None:
         return weight(spec, i, operands).abs()
     term = packed(spec, i, operands)
     size = term.kept.numbers(term.codes, term.table, term.n, term.k, torch.float64).abs()
+    if spec.x == "bf16":
+        size = size + 512 if term.kept.layout == "bytes" else size * (1 + 2**14 / 6)
     if term.zeros is not None:
         size = size + spread(term.zeros.double().abs(), term.n, term.k)
     if term.scales is not None:
         parts = [part if part is None else part.abs() for part in (term.levels, term.outer, term.offset)]
         scales = plain_scales(term.scales, *parts, torch.float64).abs() * abs(term.factor)
         size = size * spread(scales, term.n, term.k, term.kept.by_groups)
-    # bf16's dot products take the levels of blocks rounded to bf16
-    return size * (1 + 2**15 * (term.kept.by_groups and spec.x == "bf16"))
+    return size
 
 
 def _banked(x: Tensor, pool: Tensor, schedule: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

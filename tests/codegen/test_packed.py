@@ -41,7 +41,7 @@ def kinds(coding):
 
 def every_kind(coding, x, k=160):
     """All of a coding's kinds beside each other, with a group of each size."""
-    groups = itertools.cycle([32, k, *[64] * (k % 64 == 0)])
+    groups = itertools.cycle([64, k] if k % 64 == 0 else [32, k])
     parts = [base(coding, next(groups), kind, out=x) for kind in kinds(coding)]
     parts += [base(coding, next(groups), "s=f32", out=x)]
     return "; ".join([f"k={k} x={x}", *parts])
@@ -74,6 +74,8 @@ BESIDE = {
     "swiglu bf16": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}; "
     f"{base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}",
 }
+# groups of whole steps, which bf16's dot products take
+GRID |= {f"{coding}-bf16-steps": every_kind(coding, "bf16", k=192) for coding in CODINGS}
 SPECS = {**BESIDE, **GRID}
 SLOW = {f"{coding}-f16" for coding in CODINGS} | {f"{coding}-bf16" for coding in ("uint8", "fp4")}
 NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SPECS]

@@ -1,0 +1,182 @@
+// What multiplies packed weights (`packed.cpp`): dot products by two kinds of vectors, and a dense copy for the library.
+namespace {
+
+// x in fp32, in the order in which codes are read.
+template <int64_t K>
+struct Ordered {
+  const float* numbers;
+  Ordered from(int64_t t) const { return {numbers + t * K}; }
+};
+
+// x in bf16: of every 64 columns the even ones, then the odd ones, and each group's sum.
+template <int64_t K, int64_t GROUP>
+struct Paired {
+  const bf16* numbers;
+  const float* sums;
+  Paired from(int64_t t) const { return {numbers + t * K, sums + t * (K / GROUP)}; }
+};
+
+// Either, as a weight needs it: a thread's own copy, unless x lies so already.
+template <class Codes, int64_t K, int64_t GROUP, class TX>
+inline auto ordered(const TX* x, int64_t m) {
+  if constexpr (PAIRED && std::is_same_v<TX, bf16> && GROUP % 64 == 0) {
+    static thread_local Buffer numbers, sums;
+    bf16* words = (bf16*)numbers.of(m * K / 2);
+    float* groups = sums.of(m * (K / GROUP));
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+    int16_t places[2][32];
+    for (int i = 0; i < 32; ++i) places[0][i] = 2 * i, places[1][i] = 2 * i + 1;
+    const __m512i even = _mm512_loadu_si512(places[0]), odd = _mm512_loadu_si512(places[1]);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    for (int64_t g = 0; g < m * (K / GROUP); ++g) {
+      F total(0.f);
+      for (int64_t at = g * GROUP; at < (g + 1) * GROUP; at += 64) {
+        const __m512i a = _mm512_loadu_si512(x + at), b = _mm512_loadu_si512(x + at + 32);
+        total = F(_mm512_dpbf16_ps(_mm512_dpbf16_ps(total, (__m512bh)a, ones), (__m512bh)b, ones));
+        _mm512_storeu_si512(words + at, _mm512_permutex2var_epi16(a, even, b));
+        _mm512_storeu_si512(words + at + 32, _mm512_permutex2var_epi16(a, odd, b));
+      }
+      groups[g] = sum(total);
+    }
+#endif
+    return Paired<K, GROUP>{words, groups};
+  } else if constexpr (std::is_same_v<TX, float> && !Codes::PAIRS) {
+    return Ordered<K>{x};
+  } else {
+    static thread_local Buffer numbers;
+    float* found = numbers.of(m * K);
+    for (int64_t at = 0; at < m * K; at += 2 * V) {
+      const Pair v = load_pair(x + at);
+#if defined(CPU_CAPABILITY_AVX512)
+      if constexpr (Codes::PAIRS) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        store_pair(found + at, Pair{_mm512_permutex2var_ps(v.lo, even, v.hi), _mm512_permutex2var_ps(v.lo, odd, v.hi)});
+        continue;
+      }
+#endif
+      store_pair(found + at, v);
+      if constexpr (Codes::PAIRS) {
+        float line[2 * V];
+        std::memcpy(line, found + at, sizeof line);
+        for (int i = 0; i < V; ++i) found[at + i] = line[2 * i], found[at + V + i] = line[2 * i + 1];
+      }
+    }
+    return Ordered<K>{found};
+  }
+}
+
+// acc[r][t] = W x for R rows and T tokens: nothing has joined the sums before.
+template <int R, int T, class W>
+[[gnu::always_inline]] inline void unpack_dot(F (&acc)[R][T], const W& w, int64_t row, Ordered<W::K> x) {
+  constexpr int64_t K = W::K, G = W::GROUP, BYTES = 2 * V * W::Codes::BITS / 8;
+  for (int64_t g = 0; g < K / G; ++g) {
+    typename W::Codes groups[R];
+    for (int r = 0; r < R; ++r) groups[r] = w.group(row + r, g);
+    for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
+      Pair xs[T];
+      for (int t = 0; t < T; ++t) xs[t] = load_pair(x.numbers + t * K + k);
+      const char* ahead = (const char*)w.at(row, 0) + R * (k / (2 * V)) * BYTES + AHEAD;
+      for (int at = 0; at < R * BYTES; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
+      for (int r = 0; r < R; ++r) {
+        const Pair v = w.get(groups[r], row + r, k);
+        for (int t = 0; t < T; ++t) {
+          acc[r][t] = fmadd(v.lo, xs[t].lo, acc[r][t]);
+          acc[r][t] = fmadd(v.hi, xs[t].hi, acc[r][t]);
+        }
+      }
+    }
+  }
+  if constexpr (W::LATE)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) acc[r][t] = acc[r][t] * F(w.scales.at(row + r, 0));
+}
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+// The same, by vdpbf16ps: scales and zeros meet the sum of a group, not its numbers.
+template <int R, int T, class W>
+[[gnu::always_inline]] inline void unpack_dot(F (&acc)[R][T], const W& w, int64_t row, Paired<W::K, W::GROUP> x) {
+  constexpr int64_t K = W::K, G = W::GROUP, BYTES = 64 * W::Codes::BITS / 8;
+  using Numbers = typename W::Codes::InBf16;
+  constexpr int PARTS = Numbers::PARTS, CHAINS = T == 1 ? 2 : 1;  // one multiply-add waits for the one before
+  const Numbers numbers;
+  constexpr int GROUPS = K / G;
+  constexpr bool SHIFTED = W::ZEROS || Numbers::OFFSET != 0;
+  float scales[R][blocks(GROUPS, V) * V];  // in fp32, before the loop over numbers, whose steps are short
+  for (int g = 0; g < GROUPS; g += V) {
+    const int count = min<int>(V, GROUPS - g);
+    for (int r = 0; r < R; ++r) {
+      F scale(1.f), shift(Numbers::OFFSET);
+      if constexpr (W::SCALES) scale = w.scales.at(row + r, g, count);
+      if constexpr (W::ZEROS) shift = fmadd(w.zeros.at(row + r, g, count), F(-1.f), shift);
+      scale.store(scales[r] + g);
+      for (int t = 0; SHIFTED && t < T; ++t)
+        acc[r][t] = fmadd(scale * shift, F::loadu(x.sums + t * GROUPS + g, count), acc[r][t]);
+    }
+  }
+  for (int64_t g = 0; g < GROUPS; ++g) {
+    F part[R][T][CHAINS];
+    for (auto& of_row : part)
+      for (auto& of_token : of_row)
+        for (F& p : of_token) p = F(0.f);
+    for (int64_t k = g * G; k < (g + 1) * G; k += 64) {
+      __m512bh xs[T][2];
+      for (int t = 0; t < T; ++t)
+        for (int i = 0; i < 2; ++i) xs[t][i] = (__m512bh)_mm512_loadu_si512(x.numbers + t * K + k + 32 * i);
+      const char* ahead = (const char*)w.at(row, 0) + R * (k / 64) * BYTES + AHEAD;
+      for (int at = 0; at < R * BYTES; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
+      for (int r = 0; r < R; ++r) {
+        __m512bh even[PARTS], odd[PARTS];
+        numbers.get(even, odd, w.at(row + r, k), row + r < W::N / 2);
+        for (int t = 0; t < T; ++t)
+          for (int i = 0; i < PARTS; ++i) {
+            F &first = part[r][t][0], &last = part[r][t][CHAINS - 1];
+            first = F(_mm512_dpbf16_ps(first, even[i], xs[t][0]));
+            last = F(_mm512_dpbf16_ps(last, odd[i], xs[t][1]));
+          }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) {
+        F total = part[r][t][0];
+        if constexpr (CHAINS == 2) total = total + part[r][t][1];
+        acc[r][t] = fmadd(total, F(scales[r][g]), acc[r][t]);
+      }
+  }
+}
+#endif
+
+// W x: a part of a projection, the first to join a tile's sums.
+template <class W, class X>
+inline auto unpacked(const W& w, X x) {
+  return [=](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) { unpack_dot(acc, w, row, x.from(t0)); };
+}
+
+// W as a matrix, for the library.
+template <class W, class T>
+void unpack(const W& w, T* out) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < W::N; ++row)
+    for (int64_t k = 0; k < W::K; k += 2 * V) {
+      Pair v = w.get(w.group(row, k / W::GROUP), row, k);
+      if constexpr (W::LATE) {
+        const F s(w.scales.at(row, 0));
+        v = {v.lo * s, v.hi * s};
+      }
+      if constexpr (W::Codes::PAIRS) {
+#if defined(CPU_CAPABILITY_AVX512)
+        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        v = {_mm512_permutex2var_ps(v.lo, first, v.hi), _mm512_permutex2var_ps(v.lo, second, v.hi)};
+#else
+        float even[2 * V], line[2 * V];
+        store_pair(even, v);
+        for (int i = 0; i < V; ++i) line[2 * i] = even[i], line[2 * i + 1] = even[V + i];
+        v = load_pair(line);
+#endif
+      }
+      store_pair(out + row * W::K + k, v);
+    }
+}
+
+}  // namespace
