@@ -28,8 +28,6 @@ from gawscompile.runtime.wrapper import Code, Unreadable
 
 log = logging.getLogger("gawscompile")
 
-ops.LIBRARY.define("execute(Tensor[] inputs, int[] integers, int executor) -> Tensor[]")
-
 
 class Executor:
     """The steps of one compiled graph; called as Inductor's wrapper is, with the list of the graph's inputs."""

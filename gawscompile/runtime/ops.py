@@ -42,6 +42,8 @@ def _fake(x: torch.Tensor, operands: list[torch.Tensor], program: str) -> list[t
 
 torch.library.register_fake("gaws::project", _fake, lib=LIBRARY)
 LIBRARY.define("derive(Tensor[] sources, str recipe) -> Tensor")
+# `Executor`'s. Its kernel is in the library that `ensure_loaded` loads, and torch wants no kernel without an op.
+LIBRARY.define("execute(Tensor[] inputs, int[] integers, int executor) -> Tensor[]")
 
 
 def _derive(sources: list[torch.Tensor], recipe: str) -> torch.Tensor:
