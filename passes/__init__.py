@@ -23,11 +23,13 @@ from gawscompile.passes import (
     merge_blocks,
     recover_operators,
     split_streams,
+    unfold_convolutions,
 )
 
 PIPELINE = (
     split_streams,
     canonicalize,
+    unfold_convolutions,
     merge_blocks,
     recover_operators,
     join_banks,

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
+from torch.fx.experimental import _config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
@@ -53,7 +54,9 @@ def _meaning(context: Context, node: Node, reads: list[Node]) -> Graph:
             return cast(Any, node.target)(*map_arg(inputs, dict(zip(reads, tensors, strict=True)).__getitem__))
 
         values = [read.meta["val"] for read in reads]
-        with values[0].fake_mode, torch.no_grad():
+        # decompositions choose by symbolic sizes where they can: they must take the general way, and add no guard
+        general = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with values[0].fake_mode, torch.no_grad(), general:
             # not the nodes' own: passes give several nodes one, and the trace would take those for the same tensor
             fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
             context.meanings[key] = make_fx(run, decomposition_table=select_decomp_table())(*fakes).graph

@@ -10,6 +10,7 @@ OP = "runtime/dispatch.cpp"
 
 SPELLINGS = "tests/passes/test_spellings.py"
 SOURCES = "tests/runtime/test_sources.py"
+NO_IMAGES = "the zoo has no convolutions"
 
 FAULTS: dict[str, Fault] = {
     # --- What runs around the kernels ---------------------------------------------------------------------------
@@ -156,6 +157,20 @@ FAULTS: dict[str, Fault] = {
         "    if order == sorted(order):\n        return matrix\n",
         "    return matrix\n",
         "tests/passes/test_merge_blocks.py",
+    ),
+    "a convolution's scale lost": Fault(
+        "passes/unfold_convolutions.py",
+        "{product: self.of(args(product)[0])}), None, node)",
+        "{product: self.of(args(product)[0])}) and self.of(args(product)[0]), None, node)",
+        "tests/passes/test_unfold_convolutions.py",
+        unproven=NO_IMAGES,
+    ),
+    "a padded convolution taken for a projection": Fault(
+        "passes/unfold_convolutions.py",
+        "set(stride) == {1} and set(padding) == {0}",
+        "set(stride) == {1}",
+        "tests/passes/test_unfold_convolutions.py",
+        unproven=NO_IMAGES,
     ),
     "half of a stream's sum lost": Fault(
         "passes/split_streams.py",

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from gawscompile.ir.recipe import hoisted
-from gawscompile.ir.sizes import same_sizes, settled
+from gawscompile.ir.sizes import same_size, same_sizes, settled
 from gawscompile.ir.sums import linear
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -63,7 +63,13 @@ def is_cast(node: Any) -> bool:
 
 
 def is_parameter(node: Any) -> bool:
-    """A graph input (every parameter and buffer is one), or what `hoist_weights` has made of them."""
+    """A graph input (every parameter and buffer is one), one without its dimensions of size one (a convolution's weight
+    of one position), or what `hoist_weights` has made of them."""
+    while is_call(node, *VIEWS) and value(node) is not None and value(args(node)[0]) is not None:
+        wide = [shape(one) for one in (node, args(node)[0])]
+        if not same_sizes(*(tuple(size for size in sizes if not same_size(size, 1)) for sizes in wide)):
+            return False
+        node = args(node)[0]
     return isinstance(node, Node) and (node.op == "placeholder" or is_call(node, hoisted))
 
 

@@ -298,6 +298,21 @@ def _blocks(draft: Draft, x: str, y: str) -> str:
     return _add(draft, y, draft.let(f"torch.einsum('...jr,jro->...jo', {dealt}, {b}).flatten(-2)"))
 
 
+def _convolved(draft: Draft, x: str, y: str) -> str:
+    """Convolutions along tokens, of one of them or, but for the last, of three."""
+    n, k, dtype = features(draft, y), features(draft, x), draft.kind(x)
+    if len(draft.shape(x)) not in (2, 3) or 0 in draft.shape(x):
+        raise Unfit("no image")
+    r, size, more = _rank(draft), *draft.pick(("1", ""), ("1", ""), ("3", ", padding=1"))
+    image = draft.let(f"{x}.mT{'[None]' * (len(draft.shape(x)) == 2)}{draft.pick('', '.contiguous()')}")
+    w, a = draft.parameter(n, k, size, dtype=dtype), draft.parameter(r, k, size, dtype=dtype)
+    bias = draft.parameter(n, dtype=dtype) if draft.chance(0.3) else "None"
+    base = draft.let(f"F.conv1d({image}, {w}, {bias}{more})")
+    b = draft.parameter(n, r, "1", dtype=dtype)
+    delta = scaled(draft, draft.let(f"F.conv1d({draft.let(f'F.conv1d({image}, {a}{more})')}, {b})"))
+    return draft.let(f"({base} + {delta}).mT{'[0]' * (len(draft.shape(x)) == 2)}")
+
+
 def _rotated(draft: Draft, x: str, y: str) -> str:
     """A base weight times a rotation that parameters make (OFT), by way of a series."""
     _, k, w, dtype = _weights(draft, x, y)
@@ -359,6 +374,7 @@ KINDS: list[tuple[Callable[[Draft, str, str], str], float]] = [
     (_kron, 2),
     (_gaws, 3),
     (_blocks, 2),
+    (_convolved, 1.5),
     (_rotated, 0.5),
     (_on_a_product, 1),
     (_near_miss, 3),
