@@ -1,9 +1,9 @@
-"""Every projection of SmolLM2 by both CPU plans, with weights that come from memory: what the cost model is fitted to.
+"""Every projection of a model by both CPU plans, with weights that come from memory: what the cost model is fitted to.
 
     python -m benchmarks.projections --dtype float32 bfloat16 --tokens 1 2 4 16 128 512
     python -m benchmarks.projections --dtype bfloat16 --tokens 1 --weights plain int8 nf4 nf4-blocks hqq4
 
-Each of 30 layers has weights of its own, on huge pages, so no call finds them in a cache, as in a model. Columns: ms
+Each layer has weights of its own, on huge pages, so no call finds them in a cache, as in a model. Columns: ms
 for all projections of a forward pass, without and with a LoRA of rank 16 in fp32, and for reading the weights of the
 bare ones and no more; medians over `--rounds` in turns. `--weights`: as they are kept, see docs/quantised.md.
 """
@@ -25,9 +25,11 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, OPERAND_DTYPES
 from gawscompile.runtime import ops, pages
 
-LAYERS = 30
-GROUPS: dict[int, list[tuple[int, ...]]] = {576: [(576, 192, 192), (576,), (1536, 1536)], 1536: [(576,)]}
-"""Features in → the features out of each group that reads them."""
+GROUPS: dict[str, tuple[int, dict[int, list[tuple[int, ...]]]]] = {
+    "smollm2": (30, {576: [(576, 192, 192), (576,), (1536, 1536)], 1536: [(576,)]}),
+    "llama-3.2-1b": (4, {2048: [(2048, 512, 512), (2048,), (8192, 8192)], 8192: [(2048,)]}),
+}
+"""Layers, and of each: features in → the features out of each group that reads them."""
 PLANS = ("gemv_cpp", "gemm_accumulate")
 NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -60,20 +62,21 @@ def forward(calls: list[tuple[torch.Tensor, list[torch.Tensor], str]]) -> None:
         torch.ops.gaws.project(*call)
 
 
-def run(dtype: str, weights: str, m: int, rounds: int) -> list[str]:
+def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
     """A row of the table: dtype, weights, tokens, for each plan base and LoRA in ms, and reading alone."""
     name = NAMES[dtype]
     variants: dict[tuple[str, str], Callable[[], None]] = {}
     for plan in PLANS:
         for lora in ("", " lora(r=16 f32 s=2.0)"):
             calls = []
-            for k, groups in GROUPS.items():
+            layers, features = GROUPS[model]
+            for k, groups in features.items():
                 for widths in groups:
                     kept = WEIGHTS[weights].format(x=name, k=k)
                     parts = [f"n={n} {kept} out={name}{lora}" for n in widths]
                     spec = KernelSpec.parse("; ".join([f"k={k} x={name}", *parts]))
                     x = torch.randn(m, k).to(DTYPES[name])
-                    calls += [(x, operands(spec, m), f"{plan} | {spec}") for _ in range(LAYERS)]
+                    calls += [(x, operands(spec, m), f"{plan} | {spec}") for _ in range(layers)]
             tensors = [tensor for _, given, _ in calls for tensor in given]
             pages.enlarge(tensors)
             variants[plan, lora] = functools.partial(forward, calls)
@@ -92,6 +95,7 @@ def run(dtype: str, weights: str, m: int, rounds: int) -> list[str]:
 def main() -> None:
     """The table, on stdout and into ``--markdown``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", choices=list(GROUPS), help="its shapes (default smollm2)")
     parser.add_argument("--dtype", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--weights", nargs="+", default=["plain"], choices=list(WEIGHTS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 16, 128, 512])
@@ -102,7 +106,7 @@ def main() -> None:
     plans = (f"{plan}, {kind}" for plan in PLANS for kind in ("base", "LoRA"))
     headers = ["dtype", "weights", "tokens", *plans, "reading alone"]
     cells = [(dtype, kept, m) for dtype in options.dtype for kept in options.weights for m in options.tokens]
-    rows = [run(*cell, options.rounds) for cell in cells]
+    rows = [run(options.model, *cell, options.rounds) for cell in cells]
     print(measure.describe(measure.machine()) + "\n\n" + measure.table(headers, rows))
     command = " ".join(["python -m benchmarks.projections", *sys.argv[1:]])
     text = f"# Projections\n\n`{command}`\n\n{measure.describe(measure.machine())}\n\n"
