@@ -38,8 +38,9 @@ def encoder(folder: Path, model: Any, backend: str) -> Any:
     from sentence_transformers.models import Pooling, Transformer
 
     first = Transformer(str(folder), max_seq_length=128)
-    model = measure.sharing_copy(model)
-    first.auto_model = model if backend == "eager" else torch.compile(model, backend=backend, dynamic=True)
+    first.model = model = measure.sharing_copy(model)
+    if backend != "eager":
+        model.forward = torch.compile(model.forward, backend=backend, dynamic=True)
     return SentenceTransformer(modules=[first, Pooling(model.config.hidden_size)], device="cpu")
 
 
