@@ -207,7 +207,8 @@ class _Rows:
             return self._linear(node, self.of(x), bias, node)
         scaling = scaling_of(node)
         product = scaling[0] if scaling is not None else node
-        if is_projection(product) and args(product)[2] is None and args(product)[0] not in self.region:
+        whole = is_projection(product) and args(product)[2] is None and dtype(product) == dtype(node)
+        if whole and args(product)[0] not in self.region:
             # a base is never scaled: what the last projection reads is, and has few channels
             return self._linear(product, self._like(node, {product: self.of(args(product)[0])}), None, node)
         return self._like(node, {})

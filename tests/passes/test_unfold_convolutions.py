@@ -147,6 +147,30 @@ def test_near_misses_are_right(name):
     check(NEAR[name], X)
 
 
+def test_a_scale_that_widens_stays_where_it_is():
+    """A tensor of one dimension promotes its dtype; a projection of mixed dtypes there is none."""
+    w, a, b, s = WIDE.bfloat16(), image(2, 8, 3, 3).bfloat16(), B.bfloat16(), torch.full((1,), 3.0)
+
+    def function(x):
+        x = x.bfloat16()
+        base = F.conv2d(x, w, padding=1).float()
+        return base + F.conv2d(F.conv2d(x, a, padding=1), b) * s
+
+    captured = capture(function, X.to(memory_format=LAST))
+    context = captured.until()
+    (got,) = captured.run(context)
+    torch.testing.assert_close(got, captured.outputs[0], rtol=2e-2, atol=2e-1)
+
+
+def test_images_of_any_size():
+    model = adapted(Net(nn.Conv2d(16, 24, 1), nn.Conv2d(24, 12, 1, bias=False)))
+    captured = capture(model, image(2, 16, 6, 5), dynamic=True)
+    context = captured.until()
+    assert len(operators(context)) == 2 and count(context, CONVOLUTION) == 0
+    for got, want in zip(captured.run(context), captured.outputs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_of_one_image_without_a_batch():
     check(adapted(Net(nn.Conv2d(16, 24, 1))), image(16, 6, 5))
 
