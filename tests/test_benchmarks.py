@@ -215,7 +215,7 @@ def test_q_and_k_turn_in_pairs_in_llama_cpp(tiny_llama_dir):
     from benchmarks import ggml
 
     model = common.load_base(Setup(str(tiny_llama_dir)))
-    config, named = model.config, dict(ggml.weights(model))
+    config, named = model.config, {name: numbers for name, numbers, _ in ggml.weights(model)}
     q, heads = model.model.layers[0].self_attn.q_proj.weight, model.config.num_attention_heads
     head = q.view(heads, -1, q.shape[1])
     got = named["blk.0.attn_q.weight"].view(heads, -1, q.shape[1])
@@ -223,6 +223,19 @@ def test_q_and_k_turn_in_pairs_in_llama_cpp(tiny_llama_dir):
     assert torch.equal(got[:, 0::2], head[:, :half]) and torch.equal(got[:, 1::2], head[:, half:])
     assert named["blk.0.ffn_up.weight"] is model.model.layers[0].mlp.up_proj.weight
     assert len(named) == 2 + 9 * config.num_hidden_layers + (not config.tie_word_embeddings)
+
+
+def test_llama_cpp_gets_as_many_bits(tiny_llama_dir):
+    pytest.importorskip("torchao")
+    from benchmarks import ggml
+
+    setup = Setup(str(tiny_llama_dir), "bfloat16", quantize="int8")
+    plain, packed = common.load_base(Setup(str(tiny_llama_dir), "bfloat16")), common.load_base(setup)
+    bits = {name: (numbers, count) for name, numbers, count in ggml.weights(packed)}
+    assert {count for name, (_, count) in bits.items() if name.startswith("blk.0.ffn")} == {8, 16}  # and its norm
+    assert bits["token_embd.weight"][1] == 16
+    wanted = plain.model.layers[0].mlp.up_proj.weight.double()
+    assert (bits["blk.0.ffn_up.weight"][0] - wanted).abs().max() < wanted.abs().max() / 127
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torchao.quantization import Int8Tensor
 
 from benchmarks import quantized
 from benchmarks.common import linear_sizes
-from gawscompile import explain
+from gawscompile import ahead, explain
 from gawscompile.adapters import GAWSConfig
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.observe.store import RECORDS
@@ -146,6 +146,20 @@ def test_of_any_length(kind):
     close = CLOSE.get(kind, 1e-4)
     for count in (5, 40):
         torch.testing.assert_close(logits(compiled, count), logits(model, count), rtol=close, atol=close)
+
+
+@pytest.mark.slow
+def test_ahead_of_time(tmp_path):
+    """An AOTInductor package and the kernels for a GPU that is not here read codes as they are."""
+    model = quantised("int8")
+    record = ahead.package(model, tmp_path / "model.pt2", tokens(1, 3), use_cache=False)
+    assert sum("Packed[int8" in entry.operators for entry in record.linears) == 7 * LAYERS
+    run = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(run(tokens(1, 3), use_cache=False).logits, logits(model), rtol=1e-4, atol=1e-4)
+    traced = ahead.trace(quantised("int8", torch.bfloat16), ahead.gpu_for("cuda:90"), tokens(1, 1), use_cache=False)
+    table = ahead.emit(traced, "cuda:90", 1, tmp_path / "kernels")
+    spills = [line.split("|")[8].strip() for line in table.splitlines() if "project_" in line]
+    assert len(spills) == 4 and set(spills) == {"0"}, table
 
 
 FEW = ("Llama", "T5", "ViT")
