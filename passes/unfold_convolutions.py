@@ -45,7 +45,7 @@ def run(graph: Graph, context: Context) -> None:
     if not graph.find_nodes(op="call_function", target=CONVOLUTION):
         return
     for node in reversed(graph.nodes):
-        image = is_call(node, *SUMS) and value(node) is not None and len(shape(node)) > 2
+        image = is_call(node, *SUMS) and value(node) is not None and len(shape(node)) > 2 and _by_elements(node)
         if not image or node in settled or not context.looks_at(node):
             continue
         region = _region(node)
@@ -123,9 +123,9 @@ def _left(root: Node, region: set[Node]) -> str | None:
     """Why a region stays as it is, if it does."""
     if root.meta["val"].device.type != "cpu":
         return "on a GPU the library has them"
-    if not _by_elements(root) or not all(_image(node) for node in (root, *_sources(region))):
-        return "its images lie in memory in an order of their own"
     images = (root, *_sources(region))
+    if not all(map(_image, images)):
+        return "its images lie in memory in an order of their own"
     if any(is_call(source, CONVOLUTION) for source in images) and not all(map(_last, images)):
         # who copies what the library made gains nothing
         return "its base looks at several positions, and channels do not come last in memory"

@@ -171,6 +171,16 @@ def test_images_of_any_size():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_what_each_image_shares_is_added_later():
+    """A time embedding, of one number for each image and channel, as in a UNet's blocks."""
+    model = adapted(Net(nn.Conv2d(16, 24, 1)))
+    e = image(2, 24, seed=3)
+    captured = capture(lambda x: model.base_model.model.first(x) + e.tanh()[:, :, None, None], image(2, 16, 6, 5))
+    context = captured.until()
+    assert len(operators(context)) == 1 and count(context, CONVOLUTION) == 0
+    torch.testing.assert_close(captured.run(context)[0], captured.outputs[0], rtol=1e-4, atol=1e-4)
+
+
 def test_of_one_image_without_a_batch():
     check(adapted(Net(nn.Conv2d(16, 24, 1))), image(16, 6, 5))
 
