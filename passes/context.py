@@ -26,6 +26,10 @@ from gawscompile.runtime.ops import OPS
 log = logging.getLogger("gawscompile")
 
 
+NEARBY = 16
+"""Nodes at most that are asked for a name that lasts."""
+
+
 class VerifierError(AssertionError):
     """A pass broke the graph: the message names pass and node."""
 
@@ -157,9 +161,13 @@ class Context:
 
     def lasting_name(self, node: Node) -> str:
         """What `node` is called in every run: its own name in the untouched graph, or that of what it stands for, by
-        itself or by the first of its results."""
-        found = self.original(node) or next(filter(None, map(self.original, node.users)), None)
-        return (found or node).name
+        itself, by the first of its results or by what is made of these."""
+        near = [node]
+        for one in near:  # grows
+            if (found := self.original(one)) is not None:
+                return found.name
+            near += [user for user in one.users if user not in near][: NEARBY - len(near)]
+        return node.name
 
     # ---- edits --------------------------------------------------------------------------------------------
 

@@ -34,17 +34,20 @@ class Adapted(torch.nn.Linear):
 
 
 class Named(torch.nn.Module):
-    """The zoo, in which every pass finds something, and linears that are modules: q and k of one activation, and o."""
+    """The zoo, in which nearly every pass finds something, a convolution with an adapter, and linears that are modules:
+    q and k of one activation, and o."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.zoo = Zoo()
         self.q, self.k, self.o = (Adapted() for _ in range(3))
+        self.c, self.d, self.e = (torch.nn.Conv1d(*sizes, 1, bias=False) for sizes in ((64, 64), (64, 4), (4, 64)))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = x.asinh()
-        return *self.zoo(x), x + self.o(self.q(y).tanh() * self.k(y))
+        image = x.mT
+        return *self.zoo(x), x + self.o(self.q(y).tanh() * self.k(y)), self.c(image) + 2.0 * self.e(self.d(image))
 
 
 @pytest.fixture(scope="module")
