@@ -93,7 +93,8 @@ def worthwhile(leaf: Node) -> bool:
 
 
 def _sources(nodes: list[Node]) -> list[Node]:
-    return sorted({source for node in nodes for source in node.all_input_nodes if is_parameter(source)})
+    read = {source for node in nodes for source in node.all_input_nodes if is_parameter(source)}
+    return sorted(read.difference(nodes))  # a parameter's view is a step of the recipe
 
 
 def _hoist(graph: Graph, context: Context, leaf: Node) -> Node:

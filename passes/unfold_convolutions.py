@@ -31,6 +31,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.analysis.matrices import scaling_of
 from gawscompile.analysis.reading import args, aten, dtype, empty_like, is_call, is_cast, is_parameter, shape, value
+from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_size, same_sizes, same_strides
 from gawscompile.ir.sums import linear
 from gawscompile.passes.context import Context
@@ -42,6 +43,7 @@ BY_ELEMENTS = (*SUMS, aten.mul.Tensor, aten.div.Tensor, aten.neg.default)
 
 def run(graph: Graph, context: Context) -> None:
     settled: set[Node] = set()
+    rows: dict[Node, Node] = {}
     if not graph.find_nodes(op="call_function", target=CONVOLUTION):
         return
     for node in reversed(graph.nodes):
@@ -51,9 +53,9 @@ def run(graph: Graph, context: Context) -> None:
         region = _region(node)
         settled |= region
         if _adapted(region) and (why := _left(node, region)) is not None:
-            context.record.notes.append(f"{context.module_path(node)}: the adapter of a convolution stays one: {why}")
+            context.record.notes.append(f"{context.module_path(node)}: {Reason.CONVOLUTION.value}: {why}")
         elif _adapted(region) and context.allows(node):
-            _unfold(graph, context, node, region)
+            _unfold(context, node, region, rows)
 
 
 def is_projection(node: Any) -> bool:
@@ -127,7 +129,7 @@ def _left(root: Node, region: set[Node]) -> str | None:
     if not all(map(_image, images)):
         return "its images lie in memory in an order of their own"
     if any(is_call(source, CONVOLUTION) for source in images) and not all(map(_last, images)):
-        # who copies what the library made gains nothing
+        # a copy of the base's result and one back are the two trips through memory that fusing would save
         return "its base looks at several positions, and channels do not come last in memory"
     return None
 
@@ -159,10 +161,10 @@ def _to_rows(image: Any) -> Any:
     return image.permute(_order(image.dim()))
 
 
-def _unfold(graph: Graph, context: Context, root: Node, region: set[Node]) -> None:
-    """Compute a region with channels last, and replace its root."""
-    rows = _Rows(graph, context, root, region).of(root)
-    with graph.inserting_before(root):
+def _unfold(context: Context, root: Node, region: set[Node], images: dict[Node, Node]) -> None:
+    """Compute a region with channels last, and replace its root. `images`: those that were turned for other regions."""
+    rows = _Rows(context, region, images).of(root)
+    with context.graph.inserting_before(root):
         back = [0, len(shape(root)) - 1, *range(1, len(shape(root)) - 1)]
         new = context.insert(aten.permute.default, (rows, back), root, rows.meta["val"].permute(back))
         if not same_strides(shape(root), new.meta["val"].stride(), root.meta["val"].stride()):
@@ -176,29 +178,26 @@ def _unfold(graph: Graph, context: Context, root: Node, region: set[Node]) -> No
 class _Rows:
     """Nodes of a region, and what they are made of, with channels last."""
 
-    graph: Graph
     context: Context
-    root: Node
     region: set[Node]
+    images: dict[Node, Node]  # from outside of regions: siblings read the same one
     made: dict[Node, Node] = field(default_factory=dict)
 
     def of(self, node: Node) -> Node:
-        if node not in self.made:
-            self.made[node] = self._computed(node) if node in self.region else self._viewed(node)
-        return self.made[node]
+        known, make = (self.made, self._computed) if node in self.region else (self.images, self._viewed)
+        if node not in known or known[node]._erased:
+            known[node] = make(node)
+        return known[node]
 
     def _viewed(self, node: Node) -> Node:
-        """An image from outside; siblings read the same one."""
-        order = _order(len(shape(node)))
-        for user in node.users:
-            if is_call(user, aten.permute.default) and list(args(user)[1]) == order:
-                copies = [one for one in user.users if is_call(one, aten.clone.default) and one.kwargs]
-                return user if _last(node) or not copies else copies[0]
-        with self.graph.inserting_after(node):
+        """An image from outside. Its view, or copy, stands where it does: any reader comes later."""
+        graph = self.context.graph
+        with graph.inserting_after(node):
+            order = _order(len(shape(node)))
             rows = self.context.insert(aten.permute.default, (node, order), node, _to_rows(value(node)))
         if _last(node):
             return rows
-        with self.graph.inserting_after(rows):
+        with graph.inserting_after(rows):
             return self.context.contiguous(rows, node)
 
     def _computed(self, node: Node) -> Node:
@@ -218,16 +217,15 @@ class _Rows:
         reads = tuple(read[one] if one in read else self._read(one, node) for one in args(node))
         sizes = next(iter(read.values())).meta["val"].shape if read else _to_rows(value(node)).shape
         assert callable(node.target)
-        with self.graph.inserting_before(node):
+        with self.context.graph.inserting_before(node):
             new = self.context.insert(node.target, reads, node, _plain(node, tuple(sizes)))
             new.kwargs = dict(node.kwargs)
         return new
 
     def _linear(self, node: Node, x: Node, bias: Node | None, before: Node) -> Node:
         weight = args(node)[1]
-        with self.graph.inserting_after(weight):  # early: siblings group if all that they read comes before the first
-            flat = self._view(weight, list(shape(weight)[:2]))
-        with self.graph.inserting_before(before):
+        flat = self._view(weight, list(shape(weight)[:2]))
+        with self.context.graph.inserting_before(before):
             reads = (x, flat) if bias is None else (x, flat, bias)
             return self.context.insert(linear, reads, node, _plain(node, tuple(_to_rows(value(node)).shape)))
 
@@ -243,20 +241,22 @@ class _Rows:
         less than another one it is found too, as DoRA has c and c - 1."""
         if source in self.made:
             return self.made[source]
-        with self.graph.inserting_before(node):
-            if is_call(source, *SUMS) and not isinstance(args(source)[1], Node) and not source.kwargs:
-                flat = self._flat(args(source)[0], node)
-                plain = _plain(source, tuple(flat.meta["val"].shape))
-                assert callable(source.target)
+        if is_call(source, *SUMS) and not isinstance(args(source)[1], Node) and not source.kwargs:
+            flat = self._flat(args(source)[0], node)
+            plain = _plain(source, tuple(flat.meta["val"].shape))
+            assert callable(source.target)
+            with self.context.graph.inserting_after(source):
                 new = self.context.insert(source.target, (flat, args(source)[1]), source, plain)
-            else:
-                single = all(same_size(size, 1) for size in shape(source))
-                new = self._view(source, [1 if single else shape(node)[1]])
+        else:
+            single = all(same_size(size, 1) for size in shape(source))
+            new = self._view(source, [1 if single else shape(node)[1]])
         self.made[source] = new
         return new
 
     def _view(self, node: Node, sizes: list[Any]) -> Node:
+        """As early as can be: any reader comes later, and siblings group if all that they read is before the first."""
         fake = node.meta["val"]
         with fake.fake_mode:
             seen = fake.view(sizes)
-        return self.context.insert(aten.view.default, (node, sizes), node, seen)
+        with self.context.graph.inserting_after(node):
+            return self.context.insert(aten.view.default, (node, sizes), node, seen)

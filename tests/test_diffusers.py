@@ -12,8 +12,10 @@ import torch
 from gawscompile import AdapterBank, explain
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.loading import diffusion
+from gawscompile.observe.store import RECORDS
 from tests.graphs import randomise
 from tests.loading.test_folders import denoiser
+from tests.ways import fusing
 
 pytest.importorskip("diffusers")
 
@@ -122,7 +124,8 @@ def test_repeated_blocks(name):
     model, inputs = image_model(name)
     want = sample(model, inputs)
     model.compile_repeated_blocks(backend="gaws", options={"strict": True})
-    close(sample(model, inputs), want)
+    with fusing():
+        close(sample(model, inputs), want)
 
 
 @SLOW
@@ -151,7 +154,8 @@ def test_hot_swapping(tmp_path):
     compiled, before = torch.compile(model, backend="gaws", options={"strict": True}), graphs_compiled()
     inputs = diffusion.example(model, 5)
     first = sample(model, inputs)
-    close(sample(compiled, inputs), first)
+    with fusing():
+        close(sample(compiled, inputs), first)
     graphs = graphs_compiled() - before
     model.load_lora_adapter(files[1], **NAMED, hotswap=True)
     second = sample(model, inputs)
@@ -180,7 +184,7 @@ def test_ten_adapters_of_a_bank_mixed_by_weight():
     for adapter in names:
         eager.set_adapter(adapter)
         bank.load(adapter, eager)
-    compiled, graphs = torch.compile(model, backend="gaws", options={"strict": True}), []
+    compiled, graphs, mark = torch.compile(model, backend="gaws", options={"strict": True}), [], len(RECORDS)
     for count, weight in ((10, 0.1), (10, 0.3), (3, 1.0), (1, 0.5)):
         mixture = {adapter: weight * (i + 1) / 5 for i, adapter in enumerate(names[-count:])}
         mix(eager, list(mixture), list(mixture.values()))
@@ -190,3 +194,6 @@ def test_ten_adapters_of_a_bank_mixed_by_weight():
         close(sample(compiled, inputs), want)
         graphs.append(graphs_compiled())
     assert len(set(graphs)) == 1
+    (record,) = RECORDS.since(mark)
+    modules = sum(hasattr(module, "lora_A") for module in eager.modules())
+    assert sum(e.status == "fused" and "Banked" in e.operators for e in record.linears) == modules

@@ -61,7 +61,7 @@ def enlarge(tensors: Iterable[torch.Tensor]) -> Outcome:
     for first, last in _runs(ours, size):
         blocks = range(first, last, size)
         whole = _madvise(first, last - first)
-        # where the system refuses one block of a run, it says no more than that: each is asked for by itself
+        # a run fails as a whole where one block of it is refused: then each block is asked for
         for block in blocks:
             if whole or _madvise(block, size):
                 outcome.huge += inside[block]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gawscompile.calibration.measure import graphs_compiled
+from gawscompile.observe.store import RECORDS
 from tests.passes.test_opaque_bases import delta
 from tests.passes.test_packed import FACTORS, K, N, Q, R, S, X, codes, numbers, scales
 
@@ -69,6 +70,9 @@ def live(request):
     compiled = torch.compile(model, backend="gaws", options={"strict": True})
     with torch.no_grad():
         compiled(X)
+    (entry,) = RECORDS.since(len(RECORDS) - 1)[0].linears
+    assert entry.status == "fused" and "Packed[int8" in entry.operators and "LowRank" in entry.operators
+    assert entry.hoisted == request.param  # DoRA's scale
     return model, compiled
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import peft
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import gawscompile
 from gawscompile.analysis.reading import args
-from gawscompile.passes import unfold_convolutions
+from gawscompile.calibration.measure import graphs_compiled
+from gawscompile.ir.records import Reason
+from gawscompile.observe.store import RECORDS
 from tests.graphs import capture, count, randomise
 
 PROJECT = torch.ops.gaws.project.default
@@ -84,7 +89,8 @@ def test_other_memory_and_several_positions_stay_as_they_were():
     model = adapted(Net(nn.Conv2d(16, 24, 3, padding=1)))
     context = check(model, image(2, 16, 6, 6))
     assert not operators(context) and count(context, CONVOLUTION) == 3
-    assert any("channels do not come last in memory" in note for note in context.record.notes)
+    (note,) = context.record.notes
+    assert f"first: {Reason.CONVOLUTION.value}: " in note and "channels do not come last in memory" in note
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [(nn.Conv1d, (7,)), (nn.Conv3d, (3, 2, 4))])
@@ -96,7 +102,7 @@ def test_other_dimensions(kind, sizes):
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
 def test_kinds(config):
     """DoRA's scale of a convolution is a norm over channels and positions."""
-    context = check(adapted(Net(nn.Conv2d(48, 64, 1)), **config), image(2, 48, 6, 5))
+    context = check(adapted(Net(nn.Conv2d(48, 64, 1)), **config), image(2, 48, 6, 5), kernels=True)
     assert len(operators(context)) == 1, (context.record.notes, context.record.linears)
 
 
@@ -138,6 +144,11 @@ NEAR = {
     "turned": lambda x: F.conv2d(x, W).transpose(2, 3) + F.conv2d(F.conv2d(x, A), B),
     "the base less the adapter": lambda x: F.conv2d(x, W) - 3 * F.conv2d(F.conv2d(x, A), B),
     "the adapter less the base": lambda x: F.conv2d(F.conv2d(x, A), B) / 3 - F.conv2d(x, W),
+    "a vector for both": lambda x: F.conv2d(F.conv2d(x, A), B) * EACH[:, 0] + F.conv2d(x, W) * EACH[:, 0],
+    "turned by the model too": lambda x: (
+        F.conv2d(y := x.sin(), W) + F.conv2d(F.conv2d(y, A), B),
+        y.permute(0, 2, 3, 1) * 2,
+    ),
     "in bf16": lambda x: F.conv2d(x.bfloat16(), W.bfloat16()).float() + F.conv2d(F.conv2d(x, A), B),
 }
 
@@ -158,6 +169,7 @@ def test_a_scale_that_widens_stays_where_it_is():
 
     captured = capture(function, X.to(memory_format=LAST))
     context = captured.until()
+    assert context.record.passes["unfold_convolutions"] == 1
     (got,) = captured.run(context)
     torch.testing.assert_close(got, captured.outputs[0], rtol=2e-2, atol=2e-1)
 
@@ -181,8 +193,10 @@ def test_what_each_image_shares_is_added_later():
     torch.testing.assert_close(captured.run(context)[0], captured.outputs[0], rtol=1e-4, atol=1e-4)
 
 
-def test_of_one_image_without_a_batch():
-    check(adapted(Net(nn.Conv2d(16, 24, 1))), image(16, 6, 5))
+def test_one_image_without_a_batch_is_the_library_s():
+    """torch gives each convolution a batch of one, and takes it away again."""
+    context = check(adapted(Net(nn.Conv2d(16, 24, 1))), image(16, 6, 5))
+    assert not operators(context) and count(context, CONVOLUTION) == 3
 
 
 def test_what_is_no_adapter_is_left_alone():
@@ -198,4 +212,51 @@ def test_what_is_no_adapter_is_left_alone():
             return self.c(self.b(self.a(x).relu()).relu()) + self.shortcut(x)
 
     context = check(Block().eval(), image(2, 16, 6, 5))
-    assert count(context, CONVOLUTION) == 4 and not context.record.passes.get(unfold_convolutions.__name__)
+    assert count(context, CONVOLUTION) == 4 and "unfold_convolutions" not in context.record.passes
+
+
+def in_place(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.mul_(-1.7)
+
+
+def by_data(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data * 3
+
+
+def base_in_place(model):
+    model.base_model.model.first.base_layer.weight.add_(0.5)
+
+
+def replaced(model):
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        factor = layer.lora_B["default"]
+        factor.weight = nn.Parameter(factor.weight * 0.3 + 0.1)
+
+
+def other_memory(model):
+    model.to(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("way", [functools.partial(torch.compile, backend="gaws"), gawscompile.compile])
+@torch.no_grad()
+def test_what_changes_between_calls_shows(way):
+    """Views of weights are made in every call, and what they are views of may be anywhere then."""
+    model = adapted(Net(nn.Conv2d(16, 24, 1), nn.Conv2d(24, 12, 3, padding=1))).to(memory_format=LAST)
+    x = image(2, 16, 6, 5).to(memory_format=LAST)
+    mark, compiled = len(RECORDS), way(model)
+    before, graphs = compiled(x), graphs_compiled()
+    (record,) = RECORDS.since(mark)
+    assert record.passes["unfold_convolutions"] == 2
+    for change in (in_place, by_data, base_in_place, replaced):
+        change(model)
+        now = compiled(x)
+        torch.testing.assert_close(now, model(x), rtol=1e-4, atol=1e-4)
+        assert (now - before).norm() > 1e-2 * before.norm(), change
+        before = now
+    assert graphs_compiled() == graphs
+    other_memory(model)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
