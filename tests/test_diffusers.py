@@ -196,4 +196,5 @@ def test_ten_adapters_of_a_bank_mixed_by_weight():
     assert len(set(graphs)) == 1
     (record,) = RECORDS.since(mark)
     modules = sum(hasattr(module, "lora_A") for module in eager.modules())
-    assert sum(e.status == "fused" and "Banked" in e.operators for e in record.linears) == modules
+    banked = [entry for entry in record.linears if entry.status == "fused" and "Banked" in entry.operators]
+    assert len(banked) >= modules > 0  # a bank is ready for adapters on every linear
