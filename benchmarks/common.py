@@ -217,9 +217,14 @@ def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
     if model.config.is_encoder_decoder:
         return _seq2seq_cases(model, backend, settings)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if inner.main_input_name == "pixel_values":
+        size, patch = model.config.image_size, model.config.patch_size
+        image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+        run = measure.compiled(model, backend, **settings)
+        return [Case(f"encode {(size // patch) ** 2 + 1}", _forward(run, pixel_values=image))]
     if not is_causal([type(inner).__name__]):
         return [
-            Case(f"encode {count}", _forward(measure.compiled(model, backend, **settings), _ids(model, count)))
+            Case(f"encode {count}", _forward(measure.compiled(model, backend, **settings), input_ids=_ids(model, count)))
             for count in (32, 128)
         ]
     names = f"decode, {PAST} past", f"prefill {PREFILL}"
@@ -231,7 +236,7 @@ def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
     decoder = Decoder(model, measure.compiled(model, backend, **settings), 2 * PAST, setup.kv)
     decoder.fill(_ids(model, PAST)[0].tolist())
     run = measure.compiled(model, backend, **settings)
-    prefill = _forward(run, _ids(model, PREFILL), use_cache=True, logits_to_keep=1)
+    prefill = _forward(run, input_ids=_ids(model, PREFILL), use_cache=True, logits_to_keep=1)
     return [Case(name, step) for name, step in zip(names, (decoder.timed_step, prefill), strict=True)]
 
 
@@ -256,14 +261,14 @@ def _seq2seq_cases(model: Any, backend: str, settings: dict[str, Any]) -> list[C
         return measure.timed(lambda: run(decoder_input_ids=token, use_cache=True, **inputs))
 
     encode = measure.compiled(model, backend, **settings)
-    first = _forward(encode, _ids(model, PREFILL), decoder_input_ids=token, use_cache=False)
+    first = _forward(encode, input_ids=_ids(model, PREFILL), decoder_input_ids=token, use_cache=False)
     return [Case(f"decode, {PAST} past", decode), Case(f"encode {PREFILL}", first)]
 
 
-def _forward(run: Any, ids: torch.Tensor, **keywords: Any) -> Callable[[], float]:
+def _forward(run: Any, **keywords: Any) -> Callable[[], float]:
     @torch.no_grad()
     def step() -> float:
-        return measure.timed(lambda: run(input_ids=ids, **keywords))
+        return measure.timed(lambda: run(**keywords))
 
     return step
 

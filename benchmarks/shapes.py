@@ -74,20 +74,16 @@ def _llama(hidden: int, heads: int, layers: int) -> Shape:
     return Shape("LlamaForCausalLM", {**sizes, **heads_}, layers, extra={"rms_norm_eps": 1e-5})
 
 
+def _encoder(model: str, hidden: int, layers: int, **more: Any) -> Shape:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": hidden // 64}
+    return Shape(model, {**sizes, **more}, layers)
+
+
 SHAPES = {
     "gpt2-large": Shape("GPT2LMHeadModel", {"n_embd": 1280, "n_head": 20}, 36, ("n_layer",)),
-    "roberta-large": Shape(
-        "RobertaModel",
-        {
-            "vocab_size": 50265,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "max_position_embeddings": 514,
-            "type_vocab_size": 1,
-        },
-        24,
-    ),
+    "roberta-large": _encoder("RobertaModel", 1024, 24, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+    "bert-base": _encoder("BertModel", 768, 12),
+    "vit-base": _encoder("ViTModel", 768, 12),
     "t5-3b": Shape(
         "T5ForConditionalGeneration",
         {"vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 16384, "num_heads": 32},

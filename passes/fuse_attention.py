@@ -14,8 +14,8 @@ after::
 
 With grouped queries, Inductor writes every key and value out once for each head that reads it, in every step, and a
 mask of the activation's dtype beside them. The kernel does not need them (`codegen/attention.cpp`; on a GPU
-flash-decoding, `codegen/triton_attention.py`). Many queries stay with the library, whose kernel shares the loads of
-keys between them.
+flash-decoding, `codegen/triton_attention.py`). Many queries share turned keys on a CPU
+(`codegen/attention_tiles.cpp`); the library keeps them on a GPU, and where it has instructions for products of 16 bits.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
 from gawscompile.planning import devices
-from gawscompile.planning.targets import CPP, target_of
+from gawscompile.planning.targets import CPP, Target, target_of
 from gawscompile.runtime import attention
 
 MOST_QUERIES = 16
+"""That a kernel takes where the library is faster with many."""
 
 SDPA = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -57,7 +58,8 @@ def run(graph: Graph, context: Context) -> None:
 def _attention(context: Context, node: Node) -> None:
     q, keys, values, mask, scale = _parts(node)
     target = target_of(devices.of(q.meta["val"].device.type))
-    why = _refusal(node, q, keys, values, mask)
+    causal = bool(_given(node).get("is_causal"))
+    why = _refusal(node, q, keys, values, mask, _takes_many(target, q))
     if context.options.transparent and target is not CPP:
         why = "on a GPU it is an op of ours, and the graph is to be transparent"
     if why is not None:
@@ -68,7 +70,7 @@ def _attention(context: Context, node: Node) -> None:
     (item,) = node.users
     if not context.allows(item):
         return
-    kernel = cpp_attention.kernel(shape(q)[3], DTYPE_NAMES[dtype(q)])
+    kernel = cpp_attention.kernel(shape(q)[3], DTYPE_NAMES[dtype(q)], causal)
     with context.graph.inserting_before(node):
         given = (q, keys, values, mask, scale, kernel)
         new = context.insert(attention.ATTEND, given, node, item.meta["val"])
@@ -98,15 +100,22 @@ def _given(node: Node) -> dict[str, Any]:
     return {**dict(zip(names, args(node), strict=False)), **node.kwargs}
 
 
-def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None) -> str | None:
+def _takes_many(target: Target, q: Node) -> bool:
+    """Whether kernels take any number of queries, and causal ones."""
+    return target is CPP and devices.multiplies_in_fp32(DTYPE_NAMES.get(dtype(q), ""))
+
+
+def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None, many: bool) -> str | None:
     """Why the library keeps it, if it does."""
     given = _given(node)
     if len(node.users) != 1 or not is_call(item := next(iter(node.users)), operator.getitem) or args(item)[1] != 0:
         return "something reads its log-sum-exp"
-    if any(given.get(name) for name in ("dropout_p", "is_causal", "return_debug_mask")):
-        return "it is causal or drops out"
+    if any(given.get(name) for name in ("dropout_p", "return_debug_mask")):
+        return "it drops out"
+    if given.get("is_causal") and not many:
+        return "it is causal"
     rows, heads, queries, features = shape(q)
-    if type(queries) is not int or queries > MOST_QUERIES:
+    if not many and (type(queries) is not int or queries > MOST_QUERIES):
         return f"{'any number of' if type(queries) is not int else queries} queries; kernels take up to {MOST_QUERIES}"
     if type(features) is not int or not 0 < features <= cpp_attention.MOST_FEATURES:
         return f"heads of {features} features; kernels take up to {cpp_attention.MOST_FEATURES}"

@@ -1,6 +1,8 @@
 // Attention of few queries over keys and values as a cache holds them: ``softmax(s Q Kᵀ + mask) V``, the heads of a group
-// over one key and one value head. All in fp32 before the one rounding. `T` and `D` (features of a head) stand in front.
+// over one key and one value head. All in fp32 before the one rounding. `T`, `D` (features of a head) and `CAUSAL` (query
+// i sees keys up to i) stand in front.
 
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 
@@ -9,6 +11,7 @@ namespace {
 constexpr int NV = (D + V - 1) / V;  // vectors of one head
 constexpr int LEFT = D % V;          // numbers in its last one, 0 where that is whole
 constexpr int MOST = max(1, min(4, (V >= 16 ? 16 : 8) / NV));  // queries whose sums stay in registers
+constexpr int64_t FEW = 16;  // queries of a head that are taken one by one
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 // Addresses, and strides in numbers by row, head (of keys: of a group) and token; what a mask has for all it has once.
@@ -131,17 +134,14 @@ void attend_rows(const Call& c, int64_t row, int64_t group, int64_t first) {
 }
 
 template <int R>
-void attend_few(const Call& c, int64_t row, int64_t group, int64_t first, int64_t count) {
+void attend_up_to(const Call& c, int64_t row, int64_t group, int64_t first, int64_t count) {
   if constexpr (R > 1) {
-    if (count < R) return attend_few<R - 1>(c, row, group, first, count);
+    if (count < R) return attend_up_to<R - 1>(c, row, group, first, count);
   }
   attend_rows<R>(c, row, group, first);
 }
 
-}  // namespace
-
-extern "C" void attend(const Call* call) {
-  const Call& c = *call;
+void attend_few(const Call& c) {
   const int64_t queries = c.heads / c.groups * c.queries, groups = c.rows * c.groups;
   const int64_t threads = omp_get_max_threads();
   // a whole group at a time spares loads of its keys; every thread has a piece where there are as many queries
@@ -150,6 +150,8 @@ extern "C" void attend(const Call* call) {
 #pragma omp parallel for schedule(static) if (c.rows * c.heads * c.queries * c.keys * D > 1 << 15)
   for (int64_t i = 0; i < groups * count; ++i) {
     const int64_t group = i / count, first = i % count * size;
-    attend_few<MOST>(c, group / c.groups, group % c.groups, first, min(size, queries - first));
+    attend_up_to<MOST>(c, group / c.groups, group % c.groups, first, min(size, queries - first));
   }
 }
+
+}  // namespace

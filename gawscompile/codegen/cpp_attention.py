@@ -1,7 +1,8 @@
-"""Attention of few queries in C++, one kernel for a dtype and a number of features: ``attend d=64 x=bf16``.
+"""Attention in C++, one kernel for a dtype and a number of features: ``attend d=64 x=bf16``, ``attend d=64 x=bf16 causal``.
 
 Everything else (rows, heads, how many of them share a key head, queries, keys, strides, mask) is read in the call, so
-one kernel serves a cache of any size. Keys are read where the cache has them, those that no query may see are skipped.
+one kernel serves a cache of any size. Keys that no query may see are skipped. Few queries read keys where the cache has
+them (`attention.cpp`), many share keys that were turned for them (`attention_tiles.cpp`).
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ _FOLDER = Path(__file__).parent
 MOST_FEATURES = 256
 
 
-def kernel(features: int, dtype: str) -> str:
-    """What a kernel is called: the op's last argument. `dtype` is of queries, keys and values (``bf16``)."""
-    return f"attend d={features} x={dtype}"
+def kernel(features: int, dtype: str, causal: bool = False) -> str:
+    """What a kernel is called: the op's last argument. `dtype` is of queries, keys and values (``bf16``); `causal`, if
+    query i sees keys up to i."""
+    return f"attend d={features} x={dtype}{' causal' if causal else ''}"
 
 
-def parse(text: str) -> tuple[int, str]:
-    """Features and dtype of a `kernel`. Raises `SpecError`."""
-    match = re.fullmatch(r"attend d=(\d+) x=(f32|bf16|f16)", text)
+def parse(text: str) -> tuple[int, str, bool]:
+    """Features, dtype and whether it is causal, of a `kernel`. Raises `SpecError`."""
+    match = re.fullmatch(r"attend d=(\d+) x=(f32|bf16|f16)( causal)?", text)
     if match is None or not 0 < int(match[1]) <= MOST_FEATURES:
         raise SpecError(f"no attention kernel: {text!r}")
-    return int(match[1]), match[2]
+    return int(match[1]), match[2], match[3] is not None
 
 
 def emit(text: str) -> str:
     """The C++ source of a `kernel`. Raises `SpecError`."""
-    features, dtype = parse(text)
+    features, dtype, causal = parse(text)
     parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude")]
-    constants = f"namespace {{\n\nusing T = {CPP_TYPES[dtype]};\nconstexpr int D = {features};\n\n}}  // namespace"
-    body = (_FOLDER / "attention.cpp").read_text().strip()
-    return "\n\n".join([f"// gawscompile: {text}", *parts, "}  // namespace", constants, body]) + "\n"
+    given = [f"using T = {CPP_TYPES[dtype]};", f"constexpr int D = {features};"]
+    given.append(f"constexpr bool CAUSAL = {str(causal).lower()};")
+    constants = "\n".join(["namespace {\n", *given, "\n}  // namespace"])
+    bodies = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("attention", "attention_tiles")]
+    return "\n\n".join([f"// gawscompile: {text}", *parts, "}  // namespace", constants, *bodies]) + "\n"

@@ -192,7 +192,7 @@ def _broadcast(mask: torch.Tensor, shape: tuple[int, ...]) -> list[int]:
 def variants(kernel: str, rows: int = 1, keys: int = 1024, masked: bool = True) -> list[Variant]:
     """What is compiled ahead of time of a `kernel`, for `rows` queries of all heads of a group over a cache of `keys`:
     parts and their join. Strides are constants here; when it is launched, Triton sees which are multiples of 16."""
-    features, dtype = parse(kernel)
+    features, dtype, _ = parse(kernel)
     kind = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}[dtype]
     sizes = blocks(features, dtype, rows)
     of: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out"), f"*{kind}") | {"mask": "*u8", "parts": "*fp32"}

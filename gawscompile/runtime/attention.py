@@ -40,6 +40,9 @@ def meaning(
     """What the op computes, in plain torch, in the dtype that it is given. A query that sees no key gets zeros."""
     k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (k, v))
     scores = scale * (q @ k.transpose(-1, -2))
+    if kernel and cpp_attention.parse(kernel)[2]:
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~past, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     whole = scores.amax(-1, keepdim=True)
@@ -67,7 +70,7 @@ def start(kernel: str, target: Target) -> None:
 
 def register(kernel: str) -> None:
     """Build a kernel and hand it to the op."""
-    features, dtype = cpp_attention.parse(kernel)
+    features, dtype, _ = cpp_attention.parse(kernel)
     library = build.load(cpp_attention.emit(kernel))
     ops.ensure_loaded().gaws_register_attention(
         kernel.encode(),

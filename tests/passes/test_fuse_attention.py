@@ -54,6 +54,7 @@ TAKEN = {
     "added": lambda q, k, v: grouped(q, k, v, torch.arange(HEADS * KEYS).view(1, HEADS, 1, KEYS) / 20 - 2),
     "as many key heads": lambda q, k, v: attention(q, repeated(k) + 1, repeated(v) * 2),
     "torch's grouped queries": lambda q, k, v: attention(q, k, v, enable_gqa=True),
+    "causal": lambda q, k, v: grouped(q, k, v, is_causal=True),
     "features to the end": lambda q, k, v: grouped(q, k, v).transpose(1, 2).reshape(ROWS, -1, HEADS * FEATURES),
 }
 
@@ -67,7 +68,7 @@ def taken(captured):
     return context if count(context, ATTEND) == 1 else None
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [1, 3, 17])
 @pytest.mark.parametrize("name", TAKEN)
 def test_taken(name, queries):
     context = taken(capture(TAKEN[name], *inputs(queries), kernels=True))
@@ -110,11 +111,14 @@ def heads_of(features, queries=1):
     return [torch.randn(ROWS, *sizes, features) for sizes in ((queries, HEADS), (HEADS, KEYS), (HEADS, KEYS))]
 
 
-REFUSED = {
+MANY = {
     "17 queries": (grouped, inputs(17)),
+    "causal": (lambda q, k, v: attention(q, k, v, is_causal=True), heads_of(16, 3)),
+}
+
+REFUSED = {
     "heads of 264 features": (attention, heads_of(264)),
     "torch.float64": (attention, [one.double() for one in heads_of(16)]),
-    "causal": (lambda q, k, v: attention(q, k, v, is_causal=True), heads_of(16, 3)),
 }
 
 
@@ -127,7 +131,19 @@ def test_refused_with_a_reason(why):
     assert note.startswith(Reason.ATTENTION.value) and why in note
 
 
-def test_any_number_of_rows_and_keys_but_not_of_queries():
+@pytest.mark.parametrize("why", MANY)
+def test_the_library_keeps_many_queries_where_it_multiplies_16_bits_itself(why, monkeypatch):
+    monkeypatch.setattr(devices, "multiplies_in_fp32", lambda dtype: False)
+    function, given = MANY[why]
+    captured = capture(function, *given, kernels=True)
+    assert taken(captured) is None
+    (note,) = captured.until().record.notes
+    assert note.startswith(Reason.ATTENTION.value) and why in note
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_any_number_of_rows_and_keys_and_of_queries_where_there_may_be_many(many, monkeypatch):
+    monkeypatch.setattr(devices, "multiplies_in_fp32", lambda dtype: many)
     q, k, v = inputs()
     torch._dynamo.mark_dynamic(k, 2)
     torch._dynamo.mark_dynamic(v, 2)
@@ -135,7 +151,8 @@ def test_any_number_of_rows_and_keys_but_not_of_queries():
     q, k, v = inputs(5)
     torch._dynamo.mark_dynamic(q, 1)
     captured = capture(TAKEN["grouped"], q, k, v, kernels=True, dynamic=None)
-    assert taken(captured) is None and "any number of queries" in captured.until().record.notes[0]
+    assert (taken(captured) is not None) == many
+    assert many or "any number of queries" in captured.until().record.notes[0]
 
 
 CUDA = {
