@@ -223,10 +223,8 @@ def cases(model: Any, backend: str, setup: Setup) -> list[Case]:
         run = measure.compiled(model, backend, **settings)
         return [Case(f"encode {(size // patch) ** 2 + 1}", _forward(run, pixel_values=image))]
     if not is_causal([type(inner).__name__]):
-        return [
-            Case(f"encode {count}", _forward(measure.compiled(model, backend, **settings), input_ids=_ids(model, count)))
-            for count in (32, 128)
-        ]
+        runs = {count: measure.compiled(model, backend, **settings) for count in (32, 128)}
+        return [Case(f"encode {count}", _forward(run, input_ids=_ids(model, count))) for count, run in runs.items()]
     names = f"decode, {PAST} past", f"prefill {PREFILL}"
     if backend == LLAMA_CPP:
         from benchmarks import ggml

@@ -23,14 +23,17 @@ from benchmarks import common, limits
 from gawscompile.calibration import measure
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, OPERAND_DTYPES
+from gawscompile.planning.targets import CPP
 from gawscompile.runtime import ops, pages
 
 GROUPS: dict[str, tuple[int, dict[int, list[tuple[int, ...]]]]] = {
     "smollm2": (30, {576: [(576, 192, 192), (576,), (1536, 1536)], 1536: [(576,)]}),
+    "minilm": (6, {384: [(384, 384, 384), (384,), (1536,)], 1536: [(384,)]}),
+    "bert-base": (4, {768: [(768, 768, 768), (768,), (3072,)], 3072: [(768,)]}),
     "llama-3.2-1b": (4, {2048: [(2048, 512, 512), (2048,), (8192, 8192)], 8192: [(2048,)]}),
 }
 """Layers, and of each: features in → the features out of each group that reads them."""
-PLANS = ("gemv_cpp", "gemm_accumulate")
+PLANS = tuple(CPP.kinds)
 NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
 

@@ -81,7 +81,9 @@ def _encoder(model: str, hidden: int, layers: int, **more: Any) -> Shape:
 
 SHAPES = {
     "gpt2-large": Shape("GPT2LMHeadModel", {"n_embd": 1280, "n_head": 20}, 36, ("n_layer",)),
-    "roberta-large": _encoder("RobertaModel", 1024, 24, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+    "roberta-large": _encoder(
+        "RobertaModel", 1024, 24, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1
+    ),
     "bert-base": _encoder("BertModel", 768, 12),
     "vit-base": _encoder("ViTModel", 768, 12),
     "t5-3b": Shape(

@@ -32,7 +32,8 @@ from gawscompile.planning.targets import CPP
 SHAPES = ((1536, 576), (576, 1536), (2048, 2048), (4096, 1024))
 """(features out, features in)."""
 TOKENS = (1, 2, 4, 16, 64, 256)
-GENERATED, LIBRARY = sorted(CPP.kinds, key=lambda name: CPP.kinds[name].uses_library)
+GENERATED, LIBRARY = FITTED = ("gemv_cpp", "gemm_accumulate")
+"""Plans whose constants are fitted; those of others follow (`cpu_cost.PANELS`)."""
 COLD = 256 << 20
 """Bytes of copies of a weight for few tokens, and a quarter of that for many, which hardly wait for memory."""
 
@@ -57,10 +58,12 @@ class Sample:
         return math.prod(self.features) * DTYPES[self.dtype].itemsize
 
     @property
-    def operations(self) -> int:
-        """That take time of their own."""
-        hidden = 0 if CPP.kind(self.plan).uses_library else cpu_cost.TILE_TOKENS
-        return 2 * max(0, self.tokens - hidden) * math.prod(self.features)
+    def operations(self) -> float:
+        """That take time of their own, at the full rate."""
+        if CPP.kind(self.plan).uses_library:
+            return 2 * self.tokens * math.prod(self.features)
+        rate = cpu_cost.held(self.features[1], self.dtype)
+        return 2 * max(0, self.tokens - cpu_cost.TILE_TOKENS) * math.prod(self.features) / rate
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def calibrate(
     samples = tuple(
         _time(dtype, plan, shape, m, rounds, cold if m <= 4 else cold // 4)
         for dtype in ("f32", "bf16")
-        for plan in CPP.kinds
+        for plan in FITTED
         for shape in shapes
         for m in tokens
     )
@@ -148,7 +151,7 @@ def fitted(default: Device, samples: Sequence[Sample]) -> Device:
     """`default` with the constants that `samples` show."""
     streams = {
         (plan, dtype): [s for s in samples if (s.plan, s.dtype) == (plan, dtype)]
-        for plan in CPP.kinds
+        for plan in FITTED
         for dtype in ("f32", "bf16")
     }
     launch, streaming, rate = solve(streams[GENERATED, "f32"])

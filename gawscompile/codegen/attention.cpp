@@ -25,19 +25,6 @@ struct Call {
   float scale;
 };
 
-inline F vector_of(const float* p) { return F::loadu(p); }
-
-template <class H>
-inline F vector_of(const H* p) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  return widened(p);
-#else
-  float all[V];
-  for (int i = 0; i < V; ++i) all[i] = float(p[i]);
-  return F::loadu(all);
-#endif
-}
-
 inline F features(const T* p, int j) {
   if (LEFT == 0 || j < NV - 1) return vector_of(p + j * V);
   float end[V] = {};

@@ -12,51 +12,6 @@ constexpr int64_t BLOCK = 4 * 64;    // keys whose scores are kept, and which st
 constexpr int64_t PIECE = 256;       // queries that share turned keys
 constexpr int PADDED = NV * V;       // features of a head in whole vectors
 
-// Which numbers of two lines, the second's counted from V on, make the first and the second line where blocks of SIZE
-// numbers change places across the diagonal.
-template <int SIZE>
-struct Swap {
-  alignas(64) int32_t first[V] = {}, second[V] = {};
-  constexpr Swap() {
-    for (int i = 0; i < V; ++i) first[i] = i & SIZE ? V + i - SIZE : i, second[i] = i & SIZE ? V + i : i + SIZE;
-  }
-};
-
-// Rows become columns.
-template <int SIZE = 1>
-[[gnu::always_inline]] inline void turn(F (&rows)[V]) {
-#if defined(CPU_CAPABILITY_AVX512)
-  static constexpr Swap<SIZE> swap;
-  const __m512i first = _mm512_load_si512(swap.first), second = _mm512_load_si512(swap.second);
-  for (int i = 0; i < V; ++i) {
-    if (i & SIZE) continue;
-    const Lanes a = rows[i], b = rows[i + SIZE];
-    rows[i] = _mm512_permutex2var_ps(a, first, b);
-    rows[i + SIZE] = _mm512_permutex2var_ps(a, second, b);
-  }
-  if constexpr (2 * SIZE < V) turn<2 * SIZE>(rows);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), own = _mm256_set1_epi32(SIZE);
-  const __m256i other = _mm256_xor_si256(lane, own);
-  const __m256 later = _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(lane, own), own));
-  for (int i = 0; i < V; ++i) {
-    if (i & SIZE) continue;
-    const Lanes a = rows[i], b = rows[i + SIZE];
-    rows[i] = _mm256_blendv_ps(a, _mm256_permutevar8x32_ps(b, other), later);
-    rows[i + SIZE] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(a, other), b, later);
-  }
-  if constexpr (2 * SIZE < V) turn<2 * SIZE>(rows);
-#else
-  float all[V][V];
-  for (int i = 0; i < V; ++i) rows[i].store(all[i]);
-  for (int i = 0; i < V; ++i) {
-    float column[V];
-    for (int j = 0; j < V; ++j) column[j] = all[j][i];
-    rows[i] = F::loadu(column);
-  }
-#endif
-}
-
 // exp(v) where v <= 0, to 2 ulp where that is a weight of any size: 2^n times a polynomial (of least largest error).
 inline F weight_of(const F& v) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -115,8 +70,7 @@ struct Piece {
 
   Piece(const Call& call, int64_t row, int64_t group, int64_t first, int64_t count, float* memory)
       : c(call), row(row), group(group), first(first), count(count) {
-    memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-    k = memory, s = k + D * BLOCK, o = s + TOKENS * BLOCK, v = o + PIECE * PADDED;
+    k = memory = aligned(memory), s = k + D * BLOCK, o = s + TOKENS * BLOCK, v = o + PIECE * PADDED;
     q = v + BLOCK * PADDED, most = q + PIECE * PADDED, whole = most + PIECE;
     for (int64_t t = 0; t < count; ++t) {
       const T* from = c.q + row * c.qs[0] + head(t) * c.qs[1] + query(t) * c.qs[2];

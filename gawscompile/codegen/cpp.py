@@ -1,8 +1,10 @@
-"""The C++ emitter: one group, one file, two entry points.
+"""The C++ emitter: one group, one file, an entry point for each plan.
 
 ``gemv``        y = c ⊙ (W x + s B (A x)) + bias + residual for any number of tokens, each weight read from memory once.
                 All threads compute u = s A x, meet at a barrier, then stream rows of every W of the group; B's
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
+``gemm``        the same for many tokens: panels of W are turned once, so that no sum is horizontal (`panels.cpp`), and
+                the adapters join a block of columns while it lies in a cache.
 ``accumulate``  the same on top of what y holds, for the plan whose base product comes from the vendor library.
 
 Where a base is opaque, both add to what it has made of x.
@@ -47,8 +49,24 @@ BANKS = (Path(__file__).parent / "banks.cpp").read_text().strip()
 """Stands in kernels of groups that have a bank."""
 
 
-PLANS = {"gemv_cpp": "plan gemv_cpp (any m)", "gemm_accumulate": "the epilogue of plan gemm_accumulate"}
-"""What a group's kernels can be asked for, `gemv` and `accumulate`, in words."""
+PANELS = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in ("turning", "panels"))
+"""Stands in kernels that turn weights."""
+
+
+PLANS = {
+    "gemv_cpp": "plan gemv_cpp (any m)",
+    "gemm_cpp": "plan gemm_cpp (many tokens)",
+    "gemm_accumulate": "the epilogue of plan gemm_accumulate",
+}
+"""What a group's kernels can be asked for, `gemv`, `gemm` and `accumulate`, in words."""
+
+
+def takes_panels(spec: KernelSpec) -> bool:
+    """Whether `gemm_cpp` can run a group: plain weights of x's dtype by rows, adapters of low rank."""
+    return all(
+        p.dense and not (p.transposed or p.packed or p.banked or p.kronecker) and p.weight.dtype == spec.x
+        for p in spec.projections
+    )
 
 
 def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Operand] = ()) -> str:
@@ -61,12 +79,15 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
     if spec.swiglu and any(p.summed_apart for p in spec.projections):
         raise SpecError(f"no C++ for swiglu over weights that are transposed or in blocks: {spec}")
     ranks = Scratch(spec)
-    whole, added = (plan in plans for plan in PLANS)
+    whole, turned, added = (plan in plans for plan in PLANS)
+    turned = turned and takes_panels(spec)
     prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
     prelude += [BANKS] * bool(banks_of(spec))
     prelude += packed.prelude(spec)
+    prelude += [PANELS] * turned
     parts = [_header(spec, plans), "\n\n".join(prelude), "", *_constants(spec, ranks), "", "}  // namespace"]
     parts += ["", *_gemv(spec, ranks, summed)] if whole else []
+    parts += ["", *_gemm(spec, ranks)] if turned else []
     if added and (spec.swiglu or not all(p.plain for p in spec.projections)):
         parts += ["", *_accumulate(spec, ranks)]
     if added and packed.packed_of(spec):
@@ -216,22 +237,60 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return _entry("accumulate({})", spec, ranks, reads, False, ys, body)
 
 
+def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
+    parts, wide = Parts(spec, ranks), spec.x != "f32"
+    body = ["    widen(id, threads, m * K, x, xs);"] * wide + _shrink(spec, ranks, parts)
+    if wide and not ranks.width:
+        body.append("#pragma omp barrier")
+    own = [(i, [i]) for i in range(len(spec.projections))]
+    pieces = [(0, [0, 1])] if spec.swiglu else own
+    body.append(f"    Share columns({' + '.join(f'blocks(N{i}, 2 * V)' for i, _ in pieces)}, id, threads);")
+    for i, halves in pieces:
+        sums = ", ".join(f"auto z{at}" for at in halves)
+        body += [
+            f"    columns.range(blocks(N{i}, 2 * V), 1, [&](int64_t first, int64_t last) {{",
+            f"      by_products<K>(first, last, N{i}, m, {'xs' if wide else 'x'},",
+            f"        [&](int64_t column, int64_t end, int64_t lo, int64_t hi, {sums}) {{",
+            "          for (int64_t b = column / (2 * V); b * 2 * V < end; ++b) {",
+        ]
+        for at in halves:
+            to, strides = (f"z{at}", "STRIPE, STRIPE") if spec.swiglu else (f"y{at}", "STRIPE")
+            call = ", ".join(["b * 2 * V", "lo", "hi", to, f"z{at}", *parts.added(at)])
+            body.append(f"            add<N{at}, {strides}>({call});")
+        body.append("          }")
+        if spec.swiglu:
+            gate, up = (f"z{at} + lo * STRIPE + column" for at in halves)
+            body.append(f"          multiply(hi - lo, end - column, {gate}, {up}, STRIPE, y + lo * N0 + column, N0);")
+        body.append(f"        }}, {', '.join(f'w{at}' for at in halves)});")
+        body.append("    });")
+    ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
+    memory = ["  static thread_local Buffer widened_x;", "  float* xs = aligned(widened_x.of(m * K + 16));"] * wide
+    return _entry("gemm({})", spec, ranks, True, True, ys, body, memory)
+
+
 def _added(spec: KernelSpec, i: int, parts: Parts) -> str:
     """2V rows of a projection, all tokens, on top of what y holds: the block b."""
     p = spec.projections[i]
     if not p.kronecker:
         base = f"{'y' if p.opaque is None else 'base'}{i}"
-        return f"      add<N{i}>({', '.join(['b * 2 * V', 'm', f'y{i}', base, *parts.added(i)])});"
+        return f"      add<N{i}>({', '.join(['b * 2 * V', '0', 'm', f'y{i}', base, *parts.added(i)])});"
     ends = f"b * 2 * V / ROWS, min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS)"
     reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.opaque is None else None, weight=False)
     return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, {', '.join(reads)});"
 
 
 def _entry(
-    name: str, spec: KernelSpec, ranks: Scratch, x: bool, bases: bool, ys: list[str], body: list[str]
+    name: str,
+    spec: KernelSpec,
+    ranks: Scratch,
+    x: bool,
+    bases: bool,
+    ys: list[str],
+    body: list[str],
+    memory: Sequence[str] = (),
 ) -> list[str]:
     """An entry point, whose threads all run `body`. It reads `x`, if so, and all
-    operands, the `bases` if so; it writes `ys`."""
+    operands, the `bases` if so; it writes `ys`, and has `memory` of its own."""
     types = [CPP_TYPES[p.out] for p in (*spec.projections, spec.projections[0])]
     read = [(at, o) for at, o in enumerate(spec.operands()) if bases or not o.of_base]
     return [
@@ -243,6 +302,7 @@ def _entry(
         *["  static thread_local Buffer scratch;  // of the calling thread"] * bool(ranks.width),
         *["  float* u = scratch.of(m * LDU);"] * bool(ranks.width),
         *_resident(spec),
+        *memory,
         "#pragma omp parallel",
         "  {",
         "    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();",

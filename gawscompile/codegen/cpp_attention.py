@@ -1,4 +1,4 @@
-"""Attention in C++, one kernel for a dtype and a number of features: ``attend d=64 x=bf16``, ``attend d=64 x=bf16 causal``.
+"""Attention in C++, one kernel for a dtype and a number of features: ``attend d=64 x=bf16``, or ``… causal``.
 
 Everything else (rows, heads, how many of them share a key head, queries, keys, strides, mask) is read in the call, so
 one kernel serves a cache of any size. Keys that no query may see are skipped. Few queries read keys where the cache has
@@ -34,9 +34,11 @@ def parse(text: str) -> tuple[int, str, bool]:
 def emit(text: str) -> str:
     """The C++ source of a `kernel`. Raises `SpecError`."""
     features, dtype, causal = parse(text)
-    parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude")]
+    parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude", "turning")]
     given = [f"using T = {CPP_TYPES[dtype]};", f"constexpr int D = {features};"]
     given.append(f"constexpr bool CAUSAL = {str(causal).lower()};")
     constants = "\n".join(["namespace {\n", *given, "\n}  // namespace"])
     bodies = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("attention", "attention_tiles")]
-    return "\n\n".join([f"// gawscompile: {text}", *parts, "}  // namespace", constants, *bodies]) + "\n"
+    vectors, prelude, turning = parts
+    whole = [f"// gawscompile: {text}", vectors, prelude, "}  // namespace", turning, constants, *bodies]
+    return "\n\n".join(whole) + "\n"

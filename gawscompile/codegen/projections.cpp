@@ -143,24 +143,24 @@ inline void by_columns(
   });
 }
 
-// 2V columns of N from n0 on, or those that are left, for all tokens: lines, then terms, then lines, on top of what `base`
-// holds.
-template <int64_t N, class TY, class TS, class Early, class Late, class... Terms>
+// 2V columns of N from n0 on, or those that are left, for the tokens [lo, hi): lines, then terms, then lines, on top of
+// what `base` holds, a token every LDB numbers.
+template <int64_t N, int64_t LDB = N, int64_t LDY = N, class TY, class TS, class Early, class Late, class... Terms>
 [[gnu::noinline]] void add(
-    int64_t n0, int64_t m, TY* y, const TS* base, Early early, Late late, const Terms&... terms) {
+    int64_t n0, int64_t lo, int64_t hi, TY* y, const TS* base, Early early, Late late, const Terms&... terms) {
   const auto columns = [&](auto... count) {
-    for_tokens(0, m, [&](auto width, int64_t t0) {
+    for_tokens(lo, hi, [&](auto width, int64_t t0) {
       constexpr int T = decltype(width)::value;
-      const TS* from = base + t0 * N + n0;
-      TY* to = y + t0 * N + n0;
+      const TS* from = base + t0 * LDB + n0;
+      TY* to = y + t0 * LDY + n0;
       Pair acc[T];
       for (int t = 0; t < T; ++t) {
-        acc[t] = load_pair(from + t * N, count...);
+        acc[t] = load_pair(from + t * LDB, count...);
         early(acc[t], n0, t0 + t, count...);
       }
       (terms(acc, t0), ...);
       for (int t = 0; t < T; ++t) late(acc[t], n0, t0 + t, count...);
-      for (int t = 0; t < T; ++t) store_pair(to + t * N, acc[t], count...);
+      for (int t = 0; t < T; ++t) store_pair(to + t * LDY, acc[t], count...);
     });
   };
   if (N % (2 * V) == 0 || n0 + 2 * V <= N) columns(); else if constexpr (N % (2 * V) != 0) columns(int(N - n0));

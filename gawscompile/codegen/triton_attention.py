@@ -136,7 +136,7 @@ def launch(
 ) -> torch.Tensor:
     """``gaws::attend`` on a GPU (`gawscompile.runtime.attention` has its shapes). Raises `ValueError`, naming the
     tensor, where one does not fit `kernel`."""
-    features, dtype = parse(kernel)
+    features, dtype, _ = parse(kernel)
     _check(q, k, v, mask, features, DTYPES[dtype])
     rows, heads, queries, _ = q.shape
     groups, keys = k.shape[1:3]

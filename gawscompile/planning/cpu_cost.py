@@ -15,6 +15,12 @@ from gawscompile.planning.devices import Device
 UNPACKING = 2e-11
 """Seconds to make a number of a code, by all threads."""
 
+TURNING = 10
+"""Operations whose time it takes to turn a number of a weight."""
+
+PANELS = 1.15
+"""How much faster panels are multiplied than rows, whose sums are horizontal."""
+
 TILE_TOKENS, FIRST_CACHE = 6, 32 << 10
 """Tokens in a tile of the generated kernel, and bytes of first cache that every CPU has."""
 
@@ -35,6 +41,11 @@ def _adapter_products(spec: KernelSpec) -> int:
     return sum(term.multiplications(spec.k) for p in spec.projections for term in p.terms[1:])
 
 
+def held(k: int, dtype: str) -> float:
+    """What is left of the rate at which rows are multiplied: less where tiles of tokens come from the second cache."""
+    return 1.0 if TILE_TOKENS * k * DTYPES[dtype].itemsize <= FIRST_CACHE else 0.8
+
+
 def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
     """One region. What the first tile of tokens multiplies hides behind its weights' way from memory, or hides that;
     later tiles find the weights in a cache."""
@@ -44,14 +55,20 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
             token += 2 * p.n * spec.k / device.kernel_rate["f32"]
         if p.dense is None:
             continue
-        # bf16's dot products eat twice what fp32's do: only there do tiles from the second cache slow them down
-        fits = p.weight.dtype == "f32" or TILE_TOKENS * spec.k * DTYPES[spec.x].itemsize <= FIRST_CACHE
         # sums of columns go through the first cache, and are read and written there once in a few rows
-        rate = device.kernel_rate[p.weight.dtype] * (1.0 if fits else 0.8) * (0.8 if p.transposed else 1.0)
+        rate = device.kernel_rate[p.weight.dtype] * held(spec.k, spec.x) * (0.8 if p.transposed else 1.0)
         token += 2 * p.n * spec.k / rate
     memory = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth
     first = sympy.Min(m, TILE_TOKENS)
     return device.launch + sympy.Max(memory, token * first) + token * (m - first)
+
+
+def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
+    """One region. Every weight is turned once, then tiles of tokens meet it in fp32; adapters by rows, as ever."""
+    size = sum(p.n for p in spec.projections) * spec.k
+    once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * size / device.kernel_rate["f32"]
+    token = 2 * (size / PANELS + _adapter_products(spec)) / device.kernel_rate["f32"]
+    return 2 * device.launch + once + m * token
 
 
 def gemm(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:

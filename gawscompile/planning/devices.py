@@ -245,7 +245,8 @@ def _cpu(threads: int, vendor: str, family: str, capability: str, bf16: str) -> 
 def multiplies_in_fp32(dtype: str) -> bool:
     """Whether this CPU has vectors that C++ kernels are written for, and the library nothing better for `dtype`."""
     wide = "AVX" in torch.backends.cpu.get_cpu_capability()
-    return wide and (dtype == "f32" or (dtype == "bf16" and not _bf16()) or (dtype == "f16" and not _has("avx512_fp16")))
+    better = {"f32": False, "bf16": bool(_bf16()), "f16": _has("avx512_fp16")}
+    return wide and not better.get(dtype, True)
 
 
 def _bf16() -> str:

@@ -92,9 +92,12 @@ class Cpp(Target):
     name, device, prefix, hoists, tunes = "cpp", "cpu", "", True, False
 
     def __init__(self) -> None:
-        one, library = "gemv_cpp", "gemm_accumulate"
+        one, panels, library = cpp.PLANS
         self.kinds = {
             one: PlanKind(one, lambda _: [one], lambda *_: 1, _on_cpu(cpu_cost.gemv), takes_sums=True),
+            panels: PlanKind(
+                panels, lambda spec: [panels] * cpp.takes_panels(spec), lambda *_: 1, _on_cpu(cpu_cost.panels)
+            ),
             library: PlanKind(
                 library,
                 lambda spec: [library] * spec.library_takes,

@@ -42,11 +42,19 @@ struct Projection {
   bool packed;      // it is kept as codes
 };
 
+enum Plan : int64_t { GEMV, GEMM, LIBRARY };  // as `planning/targets.py` has them
+
+struct Row {
+  Plan plan;
+  int64_t most;  // tokens that it runs
+};
+
 struct Program {
   void* gemv;         // a Kernel, or a SummingKernel where it sums up what it reads
+  Kernel gemm;
   Kernel accumulate;  // null where nothing is to be added to W x
   Unpacking unpack;   // where a weight is packed: it as a matrix of x's dtype
-  int64_t gemv_max;         // the most tokens that gemv runs; beyond, the library multiplies
+  std::vector<Row> table;
   int64_t k;
   ScalarType x_dtype;
   std::vector<Operand> operands;
@@ -107,6 +115,7 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
       arguments.all.size() == program.arguments,
       "gaws::project: ", arguments.all.size(), " operands, the kernel takes ", program.arguments, ": ", text);
   const int64_t m = program.k ? x.numel() / program.k : 0;
+  const Plan plan = std::find_if(program.table.begin(), program.table.end(), [&](const Row& row) { return m <= row.most; })->plan;
   if (!x.is_contiguous()) x = x.contiguous();
   Values values;
   std::vector<const void*> in(program.operands.size());
@@ -133,7 +142,7 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
   if (!hoisted.derived.empty()) {
     states = states_of(hoisted, arguments);
     read(hoisted, arguments, states, false);
-    const bool summed = hoisted.sums && 0 < m && m <= program.gemv_max;
+    const bool summed = hoisted.sums && 0 < m && plan == GEMV;
     values = summed ? expected(hoisted, arguments, states) : derive(hoisted, arguments, states);
     place(true);
   }
@@ -149,7 +158,11 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
   }
   if (m == 0) return outputs;
   const void* rows = x.const_data_ptr();
-  if (m <= program.gemv_max) {
+  if (plan == GEMM) {
+    program.gemm(m, rows, in.data(), out.data());
+    return outputs;
+  }
+  if (plan == GEMV) {
     for (int attempt = 1;; ++attempt) {
       std::vector<uint64_t> sums(hoisted.sums);
       if (sums.empty()) Kernel(program.gemv)(m, rows, in.data(), out.data());
@@ -199,7 +212,8 @@ void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
 extern "C" void gaws_set_resolver(const char* (*f)(const char*)) { resolver = f; }
 
 extern "C" void gaws_register(
-    const char* text, void* gemv, void* accumulate, void* unpack, int64_t gemv_max, int64_t k, int32_t x_dtype,
+    const char* text, void* gemv, void* gemm, void* accumulate, void* unpack, int64_t n_rows, const int64_t* plans,
+    const int64_t* most, int64_t k, int32_t x_dtype,
     int64_t n_operands, const int32_t* dtypes, const int64_t* ranks, const int64_t* shapes, const char* const* names,
     int64_t n_projections, const int64_t* widths, const int32_t* out_dtypes, const int64_t* weights,
     const bool* transposed, const bool* packed, bool swiglu, int64_t n_derived, const int64_t* places, const char* const* recipes,
@@ -207,9 +221,10 @@ extern "C" void gaws_register(
     const int64_t* unit_rows) {
   auto program = std::make_unique<Program>();
   program->gemv = gemv;
+  program->gemm = Kernel(gemm);
   program->accumulate = Kernel(accumulate);
   program->unpack = Unpacking(unpack);
-  program->gemv_max = gemv_max;
+  for (int64_t i = 0; i < n_rows; ++i) program->table.push_back({Plan(plans[i]), most[i]});
   program->k = k;
   program->x_dtype = ScalarType(x_dtype);
   program->swiglu = swiglu;

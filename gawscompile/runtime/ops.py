@@ -168,15 +168,14 @@ def register(program: str) -> None:
     weights = {o.projection: i for i, o in enumerate(operands) if o.role == "weight"}
     shapes = [[*[_FLAT] * o.flat, *(_FREE.get(size, size) for size in o.shape)] for o in operands]
     flat = [size for shape in shapes for size in shape]
-    by_library = [CPP.kind(plan).uses_library for plan in planned.plans]
-    if by_library not in ([False], [True], [False, True]):
-        raise SpecError(f"the op runs gemv_cpp up to some m and gemm_accumulate beyond, not {planned.table}")
-    bound = planned.table.rows[0][1]
-    gemv_max = 0 if by_library[0] else 2**62 if bound is None else bound
-    gemv, accumulate, unpack = (
+    bounds = [bound for _, bound in planned.table.rows]
+    entries = [list(CPP.kinds).index(plan) for plan in planned.plans]
+    gemv, gemm, accumulate, unpack = (
         ctypes.cast(getattr(kernels, name), ctypes.c_void_p) if hasattr(kernels, name) else None
-        for name in ("gemv", "accumulate", "unpack")
+        for name in ("gemv", "gemm", "accumulate", "unpack")
     )
+    if "gemm_cpp" in planned.plans and gemm is None:
+        raise SpecError(f"gemm_cpp cannot run {spec}")
     derived = planned.derived
     sources = [source for d in derived for source in d.sources]
     summed = [argument for argument, _ in planned.summed]
@@ -184,9 +183,12 @@ def register(program: str) -> None:
     ensure_loaded().gaws_register(
         program.encode(),
         gemv,
+        gemm,
         accumulate,
         unpack,
-        ctypes.c_int64(gemv_max),
+        ctypes.c_int64(len(entries)),
+        (ctypes.c_int64 * len(entries))(*entries),
+        (ctypes.c_int64 * len(entries))(*[2**62 if bound is None else bound for bound in bounds]),
         ctypes.c_int64(spec.k),
         ctypes.c_int32(scalar_type(spec.x)),
         ctypes.c_int64(len(operands)),

@@ -1,4 +1,4 @@
-"""The C++ emitter: its text, and both of its kernels against fp64, with NaNs around every tensor."""
+"""The C++ emitter: its text, and all of its kernels against fp64, with NaNs around every tensor."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ SPECS = {
     "bank_beside_all": "k=64 x=f32; n=21 w=f32 out=f32 bias=f32 rowscale=f32 lora(r=5 f32 s=2.0) given(r=3 f32 z=f32) "
     "bank(f32); n=48 wt=f32 out=f32 bias=f32 lora(r=3 f32 s=1.0) kron(4*12x16*1 f32 s=1.0) bank(f32)",
     "bank_wide_modes": "k=840 x=bf16; n=420 w=bf16 out=bf16 bank(bf16); n=1260 w=bf16 out=f32 bank(f32)",
+    "deep": "k=1100 x=f32; n=70 w=f32 out=f32 bias=f32 lora(r=5 f32 s=2.0); n=9 w=f32 out=f32 residual=f32",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
@@ -116,6 +117,19 @@ def test_gemv(libraries, name, threads):
         for m in TOKENS:
             problem = Problem.of(SPECS[name], m, seed=m)
             problem.check(run(libraries[name], "gemv", problem, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("name", [name for name in SPECS if cpp.takes_panels(KernelSpec.parse(SPECS[name]))])
+def test_gemm(libraries, name, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for m in (*TOKENS, 515):  # more than are kept at once
+            problem = Problem.of(SPECS[name], m, seed=m)
+            problem.check(run(libraries[name], "gemm", problem, None))
     finally:
         torch.set_num_threads(before)
 
@@ -200,6 +214,7 @@ def test_plain_projections_have_no_dead_code():
 def test_snapshot():
     """The generated part of one kernel, as committed: a change of the emitter shows in review."""
     text = cpp.emit(KernelSpec.parse(SPECS["qkv"])).replace(cpp.PRELUDE + "\n", "// (prelude.cpp)\n")
+    text = text.replace(cpp.PANELS + "\n", "// (panels.cpp)\n")
     if os.environ.get("GAWS_UPDATE_SNAPSHOTS"):
         SNAPSHOT.write_text(text)
     assert text == SNAPSHOT.read_text(), "run with GAWS_UPDATE_SNAPSHOTS=1 and read the difference"

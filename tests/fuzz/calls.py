@@ -28,6 +28,7 @@ GUARD = 96
 """Elements of NaN on both sides of every tensor, which begins up to 63 elements further."""
 NUMBERS = ("normal", "large", "huge", "subnormal", "not finite", "zeros", "mixed")
 TORCH = {**DTYPES, "f64": torch.float64}
+ENTRIES = ("gemv", "gemm", "accumulate")
 TILES = ("triton: fused_tile", "triton: gemm_accumulate")
 """Plans in which u meets a bf16 factor in bf16."""
 VECTORS = {"AVX-512": "", "AVX2": "#undef CPU_CAPABILITY_AVX512\n#define CPU_CAPABILITY_AVX2\n"}
@@ -40,8 +41,8 @@ class Call:
 
     spec: str
     plan: str
-    """An entry point, "gemv" or "accumulate"; "op"; "hoisted", the op with row scales that are hoisted; or a printed
-    `triton.Plan`, for a process that interprets."""
+    """An entry point, "gemv", "gemm" or "accumulate"; "op"; "hoisted", the op with row scales that are hoisted; or a
+    printed `triton.Plan`, for a process that interprets."""
     m: int
     threads: int = 1
     numbers: str = "normal"
@@ -54,9 +55,13 @@ class Call:
 
     @property
     def table(self) -> tuple[str, str]:
-        """(a plan table of the op, which plan it picks): the library multiplies where it can, and beyond some m."""
-        bound = 1 + self.seed % 8 if self.kernel.library_takes else TOKENS
-        return f"gemv_cpp<={bound}, gemm_accumulate", "gemv_cpp" if self.m <= bound else "gemm_accumulate"
+        """(a plan table of the op, which plan it picks): panels and the library multiply where they can, and beyond
+        some m."""
+        bound = 1 + self.seed % 8 if self.kernel.library_takes or cpp.takes_panels(self.kernel) else TOKENS
+        more = bound + (self.seed // 8 % 16 if self.kernel.library_takes else TOKENS)
+        rows = [("gemv_cpp", bound)] + [("gemm_cpp", more)] * (cpp.takes_panels(self.kernel) and more > bound)
+        table = PlanTable((*rows, ("gemm_accumulate", None)))
+        return str(table), table.pick(self.m)
 
     @property
     def by(self) -> str:
@@ -65,7 +70,7 @@ class Call:
             return f"op: {self.table[1]}"
         if self.plan == "hoisted":
             return f"hoisted: {self.table[1]}"
-        return self.plan if self.plan in ("gemv", "accumulate") else f"triton: {self.plan.partition('[')[0]}"
+        return self.plan if self.plan in ENTRIES else f"triton: {self.plan.partition('[')[0]}"
 
     @property
     def strided(self) -> bool:
@@ -80,7 +85,7 @@ class Call:
     def fault(self) -> str | None:
         """What is wrong with what the kernels answer, if anything. Raises what they raise."""
         x, operands = tensors(self)
-        run = {"gemv": by_entry, "accumulate": by_entry, "op": by_op, "hoisted": by_hoisted}.get(self.plan, by_triton)
+        run = {**dict.fromkeys(ENTRIES, by_entry), "op": by_op, "hoisted": by_hoisted}.get(self.plan, by_triton)
         got = run(self, x, operands)
         wanted = answers(self.kernel, x, operands, "accumulate" in self.by, self.by in TILES)
         for i, (answer, y) in enumerate(zip(wanted, got, strict=True)):
@@ -175,7 +180,7 @@ def threads(count: int, library: ctypes.CDLL | None = None) -> Iterator[None]:
 
 
 def by_entry(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
-    """By `gemv`, or by `accumulate`, which finds base products where outputs go."""
+    """By `gemv`, `gemm`, or `accumulate`, which finds base products where outputs go."""
     spec = call.kernel
     library = ctypes.CDLL(str(built(call.spec, call.vectors).result()))
     empty = [torch.full((call.m, n), torch.nan, dtype=DTYPES[out]) for n, out in spec.outputs]

@@ -20,7 +20,7 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import TensorType
 from tests.fuzz import interpreted
-from tests.fuzz.calls import NUMBERS, TOKENS, VECTORS, Call, built
+from tests.fuzz.calls import ENTRIES, NUMBERS, TOKENS, VECTORS, Call, built
 from tests.fuzz.coverage import Coverage, Failure
 from tests.fuzz.specs import FEATURES, FLOATS, random_spec
 
@@ -39,7 +39,7 @@ TRITON = frozenset(f"triton: {name}" for name in triton.PLANS)
 TESTED_APART = {place.role for kind in (Banked, Packed) for place in places(kind).values() if place} - {"weight"}
 """Operands of banks and of packed bases, for which there are tests of their own, on numbers of one kind."""
 MUST_REACH: dict[str, frozenset[str]] = {
-    "kernel": frozenset({"gemv", "accumulate", *(f"{how}: {name}" for how in ("op", "hoisted") for name in cpp.PLANS)})
+    "kernel": frozenset({*ENTRIES, *(f"{how}: {name}" for how in ("op", "hoisted") for name in cpp.PLANS)})
     | TRITON,
     "operand": ROLES - TESTED_APART,
     "spec": frozenset(FEATURES),
@@ -87,7 +87,8 @@ def call(seed: int) -> Call:
         return Call(str(spec), str(plan), max(1, min(m, most)), 1, numbers, seed)
     added = spec.library_takes and (spec.swiglu or not all(p.plain for p in spec.projections))
     scaled = any(p.rowscale for p in spec.projections)
-    plan = random.choice(("gemv", "op", *["accumulate"] * added, *["hoisted"] * scaled))
+    turned = cpp.takes_panels(spec)
+    plan = random.choice(("gemv", "op", *["gemm"] * turned, *["accumulate"] * added, *["hoisted"] * scaled))
     return Call(str(spec), plan, m, random.choice(THREADS), numbers, seed, one.vectors)
 
 
@@ -169,6 +170,7 @@ def simplified(case: Call) -> Iterator[Call]:
         smaller = replace(case, spec=str(spec))
         possible = case.by.startswith("triton") is False or triton.Plan.parse(case.plan) in triton.plans(spec)
         possible = possible and (case.plan != "accumulate" or not all(p.plain for p in spec.projections))
+        possible = possible and (case.plan != "gemm" or cpp.takes_panels(spec))
         if possible and (case.plan != "hoisted" or any(p.rowscale for p in spec.projections)):
             yield smaller
 

@@ -19,7 +19,7 @@ SPEC = KernelSpec.parse(
 
 def test_costs_are_expressions_in_m_that_grow():
     planned = cost.plan(SPEC)
-    assert set(planned.costs) == {"gemv_cpp", "gemm_accumulate"}
+    assert set(planned.costs) == {"gemv_cpp", "gemm_cpp", "gemm_accumulate"}
     for name, expression in planned.costs.items():
         assert isinstance(expression, sympy.Expr) and expression.free_symbols == {cost.m}
         times = [planned.seconds(name, m) for m in (1, 2, 8, 64, 512, 4096)]
@@ -53,7 +53,20 @@ def test_bytes_are_those_of_the_tensors():
 
 def test_the_library_is_no_candidate_where_it_cannot_write_the_output():
     spec = KernelSpec.parse("k=8 x=bf16; n=4 w=bf16 out=f32")
-    assert set(cost.plan(spec).costs) == {"gemv_cpp"}
+    assert set(cost.plan(spec).costs) == {"gemv_cpp", "gemm_cpp"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "n=4 wt=bf16 out=bf16",
+        "n=4 w=f32 out=bf16",
+        "n=4 opaque=bf16 out=bf16 lora(r=2 f32 s=1.0)",
+        "n=4 w=bf16 out=bf16 bank(f32)",
+    ],
+)
+def test_panels_are_of_plain_weights_of_the_activations_dtype(row):
+    assert "gemm_cpp" not in cost.plan(KernelSpec.parse(f"k=8 x=bf16; {row}")).costs
 
 
 def test_tables_and_programs_print_and_parse():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -10,13 +11,19 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from gawscompile.codegen import cpp
 from gawscompile.runtime import ops
 from tests.codegen.problems import Problem
 
 SPEC = "k=37 x=f32; n=13 w=f32 out=f32 bias=f32 residual=f32 lora(r=3 f32 s=tensor.f32); n=8 w=f32 out=f32"
-PLANS = ("gemv_cpp", "gemm_accumulate", "gemv_cpp<=4, gemm_accumulate")
-ONE_LIBRARY = ("gemv_cpp<=40, gemm_accumulate", "gemv_cpp<=0, gemm_accumulate", "gemv_cpp<=4, gemm_accumulate")
-"""For every m below 41 what PLANS run, by tables whose kernels are one library."""
+PLANS = ("gemv_cpp", "gemm_accumulate", "gemv_cpp<=4, gemm_accumulate", "gemv_cpp<=1, gemm_cpp<=5, gemm_accumulate")
+ONE_LIBRARY = (
+    "gemv_cpp<=40, gemm_cpp<=41, gemm_accumulate",
+    "gemv_cpp<=0, gemm_cpp<=40, gemm_accumulate",
+    "gemv_cpp<=0, gemm_accumulate<=40, gemm_cpp",
+    "gemv_cpp<=4, gemm_cpp<=12, gemm_accumulate",
+)
+"""For every m below 41 each plan, and all, by tables whose kernels are one library."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +32,8 @@ def loaded():
 
 
 def call(problem: Problem, plan: str = "gemv_cpp") -> list[torch.Tensor]:
+    if not cpp.takes_panels(problem.spec):
+        plan = re.sub(r", gemm_cpp<=\d+|, gemm_cpp$", "", plan).replace("accumulate<=40", "accumulate")
     return torch.ops.gaws.project(problem.x, list(problem.operands.values()), f"{plan} | {problem.spec}")
 
 

@@ -1,0 +1,108 @@
+// W x of many tokens: rows of W are turned to a panel [k, rows] once, and tiles of tokens meet it. No sum of a product is
+// horizontal, all is fp32, and the panel lies in the second cache (Goto and van de Geijn, "Anatomy of High-Performance
+// Matrix Multiplication", 2008: the weight is packed, x is read as it lies). `turning.cpp` stands in front.
+
+constexpr int WIDE = V >= 16 ? 4 : 2, STRIPE = WIDE * V;  // rows of W that meet a tile of tokens in registers
+constexpr int64_t DEPTH = 1024;                          // of k in one panel
+constexpr int64_t AT_ONCE = 512;                         // tokens whose sums are kept
+
+// V numbers of a row, the first `count` of them.
+template <class T>
+inline F line_of(const T* p, int64_t count) {
+  if (count >= V) return vector_of(p);
+  T padded[V] = {};
+  std::memcpy(padded, p, size_t(count) * sizeof(T));
+  return vector_of(padded);
+}
+
+// A thread's share of x in fp32.
+template <class T>
+inline void widen(int64_t id, int64_t threads, int64_t count, const T* x, float* to) {
+  const int64_t lo = count * id / threads, hi = count * (id + 1) / threads;
+  int64_t i = lo;
+  for (; i + V <= hi; i += V) vector_of(x + i).store(to + i);
+  for (; i < hi; ++i) to[i] = float(x[i]);
+}
+
+// What is read next from memory, by bytes for each step of k: it comes into the second cache meanwhile.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+};
+
+// z[t, 0..C·V) of T tokens plus, unless they are the first, what `depth` of k make of them.
+template <int T, int C>
+[[gnu::noinline]] void meet(
+    const float* panel, const float* x, int64_t ldx, int64_t depth, float* z, bool first, Ahead ahead) {
+  F acc[T][C];
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < C; ++c) acc[t][c] = first ? F(0) : F::loadu(z + t * STRIPE + c * V);
+  for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(ahead.from + k * ahead.bytes, 0, 2);
+    F w[C];
+    for (int c = 0; c < C; ++c) w[c] = F::loadu(panel + k * STRIPE + c * V);
+    for (int t = 0; t < T; ++t) {
+      const F one(x[t * ldx + k]);
+      for (int c = 0; c < C; ++c) acc[t][c] = fmadd(one, w[c], acc[t][c]);
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < C; ++c) acc[t][c].store(z + t * STRIPE + c * V);
+}
+
+// z[t, r] = sum over k of x[t, k] w[r, k] of `rows` rows and `count` tokens; `left` rows follow them.
+template <int64_t K, class TW>
+void products(const TW* w, int64_t rows, int64_t left, const float* x, int64_t count, float* panel, float* z) {
+  const int64_t next = min<int64_t>(left, STRIPE) * int64_t(sizeof(TW));
+  for (int64_t from = 0; from < K; from += DEPTH) {
+    const int64_t depth = min(DEPTH, K - from);
+    for (int64_t r = 0; r < rows; r += V)
+      for (int64_t k = 0; k < depth; k += V) {
+        F lines[V];
+        for (int i = 0; i < V; ++i)
+          lines[i] = r + i < rows ? line_of(w + (r + i) * K + from + k, depth - k) : F(0);
+        turn(lines);
+        for (int i = 0; i < V; ++i) lines[i].store(panel + (k + i) * STRIPE + r);
+      }
+    const auto tiles = [&](auto width) {
+      constexpr int C = decltype(width)::value;
+      int64_t t = 0;
+      const auto run = [&](auto tokens) {
+        constexpr int T = decltype(tokens)::value;
+        const int64_t each = next * T / count;
+        for (; t + T <= count; t += T) {
+          const Ahead ahead{reinterpret_cast<const char*>(w + rows * K) + next * t / count * K + from * each, each};
+          meet<T, C>(panel, x + t * K + from, K, depth, z + t * STRIPE, from == 0, ahead);
+        }
+      };
+      run(Int<6>{}), run(Int<2>{}), run(Int<1>{});
+    };
+    if (rows > 2 * V) tiles(Int<WIDE>{});
+    else tiles(Int<2>{});
+  }
+}
+
+// Blocks [first, last) of 2V columns of n, of one weight or of gate and up: f(column, end, lo, hi, z...) takes the sums of
+// these columns for the tokens [lo, hi), a token's STRIPE numbers apart.
+template <int64_t K, class Fn, class... TW>
+void by_products(int64_t first, int64_t last, int64_t n, int64_t m, const float* x, Fn&& f, const TW*... w) {
+  static thread_local Buffer memory;
+  constexpr int64_t DEEP = min<int64_t>(DEPTH, (K + V - 1) / V * V) * STRIPE;
+  const int64_t kept = min(m, AT_ONCE) * STRIPE;
+  float* const panel = aligned(memory.of(DEEP + int64_t(sizeof...(w)) * kept + 16));
+  const int64_t end = min<int64_t>(n, last * 2 * V);
+  for (int64_t column = first * 2 * V; column < end; column += STRIPE) {
+    const int64_t rows = min<int64_t>(STRIPE, end - column);
+    for (int64_t lo = 0; lo < m; lo += AT_ONCE) {
+      const int64_t hi = min(m, lo + AT_ONCE);
+      float* z = panel + DEEP;
+      const auto next = [&](const auto* weight) {
+        float* const own = z;
+        products<K>(weight + column * K, rows, lo ? 0 : end - column - rows, x + lo * K, hi - lo, panel, own);
+        z += kept;
+        return own - lo * STRIPE - column;
+      };
+      f(column, column + rows, lo, hi, next(w)...);
+    }
+  }
+}
