@@ -242,30 +242,32 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
     body = ["    widen(id, threads, m * K, x, xs);"] * wide + _shrink(spec, ranks, parts)
     if wide and not ranks.width:
         body.append("#pragma omp barrier")
-    own = [(i, [i]) for i in range(len(spec.projections))]
-    pieces = [(0, [0, 1])] if spec.swiglu else own
-    body.append(f"    Share columns({' + '.join(f'blocks(N{i}, 2 * V)' for i, _ in pieces)}, id, threads);")
-    for i, halves in pieces:
-        sums = ", ".join(f"auto z{at}" for at in halves)
+    pieces = [[0, 1]] if spec.swiglu else [[i] for i in range(len(spec.projections))]
+    stripes = [f"blocks(N{piece[0]}, STRIPE)" for piece in pieces]
+    body.append(f"    queue.run(id, threads, {' + '.join(stripes)}, [&](int64_t stripe) {{")
+    for piece, count in zip(pieces, stripes, strict=True):
+        i, sums = piece[0], ", ".join(f"auto z{at}" for at in piece)
         body += [
-            f"    columns.range(blocks(N{i}, 2 * V), 1, [&](int64_t first, int64_t last) {{",
-            f"      by_products<K>(first, last, N{i}, m, {'xs' if wide else 'x'},",
-            f"        [&](int64_t column, int64_t end, int64_t lo, int64_t hi, {sums}) {{",
-            "          for (int64_t b = column / (2 * V); b * 2 * V < end; ++b) {",
+            f"      if (stripe < {count})",
+            f"        return by_products<K>(stripe, N{i}, m, {'xs' if wide else 'x'},",
+            f"          [&](int64_t column, int64_t end, int64_t lo, int64_t hi, {sums}) {{",
+            "            for (int64_t b = column / (2 * V); b * 2 * V < end; ++b) {",
         ]
-        for at in halves:
+        for at in piece:
             to, strides = (f"z{at}", "STRIPE, STRIPE") if spec.swiglu else (f"y{at}", "STRIPE")
             call = ", ".join(["b * 2 * V", "lo", "hi", to, f"z{at}", *parts.added(at)])
-            body.append(f"            add<N{at}, {strides}>({call});")
-        body.append("          }")
+            body.append(f"              add<N{at}, {strides}>({call});")
+        body.append("            }")
         if spec.swiglu:
-            gate, up = (f"z{at} + lo * STRIPE + column" for at in halves)
-            body.append(f"          multiply(hi - lo, end - column, {gate}, {up}, STRIPE, y + lo * N0 + column, N0);")
-        body.append(f"        }}, {', '.join(f'w{at}' for at in halves)});")
-        body.append("    });")
+            gate, up = (f"z{at} + lo * STRIPE + column" for at in piece)
+            call = f"multiply(hi - lo, end - column, {gate}, {up}, STRIPE, y + lo * N0 + column, N0)"
+            body.append(f"            {call};")
+        body.append(f"          }}, {', '.join(f'w{at}' for at in piece)});")
+        body.append(f"      stripe -= {count};")
+    body.append("    });")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     memory = ["  static thread_local Buffer widened_x;", "  float* xs = aligned(widened_x.of(m * K + 16));"] * wide
-    return _entry("gemm({})", spec, ranks, True, True, ys, body, memory)
+    return _entry("gemm({})", spec, ranks, True, True, ys, body, ["  Queue queue;", *memory])
 
 
 def _added(spec: KernelSpec, i: int, parts: Parts) -> str:

@@ -82,27 +82,48 @@ void products(const TW* w, int64_t rows, int64_t left, const float* x, int64_t c
   }
 }
 
-// Blocks [first, last) of 2V columns of n, of one weight or of gate and up: f(column, end, lo, hi, z...) takes the sums of
-// these columns for the tokens [lo, hi), a token's STRIPE numbers apart.
+// The columns of stripe number `stripe` of n, of one weight or of gate and up: f(column, end, lo, hi, z...) takes the sums
+// of these columns for the tokens [lo, hi), a token's STRIPE numbers apart.
 template <int64_t K, class Fn, class... TW>
-void by_products(int64_t first, int64_t last, int64_t n, int64_t m, const float* x, Fn&& f, const TW*... w) {
+void by_products(int64_t stripe, int64_t n, int64_t m, const float* x, Fn&& f, const TW*... w) {
   static thread_local Buffer memory;
   constexpr int64_t DEEP = min<int64_t>(DEPTH, (K + V - 1) / V * V) * STRIPE;
   const int64_t kept = min(m, AT_ONCE) * STRIPE;
   float* const panel = aligned(memory.of(DEEP + int64_t(sizeof...(w)) * kept + 16));
-  const int64_t end = min<int64_t>(n, last * 2 * V);
-  for (int64_t column = first * 2 * V; column < end; column += STRIPE) {
-    const int64_t rows = min<int64_t>(STRIPE, end - column);
-    for (int64_t lo = 0; lo < m; lo += AT_ONCE) {
-      const int64_t hi = min(m, lo + AT_ONCE);
-      float* z = panel + DEEP;
-      const auto next = [&](const auto* weight) {
-        float* const own = z;
-        products<K>(weight + column * K, rows, lo ? 0 : end - column - rows, x + lo * K, hi - lo, panel, own);
-        z += kept;
-        return own - lo * STRIPE - column;
-      };
-      f(column, column + rows, lo, hi, next(w)...);
-    }
+  const int64_t column = stripe * STRIPE, rows = min<int64_t>(STRIPE, n - column);
+  for (int64_t lo = 0; lo < m; lo += AT_ONCE) {
+    const int64_t hi = min(m, lo + AT_ONCE);
+    float* z = panel + DEEP;
+    const auto next = [&](const auto* weight) {
+      float* const own = z;
+      products<K>(weight + column * K, rows, lo ? 0 : n - column - rows, x + lo * K, hi - lo, panel, own);
+      z += kept;
+      return own - lo * STRIPE - column;
+    };
+    f(column, column + rows, lo, hi, next(w)...);
   }
 }
+
+// Work for all threads: each takes what lies in its own share, then what is left in those of others, as some are slower.
+class Queue {
+ public:
+  Queue() : taken_((int64_t*)memory().of(size_t(omp_get_max_threads()) * LINE_NUMBERS)) {
+    std::memset(taken_, 0, size_t(omp_get_max_threads()) * LINE_NUMBERS * sizeof(float));
+  }
+  template <class Fn>
+  void run(int64_t id, int64_t threads, int64_t total, Fn&& f) {
+    for (int64_t step = 0; step < threads; ++step) {
+      const int64_t of = (id + step) % threads, lo = total * of / threads, hi = total * (of + 1) / threads;
+      int64_t* const taken = taken_ + of * (LINE_NUMBERS / 2);
+      for (int64_t at; (at = lo + __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < hi;) f(at);
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE_NUMBERS = LINE / sizeof(float);
+  static Buffer& memory() {
+    static thread_local Buffer own;  // of the calling thread
+    return own;
+  }
+  int64_t* taken_;  // a line for each thread
+};
