@@ -19,6 +19,7 @@ from gawscompile.passes import (
     group_siblings,
     hoist_weights,
     join_banks,
+    join_collectives,
     lower,
     merge_blocks,
     recover_operators,
@@ -27,6 +28,7 @@ from gawscompile.passes import (
 )
 
 PIPELINE = (
+    join_collectives,
     split_streams,
     canonicalize,
     unfold_convolutions,

@@ -126,6 +126,8 @@ def script(data: dict[str, Any]) -> str:
 
 
 def _input(one: dict[str, Any]) -> str:
+    if "object" in one:
+        raise ReproError(f"the graph takes {plain(one['path'] or one['name'])}, which is no tensor: {one['object']}")
     if "value" in one:
         return repr(one["value"])
     return f'numbers({one["size"]}, {one["stride"]}, {one["dtype"]}, "{one["device"]}")'

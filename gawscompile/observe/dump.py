@@ -197,7 +197,8 @@ def _fate(entry: LinearRecord) -> str:
 def _input(node: Node, name: str) -> dict[str, Any]:
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor):
-        return {"name": node.name, "path": name, "value": _hint(fake)}
+        kept = {"value": hint} if isinstance(hint := _hint(fake), (int, float, bool)) else {"object": str(type(fake))}
+        return {"name": node.name, "path": name, **kept}
     return {
         "name": node.name,
         "path": name,

@@ -31,6 +31,7 @@ from gawscompile.planning.table import PlanTable, Program
 from gawscompile.runtime import attention
 from gawscompile.runtime.banked import BANKED
 from gawscompile.runtime.ops import OPS
+from gawscompile.verify import collectives
 
 SIZES = (3, 2, 7)
 """One draw each: what the first symbolic size is in it (the others follow from it)."""
@@ -93,6 +94,8 @@ class Values:
                 result = attention.meaning(*inputs)
             elif is_call(node, BANKED):
                 result = banked.apply(*inputs)
+            elif collectives.is_collective(node):
+                result = collectives.simulated(node, inputs)
             else:
                 result = node.target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result

@@ -1,0 +1,32 @@
+"""What collectives are in a proof, which runs in one process and must not talk to others: these may prove something
+else at that time, or nothing.
+
+An all-reduce adds up what ranks make of their own shards. In a proof it is a fixed linear map along the tokens: it lets
+exactly that through which is linear in the features and the same for every token, as sums over ranks do. A bias that
+would be added once for each rank, or an activation that moved through the sum, shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+
+def is_collective(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional"
+
+
+def simulated(node: Node, inputs: Any) -> torch.Tensor:
+    """A collective's result for `inputs`. Raises `NotImplementedError` for one that no rewrite goes through."""
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    x: torch.Tensor = inputs[0]
+    if name == "wait_tensor":
+        return x
+    if name != "all_reduce" or inputs[1] not in ("sum", "avg") or not x.dim():
+        raise NotImplementedError(f"a proof knows no {node.target} of {inputs[1:]}")
+    tokens = x.numel() // max(1, x.shape[-1])
+    generator = torch.Generator().manual_seed(tokens)
+    mixed = 2 * torch.eye(tokens, dtype=x.dtype) + torch.randn(tokens, tokens, generator=generator, dtype=x.dtype) / 4
+    return (mixed @ x.reshape(tokens, -1)).reshape(x.shape)

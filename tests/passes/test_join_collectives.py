@@ -1,0 +1,193 @@
+"""Sums of all-reduces become one, proven over simulated ranks in fp64; what is not linear, or not alone, stays."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._functional_collectives import all_reduce
+
+from gawscompile.passes import join_collectives
+from gawscompile.verify.proof import verify_rewrites
+from tests.graphs import capture
+
+RANKS, K, N, R = 3, 12, 10, 4
+SHARDED = {"weight", "a", "other_a"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def reduced(x, how="sum"):
+    return all_reduce(x, how, dist.group.WORLD)
+
+
+def in_place(x):
+    dist.all_reduce(x)
+    return x
+
+
+class Rows(nn.Module):
+    """A row-parallel projection of one rank, and what an adapter needs."""
+
+    def __init__(self, forward: Any, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        sizes = {"weight": (N, K), "a": (R, K), "b": (N, R), "other_a": (R, K), "other_b": (N, R), "bias": (N,)}
+        for name, size in sizes.items():
+            kept = dtype if name in ("weight", "bias") else torch.float32
+            self.register_parameter(name, nn.Parameter(torch.randn(size, dtype=kept) / 3))
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def base(m, x):
+    return reduced(nn.functional.linear(x, m.weight))
+
+
+def lora(m, x, scale=0.5, how="sum"):
+    return nn.functional.linear(reduced(nn.functional.linear(x, m.a), how), m.b) * scale
+
+
+def other(m, x):
+    return nn.functional.linear(reduced(nn.functional.linear(x, m.other_a)), m.other_b) / 3
+
+
+def cast(m, x):
+    y = in_place(nn.functional.linear(x, m.weight))
+    u = in_place(nn.functional.linear(x.float(), m.a))
+    return y + (nn.functional.linear(u, m.b) * 2.0).to(y.dtype)
+
+
+JOINED = {
+    "lora": lambda m, x: base(m, x) + lora(m, x),
+    "two adapters": lambda m, x: base(m, x) + lora(m, x) + other(m, x),
+    "a bias and a residual": lambda m, x: x[..., :N] + (base(m, x) + m.bias + lora(m, x)),
+    "in place": lambda m, x: in_place(nn.functional.linear(x, m.weight)) + lora(m, x),
+    "casts": cast,
+}
+
+APART = {
+    "an activation in between": lambda m, x: base(m, x) + nn.functional.linear(reduced(x @ m.a.T).relu(), m.b),
+    "a bias in between": lambda m, x: base(m, x)
+    + nn.functional.linear(nn.functional.linear(reduced(x @ m.a.T), m.b, m.bias), m.b @ m.a[:, :N]),
+    "another operation": lambda m, x: base(m, x) + lora(m, x, how="max"),
+    "read by others": lambda m, x: (lambda u: base(m, x) + u @ m.b.T + u.sum())(reduced(x @ m.a.T)),
+    "times an activation": lambda m, x: base(m, x) + reduced(x @ m.a.T) @ m.b.T * x[..., :N],
+    "only one is reduced": lambda m, x: base(m, x) + x @ m.a.T @ m.b.T,
+    "a difference": lambda m, x: base(m, x) - lora(m, x),
+}
+
+
+class Rank(torch.fx.Interpreter):
+    """One of several that run the same graph side by side, in fp64."""
+
+    def __init__(self, module: torch.fx.GraphModule, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(module)
+        self.rank, self.slots, self.barrier = rank, slots, barrier
+
+    def call_function(self, target: Any, given: Any, kwargs: Any) -> Any:
+        name = str(target)
+        if "prims.convert_element_type" in name:
+            return given[0]
+        if "wait_tensor" in name:
+            return given[0]
+        if "all_reduce" not in name:
+            return super().call_function(target, given, kwargs)
+        self.slots[self.rank] = given[0]
+        self.barrier.wait()
+        parts = torch.stack(self.slots)
+        self.barrier.wait()
+        return parts.sum(0) if given[1] == "sum" else parts.amax(0)
+
+
+def on_ranks(graph: torch.fx.Graph, holder: Any, names: list[str | None]) -> list[Any]:
+    """What every rank's graph makes of its own shards."""
+    module = torch.fx.GraphModule(holder, graph)
+    slots: list[Any] = [None] * RANKS
+    barrier = threading.Barrier(RANKS)
+    answers: list[Any] = [None] * RANKS
+
+    def one(rank: int) -> None:
+        inputs = []
+        for at, node in enumerate(graph.find_nodes(op="placeholder")):
+            own = rank if names[at] in (*SHARDED, None) else RANKS
+            generator = torch.Generator().manual_seed(100 * at + own)
+            inputs.append(torch.randn(node.meta["val"].shape, generator=generator, dtype=torch.float64))
+        with torch.no_grad():
+            answers[rank] = Rank(module, rank, slots, barrier).run(*inputs)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(RANKS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return answers
+
+
+def collectives(graph: torch.fx.Graph) -> int:
+    return len(graph.find_nodes(op="call_function", target=torch.ops._c10d_functional.all_reduce.default))
+
+
+def captured_of(function: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, list[str | None]]:
+    torch.manual_seed(0)
+    model = Rows(function, dtype).eval()
+    captured = capture(model, torch.randn(2, 5, K, dtype=dtype))
+    known = {p.data_ptr(): name for name, p in model.named_parameters()}
+    return captured, [known.get(one.data_ptr()) for one in captured.inputs]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_one_collective_for_a_sum(name):
+    captured, names = captured_of(JOINED[name], torch.bfloat16 if name == "casts" else torch.float32)
+    context = captured.until("join_collectives")
+    assert collectives(captured.graph) > 1 and collectives(context.graph) == 1
+    before = on_ranks(captured.graph, captured.module, names)
+    after = on_ranks(context.graph, captured.module, names)
+    for one, two in zip(before, after, strict=True):
+        torch.testing.assert_close(one[0], two[0], rtol=1e-11, atol=1e-11)
+    if name != "a bias and a residual":  # of x, which is each rank's own here
+        assert all(torch.equal(one[0], after[0][0]) for one in after)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_the_adapter_is_fused_then_and_proven_without_talking_to_others(name, monkeypatch):
+    captured, _ = captured_of(JOINED[name], torch.bfloat16 if name == "casts" else torch.float32)
+    context = captured.until()
+    (entry,) = [one for one in context.record.linears if one.adapters]
+    assert entry.status == "fused" and entry.adapters == (2 if name == "two adapters" else 1)
+    verify_rewrites(context)
+    assert collectives(context.graph) == 1 and not [n for n in context.record.notes if "differ" in n]
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_does_not_go_through_a_sum_stays(name):
+    captured, _ = captured_of(APART[name])
+    context = captured.until("join_collectives")
+    assert collectives(context.graph) == collectives(captured.graph)
+
+
+def test_a_wrong_join_is_found(monkeypatch):
+    """A bias that moves through the sum would be added once for each rank; an activation is not linear."""
+    linear_in = join_collectives._linear_in
+
+    def careless(node):
+        return 0 if "relu" in str(node.target) else linear_in(node)
+
+    monkeypatch.setattr(join_collectives, "_linear_in", careless)
+    captured, _ = captured_of(APART["an activation in between"])
+    context = captured.until("join_collectives")
+    assert collectives(context.graph) == 1
+    verify_rewrites(context)
+    assert collectives(context.graph) == 2 and context.record.passes["verify"] == 0
