@@ -79,7 +79,7 @@ def test_without_a_pass_the_answer_is_right_and_the_reason_typed(zoo, name):
     check(zoo, context)
     assert name not in {stage for stage, _ in context.matches}
     reasons = {entry.reason for entry in context.record.linears}
-    optional = {"split_streams", "unfold_convolutions", "merge_blocks", "join_banks"}
+    optional = {"join_collectives", "split_streams", "unfold_convolutions", "merge_blocks", "join_banks"}
     optional |= {"hoist_weights", "fuse_epilogues", "fuse_attention"}
     assert (Reason.DISABLED.name in reasons) == (name not in optional)
     disabled = [entry for entry in context.record.linears if entry.reason == Reason.DISABLED.name]

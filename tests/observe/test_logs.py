@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gawscompile.backend import STAGES
 from gawscompile.observe.channels import ARTIFACTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,7 +74,7 @@ def test_a_structured_trace_has_every_step(said):
     _, folder = said
     (file,) = (folder / "trace").glob("*.log")
     names = re.findall(r'"artifact": {"name": "(gaws_[^"]+)"', file.read_text())
-    step = "gaws_05_recover_operators"
+    step = f"gaws_{list(STAGES).index('recover_operators') + 1:02d}_recover_operators"
     assert {"gaws_00_captured", step, f"{step}_diff", "gaws_plans", "gaws_operators"} <= set(names)
     records = [line for line in file.read_text().splitlines() if "gaws_plans" in line]
     assert all(json.loads(line[line.index("{"):])["frame_id"] == 0 for line in records)  # tlparse sorts by frame

@@ -13,6 +13,7 @@ from torch.distributed._functional_collectives import all_reduce
 
 from gawscompile.passes import join_collectives
 from gawscompile.verify.proof import verify_rewrites
+from tests import test_containment as containment
 from tests.graphs import capture
 
 RANKS, K, N, R = 3, 12, 10, 4
@@ -176,6 +177,18 @@ def test_what_does_not_go_through_a_sum_stays(name):
     captured, _ = captured_of(APART[name])
     context = captured.until("join_collectives")
     assert collectives(context.graph) == collectives(captured.graph)
+
+
+def test_a_join_that_raises_is_undone(monkeypatch, caplog):
+    captured, _ = captured_of(JOINED["lora"])
+
+    def broken(context, parts):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(join_collectives, "_unreduced", broken)
+    hook = containment.run(captured)
+    assert any(note.startswith("undone: join_collectives, at ") for note in hook.record.notes), hook.record.notes
+    assert "join_collectives" not in hook.record.passes and "planted" in caplog.text
 
 
 def test_a_wrong_join_is_found(monkeypatch):
