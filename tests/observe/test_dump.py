@@ -49,9 +49,9 @@ def test_a_folder_per_graph_has_every_step(dumped):
         stem = f"{number:02d}_{name}"
         tree = ast.parse(found[f"{stem}.py"])
         assert isinstance(tree.body[0], ast.FunctionDef)
-        step = json.loads(found[f"{stem}.json"])
-        assert len(step["matches"]) >= report.passes.get(name, 0)
-        assert bool(found[f"{stem}.diff"]) == bool(step["matches"])
+        said = json.loads(found[f"{stem}.json"])
+        assert len(said["matches"]) >= report.passes.get(name, 0)
+        assert bool(found[f"{stem}.diff"]) == bool(said["matches"])
     assert "layers.1.mlp.down_proj" in found["00_captured.py"] and "operator_sum" in found[step("recover_operators.py")]
     numbers = [match[0] for name in sorted(found) if name[:2].isdigit() and name.endswith(".json")
                for match in json.loads(found[name])["matches"]]
