@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.analysis.reading import VIEWS, args, aten, dtype, is_call, is_cast, of_parameters, shape
+from gawscompile.analysis.reading import ROUNDING, VIEWS, args, aten, dtype, is_call, is_cast, of_parameters, shape
 from gawscompile.ir.sizes import same_sizes
 from gawscompile.passes.context import Context
 
@@ -36,6 +36,7 @@ SUMS = ("sum", "avg")
 class Reduced(NamedTuple):
     """A term that is linear in what was reduced."""
 
+    term: Node
     what: tuple[Any, ...]  # the operation, and the group
     source: Node  # what each rank gives
     path: list[tuple[Node, int]]  # from the reduced value to the term: (node, which argument is that value)
@@ -48,10 +49,10 @@ def run(graph: Graph, context: Context) -> None:
         if node._erased or _inside(node) or not context.looks_at(node):
             continue
         terms = _terms(node)
-        found = [(term, reduced) for term in terms if (reduced := _reduced(term))]
-        alike = [pair for pair in found if pair[1].what == found[0][1].what]
-        if len(alike) > 1 and context.allows(node):
-            _join(context, node, terms, dict(alike))
+        found = [reduced for term in terms if _fits(term, node) and (reduced := _reduced(term))]
+        alike = [one for one in found if one.what == found[0].what]
+        if len({one.source for one in alike}) > 1 and context.allows(node):
+            _join(context, node, terms, alike)
 
 
 def _all_reduce() -> Any:
@@ -95,7 +96,7 @@ def _reduced(term: Node) -> Reduced | None:
             made = args(node)[0]
             if not is_call(made, _all_reduce()) or len(made.users) != 1 or args(made)[1] not in SUMS:
                 return None
-            return Reduced(tuple(args(made)[1:]), args(made)[0], path[::-1])
+            return Reduced(term, tuple(args(made)[1:]), args(made)[0], path[::-1])
         at = _linear_in(node)
         if at is None:
             return None
@@ -106,7 +107,7 @@ def _reduced(term: Node) -> Reduced | None:
 
 def _linear_in(node: Node) -> int | None:
     """Which argument `node` is linear in, all others being the same on every rank."""
-    if is_call(node, *VIEWS) or is_cast(node):
+    if is_call(node, *VIEWS) or (is_cast(node) and {dtype(node), dtype(args(node)[0])} <= ROUNDING):
         return 0
     if is_call(node, aten.copy.default):  # an all-reduce in place: the value is the second argument's
         return 1 if _fits(args(node)[1], node) else None
@@ -120,22 +121,19 @@ def _linear_in(node: Node) -> int | None:
     return None
 
 
-def _join(context: Context, node: Node, terms: list[Node], reduced: dict[Node, Reduced]) -> None:
-    """`node` is the reduced sum of what makes the terms, and the other terms."""
+def _join(context: Context, node: Node, terms: list[Node], reduced: list[Reduced]) -> None:
+    """`node` is the reduced sum of what makes terms, one of which may stand twice, and the other terms."""
     value = node.meta["val"]
-    one = next(iter(reduced.values()))
     with context.graph.inserting_before(node):
         total: Node | None = None
-        for term, parts in reduced.items():
+        for parts in reduced:
             inner = _unreduced(context, parts)
-            if not _fits(inner, node):  # a term that is broadcast
-                inner = context.insert(aten.expand.default, (inner, list(shape(node))), term, value)
             total = inner if total is None else context.insert(aten.add.Tensor, (total, inner), node, value)
         assert total is not None
-        made = context.insert(_all_reduce(), (total, *one.what), node, value)
+        made = context.insert(_all_reduce(), (total, *reduced[0].what), node, value)
         result = context.insert(_wait(), (made,), node, value)
         for term in terms:
-            if term not in reduced:
+            if all(term is not parts.term for parts in reduced):
                 result = context.insert(aten.add.Tensor, (result, term), node, value)
     context.replace(node, result)
     context.erase(node)
