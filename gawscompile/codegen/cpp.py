@@ -266,7 +266,11 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
         body.append(f"      stripe -= {count};")
     body.append("    });")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
-    memory = ["  static thread_local Buffer widened_x;", "  float* xs = aligned(widened_x.of(m * K + 16));"] * wide
+    memory = [
+        "  static thread_local Buffer kept;  // of the calling thread, unless x is very long",
+        "  Buffer passing;",
+        "  float* xs = aligned((m * K <= 1 << 24 ? kept : passing).of(m * K + 16));",
+    ] * wide
     return _entry("gemm({})", spec, ranks, True, True, ys, body, ["  Queue queue;", *memory])
 
 

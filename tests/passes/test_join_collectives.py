@@ -88,6 +88,8 @@ APART = {
     "read by others": lambda m, x: (lambda u: base(m, x) + u @ m.b.T + u.sum())(reduced(x @ m.a.T)),
     "times an activation": lambda m, x: base(m, x) + reduced(x @ m.a.T) @ m.b.T * x[..., :N],
     "only one is reduced": lambda m, x: base(m, x) + x @ m.a.T @ m.b.T,
+    "two column-parallel factors": lambda m, x: lora(m, x) + other(m, x),
+    "times what is computed": lambda m, x: base(m, x) + reduced(x @ m.a.T) @ m.b.T * torch.ones(2, 5, N).cumsum(0),
     "a difference": lambda m, x: base(m, x) - lora(m, x),
 }
 
@@ -173,6 +175,20 @@ def test_the_adapter_is_fused_then_and_proven_without_talking_to_others(name, mo
     assert collectives(context.graph) == 1 and not [n for n in context.record.notes if "differ" in n]
 
 
+def test_a_sum_with_a_symbolic_number_is_no_sum_of_terms(caplog):
+    """transformers' positions in a cache are."""
+
+    def forward(m, x):
+        return base(m, x) + lora(m, x) + (torch.arange(x.shape[1]) + x.shape[0])[:, None]
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, K)
+    torch._dynamo.mark_dynamic(x, 0)
+    captured = capture(Rows(forward).eval(), x, dynamic=None)
+    hook = containment.run(captured)
+    assert hook.record.passes["join_collectives"] == 1 and not containment.warnings(caplog)
+
+
 @pytest.mark.parametrize("name", APART)
 def test_what_does_not_go_through_a_sum_stays(name):
     captured, _ = captured_of(APART[name])
@@ -196,8 +212,8 @@ def test_a_wrong_join_is_found(monkeypatch):
     """A bias that moves through the sum would be added once for each rank; an activation is not linear."""
     linear_in = join_collectives._linear_in
 
-    def careless(node):
-        return 0 if "relu" in str(node.target) else linear_in(node)
+    def careless(context, node):
+        return 0 if "relu" in str(node.target) else linear_in(context, node)
 
     monkeypatch.setattr(join_collectives, "_linear_in", careless)
     captured, _ = captured_of(APART["an activation in between"])
