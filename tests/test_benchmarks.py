@@ -37,7 +37,7 @@ def test_tables_and_files(tiny_llama_dir, tmp_path, capsys):
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_the_published_ones(name):
     llamas = {"llama-3.2-1b": 1236, "llama-3.2-3b": 3213, "llama-7b": 6738}
-    published = {"gpt2-large": 774, "roberta-large": 355, "t5-3b": 2852, **llamas}
+    published = {"gpt2-large": 774, "roberta-large": 355, "bert-base": 110, "vit-base": 86, "t5-3b": 2852, **llamas}
     with torch.device("meta"):
         model = getattr(transformers, SHAPES[name].model)(SHAPES[name].config())
     millions = sum(p.numel() for p in model.parameters()) / 1e6

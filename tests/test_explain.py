@@ -112,7 +112,7 @@ def test_groups_say_what_they_spare_and_why_their_plan(measured):
     assert int(both.after.bytes) == 2 * operands + 4 * m * k + 2 * 4 * m * k
     assert int(last.after.bytes) == operands + 4 * m * k * 3  # x, residual and result
     assert int(both.before.bytes) > int(both.after.bytes)
-    assert PlanTable.parse(both.table).pick(m) == both.plan == "gemv_cpp" and len(both.costs) == 2
+    assert PlanTable.parse(both.table).pick(m) == both.plan == "gemv_cpp" and len(both.costs) == 3
     model = cost.plan(KernelSpec.parse(both.spec))
     assert predict(both) == pytest.approx(model.seconds("gemv_cpp", m))
     symbolic = predict(dataclasses.replace(both, tokens="s0", plan=both.table))

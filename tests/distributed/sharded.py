@@ -23,7 +23,7 @@ SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -34,7 +34,8 @@ MODELS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
 }
-CACHES: dict[str, tuple[str | None, ...]] = {"llama": ("static",), "qwen2": ("static", None), "mistral": (None,)}
+CACHES: dict[str, tuple[str | None, ...]] = {"llama": (), "qwen2": ("static",), "mistral": (None,)}
+"""Of the `generate` that is compiled too; it takes minutes."""
 NEW = 24
 
 
@@ -95,7 +96,7 @@ def main(folder: str, name: str) -> None:
     joined, records = collectives(model, ids)
     assert joined == bare > 0, (joined, bare)
     entries = [entry for record in records for entry in record.linears if entry.adapters]
-    assert len(entries) == 14 and {entry.status for entry in entries} == {"fused"}, entries
+    assert len(entries) == 7 and {entry.status for entry in entries} == {"fused"}, entries
     torch._dynamo.reset()
     compiled = gawscompile.compile(model)
     for cache in CACHES[name]:
