@@ -266,8 +266,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "a plan's last m is the next one's": Fault(
         OP,
-        "  if (m <= program.gemv_max) {",
-        "  if (m < program.gemv_max) {",
+        "return m <= row.most; })->plan;",
+        "return m < row.most; })->plan;",
         "tests/runtime/test_ops.py::test_each_plan_runs_up_to_its_last_m",
         unproven=EITHER,
     ),
