@@ -28,9 +28,9 @@ from gawscompile.passes import (
 )
 
 PIPELINE = (
-    join_collectives,
     split_streams,
     canonicalize,
+    join_collectives,
     unfold_convolutions,
     merge_blocks,
     recover_operators,

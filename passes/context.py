@@ -101,6 +101,10 @@ class Context:
             self._fixed = self.stage, fixed_nodes(self.graph, self.stored)
         return self._fixed[1]
 
+    def of_stored(self, node: Any) -> bool:
+        """Whether `node` is a parameter or buffer, or what these alone determine."""
+        return node in self.stored or node in self.fixed
+
     # ---- records ------------------------------------------------------------------------------------------
 
     def found(self, node: Node, sizes: tuple[Any, ...], stored: torch.dtype) -> LinearRecord:

@@ -2,13 +2,13 @@
 
 before, a row-parallel projection with PEFT's LoRA, whose A is sharded as W is::
 
-    p = aten.mm(x, permute(W_i))            # this rank's part of x, and of W
-    u = aten.mm(x, permute(A_i))
-    y = aten.add(wait(all_reduce(p)), aten.mul(aten.mm(wait(all_reduce(u)), permute(B)), s))
+    p = linear(x, W_i)                      # this rank's part of x, and of W
+    u = linear(x, A_i)
+    y = aten.add(wait(all_reduce(p)), aten.mul(linear(wait(all_reduce(u)), B), s))
 
 after::
 
-    q = aten.mul(aten.mm(u, permute(B)), s)
+    q = aten.mul(linear(u, B), s)
     y = wait(all_reduce(aten.add(p, q)))
 
 One collective where there were two, and what is left of the adapter is ``W_i x + s B (A_i x)``, which the passes behind
@@ -25,12 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.analysis.reading import VIEWS, args, aten, dtype, is_call, is_cast, shape, value
+from gawscompile.analysis.collectives import ADDING, all_reduces, reduction, waits
+from gawscompile.analysis.identity import reinterpreted
+from gawscompile.analysis.matrices import scaling_of
+from gawscompile.analysis.reading import args, aten, dtype, is_call, is_cast, shape, value
+from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_sizes
+from gawscompile.ir.sums import linear
 from gawscompile.passes.context import Context
-
-SUMS = ("sum", "avg")
-"""What reduces linearly."""
 
 
 class Reduced(NamedTuple):
@@ -41,33 +43,35 @@ class Reduced(NamedTuple):
     source: Node  # what each rank gives
     path: list[tuple[Node, int]]  # from the reduced value to the term: (node, which argument is that value)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is what was reduced, and at most scaled: no shard of a factor makes a term of its shape."""
+        return not any(is_call(node, linear) for node, _ in self.path)
+
 
 def run(graph: Graph, context: Context) -> None:
-    if not torch.distributed.is_available() or not graph.find_nodes(op="call_function", target=_all_reduce()):
+    if not torch.distributed.is_available() or not graph.find_nodes(op="call_function", target=all_reduces()):
         return
     for node in reversed(graph.find_nodes(op="call_function", target=aten.add.Tensor)):
         if node._erased or _inside(node) or not context.looks_at(node):
             continue
         terms = _terms(node)
-        found = [reduced for term in terms if _fits(term, node) and (reduced := _reduced(context, term))]
-        alike = [one for one in found if one.what == found[0].what]
-        # what was reduced and no more is whole on every rank: no shard of a factor makes a term of its shape
-        whole = any(not _factors(one) for one in alike)
-        if whole and len({one.source for one in alike}) > 1 and context.allows(node):
+        found = [_reduced(context, term) for term in terms if _fits(term, node)]
+        whole = next((one for one in found if isinstance(one, Reduced) and one.whole), None)
+        if whole is None:
+            continue
+        for one in found:
+            if isinstance(one, Reduced) and one.what != whole.what:
+                _note(context, node, f"{one.what} is not {whole.what}, the operation and the group of another term")
+            elif isinstance(one, str):
+                _note(context, node, one)
+        alike = [one for one in found if isinstance(one, Reduced) and one.what == whole.what]
+        if len({one.source for one in alike}) > 1 and context.allows(node):
             _join(context, node, terms, alike)
 
 
-def _all_reduce() -> Any:
-    return torch.ops._c10d_functional.all_reduce.default
-
-
-def _wait() -> Any:
-    return torch.ops._c10d_functional.wait_tensor.default
-
-
-def _inside(node: Node) -> bool:
-    """Whether `node` is a term of another sum that is looked at."""
-    return len(node.users) == 1 and any(_adds(user) and _fits(node, user) for user in node.users)
+def _note(context: Context, node: Node, why: str) -> None:
+    context.record.notes.append(f"{context.module_path(node)}: {Reason.COLLECTIVE.value}: {why}")
 
 
 def _adds(node: Node) -> bool:
@@ -78,55 +82,76 @@ def _fits(term: Node, whole: Node) -> bool:
     return same_sizes(shape(term), shape(whole)) and dtype(term) == dtype(whole)
 
 
+def _folds(node: Node, reader: Node) -> bool:
+    """Whether the sum `node` is a part of the sum `reader`."""
+    return _adds(node) and _adds(reader) and len(node.users) == 1 and _fits(node, reader)
+
+
+def _inside(node: Node) -> bool:
+    return any(_folds(node, user) for user in node.users)
+
+
 def _terms(node: Node) -> list[Node]:
     """What `node` is the sum of, first first."""
-    if not _adds(node):
-        return [node]
     found: list[Node] = []
-    for term in args(node):
-        inner = _adds(term) and len(term.users) == 1 and _fits(term, node)
-        found += _terms(term) if inner else [term]
+    pending = [node]
+    while pending:  # a sum may be as deep as the model: no recursion
+        one = pending.pop()
+        if (one is node and _adds(one)) or any(_folds(one, user) for user in one.users if one is not node):
+            pending += reversed(args(one))
+        else:
+            found.append(one)
     return found
 
 
-def _factors(parts: Reduced) -> bool:
-    """Whether more than views, casts and numbers comes between the reduced value and the term."""
-    return any(len(node.all_input_nodes) > 1 and not is_call(node, aten.copy.default) for node, _ in parts.path)
-
-
-def _reduced(context: Context, term: Node) -> Reduced | None:
-    """`term` as what is linear in one reduced value that nobody else reads."""
+def _reduced(context: Context, term: Node) -> Reduced | str | None:
+    """`term` as what is linear in one reduced value that nobody else reads; or why it is not, if it reads one."""
     path: list[tuple[Node, int]] = []
     node = term
-    while len(node.users) == 1:
-        if is_call(node, _wait()):
-            made = args(node)[0]
-            if not is_call(made, _all_reduce()) or len(made.users) != 1 or args(made)[1] not in SUMS:
-                return None
-            return Reduced(term, tuple(args(made)[1:]), args(made)[0], path[::-1])
-        at = _linear_in(context, node)
+    while (made := reduction(node)) is None:
+        at = _linear_in(context, node) if len(node.users) == 1 else None
         if at is None:
-            return None
+            return f"{node.name} is not linear, or read by others" if _reads_reduced(node) else None
         path.append((node, at))
         node = args(node)[at]
-    return None
+    if len(node.users) > 1 or len(made.users) > 1:
+        return f"others read {node.name}" if path else None
+    if args(made)[1] not in ADDING:
+        return f"{made.name} is no sum over ranks"
+    return Reduced(term, tuple(args(made)[1:]), args(made)[0], path[::-1])
+
+
+def _reads_reduced(node: Node) -> bool:
+    """Whether it is made of something reduced, by nodes that nobody else reads."""
+    pending = node.all_input_nodes
+    while pending:
+        one = pending.pop()
+        if reduction(one) is not None:
+            return True
+        if len(one.users) == 1:
+            pending += one.all_input_nodes
+    return False
+
+
+def _copied(node: Node) -> Node | None:
+    """What an all-reduce in place writes over `node`."""
+    return args(node)[1] if is_call(node, aten.copy.default) and _fits(args(node)[1], node) else None
 
 
 def _linear_in(context: Context, node: Node) -> int | None:
-    """Which argument `node` is linear in, all others being the same on every rank."""
-    if is_call(node, *VIEWS):
+    """Which argument `node` is linear in, all others being parameters or numbers."""
+    if reinterpreted(node) is not None:
         return 0
     if is_cast(node):  # a part of a sum may not fit in fp16 where the sum does
         return 0 if dtype(node) != torch.float16 or dtype(args(node)[0]) == torch.float16 else None
-    if is_call(node, aten.copy.default):  # an all-reduce in place: the value is the second argument's
-        return 1 if _fits(args(node)[1], node) else None
-    if is_call(node, aten.mm.default):
-        return 0 if args(node)[1] in context.fixed else None
-    if is_call(node, aten.mul.Tensor):
-        same = [not isinstance(arg, Node) or arg in context.fixed for arg in args(node)]
-        return same.index(False) if same.count(False) == 1 else None
-    if is_call(node, aten.div.Tensor):
-        return 0 if not isinstance(args(node)[1], Node) or args(node)[1] in context.fixed else None
+    if _copied(node) is not None:
+        return 1
+    if is_call(node, linear):
+        return 0 if len(args(node)) == 2 and context.of_stored(args(node)[1]) else None
+    if (scaling := scaling_of(node)) is not None:
+        inner, _ = scaling
+        others = [source for source in node.all_input_nodes if source is not inner]
+        return args(node).index(inner) if all(map(context.of_stored, others)) else None
     return None
 
 
@@ -138,9 +163,8 @@ def _join(context: Context, node: Node, terms: list[Node], reduced: list[Reduced
         for parts in reduced:
             inner = _unreduced(context, parts)
             total = inner if total is None else context.insert(aten.add.Tensor, (total, inner), node, fake)
-        assert total is not None
-        made = context.insert(_all_reduce(), (total, *reduced[0].what), node, fake)
-        result = context.insert(_wait(), (made,), node, fake)
+        made = context.insert(all_reduces(), (total, *reduced[0].what), node, fake)
+        result = context.insert(waits(), (made,), node, fake)
         for term in terms:
             if all(term is not parts.term for parts in reduced):
                 result = context.insert(aten.add.Tensor, (result, term), node, fake)
@@ -154,7 +178,7 @@ def _unreduced(context: Context, parts: Reduced) -> Node:
     inner = parts.source
     node: Any
     for node, at in parts.path:
-        if is_call(node, aten.copy.default):
+        if _copied(node) is not None:
             continue
         given = list(args(node))
         given[at] = inner

@@ -222,7 +222,7 @@ def _dealt(context: Context, matrix: Node, sizes: list[int], order: list[int]) -
 
 def _of_parameters(node: Node, context: Context) -> bool:
     right: Any = args(node)[1]
-    return (right in context.stored or right in context.fixed) and all(isinstance(size, int) for size in shape(right))
+    return context.of_stored(right) and all(isinstance(size, int) for size in shape(right))
 
 
 # ---- axes -------------------------------------------------------------------------------------------------

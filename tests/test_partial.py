@@ -142,7 +142,7 @@ def test_explain_says_what_was_disabled():
 def test_a_pass_that_does_not_exist_is_refused_with_those_that_do():
     from gawscompile.backend import gaws
 
-    with pytest.raises(OptionError, match=r"no pass 'fuse_zflore'; passes are join_collectives.*lower"):
+    with pytest.raises(OptionError, match=r"no pass 'fuse_zflore'; passes are split_streams.*lower"):
         gaws(torch.fx.symbolic_trace(torch.nn.Linear(2, 2)), [torch.ones(1, 2)], options={"disable": ["fuse_zflore"]})
 
 

@@ -33,6 +33,7 @@ class Reason(str, Enum):
     EPILOGUE = "what follows stays an operation of its own"
     BANK = "what a bank adds stays an operation of its own"
     ATTENTION = "attention stays with the library"
+    COLLECTIVE = "an all-reduce of its own stays"
     CONVOLUTION = "the adapter of a convolution stays with the library"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
     NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"

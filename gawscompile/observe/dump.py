@@ -3,7 +3,7 @@
 ``options={"dump": DIR}`` or ``GAWS_DUMP=DIR`` makes a folder for each graph::
 
     00_captured.py          the graph as AOTAutograd hands it over
-    01_join_collectives.py  after each pass, with .diff against the step before and .json of its matches and rejections
+    01_split_streams.py     after each pass, with .diff against the step before and .json of its matches and rejections
     operators.txt           every linear: its operator sum and what became of it
     plans.json              every group: members, plan table, cost of each plan in m
     kernels/                every kernel with its spec

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-
-def is_collective(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional"
+from gawscompile.analysis.collectives import ADDING, all_reduces, waits
+from gawscompile.analysis.reading import is_call
 
 
 def simulated(node: Node, inputs: Any) -> torch.Tensor:
-    """A collective's result for `inputs`. Raises `NotImplementedError` for one that no rewrite goes through."""
-    name = getattr(node.target, "__name__", "").partition(".")[0]
+    """A collective's result for `inputs`, in their dtype. Raises `NotImplementedError` for one that no rewrite goes
+    through; the rewrite is undone then, and a note says why."""
     x: torch.Tensor = inputs[0]
-    if name == "wait_tensor":
+    if is_call(node, waits()):
         return x
-    if name != "all_reduce" or inputs[1] not in ("sum", "avg") or not x.dim():
+    if not is_call(node, all_reduces()) or inputs[1] not in ADDING or not x.dim():
         raise NotImplementedError(f"a proof knows no {node.target} of {inputs[1:]}")
     tokens = x.numel() // max(1, x.shape[-1])
     generator = torch.Generator().manual_seed(tokens)

@@ -21,6 +21,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gawscompile.analysis.collectives import is_collective
 from gawscompile.analysis.identity import reinterpreted, through_casts
 from gawscompile.analysis.packed import product_of, rounds_activation
 from gawscompile.analysis.reading import CASTS, ROUNDING, args, aten, dtype, is_call, is_cast
@@ -31,7 +32,7 @@ from gawscompile.planning.table import PlanTable, Program
 from gawscompile.runtime import attention
 from gawscompile.runtime.banked import BANKED
 from gawscompile.runtime.ops import OPS
-from gawscompile.verify import collectives
+from gawscompile.verify.collectives import simulated
 
 SIZES = (3, 2, 7)
 """One draw each: what the first symbolic size is in it (the others follow from it)."""
@@ -94,8 +95,8 @@ class Values:
                 result = attention.meaning(*inputs)
             elif is_call(node, BANKED):
                 result = banked.apply(*inputs)
-            elif collectives.is_collective(node):
-                result = collectives.simulated(node, inputs)
+            elif is_collective(node):
+                result = simulated(node, inputs)
             else:
                 result = node.target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result
