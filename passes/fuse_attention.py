@@ -36,9 +36,6 @@ from gawscompile.planning import devices
 from gawscompile.planning.targets import CPP, Target, target_of
 from gawscompile.runtime import attention
 
-MOST_QUERIES = 16
-"""That a kernel takes where the library is faster with many."""
-
 SDPA = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -115,8 +112,9 @@ def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None, m
     if given.get("is_causal") and not many:
         return "it is causal"
     rows, heads, queries, features = shape(q)
-    if not many and (type(queries) is not int or queries > MOST_QUERIES):
-        return f"{'any number of' if type(queries) is not int else queries} queries; kernels take up to {MOST_QUERIES}"
+    if not many and (type(queries) is not int or queries > cpp_attention.FEW):
+        count = queries if type(queries) is int else "any number of"
+        return f"{count} queries; kernels take up to {cpp_attention.FEW}"
     if type(features) is not int or not 0 < features <= cpp_attention.MOST_FEATURES:
         return f"heads of {features} features; kernels take up to {cpp_attention.MOST_FEATURES}"
     if dtype(q) not in DTYPE_NAMES or any(dtype(one) != dtype(q) for one in (keys, values)):

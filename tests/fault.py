@@ -22,6 +22,8 @@ class Fault:
     """Which tests these are; for the fuzzer, `tests` are its arguments."""
 
 
+FEW_TOKENS = "the zoo has no attention of many queries, and too few tokens for panels"
+ONE_RANK = "the zoo is one process"
 ON_GPUS = "no value on a CPU depends on it"
 EITHER = "both plans are right"
 A_KEY = "what is stale shows in a later process"

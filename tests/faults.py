@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fault import A_CHANGE, A_KEY, AROUND, BY_SHAPE, EITHER, LAID_OUT, ON_GPUS, Fault
+from tests.fault import A_CHANGE, A_KEY, AROUND, BY_SHAPE, EITHER, FEW_TOKENS, LAID_OUT, ON_GPUS, ONE_RANK, Fault
 from tests.faults_of_kernels import KERNELS, SWIGLU
 
 RECOVER = "passes/recover_operators.py"
@@ -47,6 +47,41 @@ FAULTS: dict[str, Fault] = {
         "? 0 : MINUS_INFINITY;",
         "? MINUS_INFINITY : 0;",
         "tests/runtime/test_attention.py",
+    ),
+    "blocks of keys joined without their levels": Fault(
+        "codegen/attention_tiles.cpp",
+        " * F(correction[r]);",
+        ";",
+        "tests/runtime/test_attention.py::test_scores_far_apart",
+        unproven=FEW_TOKENS,
+    ),
+    "a query that does not see its own key": Fault(
+        "codegen/attention_tiles.cpp",
+        "query(t) + 1 - key",
+        "query(t) - key",
+        "tests/runtime/test_attention.py::test_causal",
+        unproven=FEW_TOKENS,
+    ),
+    "a bias that goes through a sum over ranks": Fault(
+        "passes/join_collectives.py",
+        "len(args(node)) == 2 and context",
+        "context",
+        "tests/passes/test_join_collectives.py",
+        unproven=ONE_RANK,
+    ),
+    "a term that was not reduced lost": Fault(
+        "passes/join_collectives.py",
+        "            if all(term is not",
+        "            if all(term is",
+        "tests/passes/test_join_collectives.py",
+        unproven=ONE_RANK,
+    ),
+    "sums over two groups joined": Fault(
+        "passes/join_collectives.py",
+        "isinstance(one, Reduced) and one.what == whole.what]",
+        "isinstance(one, Reduced)]",
+        "tests/passes/test_join_collectives.py",
+        unproven=ONE_RANK,
     ),
     "parts of the keys joined without their levels": Fault(
         "codegen/triton_attention.py",

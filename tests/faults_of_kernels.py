@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fault import A_RACE, ON_GPUS, Fault
+from tests.fault import A_RACE, FEW_TOKENS, ON_GPUS, Fault
 
 CPP, PARTS, MODES = "codegen/cpp.py", "codegen/cpp_parts.py", "codegen/cpp_modes.py"
 BANKS = "codegen/triton_banks.py"
@@ -19,6 +19,21 @@ ROUNDING = f"{ENTRIES}_numbers_are_rounded_to_the_nearest"
 NO_MODES = "the zoo's bank has no modes"
 
 KERNELS = {
+    # --- C++: panels --------------------------------------------------------------------------------------------
+    "the first part of k lost": Fault(
+        "codegen/panels.cpp", "from == 0, ahead", "true, ahead", f"{ENTRIES}_gemm[deep-1]", unproven=FEW_TOKENS
+    ),
+    "sums of the tokens before": Fault(
+        "codegen/panels.cpp",
+        "own - lo * STRIPE - column",
+        "own - column",
+        f"{ENTRIES}_gemm[deep-1]",
+        unproven=FEW_TOKENS,
+    ),
+    "a stripe that nobody takes": Fault(
+        "codegen/panels.cpp", "total * (of + 1) / threads;", "total * (of + 1) / threads - (of > 0);",
+        f"{ENTRIES}_gemm[qkv-2]", unproven=FEW_TOKENS,
+    ),
     # --- C++: banks ---------------------------------------------------------------------------------------------
     "another row's adapters": Fault(
         "codegen/banks.cpp",

@@ -1,8 +1,8 @@
 """``gawscompile calibrate``: the cost model's constants of this machine's CPU, fitted to its own kernels, and kept.
 
-For both CPU plans and each dtype, projections of a few shapes are timed from 1 to 256 tokens with weights that come
-from memory, as in a model: copies of a weight are used in turn, more than the caches hold. A time is fitted as the
-cost model has it (`gawscompile.planning.cost`),
+For `gemv_cpp` and `gemm_accumulate` in each dtype, projections of a few shapes are timed from 1 to 256 tokens with
+weights that come from memory, as in a model: copies of a weight are used in turn, more than the caches hold. A time is
+fitted as the cost model has it (`gawscompile.planning.cost`),
 
     seconds = launch + bytes / bandwidth + operations / rate,
 
@@ -62,7 +62,7 @@ class Sample:
         """That take time of their own, at the full rate."""
         if CPP.kind(self.plan).uses_library:
             return 2 * self.tokens * math.prod(self.features)
-        rate = cpu_cost.held(self.features[1], self.dtype)
+        rate = cpu_cost.cached(self.features[1], self.dtype)
         return 2 * max(0, self.tokens - cpu_cost.TILE_TOKENS) * math.prod(self.features) / rate
 
 

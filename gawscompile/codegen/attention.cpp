@@ -1,6 +1,6 @@
 // Attention of few queries over keys and values as a cache holds them: ``softmax(s Q Kᵀ + mask) V``, the heads of a group
 // over one key and one value head. All in fp32 before the one rounding. `T`, `D` (features of a head) and `CAUSAL` (query
-// i sees keys up to i) stand in front.
+// i sees keys up to i) stand in front, and `FEW`, queries of a head that are taken one by one.
 
 #include <cmath>
 #include <cstdlib>
@@ -11,7 +11,6 @@ namespace {
 constexpr int NV = (D + V - 1) / V;  // vectors of one head
 constexpr int LEFT = D % V;          // numbers in its last one, 0 where that is whole
 constexpr int MOST = max(1, min(4, (V >= 16 ? 16 : 8) / NV));  // queries whose sums stay in registers
-constexpr int64_t FEW = 16;  // queries of a head that are taken one by one
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 // Addresses, and strides in numbers by row, head (of keys: of a group) and token; what a mask has for all it has once.

@@ -6,11 +6,9 @@
 
 namespace {
 
-constexpr int WIDE = 4;              // vectors of keys, or of features, that meet a tile of queries in registers
-constexpr int PANEL = WIDE * V;      // keys turned together
-constexpr int64_t BLOCK = 4 * 64;    // keys whose scores are kept, and which stay in the second cache
-constexpr int64_t PIECE = 256;       // queries that share turned keys
-constexpr int PADDED = NV * V;       // features of a head in whole vectors
+constexpr int64_t BLOCK = 4 * 64;  // keys whose scores are kept, and which stay in the second cache
+constexpr int64_t PIECE = 256;     // queries that share turned keys
+constexpr int PADDED = NV * V;     // features of a head in whole vectors
 
 // exp(v) where v <= 0, to 2 ulp where that is a weight of any size: 2^n times a polynomial (of least largest error).
 inline F weight_of(const F& v) {
@@ -32,8 +30,7 @@ template <class H>
 inline void store_features(H* p, const F& v, int count) {
   alignas(64) H all[2 * V];
   store_pair(all, Pair{v, v});
-  if (count == V) std::memcpy(p, all, V * sizeof(H));
-  else std::memcpy(p, all, size_t(count) * sizeof(H));
+  std::memcpy(p, all, size_t(count) * sizeof(H));
 }
 
 inline F larger(const F& a, const F& b) {
@@ -62,15 +59,15 @@ inline float largest(const F& v) {
 struct Piece {
   const Call& c;
   int64_t row, group, first, count;
-  float *q, *k, *v, *s, *o, *most, *whole;  // [PIECE, PADDED], turned keys, [BLOCK, PADDED], [TOKENS, BLOCK], [PIECE, PADDED]
+  float *q, *k, *v, *s, *o, *most, *whole;  // [PIECE, PADDED], turned keys, [BLOCK, PADDED], [TALL, BLOCK], [PIECE, PADDED]
   int64_t key = 0, keys = 0;                // of this block
 
   static constexpr int64_t NUMBERS =
-      PIECE * PADDED + D * BLOCK + BLOCK * PADDED + TOKENS * BLOCK + PIECE * PADDED + 2 * PIECE + 16;
+      PIECE * PADDED + D * BLOCK + BLOCK * PADDED + TALL * BLOCK + PIECE * PADDED + 2 * PIECE + 16;
 
   Piece(const Call& call, int64_t row, int64_t group, int64_t first, int64_t count, float* memory)
       : c(call), row(row), group(group), first(first), count(count) {
-    k = memory = aligned(memory), s = k + D * BLOCK, o = s + TOKENS * BLOCK, v = o + PIECE * PADDED;
+    k = memory = aligned(memory), s = k + D * BLOCK, o = s + TALL * BLOCK, v = o + PIECE * PADDED;
     q = v + BLOCK * PADDED, most = q + PIECE * PADDED, whole = most + PIECE;
     for (int64_t t = 0; t < count; ++t) {
       const T* from = c.q + row * c.qs[0] + head(t) * c.qs[1] + query(t) * c.qs[2];
@@ -91,8 +88,8 @@ struct Piece {
         F lines[V];
         for (int i = 0; i < V; ++i) lines[i] = l + i < keys ? features(from + (l + i) * c.ks[2], j) : F(0.0f);
         turn(lines);
-        float* to = k + l / PANEL * PANEL * D + j * V * PANEL + l % PANEL;
-        for (int i = 0; i < min(V, D - j * V); ++i) lines[i].store(to + i * PANEL);
+        float* to = k + l / STRIPE * STRIPE * D + j * V * STRIPE + l % STRIPE;
+        for (int i = 0; i < min(V, D - j * V); ++i) lines[i].store(to + i * STRIPE);
       }
     from = c.v + row * c.vs[0] + group * c.vs[1] + key * c.vs[2];
     for (int64_t l = 0; l < keys; ++l)
@@ -144,15 +141,7 @@ struct Piece {
   void score(int64_t t, int64_t l) {
     F acc[R][C];
     clear(acc);
-    const float *key = k + l / PANEL * PANEL * D + l % PANEL, *mine = q + t * PADDED;
-    for (int d = 0; d < D; ++d) {
-      F part[C];
-      for (int j = 0; j < C; ++j) part[j] = F::loadu(key + d * PANEL + j * V);
-      for (int r = 0; r < R; ++r) {
-        const F one(mine[r * PADDED + d]);
-        for (int j = 0; j < C; ++j) acc[r][j] = fmadd(one, part[j], acc[r][j]);
-      }
-    }
+    multiply_add(acc, q + t * PADDED, PADDED, k + l / STRIPE * STRIPE * D + l % STRIPE, STRIPE, D, [](int64_t) {});
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < C; ++j) acc[r][j].store(s + r * BLOCK + l + j * V);
   }
@@ -164,14 +153,7 @@ struct Piece {
     F acc[R][C];
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < C; ++j) acc[r][j] = F::loadu(o + (t + r) * PADDED + (J + j) * V) * F(correction[r]);
-    for (int64_t l = lo; l < hi; ++l) {
-      F part[C];
-      for (int j = 0; j < C; ++j) part[j] = F::loadu(v + l * PADDED + (J + j) * V);
-      for (int r = 0; r < R; ++r) {
-        const F weight(s[r * BLOCK + l]);
-        for (int j = 0; j < C; ++j) acc[r][j] = fmadd(weight, part[j], acc[r][j]);
-      }
-    }
+    multiply_add(acc, s + lo, BLOCK, v + lo * PADDED + J * V, PADDED, hi - lo, [](int64_t) {});
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < C; ++j) acc[r][j].store(o + (t + r) * PADDED + (J + j) * V);
     if constexpr (J + WIDE < NV) add<R, J + WIDE>(t, lo, hi, correction);
@@ -203,9 +185,9 @@ struct Piece {
       if (own[r][0] < own[r][1]) lo = min(lo, own[r][0]), hi = max(hi, own[r][1]);
     }
     if (lo >= hi) return;
-    const int64_t from = lo / PANEL * PANEL, to = (hi + V - 1) / V * V;
+    const int64_t from = lo / STRIPE * STRIPE, to = (hi + V - 1) / V * V;
     int64_t l = from;
-    for (; l + PANEL <= to; l += PANEL) score<R, WIDE>(t, l);
+    for (; l + STRIPE <= to; l += STRIPE) score<R, WIDE>(t, l);
     for (; l < to; l += V) score<R, 1>(t, l);
     float correction[R];
     for (int r = 0; r < R; ++r) {
@@ -224,7 +206,7 @@ struct Piece {
     for (; key < end; key += BLOCK) {
       keys = min(BLOCK, end - key);
       load();
-      for_tokens(0, count, [&](auto width, int64_t t) { tile<decltype(width)::value>(t); });
+      for_tiles(count, [&](auto width, int64_t t) { tile<decltype(width)::value>(t); });
     }
     for (int64_t t = 0; t < count; ++t) {
       T* to = c.out + row * c.os[0] + head(t) * c.os[1] + query(t) * c.os[2];
@@ -241,7 +223,7 @@ void attend_many(const Call& c) {
   const int64_t queries = c.heads / c.groups * c.queries, groups = c.rows * c.groups;
   const int64_t threads = omp_get_max_threads();
   const int64_t pieces = max<int64_t>(blocks(queries, PIECE), blocks(threads, max<int64_t>(groups, 1)));
-  const int64_t size = min(PIECE, blocks(blocks(queries, pieces), TOKENS) * TOKENS), count = blocks(queries, size);
+  const int64_t size = min(PIECE, blocks(blocks(queries, pieces), TALL) * TALL), count = blocks(queries, size);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < groups * count; ++i) {
     static thread_local Buffer memory;

@@ -15,6 +15,8 @@ from gawscompile.ir.types import SpecError
 
 _FOLDER = Path(__file__).parent
 MOST_FEATURES = 256
+FEW = 16
+"""Queries of a head that are taken one by one; beyond, tiles of them share turned keys."""
 
 
 def kernel(features: int, dtype: str, causal: bool = False) -> str:
@@ -36,7 +38,7 @@ def emit(text: str) -> str:
     features, dtype, causal = parse(text)
     parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude", "turning")]
     given = [f"using T = {CPP_TYPES[dtype]};", f"constexpr int D = {features};"]
-    given.append(f"constexpr bool CAUSAL = {str(causal).lower()};")
+    given += [f"constexpr bool CAUSAL = {str(causal).lower()};", f"constexpr int64_t FEW = {FEW};"]
     constants = "\n".join(["namespace {\n", *given, "\n}  // namespace"])
     bodies = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("attention", "attention_tiles")]
     vectors, prelude, turning = parts

@@ -2,9 +2,8 @@
 // horizontal, all is fp32, and the panel lies in the second cache (Goto and van de Geijn, "Anatomy of High-Performance
 // Matrix Multiplication", 2008: the weight is packed, x is read as it lies). `turning.cpp` stands in front.
 
-constexpr int WIDE = V >= 16 ? 4 : 2, STRIPE = WIDE * V;  // rows of W that meet a tile of tokens in registers
-constexpr int64_t DEPTH = 1024;                          // of k in one panel
-constexpr int64_t AT_ONCE = 512;                         // tokens whose sums are kept
+constexpr int64_t DEPTH = 1024;   // of k in one panel
+constexpr int64_t AT_ONCE = 512;  // tokens whose sums are kept
 
 // V numbers of a row, the first `count` of them.
 template <class T>
@@ -37,15 +36,8 @@ template <int T, int C>
   F acc[T][C];
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < C; ++c) acc[t][c] = first ? F(0) : F::loadu(z + t * STRIPE + c * V);
-  for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(ahead.from + k * ahead.bytes, 0, 2);
-    F w[C];
-    for (int c = 0; c < C; ++c) w[c] = F::loadu(panel + k * STRIPE + c * V);
-    for (int t = 0; t < T; ++t) {
-      const F one(x[t * ldx + k]);
-      for (int c = 0; c < C; ++c) acc[t][c] = fmadd(one, w[c], acc[t][c]);
-    }
-  }
+  const auto fetch = [&](int64_t k) { __builtin_prefetch(ahead.from + k * ahead.bytes, 0, 2); };
+  multiply_add(acc, x, ldx, panel, STRIPE, depth, fetch);
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < C; ++c) acc[t][c].store(z + t * STRIPE + c * V);
 }
@@ -66,16 +58,12 @@ void products(const TW* w, int64_t rows, int64_t left, const float* x, int64_t c
       }
     const auto tiles = [&](auto width) {
       constexpr int C = decltype(width)::value;
-      int64_t t = 0;
-      const auto run = [&](auto tokens) {
+      for_tiles(count, [&](auto tokens, int64_t t) {
         constexpr int T = decltype(tokens)::value;
         const int64_t each = next * T / count;
-        for (; t + T <= count; t += T) {
-          const Ahead ahead{reinterpret_cast<const char*>(w + rows * K) + next * t / count * K + from * each, each};
-          meet<T, C>(panel, x + t * K + from, K, depth, z + t * STRIPE, from == 0, ahead);
-        }
-      };
-      run(Int<6>{}), run(Int<2>{}), run(Int<1>{});
+        const Ahead ahead{reinterpret_cast<const char*>(w + rows * K) + next * t / count * K + from * each, each};
+        meet<T, C>(panel, x + t * K + from, K, depth, z + t * STRIPE, from == 0, ahead);
+      });
     };
     if (rows > 2 * V) tiles(Int<WIDE>{});
     else tiles(Int<2>{});

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from gawscompile.codegen.cpp_attention import parse
 from gawscompile.codegen.triton import Variant
-from gawscompile.ir.types import DTYPES
+from gawscompile.ir.types import DTYPES, SpecError
 
 MASKS = {None: 0, torch.bool: 1}
 """How a kernel reads a mask: not at all, as what may be seen; 2: as what is added to the scores."""
@@ -136,7 +136,7 @@ def launch(
 ) -> torch.Tensor:
     """``gaws::attend`` on a GPU (`gawscompile.runtime.attention` has its shapes). Raises `ValueError`, naming the
     tensor, where one does not fit `kernel`."""
-    features, dtype, _ = parse(kernel)
+    features, dtype = _sizes(kernel)
     _check(q, k, v, mask, features, DTYPES[dtype])
     rows, heads, queries, _ = q.shape
     groups, keys = k.shape[1:3]
@@ -185,6 +185,14 @@ def _parts(device: torch.device, programs: int, most: int) -> int:
     return max(1, min(most, 2 * processors // max(programs, 1), 64))
 
 
+def _sizes(kernel: str) -> tuple[int, str]:
+    """Features and dtype. Raises `SpecError` for a causal kernel, of which there is none for a GPU."""
+    features, dtype, causal = parse(kernel)
+    if causal:
+        raise SpecError(f"no attention kernel for a GPU: {kernel!r}")
+    return features, dtype
+
+
 def _broadcast(mask: torch.Tensor, shape: tuple[int, ...]) -> list[int]:
     return list(mask.expand(shape).stride())
 
@@ -192,7 +200,7 @@ def _broadcast(mask: torch.Tensor, shape: tuple[int, ...]) -> list[int]:
 def variants(kernel: str, rows: int = 1, keys: int = 1024, masked: bool = True) -> list[Variant]:
     """What is compiled ahead of time of a `kernel`, for `rows` queries of all heads of a group over a cache of `keys`:
     parts and their join. Strides are constants here; when it is launched, Triton sees which are multiples of 16."""
-    features, dtype, _ = parse(kernel)
+    features, dtype = _sizes(kernel)
     kind = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}[dtype]
     sizes = blocks(features, dtype, rows)
     of: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out"), f"*{kind}") | {"mask": "*u8", "parts": "*fp32"}

@@ -1,5 +1,8 @@
-// Rows become columns, in vectors: of kernels that multiply matrices by many rows at once.
+// Matrices by many rows at once: rows become columns, and tiles of rows meet stripes of columns in registers.
 namespace {
+
+constexpr int WIDE = V >= 16 ? 4 : 2, STRIPE = WIDE * V;  // vectors of columns, and columns, that meet a tile of rows
+constexpr int TALL = 6;                                   // rows of a tile: 24 accumulators of 32 registers, or 12 of 16
 
 // Memory of a `Buffer` that has 16 numbers more than are needed: no load of a vector crosses a line.
 inline float* aligned(float* p) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
@@ -60,6 +63,31 @@ template <int SIZE = 1>
     rows[i] = F::loadu(column);
   }
 #endif
+}
+
+// acc[t][c] += sum over k < depth of x[t, k] b[k, c·V...], rows of x `ldx` numbers apart, those of b `ldb`. each(k) goes with
+// every step.
+template <int T, int C, class Each>
+[[gnu::always_inline]] inline void multiply_add(
+    F (&acc)[T][C], const float* x, int64_t ldx, const float* b, int64_t ldb, int64_t depth, Each&& each) {
+  for (int64_t k = 0; k < depth; ++k) {
+    each(k);
+    F row[C];
+    for (int c = 0; c < C; ++c) row[c] = F::loadu(b + k * ldb + c * V);
+    for (int t = 0; t < T; ++t) {
+      const F one(x[t * ldx + k]);
+      for (int c = 0; c < C; ++c) acc[t][c] = fmadd(one, row[c], acc[t][c]);
+    }
+  }
+}
+
+// f(Int<T>, t) for tiles that cover the rows [0, count)
+template <class Fn>
+inline void for_tiles(int64_t count, Fn&& f) {
+  int64_t t = 0;
+  for (; t + TALL <= count; t += TALL) f(Int<TALL>{}, t);
+  for (; t + 2 <= count; t += 2) f(Int<2>{}, t);
+  for (; t < count; ++t) f(Int<1>{}, t);
 }
 
 }  // namespace

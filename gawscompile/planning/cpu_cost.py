@@ -41,8 +41,9 @@ def _adapter_products(spec: KernelSpec) -> int:
     return sum(term.multiplications(spec.k) for p in spec.projections for term in p.terms[1:])
 
 
-def held(k: int, dtype: str) -> float:
-    """What is left of the rate at which rows are multiplied: less where tiles of tokens come from the second cache."""
+def cached(k: int, dtype: str) -> float:
+    """The share of its rate at which ``gemv_cpp`` multiplies rows of `k` columns: less where a tile of tokens does not
+    fit the first cache."""
     return 1.0 if TILE_TOKENS * k * DTYPES[dtype].itemsize <= FIRST_CACHE else 0.8
 
 
@@ -56,7 +57,7 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
         if p.dense is None:
             continue
         # sums of columns go through the first cache, and are read and written there once in a few rows
-        rate = device.kernel_rate[p.weight.dtype] * held(spec.k, spec.x) * (0.8 if p.transposed else 1.0)
+        rate = device.kernel_rate[p.weight.dtype] * cached(spec.k, spec.x) * (0.8 if p.transposed else 1.0)
         token += 2 * p.n * spec.k / rate
     memory = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth
     first = sympy.Min(m, TILE_TOKENS)

@@ -1,6 +1,8 @@
 """Run by ``torchrun``, a process for each rank: a model that transformers shards, with PEFT's LoRA, beside one process.
 
     torchrun --nproc-per-node 2 -m tests.distributed.sharded FOLDER llama
+
+Prints all-reduces in a call of the bare model under gaws, the adapted one under Inductor, and that under gaws.
 """
 
 from __future__ import annotations
@@ -42,34 +44,45 @@ NEW = 24
 def adapted(base: Any) -> Any:
     """`base` with a LoRA on all linears, whose numbers depend on their names alone; each rank keeps its shard."""
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
-    found = 0
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             continue
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
         numbers = torch.randn(parameter.shape, generator=generator) / 5  # a DTensor's shape is that of the whole
-        with torch.no_grad():
-            if isinstance(parameter, DTensor):
-                shard = distribute_tensor(numbers, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.to_local().copy_(shard.to_local())
-            else:
-                parameter.copy_(numbers)
-        found += 1
-    assert found
+        if isinstance(parameter, DTensor):
+            shard = distribute_tensor(numbers, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+        else:
+            parameter.copy_(numbers)
     return model
 
 
-def collectives(model: Any, ids: torch.Tensor) -> tuple[int, list[Any]]:
-    """All-reduces in the code that Inductor printed for one call of `model` under gaws, and the graphs' records."""
-    from torch._inductor.utils import run_and_get_code
+class Counted:
+    """Counts the all-reduces of the graphs that Inductor lowers."""
 
-    mark = len(RECORDS)
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        ops = torch.ops._c10d_functional
+        targets = {ops.all_reduce.default, ops.all_reduce_.default}
+        self.count += sum(node.target in targets for node in graph.nodes)
+
+
+def compiled(model: Any, backend: str, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The logits of `model` under a backend, and its all-reduces."""
     torch._dynamo.reset()
-    with torch._inductor.config.patch(fx_graph_cache=False):
-        _, codes = run_and_get_code(torch.compile(model, backend="gaws"), input_ids=ids, use_cache=False)
-    return sum(code.count("all_reduce_.default(") + code.count("all_reduce.default(") for code in codes), [
-        record for record in RECORDS.since(mark)
-    ]
+    counted = Counted()
+    settings = {"fx_graph_cache": False, "post_grad_custom_post_pass": counted}
+    with torch._inductor.config.patch(settings):
+        logits = torch.compile(model, backend=backend)(input_ids=ids, use_cache=False).logits
+    return logits, counted.count
+
+
+def same_on_all_ranks(found: torch.Tensor) -> bool:
+    others = [torch.empty_like(found) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, found.contiguous())
+    return all(torch.equal(one, found) for one in others)
 
 
 @torch.no_grad()
@@ -78,35 +91,38 @@ def main(folder: str, name: str) -> None:
     dist.init_process_group("gloo")
     config, kind = MODELS[name]
     torch.manual_seed(0)
-    whole = kind(config(**SIZES)).eval()
+    bare = kind(config(**SIZES)).eval()
     place = Path(folder) / name
     if dist.get_rank() == 0:
-        whole.save_pretrained(place)
+        bare.save_pretrained(place)
     dist.barrier()
     ids = torch.arange(7)[None] + 3
-    settings = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    want = adapted(whole).generate(**settings)
+    unadapted = bare(ids).logits
+    whole = adapted(bare)
+    want = whole(ids).logits
+    assert (want - unadapted).abs().max() > 0.01  # the adapter counts
 
     def sharded() -> Any:
         plan = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
         return kind.from_pretrained(place, distributed_config=plan).eval()
 
-    bare, _ = collectives(sharded(), ids)
+    got, of_base = compiled(sharded(), "gaws", ids)
+    torch.testing.assert_close(got, unadapted, rtol=1e-4, atol=1e-5)
     model = adapted(sharded())
-    joined, records = collectives(model, ids)
-    assert joined == bare > 0, (joined, bare)
-    entries = [entry for record in records for entry in record.linears if entry.adapters]
+    _, of_inductor = compiled(model, "inductor", ids)
+    mark = len(RECORDS)
+    got, of_gaws = compiled(model, "gaws", ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert same_on_all_ranks(got)
+    assert of_inductor > of_gaws == of_base > 0, (of_base, of_inductor, of_gaws)
+    entries = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
     assert len(entries) == 7 and {entry.status for entry in entries} == {"fused"}, entries
-    torch._dynamo.reset()
-    compiled = gawscompile.compile(model)
+    settings = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     for cache in CACHES[name]:
-        got = compiled.generate(**settings, cache_implementation=cache)
-        assert torch.equal(got, want), (cache, got, want)
-    logits = model(ids).logits
-    others = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
-    dist.all_gather(others, logits)
-    assert all(torch.equal(one, logits) for one in others)
-    print(f"rank {dist.get_rank()} right: {joined} collectives", flush=True)
+        torch._dynamo.reset()
+        tokens = gawscompile.compile(model).generate(**settings, cache_implementation=cache)
+        assert torch.equal(tokens, whole.generate(**settings)) and same_on_all_ranks(tokens)
+    print(f"rank {dist.get_rank()} right: {of_base}, {of_inductor}, {of_gaws}", flush=True)
     dist.destroy_process_group()
 
 

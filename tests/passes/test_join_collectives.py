@@ -21,6 +21,7 @@ from tests.graphs import capture
 
 RANKS, K, N, R = 3, 12, 10, 4
 SHARDED = {"weight", "a", "other_a"}
+OTHERS: dict[str, Any] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +29,9 @@ def group():
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    OTHERS["group"] = dist.new_group([0, 1])
     yield
+    OTHERS.clear()
     dist.destroy_process_group()
 
 
@@ -87,6 +90,8 @@ APART = {
     "an activation in between": lambda m, x: base(m, x) + nn.functional.linear(reduced(x @ m.a.T).relu(), m.b),
     "a bias in between": lambda m, x: base(m, x)
     + nn.functional.linear(nn.functional.linear(reduced(x @ m.a.T), m.b, m.bias), m.b @ m.a[:, :N]),
+    "another group": lambda m, x: base(m, x)
+    + nn.functional.linear(all_reduce(x @ m.a.T, "sum", OTHERS["group"]), m.b),
     "another operation": lambda m, x: base(m, x) + lora(m, x, how="max"),
     "read by others": lambda m, x: (lambda u: base(m, x) + u @ m.b.T + u.sum())(reduced(x @ m.a.T)),
     "times an activation": lambda m, x: base(m, x) + reduced(x @ m.a.T) @ m.b.T * x[..., :N],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from gawscompile.codegen import cpp_attention
+from gawscompile.codegen import build, cpp_attention
 from gawscompile.ir.types import DTYPE_NAMES, SpecError
 from gawscompile.runtime import attention, ops
+from tests.fuzz.calls import VECTORS
 
 BOUNDS = {torch.float32: 5e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Largest error over the largest answer."""
@@ -83,6 +85,24 @@ def test_causal(dtype, features):
         q, k, v = drawn(dtype, features, *sizes)
         for mask in masks(q, k):
             check(q, k, v, mask, causal=True)
+
+
+@pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 5), (torch.bfloat16, 80)])
+def test_narrower_vectors(dtype, features):
+    """As a CPU without AVX-512 runs it."""
+    if "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this CPU has no vectors of x86")
+    text, name = cpp_attention.kernel(features, DTYPE_NAMES[dtype]), f"attend avx2 d={features}"
+    library = build.load(VECTORS["AVX2"] + cpp_attention.emit(text))
+    ops.ensure_loaded().gaws_register_attention(
+        name.encode(), ctypes.cast(library.attend, ctypes.c_void_p), ctypes.c_int64(features),
+        ctypes.c_int32(ops.scalar_type(DTYPE_NAMES[dtype])),
+    )
+    for sizes in SHAPES:
+        q, k, v = drawn(dtype, features, *sizes)
+        for mask in masks(q, k):
+            got = torch.ops.gaws.attend(q, k, v, mask, 0.3, name)
+            assert error(got, q, k, v, mask, text) <= BOUNDS[dtype], sizes
 
 
 def test_scores_far_apart():
