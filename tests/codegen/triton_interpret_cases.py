@@ -358,13 +358,14 @@ def attention() -> Iterator[dict[str, Any]]:
     blocks = (1, 70, 1, 2, 40)  # several of queries
     cases = [(f32, (1, 9, 3, 1, 200), 6), (f32, (2, 4, 4, 3, 7), 2), (f32, blocks, 2), (bf16, blocks, 2)]
     for (name, dtype, features), sizes, kinds in cases:
+        kernel = f"attend d={features} x={name}"
         for parts in (1, 3):
             triton_attention._parts = lambda *_, parts=parts: parts
             q, k, v = drawn(dtype, features, *sizes)
             for number, mask in itertools.islice(enumerate(masks(q, k)), kinds):
-                got = triton_attention.launch(q, k, v, mask, 0.3, f"attend d={features} x={name}")
+                got = triton_attention.launch(q, k, v, mask, 0.3, kernel)
                 line = {"dtype": name, "parts": parts, "sizes": sizes, "mask": number, "bound": BOUNDS[dtype]}
-                yield {"case": "attention", "error": error(got, q, k, v, mask), **line}
+                yield {"case": "attention", "error": error(got, q, k, v, mask, kernel), **line}
 
 
 def main(names: list[str]) -> None:

@@ -82,7 +82,8 @@ def test_4_bits_laid_out_for_the_cpu(kind, caplog):
     w, (term,) = weight(captured)
     assert term.text() == f"packed(table4_blocks g={group} s=bf16)"
     torch.testing.assert_close(w, want.double(), rtol=2**-8, atol=1e-6)  # its scales were rounded
-    right(captured, 2e-2)  # its operator rounds x to bf16
+    if bnb.functional.has_avx512bf16():  # elsewhere its operator reads this layout as if it were the plain one
+        right(captured, 2e-2)  # it rounds x to bf16
     error, refused = verified(captured, caplog)
     assert error < 2e-2 and not refused
     w, _ = weight(capture(function, numbers(2, 3, k), laid, exact, state.code))
