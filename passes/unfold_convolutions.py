@@ -29,7 +29,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.analysis.matrices import scaling_of
+from gawscompile.analysis.identity import reinterpreted
+from gawscompile.analysis.matrices import matrix_of, scaling_of
 from gawscompile.analysis.reading import args, aten, dtype, empty_like, is_call, is_cast, is_parameter, shape, value
 from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_size, same_sizes, same_strides
@@ -66,7 +67,15 @@ def is_projection(node: Any) -> bool:
     plain = not turned and groups == 1 and set(stride) == {1} and set(padding) == {0}
     sizes = shape(weight)
     batched = len(shape(x)) == len(sizes)
-    return plain and batched and is_parameter(weight) and all(same_size(size, 1) for size in sizes[2:])
+    known = is_parameter(weight) or _matrix(weight) is not None
+    return plain and batched and known and all(same_size(size, 1) for size in sizes[2:])
+
+
+def _matrix(weight: Any) -> Node | None:
+    """The matrix of parameters that a convolution's weight is a view of, as LoKr's is."""
+    matrix = reinterpreted(weight)
+    fits = matrix is not None and same_sizes(shape(matrix), shape(weight)[:2]) and matrix_of(matrix) is not None
+    return matrix if fits else None
 
 
 def _region(root: Node) -> set[Node]:
@@ -224,7 +233,7 @@ class _Rows:
 
     def _linear(self, node: Node, x: Node, bias: Node | None, before: Node) -> Node:
         weight = args(node)[1]
-        flat = self._view(weight, list(shape(weight)[:2]))
+        flat = _matrix(weight) or self._view(weight, list(shape(weight)[:2]))
         with self.context.graph.inserting_before(before):
             reads = (x, flat) if bias is None else (x, flat, bias)
             return self.context.insert(linear, reads, node, _plain(node, tuple(_to_rows(value(node)).shape)))

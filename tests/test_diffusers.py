@@ -103,6 +103,65 @@ def test_convolutions_with_adapters(memory):
     close(sample(torch.compile(model, backend="gaws", options={"strict": True}), inputs), sample(model, inputs))
 
 
+def test_merged_adapters_are_left_alone_and_come_back():
+    model, inputs = image_model(MODELS[0])
+    compiled = torch.compile(model, backend="gaws", options={"strict": True})
+    seen = []
+    for change in (lambda: None, lambda: model.fuse_lora(lora_scale=0.5), model.unfuse_lora):
+        change()
+        want = sample(model, inputs)
+        close(sample(compiled, inputs), want)
+        seen.append(want)
+    assert (seen[0] - seen[1]).norm() > 1e-2 * seen[0].norm()
+
+
+@SLOW
+def test_autoencoders():
+    model, inputs = image_model("AutoencoderKL", targets=ATTENTION + CONVOLUTIONS, memory=torch.channels_last)
+    inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
+    with fusing(len(ATTENTION)):
+        close(sample(torch.compile(model, backend="gaws", options={"strict": True}), inputs), sample(model, inputs))
+
+
+def pipeline(unet):
+    """Stable Diffusion's, small and random; prompts come as embeddings."""
+    import diffusers
+
+    kind, sizes = denoiser("AutoencoderKL")
+    torch.manual_seed(0)
+    vae, scheduler = kind(**sizes).eval(), diffusers.EulerDiscreteScheduler()
+    pipe = diffusers.StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@SLOW
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_pipeline_of_four_steps(memory):
+    """Guidance makes a batch of two; each step is another time, and the image is eager's."""
+    unet, _ = image_model("UNet2DConditionModel", ("one", "two"), LINEARS + CONVOLUTIONS, memory)
+    pipe = pipeline(unet)
+    texts = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+
+    def image():
+        torch.manual_seed(2)
+        settings = {"num_inference_steps": 4, "output_type": "pt", "height": 8, "width": 8}
+        return pipe(prompt_embeds=texts[:1], negative_prompt_embeds=texts[1:], **settings).images
+
+    wanted = {}
+    for weights in ((1.0, 0.5), (0.2, 1.0)):
+        unet.set_adapters(["one", "two"], list(weights))
+        wanted[weights] = image()
+    (first, second) = wanted.values()
+    assert first.isfinite().all() and (first - second).norm() > 1e-2 * first.norm()
+    pipe.unet = torch.compile(unet, backend="gaws", options={"strict": True})
+    for weights, want in wanted.items():
+        unet.set_adapters(["one", "two"], list(weights))
+        before = graphs_compiled()
+        assert (image() - want).norm() <= 1e-3 * want.norm()
+        assert graphs_compiled() - before == 1
+
+
 @SLOW
 def test_as_few_graphs_as_inductor():
     """Switching adapters and their weights compiles no more often than under Inductor alone."""

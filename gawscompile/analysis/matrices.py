@@ -221,9 +221,9 @@ def in_a_weight(node: Node) -> bool:
 
 
 def _feeds_weights(node: Node) -> bool:
-    """Whether all that `node` becomes in the end is the weight of some linear."""
+    """Whether all that `node` becomes in the end is the weight of some linear or convolution."""
     return bool(node.users) and all(
-        (is_call(user, linear) and args(user)[1] is node)
+        (is_call(user, linear, aten.convolution.default) and args(user)[1] is node and args(user)[0] is not node)
         or (is_call(user, linear, *CASTS, *VIEWS, *ONES, *TRANSPOSES, *MATRIX_MATHS) and _feeds_weights(user))
         for user in node.users
     )

@@ -95,6 +95,10 @@ def _unconditional(config: Any, tokens: int) -> dict[str, Any]:
     return {"sample": _noise(config), "timestep": torch.tensor([1])}
 
 
+def _image(config: Any, tokens: int) -> dict[str, Any]:
+    return {"sample": torch.randn(1, config.in_channels, config.sample_size, config.sample_size)}
+
+
 def _flux(config: Any, tokens: int) -> dict[str, Any]:
     inputs = {
         "hidden_states": torch.randn(1, PATCHES, config.in_channels),
@@ -139,6 +143,7 @@ def _text(tokens: int, width: int) -> torch.Tensor:
 EXAMPLES: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet,
     "UNet2DModel": _unconditional,
+    "AutoencoderKL": _image,
     "FluxTransformer2DModel": _flux,
     "SD3Transformer2DModel": _sd3,
     "PixArtTransformer2DModel": _pixart,

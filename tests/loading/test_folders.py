@@ -85,6 +85,7 @@ def denoiser(name: str) -> tuple[type, dict[str, object]]:
     unet |= {"block_out_channels": (32,), "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8}
     sizes: dict[str, dict[str, object]] = {
         "UNet2DConditionModel": {"sample_size": 8, **unet, "norm_num_groups": 8},
+        "AutoencoderKL": {"sample_size": 16, "block_out_channels": (32,), "norm_num_groups": 8},
         "FluxTransformer2DModel": {
             **{name: value for name, value in wide.items() if name != "sample_size"},
             **{**text, "num_single_layers": 1, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True},

@@ -1,5 +1,6 @@
 """recover_operators: the algebra of an adapter, however it was written; near misses stay as they were."""
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from gawscompile.analysis.reading import aten
 from gawscompile.ir.operators import Dense, LowRank
 from gawscompile.ir.sums import linear, operator_sum
-from tests.graphs import capture, count, small_bert, small_llama, tokens
+from tests.graphs import capture, count, randomise, small_bert, small_llama, tokens
 
 K, N, R = 32, 24, 4
 
@@ -103,6 +104,17 @@ def test_intermediate_that_is_read_elsewhere_is_computed_for_both():
     context = captured.until("recover_operators")
     assert [[type(term) for term in terms] for terms in terms_of(context)] == [[Dense], [Dense, LowRank]]
     torch.testing.assert_close(captured.run(context), captured.outputs, rtol=1e-5, atol=1e-4)
+
+
+def test_an_adapter_of_an_embedding():
+    """Its A is looked up, and B projects what was found; the linear behind it has the adapter of its own."""
+    net = torch.nn.Sequential(torch.nn.Embedding(50, K), torch.nn.Tanh(), torch.nn.Linear(K, N))
+    model = peft.get_peft_model(net.eval(), peft.LoraConfig(r=R, lora_alpha=8, target_modules=["0", "2"]))
+    captured = capture(randomise(model).eval(), tokens(2, 3) % 50, kernels=True)
+    context = captured.until()
+    torch.testing.assert_close(captured.run(context)[0], captured.outputs[0], rtol=1e-5, atol=1e-5)
+    found = [entry.operators for entry in context.record.linears if entry.status == "fused"]
+    assert found == [f"Dense[{K}x{R}]", f"Dense[{N}x{K}] + Bias[{N}] + 2·LowRank(r={R})"]
 
 
 def test_factors_wider_than_the_projection_are_refused():

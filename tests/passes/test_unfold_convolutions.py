@@ -106,6 +106,17 @@ def test_kinds(config):
     assert len(operators(context)) == 1, (context.record.notes, context.record.linears)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_lokr(kernel):
+    """Of one position it is a chain of mode products; of several both convolutions are the library's."""
+    torch.manual_seed(0)
+    config = peft.LoKrConfig(r=2, alpha=4, target_modules=["first"])
+    net = Net(nn.Conv2d(16, 24, kernel, padding=kernel // 2))
+    context = check(randomise(peft.get_peft_model(net.eval(), config)).eval(), image(2, 16, 6, 5), kernels=True)
+    assert count(context, CONVOLUTION) == (0 if kernel == 1 else 2)
+    assert [text.count("Kronecker") for text in operators(context)] == ([1] if kernel == 1 else [])
+
+
 def test_several_adapters_and_siblings_are_one_group():
     class Siblings(nn.Module):
         def __init__(self):
