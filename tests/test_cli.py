@@ -56,7 +56,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> di
     write("own_code", "config.json", '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration.Mine"}}')
     write("empty_index", "model_index.json", "{}")
     write("no_class", "config.json", '{"_class_name": "NoSuchModel", "_diffusers_version": "0.30.0"}')
-    write("no_call", "config.json", '{"_class_name": "AutoencoderKL", "_diffusers_version": "0.30.0"}')
+    write("no_call", "config.json", '{"_class_name": "VQModel", "_diffusers_version": "0.30.0"}')
     found["empty"], found["file"] = root / "empty", root / "file"
     found["empty"].mkdir()
     found["file"].write_text("")
@@ -405,7 +405,7 @@ def test_a_bad_value_for_the_demo(line, places, capsys):
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("no_class", "has no model 'NoSuchModel'"), ("no_call", "how a AutoencoderKL is called")]
+    ("place", "said"), [("no_class", "has no model 'NoSuchModel'"), ("no_call", "how a VQModel is called")]
 )
 def test_a_model_of_diffusers_that_cannot_be_explained(place, said, places, capsys):
     pytest.importorskip("diffusers")
