@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._functional_collectives import all_reduce
+from torch.distributed._functional_collectives import all_reduce, reduce_scatter_tensor
 
-from gawscompile.analysis.collectives import all_reduces, waits
+from gawscompile.analysis.collectives import all_reduces, reduce_scatters, reduction, waits
 from gawscompile.analysis.reading import CASTS, aten, is_call
 from gawscompile.ir.records import Reason
 from gawscompile.passes import join_collectives
@@ -77,14 +77,33 @@ def cast(m, x):
     return y + (nn.functional.linear(u, m.b) * 2.0).to(y.dtype)
 
 
+def mixed(m, x):
+    """As PEFT has it by default: fp32 factors beside a bf16 base, and the sum is of fp32."""
+    y = in_place(nn.functional.linear(x, m.weight))
+    u = in_place(nn.functional.linear(x.float(), m.a))
+    return (y + nn.functional.linear(u, m.b) * 2.0).to(y.dtype)
+
+
+def scattered(m, x, dim=1):
+    """As sequence parallelism: each rank gets a part of the tokens."""
+    y = reduce_scatter_tensor(nn.functional.linear(x, m.weight), "sum", dim, dist.group.WORLD)
+    u = reduce_scatter_tensor(nn.functional.linear(x, m.a), "sum", dim, dist.group.WORLD)
+    return y + nn.functional.linear(u, m.b) * 0.5
+
+
 JOINED = {
     "lora": lambda m, x: base(m, x) + lora(m, x),
     "two adapters": lambda m, x: base(m, x) + lora(m, x) + other(m, x),
     "a bias and a residual": lambda m, x: x[..., :N] + (base(m, x) + m.bias + lora(m, x)),
     "in place": lambda m, x: in_place(nn.functional.linear(x, m.weight)) + lora(m, x),
     "casts": cast,
+    "a wider sum": mixed,
+    "scattered tokens": scattered,
+    "scattered rows": lambda m, x: scattered(m, x.transpose(0, 1), 0),
     "a term twice": lambda m, x: (lambda y: y + y)(base(m, x)) + lora(m, x),
 }
+HALVES = ("casts", "a wider sum")
+"""Of a bf16 base: no wider sum goes to other ranks."""
 
 APART = {
     "an activation in between": lambda m, x: base(m, x) + nn.functional.linear(reduced(x @ m.a.T).relu(), m.b),
@@ -97,7 +116,9 @@ APART = {
     "times an activation": lambda m, x: base(m, x) + reduced(x @ m.a.T) @ m.b.T * x[..., :N],
     "only one is reduced": lambda m, x: base(m, x) + x @ m.a.T @ m.b.T,
     "two column-parallel factors": lambda m, x: lora(m, x) + other(m, x),
-    "times what is computed": lambda m, x: base(m, x) + reduced(x @ m.a.T) @ m.b.T * torch.ones(2, 5, N).cumsum(0),
+    "times what is computed": lambda m, x: base(m, x) + reduced(x @ m.a.T) @ m.b.T * torch.ones(2, 6, N).cumsum(0),
+    "scattered beside reduced": lambda m, x: reduce_scatter_tensor(base(m, x), "sum", 1, dist.group.WORLD)
+    + lora(m, x[:, :2]),
     "a difference": lambda m, x: base(m, x) - lora(m, x),
 }
 
@@ -116,13 +137,14 @@ class Rank(torch.fx.Interpreter):
     def call_function(self, target: Any, given: Any, kwargs: Any) -> Any:
         if target in (waits(), *CASTS):
             return given[0]
-        if target is not all_reduces():
+        if target not in (all_reduces(), reduce_scatters()):
             return super().call_function(target, given, kwargs)
         self.slots[self.rank] = given[0]
         self.barrier.wait()
         parts = torch.stack(self.slots)
         self.barrier.wait()
-        return parts.sum(0) if given[1] == "sum" else parts.amax(0)
+        whole = parts.sum(0) if given[1] == "sum" else parts.amax(0)
+        return whole if target is all_reduces() else whole.chunk(RANKS)[self.rank]
 
 
 def on_ranks(graph: torch.fx.Graph, holder: Any, names: list[str | None]) -> list[Any]:
@@ -150,33 +172,35 @@ def on_ranks(graph: torch.fx.Graph, holder: Any, names: list[str | None]) -> lis
 
 
 def collectives(graph: torch.fx.Graph) -> int:
-    return len(graph.find_nodes(op="call_function", target=all_reduces()))
+    return sum(reduction(node) is not None for node in graph.nodes)
 
 
 def captured_of(function: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, list[str | None]]:
     torch.manual_seed(0)
     model = Rows(function, dtype).eval()
-    captured = capture(model, torch.randn(2, 5, K, dtype=dtype))
+    captured = capture(model, torch.randn(2, 6, K, dtype=dtype))
     known = {p.data_ptr(): name for name, p in model.named_parameters()}
     return captured, [known.get(one.data_ptr()) for one in captured.inputs]
 
 
 @pytest.mark.parametrize("name", JOINED)
 def test_one_collective_for_a_sum(name):
-    captured, names = captured_of(JOINED[name], torch.bfloat16 if name == "casts" else torch.float32)
+    captured, names = captured_of(JOINED[name], torch.bfloat16 if name in HALVES else torch.float32)
     context = captured.until("join_collectives")
+    (made,) = (reduction(node) for node in context.graph.nodes if reduction(node))
+    assert made.meta["val"].dtype == (torch.bfloat16 if name in HALVES else torch.float32)
     assert collectives(captured.graph) > 1 and collectives(context.graph) == 1
     before = on_ranks(captured.graph, captured.module, names)
     after = on_ranks(context.graph, captured.module, names)
     for one, two in zip(before, after, strict=True):
         torch.testing.assert_close(one[0], two[0], rtol=1e-11, atol=1e-11)
-    if name != "a bias and a residual":  # of x, which is each rank's own here
+    if name != "a bias and a residual" and "scattered" not in name:  # x is each rank's own, and parts are
         assert all(torch.equal(one[0], after[0][0]) for one in after)
 
 
 @pytest.mark.parametrize("name", [name for name in JOINED if name != "a term twice"])  # a base that is scaled is left
 def test_the_adapter_is_fused_then_and_proven_without_talking_to_others(name, monkeypatch):
-    captured, _ = captured_of(JOINED[name], torch.bfloat16 if name == "casts" else torch.float32)
+    captured, _ = captured_of(JOINED[name], torch.bfloat16 if name in HALVES else torch.float32)
     context = captured.until()
     (entry,) = [one for one in context.record.linears if one.adapters]
     assert entry.status == "fused" and entry.adapters == (2 if name == "two adapters" else 1)
@@ -191,7 +215,7 @@ def test_a_sum_with_a_symbolic_number_is_no_sum_of_terms(caplog):
         return base(m, x) + lora(m, x) + (torch.arange(x.shape[1]) + x.shape[0])[:, None]
 
     torch.manual_seed(0)
-    x = torch.randn(2, 5, K)
+    x = torch.randn(2, 6, K)
     torch._dynamo.mark_dynamic(x, 0)
     captured = capture(Rows(forward).eval(), x, dynamic=None)
     hook = containment.run(captured)
