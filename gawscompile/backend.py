@@ -18,11 +18,12 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import RestartAnalysis, TorchDynamoException
 from torch._dynamo.utils import counters, dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gawscompile import cache
+from gawscompile.analysis import collectives
 from gawscompile.codegen import build
 from gawscompile.ir.records import GraphRecord, Reason, plain
 from gawscompile.observe import observer
@@ -45,6 +46,7 @@ from gawscompile.runtime import (
     pages,
     polyfills,
 )
+from gawscompile.runtime.ranks import Ranks, RanksError
 from gawscompile.runtime.recompile_limits import LIMITS
 from gawscompile.verify import unfinished
 from gawscompile.verify.containment import Attempts, said
@@ -74,7 +76,6 @@ def gaws(
     Raises `OptionError` for options that do not exist. What our passes cannot take is left to Inductor.
     """
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
 
     polyfills.install()
     LIMITS.compiling()
@@ -86,6 +87,34 @@ def gaws(
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
     bound.want(ours.bind)
+    ranks = Ranks.of(gm, example_inputs, kind)
+    with devices.planning_for(ranks.machine(devices.of(kind) if kind in ("cpu", "cuda") else None)):
+        compiled, record, failure = _compile(gm, example_inputs, ours, inductor, kind)
+    objection = ranks.objection(record, failure)
+    if not objection:
+        return compiled
+    if failure is not None and (ours.strict or (record is None and ranks.alone)):
+        raise failure
+    if ranks.alone:
+        how, reason = f"building kernels: {failure}", Reason.INTERNAL_ERROR
+    else:
+        how, reason = objection, Reason.RANKS
+        if ours.strict:
+            raise RanksError(objection)
+    if record is not None:
+        record.reject_all(reason, how)
+    if ranks.first:
+        log.warning("gaws: %s. This graph is left to Inductor. %s", how, _reproduce())
+    return _untouched(gm, example_inputs, inductor, ranks)
+
+
+def _compile(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], ours: Options, inductor: dict[str, Any], kind: str
+) -> tuple[Any, GraphRecord | None, Exception | None]:
+    """A graph through our passes and Inductor, with its kernels built: what runs it, what became of it, what failed.
+    Without a record, it was the compile that did."""
+    from torch._inductor.compile_fx import compile_fx
+
     traced = observer.wanted(ours)
     key = _key(gm, example_inputs, ours.key(traced), inductor, kind)
     stored = stored_inputs(gm, example_inputs)
@@ -104,10 +133,12 @@ def gaws(
         progress.say("torch's passes")
         try:
             compiled: Any = compile_fx(gm, list(example_inputs), config_patches=_with_hook(inductor, hook))
-        except Exception:
+        except RestartAnalysis:  # Dynamo traces once more
+            raise
+        except Exception as error:
             if hook.record and hook.dumps:  # what there is, up to the pass that failed
                 observer.show(number, hook.record, hook.dumps, ours)
-            raise
+            return None, None, error
         if hook.record is None and RECORDS.lacks(hook.key, traced):
             lost_records.passes_alone(gm, example_inputs, _with_hook(inductor, hook), hook)
         record = RECORDS.compiled(hook.key, hook.record)
@@ -116,11 +147,26 @@ def gaws(
         try:
             _build(record, progress)
         except Exception as error:  # as above, and a disk that is full by now
-            if ours.strict:
-                raise
-            record.reject_all(Reason.INTERNAL_ERROR, f"building kernels: {error}")
-            log.warning("gaws: building kernels: %s. This graph is left to Inductor. %s", error, _reproduce())
-            compiled = compile_fx(gm, list(example_inputs), config_patches=inductor)
+            return compiled, record, error
+    return compiled, record, None
+
+
+def _untouched(gm: torch.fx.GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], ranks: Ranks) -> Any:
+    """A graph as Inductor compiles it alone, on all ranks. Raises what that raises; `RanksError` where it is another
+    rank that fails."""
+    from torch._inductor.compile_fx import compile_fx
+
+    if ranks.alone:
+        return compile_fx(gm, list(inputs), config_patches=inductor)
+    compiled, failure = None, None
+    try:
+        compiled = compile_fx(gm, list(inputs), config_patches=inductor)
+    except RestartAnalysis:
+        raise
+    except Exception as error:
+        failure = error
+    if objection := ranks.objection(None, failure):
+        raise failure or RanksError(objection)
     return compiled
 
 
@@ -268,6 +314,7 @@ class GawsPass(CustomGraphPass):
         self.say("Inductor")
         gpu.inline(work)
         work.eliminate_dead_code()
+        record.collectives += collectives.listed(work)
         _take_over(graph, work)
         self.operands |= operand_checks.only_operands(graph)
 

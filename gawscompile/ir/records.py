@@ -34,6 +34,7 @@ class Reason(str, Enum):
     BANK = "what a bank adds stays an operation of its own"
     ATTENTION = "attention stays with the library"
     COLLECTIVE = "an all-reduce of its own stays"
+    RANKS = "another rank does not run it alike: all ranks leave the graph to Inductor"
     CONVOLUTION = "the adapter of a convolution stays with the library"
     LIBRARY = "no adapter here, and the library's matmul is estimated faster for this many tokens"
     NOT_TRACED = "no compiled graph has it under this name (not called, called by another module, unrolled as tiny)"
@@ -66,6 +67,7 @@ class LinearRecord:
     reason: str | None = None
     detail: str | None = None
     stage: str | None = None
+    shard: str = ""  # how ranks share its weight, where `explain` looked
 
 
 @dataclass
@@ -118,6 +120,8 @@ class GraphRecord:
     notes: list[str] = field(default_factory=list)
     matches: int = 0
     """Rewrites that went ahead, of all passes: so much fuel the graph took."""
+    collectives: list[str] = field(default_factory=list)
+    """Those that are left to Inductor, in their order: what each does, in which group."""
     wrapper: str = ""
     """How the code that Inductor prints around our kernels runs, on a CPU (`gawscompile.runtime.executor`)."""
     lost: bool = False

@@ -89,13 +89,14 @@ GPUS = {
         Gpu("MI300X", "hip:gfx942", 304, 5.3e12, 10e12, 163e12, _rates(1307e12, 163e12), launch=3e-6),
     )
 }
-_planned_for: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("planned_for", default=None)
+_planned_for: contextvars.ContextVar[Device | Gpu | None] = contextvars.ContextVar("planned_for", default=None)
 
 
 @contextlib.contextmanager
-def planning_for(gpu: Gpu) -> Iterator[None]:
-    """Within, every group is planned for `gpu`, whatever device its tensors are on: for compilation ahead of time."""
-    token = _planned_for.set(gpu)
+def planning_for(device: Device | Gpu | None) -> Iterator[None]:
+    """Within, every group is planned for `device`, whatever device its tensors are on: for compilation ahead of time,
+    and where several ranks plan alike. None: as without."""
+    token = _planned_for.set(device or _planned_for.get())
     try:
         yield
     finally:
