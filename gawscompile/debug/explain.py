@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gawscompile.debug import frames
+from gawscompile.debug import frames, shards
 from gawscompile.debug.report import Report
 from gawscompile.ir.records import GraphRecord, GroupRecord, LinearRecord, Reason
 
@@ -113,7 +113,9 @@ def assemble(records: list[GraphRecord], model: torch.nn.Module | None = None) -
         seen = {entry.path for entry in linears}
         reason = Reason.RECORD_LOST if any(record.lost for record in records) else Reason.NOT_TRACED
         linears += [entry for entry in _untraced(model, reason) if entry.path not in seen]
+        shards.tell(linears, model)
     notes = [note for record in records for note in (*record.notes, *filter(None, [record.wrapper]))]
+    notes += shards.counted(one for record in records for one in record.collectives)
     for group in groups:
         if "autotuned" in group.prefix:
             notes += _tuned(group)

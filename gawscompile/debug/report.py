@@ -112,6 +112,9 @@ class Report:
             why = entry.plan or f"{entry.reason}: {entry.detail}"
             group = "-" if entry.group is None else str(entry.group)
             linears.append((entry.path, "{}x{}".format(*entry.shape), entry.dtype, group, why, entry.operators))
+        if any(entry.shard for entry in self.linears):
+            shards = ["over ranks", *(entry.shard for entry in self.linears)]
+            linears = [(*row[:2], shard, *row[2:]) for row, shard in zip(linears, shards, strict=True)]
         found = [("Every linear", linears)]
         alike: dict[tuple[str, ...], list[GroupRecord]] = {}
         for one in self.groups:

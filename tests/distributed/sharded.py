@@ -1,8 +1,9 @@
 """Run by ``torchrun``, a process for each rank: a model that transformers shards, with PEFT's LoRA, beside one process.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.sharded FOLDER llama
+    torchrun --nproc-per-node 2 -m tests.distributed.sharded FOLDER llama static dynamic
 
-Prints all-reduces in a call of the bare model under gaws, the adapted one under Inductor, and that under gaws.
+Prints all-reduces in a call of the bare model under gaws, the adapted one under Inductor, and that under gaws, and
+generates with the caches that are named. `FOLDER` is scratch, or has the model where that is smollm2.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ MODELS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
 }
-CACHES: dict[str, tuple[str | None, ...]] = {"llama": (), "qwen2": ("static",), "mistral": (None,)}
-"""Of the `generate` that is compiled too; it takes minutes."""
-NEW = 24
+NEW = 64
+MLP = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+"""What two ranks can share of SmolLM2, which has three key heads."""
 
 
-def adapted(base: Any) -> Any:
-    """`base` with a LoRA on all linears, whose numbers depend on their names alone; each rank keeps its shard."""
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
+def adapted(base: Any, target_modules: Any = "all-linear", size: float = 0.2) -> Any:
+    """`base` with a LoRA on all linears, whose numbers, of about a `size`, depend on their names alone; each rank keeps
+    its shard."""
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=target_modules)).eval()
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             continue
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        numbers = torch.randn(parameter.shape, generator=generator) / 5  # a DTensor's shape is that of the whole
+        numbers = torch.randn(parameter.shape, generator=generator) * size  # a DTensor's shape is that of the whole
         if isinstance(parameter, DTensor):
             shard = distribute_tensor(numbers, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shard.to_local())
@@ -86,29 +88,37 @@ def same_on_all_ranks(found: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def main(folder: str, name: str) -> None:
+def main(folder: str, name: str, *caches: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config, kind = MODELS[name]
-    torch.manual_seed(0)
-    bare = kind(config(**SIZES)).eval()
-    place = Path(folder) / name
-    if dist.get_rank() == 0:
-        bare.save_pretrained(place)
-    dist.barrier()
+    place, plan = Path(folder) / name, DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
+    size = 0.2
+    if name == "smollm2":
+        place, size = Path(folder), 0.02
+        kind = transformers.LlamaForCausalLM
+        bare = kind.from_pretrained(place).eval()
+        settings = {"config": transformers.LlamaConfig.from_pretrained(place)}
+        settings["config"].base_model_tp_plan = MLP
+    else:
+        config, kind = MODELS[name]
+        torch.manual_seed(0)
+        bare, settings = kind(config(**SIZES)).eval(), {}
+        if dist.get_rank() == 0:
+            bare.save_pretrained(place)
+        dist.barrier()
+    layers = bare.config.num_hidden_layers
     ids = torch.arange(7)[None] + 3
     unadapted = bare(ids).logits
-    whole = adapted(bare)
+    whole = adapted(bare, size=size)
     want = whole(ids).logits
     assert (want - unadapted).abs().max() > 0.01  # the adapter counts
 
     def sharded() -> Any:
-        plan = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
-        return kind.from_pretrained(place, distributed_config=plan).eval()
+        return kind.from_pretrained(place, distributed_config=plan, **settings).eval()
 
     got, of_base = compiled(sharded(), "gaws", ids)
     torch.testing.assert_close(got, unadapted, rtol=1e-4, atol=1e-5)
-    model = adapted(sharded())
+    model = adapted(sharded(), size=size)
     _, of_inductor = compiled(model, "inductor", ids)
     mark = len(RECORDS)
     got, of_gaws = compiled(model, "gaws", ids)
@@ -116,12 +126,12 @@ def main(folder: str, name: str) -> None:
     assert same_on_all_ranks(got)
     assert of_inductor > of_gaws == of_base > 0, (of_base, of_inductor, of_gaws)
     entries = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
-    assert len(entries) == 7 and {entry.status for entry in entries} == {"fused"}, entries
-    settings = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    for cache in CACHES[name]:
+    assert len(entries) == 7 * layers and {entry.status for entry in entries} == {"fused"}, entries
+    asked = {"input_ids": ids, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    for cache in caches:
         torch._dynamo.reset()
-        tokens = gawscompile.compile(model).generate(**settings, cache_implementation=cache)
-        assert torch.equal(tokens, whole.generate(**settings)) and same_on_all_ranks(tokens)
+        tokens = gawscompile.compile(model).generate(**asked, cache_implementation=cache)
+        assert torch.equal(tokens, whole.generate(**asked)) and same_on_all_ranks(tokens), cache
     print(f"rank {dist.get_rank()} right: {of_base}, {of_inductor}, {of_gaws}", flush=True)
     dist.destroy_process_group()
 
