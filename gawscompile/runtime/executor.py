@@ -55,7 +55,7 @@ class Executor:
 
     def __call__(self, inputs: list[Any]) -> Any:
         """The graph's results. Empties `inputs`, as the wrapper does."""
-        if self._given:
+        if len(self._tensors) < len(inputs):
             tensors, integers = [inputs[i] for i in self._tensors], [inputs[i] for i in self._given]
         else:
             tensors, integers = inputs, []

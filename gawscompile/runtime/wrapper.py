@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 
 from gawscompile.runtime.ops import SCALAR_TYPES
@@ -81,7 +82,7 @@ class Code:
         for name, example in zip(inputs, examples, strict=True):
             if isinstance(example, torch.Tensor):
                 self._registers[name] = len(self._registers)
-            else:
+            elif isinstance(example, (int, torch.SymInt, sympy.Expr)):  # else a mesh of ranks, say, which nothing reads
                 self._places[name] = len(self.integers)
                 self.integers.append(0)
         self.tensors = [i for i, name in enumerate(inputs) if name in self._registers]
@@ -246,7 +247,7 @@ class Code:
             return "NUMBER", float(constant)
         if kind in ("int", "number") and not isinstance(constant, (bool, str, float)):
             return "INTEGER", [self._integer(value)]
-        if kind == "str" and isinstance(constant, str):
+        if kind in ("str", "Any") and isinstance(constant, str):  # a collective takes its group's name as Any
             return "TEXT", constant
         raise Unreadable(f"{_text(value)} as the argument {argument.name} of an op, a {argument.real_type}")
 
