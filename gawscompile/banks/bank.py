@@ -36,6 +36,7 @@ from gawscompile.banks.opening import BankError
 from gawscompile.banks.residents import Held, Residents, bytes_of, device_of, forget
 from gawscompile.banks.saving import write
 from gawscompile.banks.schedules import Rows
+from gawscompile.banks.sharding import splits
 from gawscompile.banks.tables import Table
 from gawscompile.ir.banked import BLOCK, FIELDS, UNIT
 from gawscompile.ir.types import DTYPE_NAMES
@@ -89,6 +90,9 @@ class AdapterBank(Source):
         given = adapters_of(peft) if peft is not None else {}
         inner: nn.Module = model if peft is None else peft.get_base_model()
         bases, left = linears(inner, modules)
+        split = splits(inner, bases)
+        if given and split:
+            raise BankError("the PeftModel's adapters are sharded over ranks: give its base model, and load folders")
         for name, adapter in given.items():
             if missing := sorted(adapter.factors.keys() - bases.keys()):
                 raise BankError(f"adapter {name!r} adapts {missing[0]}, which modules={modules!r} leaves out")
@@ -115,7 +119,7 @@ class AdapterBank(Source):
         self._width = -(-max_ranks // BLOCK) if on_gpu else max_mix * longest  # entries of a row
         self._all = Residents(
             *(bases, known, base, size, dtype, max_adapters, self._width, on_gpu),
-            *(self._active, self._changed, self._became),
+            *(self._active, self._changed, self._became, split),
         )
         self._lock = self._all.lock
         self._table = Table((len(bases), max_rows + 1, self._width, FIELDS), device) if on_gpu else None
@@ -133,7 +137,7 @@ class AdapterBank(Source):
         self.shared = Shared(self._all.pool, state, len(bases), self._width)
         SOURCES[self._number if self._table is None else state.data_ptr()] = self
         finalize(self, retract, self._number).atexit = False
-        attach(self, model, inner, bases, self.shared)
+        attach(self, model, inner, bases, self.shared, split)
 
     # ---- adapters -----------------------------------------------------------------------------------------
 
@@ -345,8 +349,10 @@ class AdapterBank(Source):
 
         Its factors have the pool's dtype; what `scale` was given is not in them. B of DoRA and G of GAWS with a diag
         have been multiplied and are divided again, which rounds them once more. Raises `BankError` for biases that
-        PEFT's files cannot say apart.
+        PEFT's files cannot say apart, and where the model is sharded, as each rank has a part.
         """
+        if self._all.split:
+            raise BankError(f"{name}: each rank has a part of it; save it from a model that is not sharded")
         with self._all.loading:
             self._all.bring([name])
             held = self._all.of(name)

@@ -45,6 +45,7 @@ KEY = re.compile(
     r"(?P<magnitude>lora_magnitude_vector)(\.(?!weight$)(?P<owner>[^.]+))?(\.weight)?|(base_layer\.)?bias)",
     re.DOTALL,
 )
+SHARDED = "the model is sharded over ranks: a bank shards LoRA alone, without the base's biases"
 A, B, B_BIAS, BASE_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias", "base_layer.bias"
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's files have no ".weight" behind it, its modules have
 FOREIGN = {
@@ -195,6 +196,9 @@ class LoraReader(Reader):
         due |= {MAGNITUDE} if setting["use_dora"] and not only_bias else set()
         due |= {BASE_BIAS} if setting["bias"] != "none" and own is not None else set()
         self.complete(path, keys, due, "bias, lora_bias or use_dora")
+
+        if keys.keys() & {MAGNITUDE, BASE_BIAS} and hasattr(self.modules[path].weight, "placements"):
+            raise self.error(some, f"is beside {plain(' and '.join(keys.keys() - {A, B}))}, and {SHARDED}")
 
         shapes = {A: (rank, k), B: (n, rank), B_BIAS: (n,), BASE_BIAS: (n,), MAGNITUDE: (n,)}
         why = f"{plain(path)} has {k} inputs and {n} outputs, and rank {rank} in the config{self.other}"

@@ -112,11 +112,14 @@ class BankedLinear(nn.Module):
         self.out_features, self.in_features = sizes
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
+        return self.added(x, self.base_layer(x), self.bias)
+
+    def added(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """`y`, which the base has made of x with its `bias`, and what the bank adds to it."""
         schedule = self.bank.current
         if schedule is None:  # it is called outside of the model's forward
             schedule = self.bank.snapshot(x.shape[0])
-        return y + BANKED(x, self.bank.pool, schedule[self.index], y, self.bias).to(y.dtype)
+        return y + BANKED(x, self.bank.pool, schedule[self.index], y, bias).to(y.dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -15,6 +15,7 @@ from gawscompile.banks.checkpoints import Adapter, read
 from gawscompile.banks.layer import BankedLinear, Shared, with_snapshots
 from gawscompile.banks.opening import BankError
 from gawscompile.banks.reading import is_linear, sizes_of
+from gawscompile.banks.sharding import ShardedLinear, Split
 
 
 def linears(model: nn.Module, modules: str | Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -90,13 +91,22 @@ def active_of(peft: Any) -> list[str]:
     return [active] if isinstance(active, str) else list(active)
 
 
-def attach(bank: Any, model: nn.Module, inner: nn.Module, bases: Mapping[str, nn.Module], shared: Shared) -> None:
+def attach(
+    bank: Any,
+    model: nn.Module,
+    inner: nn.Module,
+    bases: Mapping[str, nn.Module],
+    shared: Shared,
+    split: Mapping[str, Split],
+) -> None:
     """Put `bank` into `model`, of which `inner` is the base model."""
     if inner is not model:
         model.base_model.unload()  # type: ignore[operator, union-attr]
     for index, (path, base) in enumerate(bases.items()):
         parent, _, name = path.rpartition(".")
-        setattr(inner.get_submodule(parent), name, BankedLinear(base, shared, index, sizes_of(base)))
+        part = split.get(path)
+        banked = ShardedLinear(base, shared, index, part) if part else BankedLinear(base, shared, index, sizes_of(base))
+        setattr(inner.get_submodule(parent), name, banked)
     with_snapshots(inner, shared)
     calls: dict[str, Callable[..., Any]] = {"generate": _generate} if callable(getattr(model, "generate", None)) else {}
     if inner is not model:

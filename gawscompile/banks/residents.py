@@ -29,6 +29,7 @@ from gawscompile.banks.dora import Scaled
 from gawscompile.banks.kronecker import Chain
 from gawscompile.banks.opening import BankError
 from gawscompile.banks.reading import sizes_of
+from gawscompile.banks.sharding import Split, part_of
 from gawscompile.banks.spilling import spilled, unspilled
 from gawscompile.ir.banked import FIELDS
 from gawscompile.options import Options
@@ -84,6 +85,7 @@ class Held:
 class Residents:
     """Adapters of the linears `bases` of a model of the name `base`, whose modules are `known`, in a pool of `size`
     numbers, `most` of them at once. `width`: how many entries a row can have, of `blocks` for a GPU (`layouts`).
+    `split`: the linears of which this process has a part, and so of their adapters.
 
     `active` says whether an adapter may not leave, `changed` is told that one came or left; `became` that another
     adapter of the same name stands for one from now on. Two locks: `loading` of reading and of leaving, which may take
@@ -103,9 +105,10 @@ class Residents:
         active: Callable[[Held], bool],
         changed: Callable[[], None],
         became: Callable[[Held, Held], None],
+        split: Mapping[str, Split],
     ) -> None:
         self.bases, self.known, self.base, self.dtype, self.most = bases, known, base, dtype, most
-        self.modules, self.width, self.blocks = tuple(bases), width, blocks
+        self.modules, self.width, self.blocks, self.split = tuple(bases), width, blocks, split
         self.device = device_of(bases)
         self.arena = Arena(size, asynchronous=self.device.type == "cuda")
         with torch.inference_mode(False):  # adapters may be loaded outside of it
@@ -128,7 +131,8 @@ class Residents:
 
     def read(self, source: Any, config: Any, name: str) -> Adapter:
         """Raises `BankError`."""
-        return read(source, self.bases, config=config, base=self.base, known=self.known, adapter_name=name)
+        whole = read(source, self.bases, config=config, base=self.base, known=self.known, adapter_name=name)
+        return part_of(whole, self.split)
 
     def put(
         self,
@@ -300,7 +304,9 @@ class Residents:
                 modes, scale = layouts.modes_in(self.pool, mine)
                 found[path] = replace(held.chains[path], modes=modes, scale=scale)
             elif path in held.ranks:
-                a, b, bias = layouts.taken(self.pool, mine, held.ranks[path], sizes_of(self.bases[path]), self.blocks)
+                sizes = sizes_of(self.bases[path])
+                sizes = self.split[path].sizes(sizes) if path in self.split else sizes
+                a, b, bias = layouts.taken(self.pool, mine, held.ranks[path], sizes, self.blocks)
                 scale = float(mine.view(np.float32)[0, 4])
                 found[path] = Factors(a, b, scale, bias, held.scaled.get(path))
         return found

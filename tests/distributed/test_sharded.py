@@ -11,23 +11,38 @@ import pytest
 
 from tests.caches import environment
 
-MODELS = [
-    "llama",
-    pytest.param("qwen2", marks=pytest.mark.slow),
-    pytest.param("mistral", marks=pytest.mark.slow),
-]
+CACHES = ("static", "dynamic")
+SLOW = [pytest.param((name, *CACHES), marks=pytest.mark.slow) for name in ("llama", "qwen2", "mistral", "smollm2")]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_adapters_of_a_sharded_model_are_fused_and_add_no_collective(name, tmp_path):
+def right(tmp_path: Path, *command: str) -> None:
+    """Two processes of a module of tests, by ``torchrun``, find that all is right."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*run, "-m", "tests.distributed.sharded", str(tmp_path), name],
+        [*run, "-m", *command],
         env={**os.environ, **environment(tmp_path), "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=800,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count(" right: ") == 2
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count(" right") == 2
+
+
+@pytest.mark.parametrize("case", [("llama",), *SLOW], ids=" ".join)
+def test_adapters_of_a_sharded_model_are_fused_and_add_no_collective(case, tmp_path, request):
+    """With the caches that are named, 64 tokens are eager PEFT's on one process."""
+    folder = request.getfixturevalue("smollm2_dir") if "smollm2" in case else tmp_path
+    right(tmp_path, "tests.distributed.sharded", str(folder), *case)
+
+
+@pytest.mark.parametrize("names", [["by_hand"], pytest.param(["sequence", "fsdp", "ddp"], marks=pytest.mark.slow)])
+def test_torchs_own_ways_to_spread_a_model(names, tmp_path):
+    right(tmp_path, "tests.distributed.ways", *names)
+
+
+@pytest.mark.parametrize("switches", ["0", pytest.param("100", marks=pytest.mark.slow)])
+def test_a_bank_on_a_sharded_model(switches, tmp_path):
+    """Right, with as many collectives as the base has; each token of one adapter on all ranks."""
+    right(tmp_path, "tests.distributed.banks", str(tmp_path), switches)
