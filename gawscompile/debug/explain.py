@@ -112,9 +112,13 @@ def assemble(records: list[GraphRecord], model: torch.nn.Module | None = None) -
     if model is not None:
         seen = {entry.path for entry in linears}
         reason = Reason.RECORD_LOST if any(record.lost for record in records) else Reason.NOT_TRACED
-        linears += [entry for entry in _untraced(model, reason) if entry.path not in seen]
+        missing = [entry for entry in _untraced(model, reason) if entry.path not in seen]
+        if shards.is_fsdp(model):
+            missing = [entry for entry in missing if not entry.path.endswith(tuple(f".{path}" for path in seen))]
+        linears += missing
         shards.tell(linears, model)
     notes = [note for record in records for note in (*record.notes, *filter(None, [record.wrapper]))]
+    notes += [shards.FSDP] if model is not None and shards.is_fsdp(model) else []
     notes += shards.counted(one for record in records for one in record.collectives)
     for group in groups:
         if "autotuned" in group.prefix:

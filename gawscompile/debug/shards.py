@@ -7,18 +7,31 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from gawscompile.ir.records import LinearRecord, Reason
+from gawscompile.ir.records import LinearRecord
+
+GATHERED = "kept by ranks in parts, gathered for a call"
+FSDP = (
+    "FSDP gathers parameters by hooks, which run between graphs: each of its modules is a graph of its own, whose "
+    "linears have their names from there on, and stand for those of all modules that it runs"
+)
+
+
+def is_fsdp(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has parts of `model`."""
+    return torch.distributed.is_available() and any("FSDPModule" in _kinds(module) for module in model.modules())
 
 
 def tell(entries: Sequence[LinearRecord], model: torch.nn.Module) -> None:
     """Says of every linear of a sharded `model` how it is sharded: by columns of its output, by rows of its input as
     tensor parallelism calls them, or not at all. Nothing of a model that is not sharded."""
     weights = dict(_weights(model))
-    if not any(map(_is_sharded, weights.values())):
-        return
-    for entry in entries:
-        if (weight := weights.get(entry.path)) is not None:
-            entry.shard = _told(weight, entry)
+    if is_fsdp(model):
+        for entry in entries:
+            entry.shard = GATHERED
+    elif any(map(_is_sharded, weights.values())):
+        for entry in entries:
+            if (weight := weights.get(entry.path)) is not None:
+                entry.shard = _told(weight)
 
 
 def counted(collectives: Iterable[str]) -> list[str]:
@@ -39,14 +52,15 @@ def _is_sharded(weight: torch.Tensor) -> bool:
     return any(one.is_shard() for one in getattr(weight, "placements", ()))
 
 
-def _told(weight: torch.Tensor, entry: LinearRecord) -> str:
+def _kinds(module: torch.nn.Module) -> list[str]:
+    return [kind.__name__ for kind in type(module).__mro__]
+
+
+def _told(weight: torch.Tensor) -> str:
     if not _is_sharded(weight):
         return "replicated"
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
-    split = [(one.dim % 2, mesh.size(at)) for at, one in enumerate(placements) if one.is_shard()]
+    axes = [(one.dim % 2, mesh.size(at)) for at, one in enumerate(placements) if one.is_shard()]
+    split = [("rowwise" if axis else "colwise", size) for axis, size in axes]
     whole = "x".join(map(str, weight.shape))
-    ranks = " and ".join(str(size) for _, size in split)
-    if entry.shape == tuple(weight.shape) and entry.reason != Reason.NOT_TRACED.name:
-        return f"kept by {ranks} ranks in parts, gathered for a call"
-    ways = " and ".join("rowwise" if dim else "colwise" for dim, _ in split)
-    return f"{ways}: 1 of {ranks} parts of {whole}"
+    return " and ".join(f"{way}: 1 of {ranks} parts" for way, ranks in split) + f" of {whole}"

@@ -114,7 +114,7 @@ def sequence(mesh: Any) -> None:
 
 
 def fsdp(mesh: Any) -> None:
-    """FSDP2: parameters are gathered by hooks."""
+    """FSDP2: parameters are gathered by hooks, between graphs."""
     ids = torch.arange(7)[None] + 3
     model = llama()
     want = model(ids).logits
@@ -122,7 +122,9 @@ def fsdp(mesh: Any) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     report = explained(model, want, input_ids=ids, use_cache=False)
-    print(report)
+    assert len(report.linears) == 8 and all(entry.status == "fused" for entry in report.linears), str(report)
+    assert {entry.shard for entry in report.linears} == {"kept by ranks in parts, gathered for a call"}, str(report)
+    assert "FSDP" in str(report.notes) and any("graph break" in one.kind for one in report.troubles), str(report)
 
 
 def ddp(mesh: Any) -> None:
@@ -141,7 +143,7 @@ def ddp(mesh: Any) -> None:
         got = torch.compile(whole, backend="gaws")(input_ids=ids).last_hidden_state
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         entries = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
-        assert len(entries) == 6 and all(entry.status == "fused" for entry in entries), (spread, entries)
+        assert len(entries) == 7 and all(entry.status == "fused" for entry in entries), (spread, entries)
 
 
 @torch.no_grad()
