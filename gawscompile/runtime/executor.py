@@ -50,12 +50,12 @@ class Executor:
         self.steps = len(code.steps)
         self.wrapper = wrapper  # holds the kernels
         self._handle = handle
-        self._tensors, self._given = code.tensors, code.given
+        self._tensors, self._given, self._tensors_alone = code.tensors, code.given, code.tensors_alone
         self._run = torch.ops.gaws.execute.default
 
     def __call__(self, inputs: list[Any]) -> Any:
         """The graph's results. Empties `inputs`, as the wrapper does."""
-        if len(self._tensors) < len(inputs):
+        if not self._tensors_alone:
             tensors, integers = [inputs[i] for i in self._tensors], [inputs[i] for i in self._given]
         else:
             tensors, integers = inputs, []

@@ -86,6 +86,7 @@ class Code:
                 self._places[name] = len(self.integers)
                 self.integers.append(0)
         self.tensors = [i for i, name in enumerate(inputs) if name in self._registers]
+        self.tensors_alone = len(self.tensors) == len(inputs)
         self.given = [i for i, name in enumerate(inputs) if name in self._places]
         # sizes, then checks of inputs: where one does not fit, nothing is done yet
         for statement in sorted(body[1:], key=lambda line: _order(line, inputs)):

@@ -145,6 +145,14 @@ def test_an_input_that_does_not_fit_is_inductors_error_and_nothing_is_done():
         both([lines[1], lines[0], lines[2]], x, torch.zeros(3))[1]([x, torch.zeros(4)])
 
 
+def test_an_input_that_is_no_tensor_and_no_size_is_let_lie():
+    """A mesh of ranks, say."""
+    _, steps = both(["buf0 = aten.relu.default(arg1_1)", "return (buf0, )"], object(), torch.ones(2))
+    assert torch.equal(steps([object(), torch.ones(2)])[0], torch.ones(2))
+    with pytest.raises(wrapper.Unreadable):
+        both(["buf0 = aten.relu.default(arg0_1)", "return (buf0, )"], object(), torch.ones(2))
+
+
 def test_a_result_that_does_not_fit_is_an_error():
     lines = ["buf0 = aten.relu.default(arg0_1)", "assert_size_stride(buf0, (2, 3), (1, 2), 'relu')", "return (buf0, )"]
     with pytest.raises(RuntimeError, match="relu gave"):
