@@ -101,7 +101,7 @@ FAULTS: dict[str, Fault] = {
         "banks/sharding.py",
         "bias=factors.bias if self.first else None",
         "bias=factors.bias",
-        "tests/distributed/test_sharded.py::test_a_bank_on_a_sharded_model",
+        "tests/banks/test_sharding.py",
         unproven=ONE_RANK,
     ),
     "sums over two groups joined": Fault(

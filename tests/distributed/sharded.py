@@ -92,9 +92,9 @@ def main(folder: str, name: str, *caches: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     place, plan = Path(folder) / name, DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
-    size = 0.2
-    if name == "smollm2":
-        place, size = Path(folder), 0.02
+    size, near = 0.2, 1e-5
+    if name == "smollm2":  # of real weights, with logits of 30 and more after 30 layers
+        place, size, near = Path(folder), 0.02, 5e-3
         kind = transformers.LlamaForCausalLM
         bare = kind.from_pretrained(place).eval()
         settings = {"config": transformers.LlamaConfig.from_pretrained(place)}
@@ -117,12 +117,12 @@ def main(folder: str, name: str, *caches: str) -> None:
         return kind.from_pretrained(place, distributed_config=plan, **settings).eval()
 
     got, of_base = compiled(sharded(), "gaws", ids)
-    torch.testing.assert_close(got, unadapted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, unadapted, rtol=1e-4, atol=near)
     model = adapted(sharded(), size=size)
     _, of_inductor = compiled(model, "inductor", ids)
     mark = len(RECORDS)
     got, of_gaws = compiled(model, "gaws", ids)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=near)
     assert same_on_all_ranks(got)
     assert of_inductor > of_gaws == of_base > 0, (of_base, of_inductor, of_gaws)
     entries = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]

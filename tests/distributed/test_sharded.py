@@ -37,12 +37,12 @@ def test_adapters_of_a_sharded_model_are_fused_and_add_no_collective(case, tmp_p
     right(tmp_path, "tests.distributed.sharded", str(folder), *case)
 
 
-@pytest.mark.parametrize("names", [["by_hand"], pytest.param(["sequence", "fsdp", "ddp"], marks=pytest.mark.slow)])
-def test_torchs_own_ways_to_spread_a_model(names, tmp_path):
-    right(tmp_path, "tests.distributed.ways", *names)
+@pytest.mark.slow
+def test_torchs_own_ways_to_spread_a_model(tmp_path):
+    right(tmp_path, "tests.distributed.ways", "by_hand", "sequence", "fsdp", "ddp")
 
 
-@pytest.mark.parametrize("switches", ["0", pytest.param("100", marks=pytest.mark.slow)])
-def test_a_bank_on_a_sharded_model(switches, tmp_path):
-    """Right, with as many collectives as the base has; each token of one adapter on all ranks."""
-    right(tmp_path, "tests.distributed.banks", str(tmp_path), switches)
+@pytest.mark.slow
+def test_a_bank_on_a_sharded_model(tmp_path):
+    """Right, with as many collectives as the base has; of 100 tokens each of one adapter on all ranks."""
+    right(tmp_path, "tests.distributed.banks", str(tmp_path), "100")
