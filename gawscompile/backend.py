@@ -31,8 +31,8 @@ from gawscompile.observe.dump import Dump
 from gawscompile.observe.progress import Progress
 from gawscompile.observe.store import RECORDS
 from gawscompile.options import OptionError, Options, process_fuel
-from gawscompile.passes import PIPELINE
-from gawscompile.passes.context import Context, Rewrite, VerifierError, inputs_of, verify
+from gawscompile.passes import INFERENCE, PIPELINE
+from gawscompile.passes.context import Context, Rewrite, VerifierError, inputs_of, trains, verify
 from gawscompile.planning import devices
 from gawscompile.runtime import (
     bound,
@@ -278,7 +278,7 @@ class GawsPass(CustomGraphPass):
         if dump:
             dump.capture(graph, Context(graph, self.options, record).module_path)
             self.dumps.append(dump)
-        refusal = _refusal(graph, self.unavailable)
+        refusal = _refusal(graph, self.unavailable, self.options)
         if refusal is not None:
             record.reject_all(*refusal)
             log.info("gaws: %s", record.notes[-1])
@@ -290,7 +290,7 @@ class GawsPass(CustomGraphPass):
             context.stage = name
             self.say(f"{name}, pass {number} of {len(STAGES)}")
             try:
-                if name not in self.options.disable:
+                if name not in self.options.disable and not (context.training and stage in INFERENCE):
                     counters["gaws"]["passes"] += 1
                     with dynamo_timed(f"gaws.{name}"):
                         stage.run(work, context)
@@ -391,11 +391,12 @@ def _cpp_wrapper(inductor: dict[str, Any]) -> tuple[Reason, str] | None:
     return None
 
 
-def _refusal(graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None) -> tuple[Reason, str] | None:
+def _refusal(
+    graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None, options: Options
+) -> tuple[Reason, str] | None:
     """Why a whole graph is left to Inductor, if it is."""
-    inputs = graph.find_nodes(op="placeholder")
-    if any("Tangent" in type(node.meta.get("desc")).__name__ or node.name.startswith("tangents") for node in inputs):
-        return Reason.GRADIENTS, ""
+    if trains(graph) and not options.training:
+        return Reason.GRADIENTS, "options={'training': False}"
     if unavailable is not None and unavailable[0] is not Reason.DEVICE:
         log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", unavailable[1])
     return unavailable

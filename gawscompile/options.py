@@ -38,6 +38,10 @@ class Options:
     """On a CPU, run Inductor's wrapper without Python (`gawscompile.runtime.executor`). ``GAWS_EXECUTOR=0`` sets the
     default."""
 
+    training: bool = True
+    """Take graphs that need gradients too, forward and backward (docs/training.md). ``GAWS_TRAINING=0`` sets the
+    default."""
+
     bind: bool = False
     """Gather a graph's parameters once, and again only where something changed (`gawscompile.serving.bound`).
     ``gawscompile.compile`` sets it, whose guards know."""
@@ -63,7 +67,7 @@ class Options:
 
         ours: dict[str, Any] = {
             name: os.environ.get(f"GAWS_{name.upper()}", default) not in ("", "0")
-            for name, default in (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"))
+            for name, default in DEFAULTS
         }
         ours["dump"] = os.environ.get("GAWS_DUMP", "")
         ours["disable"] = tuple(filter(None, os.environ.get("GAWS_DISABLE", "").replace(" ", "").split(",")))
@@ -82,8 +86,12 @@ class Options:
         return Options(**ours), theirs
 
 
+DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"), ("training", "1"))
+"""What the environment may say (``GAWS_STRICT``), and what holds where it says nothing."""
+
 KINDS = {
-    **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages", "executor", "bind"), "bool"),
+    **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages"), "bool"),
+    **dict.fromkeys(("executor", "training", "bind"), "bool"),
     "dump": "str (a folder)",
     "disable": "list of pass names",
     "fuel": "int (0 or more)",

@@ -16,6 +16,7 @@ from gawscompile.passes import (
     fuse_epilogues,
     fuse_kronecker,
     fuse_zflora,
+    gather_summands,
     group_siblings,
     hoist_weights,
     join_banks,
@@ -23,6 +24,7 @@ from gawscompile.passes import (
     lower,
     merge_blocks,
     recover_operators,
+    sink_scales,
     split_streams,
     unfold_convolutions,
 )
@@ -33,6 +35,8 @@ PIPELINE = (
     join_collectives,
     unfold_convolutions,
     merge_blocks,
+    sink_scales,
+    gather_summands,
     recover_operators,
     join_banks,
     hoist_weights,
@@ -45,4 +49,8 @@ PIPELINE = (
     fuse_attention,
 )
 
-__all__ = ["PIPELINE"]
+INFERENCE = (split_streams, join_collectives, unfold_convolutions, join_banks, hoist_weights, fuse_attention)
+"""Passes that leave graphs alone which need gradients. Values of `hoist_weights` would be new in every step; the others
+know no backward."""
+
+__all__ = ["INFERENCE", "PIPELINE"]

@@ -62,20 +62,27 @@ def run(graph: Graph, context: Context) -> None:
 
 def _canonicalize(graph: Graph, context: Context, node: Node, casts: Casts) -> None:
     bias, x, right = (None, *args(node)) if node.target is aten.mm.default else args(node)[:3]
-    if not of_parameters(right):
+    if not _weighs(context, right):
         columns = transposed(args(right)[0] if is_call(right, aten.clone.default) else right)
         if columns is None:
             return  # a product of two activations is no linear
-        if bias is None and of_parameters(x) and not _looks_like_a_weight(columns):
+        if bias is None and _weighs(context, x) and not _looks_like_a_weight(columns):
             if context.allows(node):
                 _turn(graph, context, node, x, columns, casts)
             return
+        if context.training and not context.of_stored(right):
+            return  # nor is one of activations and gradients
     if _refused(context, node) or not context.allows(node):
         return
     if bias is not None and not _plain(node, bias):
         node = _take_apart(graph, context, node)
         bias = None
     _linear(graph, context, node, x, _transpose(graph, context, right, node), bias, casts)
+
+
+def _weighs(context: Context, node: Node) -> bool:
+    """Whether a matrix is a weight. Where there are gradients, these and activations are graph inputs too."""
+    return of_parameters(node) and (not context.training or context.of_stored(node))
 
 
 def _linear(
@@ -193,7 +200,7 @@ def _one_matrix(graph: Graph, context: Context, node: Node, right: Node) -> Node
         right = args(right)[0]  # several batch dimensions made one
     if is_call(right, aten.expand.default):
         source = args(right)[0]
-        fits = same_sizes(shape(source), shape(right)[-2:]) and of_parameters(source)
+        fits = same_sizes(shape(source), shape(right)[-2:]) and _weighs(context, source)
         return _transpose(graph, context, source, node) if fits else None
     return _through_ones(graph, context, node, right) if same_sizes(shape(right)[:1], (1,)) else None
 
@@ -212,9 +219,11 @@ def _through_ones(graph: Graph, context: Context, node: Node, right: Node) -> No
         elif not same_sizes(_wide(source), _wide(below)):
             return None
         source = below
-    if of_parameters(source) and kept == sorted(kept) and same_sizes(shape(source), (k, n)):
+    if not _weighs(context, source):
+        return None
+    if kept == sorted(kept) and same_sizes(shape(source), (k, n)):
         return _transpose(graph, context, source, node)
-    if of_parameters(source) and kept == sorted(kept, reverse=True) and same_sizes(shape(source), (n, k)):
+    if kept == sorted(kept, reverse=True) and same_sizes(shape(source), (n, k)):
         return source
     return None
 

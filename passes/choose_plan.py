@@ -61,7 +61,7 @@ def run(graph: Graph, context: Context) -> None:
 def _record(context: Context, entries: list[Any], planned: Planned, program: Program, tokens: Any) -> None:
     group = GroupRecord(
         index=len(context.record.groups),
-        members=[entry.path for entry in entries],
+        members=[entry.name for entry in entries],
         tokens=str(tokens),
         plan=str(program.table),
         spec=str(program.spec),

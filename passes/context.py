@@ -30,6 +30,14 @@ NEARBY = 16
 """Nodes at most that are asked for a name that lasts."""
 
 
+PROVENANCE = (
+    *("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node"),
+    *("partitioner_tag", "recompute", "ac_graph_id", "seq_nr"),
+)
+"""What a node says of where it comes from. The second line is for who takes a forward and its backward apart: which of
+the two it is of, and whether the backward computes it again (a checkpoint)."""
+
+
 class VerifierError(AssertionError):
     """A pass broke the graph: the message names pass and node."""
 
@@ -65,6 +73,7 @@ class Context:
     meanings: dict[str, Graph] = field(default_factory=dict)  # of our nodes, in aten (`spell_out`)
     matches: list[tuple[str, tuple[Node, ...]]] = field(default_factory=list)  # (stage, the nodes that matched)
     ended: str = ""  # the stage in which fuel ran out
+    training: bool = False  # the graph holds a forward and its backward
     _fixed: tuple[str, set[Node]] = ("", set())
 
     @classmethod
@@ -92,6 +101,7 @@ class Context:
         context = cls(work, options, record, kept, holder or graph.owning_module, barred=barred or {})
         context.copied = {copy: node for node, copy in copies.items() if not copy._erased}
         context.complain = complain
+        context.training = trains(work)
         return context
 
     @property
@@ -111,7 +121,8 @@ class Context:
         """Every linear of the graph gets an entry when it is first seen; passes then say what became of it. `sizes`
         and `stored`: its weight's shape and dtype."""
         n, k = plain_sizes(sizes)
-        entry = LinearRecord(self.module_path(node), (n, k), str(stored).removeprefix("torch."))
+        kind = str(stored).removeprefix("torch.")
+        entry = LinearRecord(self.module_path(node), (n, k), kind, backward=backward(node))
         self.record.linears.append(entry)
         return entry
 
@@ -126,7 +137,7 @@ class Context:
 
     def module_path(self, node: Node) -> str:
         """``model.layers.3.self_attn.q_proj``, from the node's module stack."""
-        stack = node.meta.get("nn_module_stack")
+        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
         path = path_of(stack) if stack else ""
         return path or (MODEL if stack else f"<{node.name}>")
 
@@ -179,7 +190,7 @@ class Context:
         """A new node where the caller's ``inserting_before`` stands; `like` lends its provenance."""
         self.at = like
         node = self.graph.call_function(target, args)
-        for name in ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node"):
+        for name in PROVENANCE:
             if name in like.meta:
                 node.meta[name] = like.meta[name]
         node.meta["val"] = value
@@ -249,6 +260,17 @@ def _lowered(x: Node, arguments: list[Node], text: str) -> KernelSpec:
         if found and (found.dtype != operand.dtype or found.shape[-len(shape_) or None :] != shape_):
             raise SpecError(f"{operand.name} is {found}, not {operand.type}")
     return program.spec
+
+
+def trains(graph: Graph) -> bool:
+    """Whether it holds a forward and its backward, as AOTAutograd traces them before it takes them apart."""
+    inputs = graph.find_nodes(op="placeholder")
+    return any("Tangent" in type(node.meta.get("desc")).__name__ or node.name.startswith("tangents") for node in inputs)
+
+
+def backward(node: Node) -> bool:
+    """Whether it is of a backward."""
+    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def inputs_of(graph: Graph) -> list[Node]:

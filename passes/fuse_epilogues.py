@@ -70,7 +70,7 @@ def _residual(context: Context, node: Node, item: Node) -> None:
         return  # a number is no residual
     why = _no_residual(node, item, add, residual, sums[index])
     if why is not None:
-        if not _made_of(residual, node):
+        if not _made_of(residual, node) and not _takes(residual, node):
             _tell(context, node, item, "residual", why)
         return
     if not context.allows(node):
@@ -93,6 +93,12 @@ def _made_of(residual: object, node: Node) -> bool:
         if len(found) < STEPS and not one < node:
             found += [source for source in one.all_input_nodes if source not in found]
     return node in found
+
+
+def _takes(residual: object, node: Node) -> bool:
+    """Whether `residual` is the output of a later projection, whose own residual that of `node` is then."""
+    later = isinstance(residual, Node) and not residual < node and is_call(residual, operator.getitem)
+    return later and is_call(args(residual)[0], project)  # type: ignore[arg-type]
 
 
 def _no_residual(node: Node, item: Node, add: Node, residual: object, total: Sum) -> str | None:

@@ -58,7 +58,8 @@ def _ahead(member: Node, first: Node) -> list[Node] | None:
     """The nodes to be brought before `first` so that `member` can be computed there, if it can."""
     total: Sum = args(member)[1]
     later = [leaf for leaf in total.leaves if not leaf < first]
-    if any(leaf is not total.opaque for leaf in later):
+    made = [total.opaque, *(term.z for term in total.given)]
+    if any(leaf not in made for leaf in later):
         return None
     found: dict[Node, None] = {}
     while later:

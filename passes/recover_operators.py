@@ -29,7 +29,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.analysis.fixed import cone
-from gawscompile.analysis.forms import Form, escapes, form_of, on_its_slices
+from gawscompile.analysis.forms import Form, escapes, form_of, on_its_slices, shrunk
 from gawscompile.analysis.identity import reinterpreted, stored, through_casts, widens
 from gawscompile.analysis.matrices import Factor, Inverse, Product, Scale, in_a_weight, matrix_of, scaling_of
 from gawscompile.analysis.reading import args, aten, dtype, empty_like, is_call, is_cast, prims, shape, transposed
@@ -42,6 +42,7 @@ from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
 from gawscompile.passes.opaque_bases import is_opaque, on_an_opaque_base, opaque_refusal, way_to
 from gawscompile.passes.refusals import adapters_refusal, by_columns, low_rank, refusal, shape_refusal, vectors_refusal
+from gawscompile.passes.sink_scales import scaled_before
 
 
 def run(graph: Graph, context: Context) -> None:
@@ -220,7 +221,9 @@ def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tu
         factors = [_factor(context, f) for f in p.matrices]
         scale = _scale(context, p.scale)
         if p.given is not None:
-            terms.append(Given(factors[0], p.given))
+            terms.append(Given(factors[0], scaled_before(context, p.given, p.scale.number)))
+        elif (u := _shared(context, form, p)) is not None:
+            terms.append(Given(factors[1], scaled_before(context, u, p.scale.number)))
         elif low_rank(p):
             a, b = factors
             terms.append(LowRank(a, b, scale))
@@ -228,6 +231,17 @@ def _terms(context: Context, form: Form, base: Product | None, node: Node) -> tu
             modes = [Mode(f.before, g, f.after) for f, g in zip(p.matrices, factors, strict=True)]
             terms.append(Kronecker(tuple(modes), scale))
     return tuple(terms)
+
+
+def _shared(context: Context, form: Form, p: Product) -> Node | None:
+    """``A x``, where others read it too, scaled or not: a gradient of B is a product of it."""
+    u = shrunk(form, p) if context.training and low_rank(p) and not p.scale.nodes else None
+    if u is None:
+        return None
+    same = [u]
+    for one in same:  # grows
+        same += [user for user in one.users if user in form.inner and not is_call(user, linear)]
+    return u if any(user not in form.inner for one in same for user in one.users) else None
 
 
 def _factor(context: Context, factor: Factor) -> Node:

@@ -104,7 +104,7 @@ def adapters_refusal(
         if len(kinds) != 1 or not kinds <= DTYPE_NAMES.keys():
             return Reason.DTYPE, f"factors of {', '.join(map(str, kinds))}"
         if p.given is not None:
-            if dtype(p.given) not in DTYPE_NAMES or p.scale != Scale():
+            if dtype(p.given) not in DTYPE_NAMES or p.scale.nodes:
                 return Reason.DTYPE, f"beside an activation of {dtype(p.given)}, scaled by {p.scale}"
             continue
         if low_rank(p):

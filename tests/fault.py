@@ -25,6 +25,7 @@ class Fault:
 FEW_TOKENS = "the zoo has no attention of many queries, and too few tokens for panels"
 ONE_RANK = "the zoo is one process"
 ON_GPUS = "no value on a CPU depends on it"
+NO_GRADIENTS = "the zoo is run without gradients"
 EITHER = "both plans are right"
 A_KEY = "what is stale shows in a later process"
 A_RACE = "who waits for nobody may still come second"

@@ -7,6 +7,7 @@ kernels are captured with ``kernels=True``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from unittest import mock
 import peft
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch.utils._pytree import tree_leaves
 
 from gawscompile.backend import placeholders_of, stored_inputs
 from gawscompile.ir.recipe import iota
 from gawscompile.ir.records import GraphRecord
 from gawscompile.options import Options
-from gawscompile.passes import PIPELINE
+from gawscompile.passes import INFERENCE, PIPELINE
 from gawscompile.passes.context import Context, verify
 from gawscompile.planning.table import Program
 from gawscompile.runtime import ops, polyfills
@@ -68,6 +71,8 @@ class Captured:
         context = Context.of(self.graph, Options(), GraphRecord("test"), stored, holder=self.module)
         for module in PIPELINE:
             context.stage = module.__name__.rpartition(".")[2]
+            if context.training and module in INFERENCE:
+                continue
             module.run(context.graph, context)
             verify(context)
             context.graph.lint()
@@ -85,7 +90,7 @@ class Captured:
             found = torch.fx.Interpreter(self.module, graph=graph).run(*self.inputs)
         else:
             found = reference.run(graph, self.module, self.inputs).outputs
-        return [out for out in found if isinstance(out, torch.Tensor)]
+        return [out for out in tree_leaves(found) if isinstance(out, torch.Tensor)]
 
 
 def capture(
@@ -115,6 +120,47 @@ def capture(
         torch.compile(function, backend=backend, dynamic=dynamic)(*args, **kwargs)
     (captured,) = found
     return captured
+
+
+def capture_joint(function: Callable[..., Any], *args: Any, dynamic: bool | None = False, **kwargs: Any) -> Captured:
+    """The one graph of forward and backward that AOTAutograd makes of ``function(*args, **kwargs)``, which gives one
+    tensor, with random inputs and gradients of its outputs."""
+    found: list[Captured] = []
+    stored: list[frozenset[int]] = []
+
+    def partition(gm: torch.fx.GraphModule, *rest: Any, **settings: Any) -> Any:
+        found.append(Captured(copy.deepcopy(gm.graph), gm, [], [], stored[0]))
+        return default_partition(gm, *rest, **settings)
+
+    def compiler(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return gm.forward
+
+    table = select_decomp_table()
+    through = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition, decompositions=table)
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        stored.append(stored_inputs(gm, inputs))
+        return through(gm, inputs)
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    (captured,) = found
+    captured.inputs += map(_drawn, captured.graph.find_nodes(op="placeholder"))
+    captured.outputs += captured.run_graph(captured.graph)
+    return captured
+
+
+def _drawn(node: torch.fx.Node) -> Any:
+    """A random value of an input; of a symbolic size the one that it was traced with."""
+    fake = node.meta["val"]
+    if not isinstance(fake, torch.Tensor):
+        return fake.node.hint
+    sizes = [size if isinstance(size, int) else size.node.hint for size in fake.shape]
+    generator = torch.Generator().manual_seed(len(node.name) + sum(map(ord, node.name)))
+    if not fake.is_floating_point():
+        return torch.zeros(sizes, dtype=fake.dtype)
+    numbers = torch.randn(sizes, generator=generator)
+    return (numbers / max(1, sizes[-1]) ** 0.5 if len(sizes) == 2 else numbers).to(fake.dtype)
 
 
 def rewriting(records: list[GraphRecord], kernels: bool = True) -> Callable[..., Any]:

@@ -144,15 +144,15 @@ def test_scaling_after_compile_recompiles_only_where_torch_does():
 
 
 @pytest.mark.slow
-def test_parameters_that_train_are_fused_under_no_grad_and_left_alone_without():
+def test_parameters_that_train_are_fused_with_and_without_gradients():
     model = small_llama(layers=1)
     assert any(parameter.requires_grad for parameter in model.parameters())
     compiled = torch.compile(model, backend="gaws", options=OPTIONS)
     close(logits(compiled), logits(model))
     mark = len(RECORDS)
-    got = compiled(IDS, use_cache=False).logits  # gradients wanted: Inductor's graph, and backward works
+    got = compiled(IDS, use_cache=False).logits  # gradients wanted: another graph, and backward works
     got.square().mean().backward()
-    assert all(not record.groups for record in RECORDS.since(mark))
+    assert all(record.groups for record in RECORDS.since(mark))
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 

@@ -247,8 +247,8 @@ def escapes(form: Form, forms: dict[Node, Form]) -> bool:
     inside = set(form.inner)
     for node in inside - {form.inner[-1]}:
         part = forms.get(node)
-        if part is None or source_of(part.activation) is not source_of(form.activation):
-            continue  # a product of parameters on its way into a weight
+        if part is None or part.regrouped or source_of(part.activation) is not source_of(form.activation):
+            continue  # a product of parameters on its way into a weight, or a view of the activation
         outside = any(user not in inside for user in node.users)
         if outside and (part.vectors or part.opaque or not all(map(_small, part.products))):
             return True
@@ -369,9 +369,10 @@ def _of_sum(node: Node, forms: dict[Node, Form], fixed: Container[Node]) -> Form
         return Form(activation, products, vectors, inner, a.turned, a.layout, a.opaque or b.opaque)
     if a is not None and b is not None and weight == 1.0 and same_sizes(shape(left), shape(right)):
         for wide, narrow in ((a, b), (b, a)):
-            if (given := _given(narrow, wide)) is not None:
-                products, inner = (*wide.products, given), (*narrow.inner, *wide.inner, node)
-                return replace(wide, products=products, inner=inner)
+            if (given := _given(narrow, wide, forms)) is not None:
+                own = forms[given.given].inner if given.given in forms else ()
+                folded = (inner for inner in narrow.inner if inner not in own)
+                return replace(wide, products=(*wide.products, given), inner=(*folded, *wide.inner, node))
     if a is not None and a.plain and _is_vector(right, left, node):
         vectors = merged_vectors((*a.vectors, Vector(readable(right), Scale(weight))))
         return replace(a, vectors=vectors, inner=(*a.inner, node))
@@ -386,19 +387,36 @@ NARROW = 256
 """Features of an activation beside another at most, and a quarter of the other's."""
 
 
-def _given(narrow: Form, wide: Form) -> Product | None:
-    """``B z`` of an activation z of few features, as a summand of a projection of a wide one (zFLoRA's stream)."""
-    if not (narrow.plain and wide.plain) or len(wide.bases) != 1 or narrow.vectors:
+def _given(narrow: Form, wide: Form, forms: dict[Node, Form]) -> Product | None:
+    """``B z`` of an activation z of few features, as a summand of a projection of a wide one (zFLoRA's stream). So is
+    ``B A x'`` of another wide one, as x is after dropout: z is ``A x'``."""
+    if not (narrow.plain and wide.plain) or len(wide.bases) != 1 or narrow.vectors or narrow.opaque:
         return None
-    if len(narrow.products) != 1 or len(narrow.bases) != 1 or narrow.products[0].scale != Scale():
+    (product, *others), x = narrow.products, wide.activation
+    if others or product.given is not None or product.scale.nodes:
         return None
-    (product,), z, x = narrow.products, narrow.activation, wide.activation
+    z: Node | None = narrow.activation
+    if len(product.matrices) == 2:
+        z = shrunk(narrow, product)
+        product = product._replace(matrices=product.matrices[1:])
+    if z is None or len(product.matrices) != 1 or not product.matrices[0].dense:
+        return None
     rank, features = product.matrices[0].sizes[1], wide.bases[0].matrices[0].sizes[1]
     if not (isinstance(rank, int) and isinstance(features, int) and 0 < rank <= min(NARROW, features // 4)):
         return None
     if not same_sizes(shape(z)[:-1], shape(x)[:-1]):
         return None
     return product._replace(given=z)
+
+
+def shrunk(form: Form, product: Product) -> Node | None:
+    """The node that is ``A x``, of a product ``B A x`` of a form."""
+    for node in form.inner:
+        if is_call(node, linear) and len(args(node)) == 2 and source_of(args(node)[0]) is source_of(form.activation):
+            found = matrix_of(args(node)[1])
+            if found and len(found[0]) == 1 and found[0][0].matrices == product.matrices[:1]:
+                return node if found[0][0].scale == Scale() else None
+    return None
 
 
 def _is_vector(other: Node, summand: Node, node: Node) -> bool:

@@ -3,8 +3,8 @@
 ``gemv``        y = c ⊙ (W x + s B (A x)) + bias + residual for any number of tokens, each weight read from memory once.
                 All threads compute u = s A x, meet at a barrier, then stream rows of every W of the group; B's
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
-``gemm``        the same for many tokens: panels of W are turned once, so that no sum is horizontal (`panels.cpp`), and
-                the adapters join a block of columns while it lies in a cache.
+``gemm``        the same for many tokens: panels of W are turned once, so that no sum is horizontal (`panels.cpp`), or
+                copied where W is kept by columns, and the adapters join a block of columns while it lies in a cache.
 ``accumulate``  the same on top of what y holds, for the plan whose base product comes from the vendor library.
 
 Where a base is opaque, both add to what it has made of x.
@@ -62,10 +62,9 @@ PLANS = {
 
 
 def takes_panels(spec: KernelSpec) -> bool:
-    """Whether `gemm_cpp` can run a group: plain weights of x's dtype by rows, adapters of low rank."""
+    """Whether `gemm_cpp` can run a group: plain weights of x's dtype, adapters of low rank."""
     return all(
-        p.dense and not (p.transposed or p.packed or p.banked or p.kronecker) and p.weight.dtype == spec.x
-        for p in spec.projections
+        p.dense and not (p.packed or p.banked or p.kronecker) and p.weight.dtype == spec.x for p in spec.projections
     )
 
 
@@ -262,7 +261,8 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
             gate, up = (f"z{at} + lo * STRIPE + column" for at in piece)
             call = f"multiply(hi - lo, end - column, {gate}, {up}, STRIPE, y + lo * N0 + column, N0)"
             body.append(f"            {call};")
-        body.append(f"          }}, {', '.join(f'w{at}' for at in piece)});")
+        weights = (f"columns<N{at}>(w{at})" if spec.projections[at].transposed else f"w{at}" for at in piece)
+        body.append(f"          }}, {', '.join(weights)});")
         body.append(f"      stripe -= {count};")
     body.append("    });")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]

@@ -42,26 +42,61 @@ template <int T, int C>
     for (int c = 0; c < C; ++c) acc[t][c].store(z + t * STRIPE + c * V);
 }
 
-// z[t, r] = sum over k of x[t, k] w[r, k] of `rows` rows and `count` tokens; `left` rows follow them.
+// W kept by its columns, [K, N], as the backward of a layer reads its weight.
+template <int64_t N, class TW>
+struct Columns {
+  const TW* w;
+};
+
+template <int64_t N, class TW>
+inline Columns<N, TW> columns(const TW* w) {
+  return {w};
+}
+
+// panel[k, r] = w[row + r, from + k] of `rows` rows and `depth` of k: rows become columns.
 template <int64_t K, class TW>
-void products(const TW* w, int64_t rows, int64_t left, const float* x, int64_t count, float* panel, float* z) {
-  const int64_t next = min<int64_t>(left, STRIPE) * int64_t(sizeof(TW));
+inline void fill(const TW* w, int64_t row, int64_t rows, int64_t from, int64_t depth, float* panel) {
+  for (int64_t r = 0; r < rows; r += V)
+    for (int64_t k = 0; k < depth; k += V) {
+      F lines[V];
+      for (int i = 0; i < V; ++i)
+        lines[i] = r + i < rows ? line_of(w + (row + r + i) * K + from + k, depth - k) : F(0);
+      turn(lines);
+      for (int i = 0; i < V; ++i) lines[i].store(panel + (k + i) * STRIPE + r);
+    }
+}
+
+// The same where they are columns already.
+template <int64_t K, int64_t N, class TW>
+inline void fill(Columns<N, TW> of, int64_t row, int64_t rows, int64_t from, int64_t depth, float* panel) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t r = 0; r < rows; r += V) line_of(of.w + (from + k) * N + row + r, rows - r).store(panel + k * STRIPE + r);
+}
+
+// Of the `rows` rows that come next in memory, if they do.
+template <int64_t K, class TW>
+inline Ahead ahead_of(const TW* w, int64_t row, int64_t rows) {
+  return {reinterpret_cast<const char*>(w + row * K), rows * int64_t(sizeof(TW))};
+}
+
+template <int64_t K, int64_t N, class TW>
+inline Ahead ahead_of(Columns<N, TW> of, int64_t, int64_t) {
+  return {reinterpret_cast<const char*>(of.w), 0};
+}
+
+// z[t, r] = sum over k of x[t, k] w[row + r, k] of `rows` rows and `count` tokens; `left` rows follow them.
+template <int64_t K, class W>
+void products(W w, int64_t row, int64_t rows, int64_t left, const float* x, int64_t count, float* panel, float* z) {
+  const Ahead next = ahead_of<K>(w, row + rows, min<int64_t>(left, STRIPE));
   for (int64_t from = 0; from < K; from += DEPTH) {
     const int64_t depth = min(DEPTH, K - from);
-    for (int64_t r = 0; r < rows; r += V)
-      for (int64_t k = 0; k < depth; k += V) {
-        F lines[V];
-        for (int i = 0; i < V; ++i)
-          lines[i] = r + i < rows ? line_of(w + (r + i) * K + from + k, depth - k) : F(0);
-        turn(lines);
-        for (int i = 0; i < V; ++i) lines[i].store(panel + (k + i) * STRIPE + r);
-      }
+    fill<K>(w, row, rows, from, depth, panel);
     const auto tiles = [&](auto width) {
       constexpr int C = decltype(width)::value;
       for_tiles(count, [&](auto tokens, int64_t t) {
         constexpr int T = decltype(tokens)::value;
-        const int64_t each = next * T / count;
-        const Ahead ahead{reinterpret_cast<const char*>(w + rows * K) + next * t / count * K + from * each, each};
+        const int64_t each = next.bytes * T / count;
+        const Ahead ahead{next.from + next.bytes * t / count * K + from * each, each};
         meet<T, C>(panel, x + t * K + from, K, depth, z + t * STRIPE, from == 0, ahead);
       });
     };
@@ -72,8 +107,8 @@ void products(const TW* w, int64_t rows, int64_t left, const float* x, int64_t c
 
 // The columns of stripe number `stripe` of n, of one weight or of gate and up: f(column, end, lo, hi, z...) takes the sums
 // of these columns for the tokens [lo, hi), a token's STRIPE numbers apart.
-template <int64_t K, class Fn, class... TW>
-void by_products(int64_t stripe, int64_t n, int64_t m, const float* x, Fn&& f, const TW*... w) {
+template <int64_t K, class Fn, class... W>
+void by_products(int64_t stripe, int64_t n, int64_t m, const float* x, Fn&& f, W... w) {
   static thread_local Buffer memory;
   constexpr int64_t DEEP = min<int64_t>(DEPTH, (K + V - 1) / V * V) * STRIPE;
   const int64_t kept = min(m, AT_ONCE) * STRIPE;
@@ -82,9 +117,9 @@ void by_products(int64_t stripe, int64_t n, int64_t m, const float* x, Fn&& f, c
   for (int64_t lo = 0; lo < m; lo += AT_ONCE) {
     const int64_t hi = min(m, lo + AT_ONCE);
     float* z = panel + DEEP;
-    const auto next = [&](const auto* weight) {
+    const auto next = [&](auto weight) {
       float* const own = z;
-      products<K>(weight + column * K, rows, lo ? 0 : n - column - rows, x + lo * K, hi - lo, panel, own);
+      products<K>(weight, column, rows, lo ? 0 : n - column - rows, x + lo * K, hi - lo, panel, own);
       z += kept;
       return own - lo * STRIPE - column;
     };

@@ -26,13 +26,15 @@ def explain(
     dynamic: bool | None = None,
     measure: bool = False,
     serving: bool = False,
+    training: bool = False,
     **inputs: Any,
 ) -> Report:
     """Compile `model` with the backend for one call ``model(*args, **inputs)`` and report what became of it.
 
-    `model` may be compiled already. The call runs without gradients, on copies of the inputs. Linears that no graph
-    contains are reported too. `measure`: time every group's kernels, the guards and the parts of a call here, some
-    seconds. `serving`: compile as `gawscompile.compile` does.
+    `model` may be compiled already. The call runs on copies of the inputs, and without gradients unless for `training`:
+    then the report has the backward too. Linears that no graph contains are reported as well. `measure`: time every
+    group's kernels, the guards and the parts of a call here, some seconds. `serving`: compile as `gawscompile.compile`
+    does.
     Raises what the model raises, and `OptionError` for bad options.
     """
     from gawscompile.backend import gaws
@@ -42,7 +44,7 @@ def explain(
     model = getattr(model, "_orig_mod", model)
     mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
     given = {"bind": serving, **(options or {})}
-    call = call_once(model, functools.partial(gaws, options=given), args, inputs, dynamic, serving)
+    call = call_once(model, functools.partial(gaws, options=given), args, inputs, dynamic, serving, training)
     report = assemble(RECORDS.since(mark), model)
     report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])
     report.guards, report.serving = frames.guards(began), serving
@@ -66,9 +68,10 @@ def call_once(
     inputs: dict[str, Any],
     dynamic: bool | None = None,
     serving: bool = False,
+    training: bool = False,
 ) -> Callable[[], Any]:
-    """Compile `model` with `backend` for one call, without gradients and on copies of the inputs, and run it. Returns
-    what runs it again. `serving`: with the guards of `gawscompile.compile`."""
+    """Compile `model` with `backend` for one call, on copies of the inputs, and run it. Returns what runs it again.
+    `serving`: with the guards of `gawscompile.compile`. `training`: with gradients."""
     filtered: Any = None
     if serving:
         from gawscompile.serving.guards import inference_guards
@@ -77,7 +80,7 @@ def call_once(
     compiled = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic, options=filtered)
 
     def call() -> Any:
-        with torch.no_grad():
+        with torch.set_grad_enabled(training):
             return compiled(model, copy.deepcopy(args), copy.deepcopy(inputs))
 
     call()

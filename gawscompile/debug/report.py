@@ -111,7 +111,7 @@ class Report:
         for entry in self.linears:
             why = entry.plan or f"{entry.reason}: {entry.detail}"
             group = "-" if entry.group is None else str(entry.group)
-            linears.append((entry.path, "{}x{}".format(*entry.shape), entry.dtype, group, why, entry.operators))
+            linears.append((entry.name, "{}x{}".format(*entry.shape), entry.dtype, group, why, entry.operators))
         if any(entry.shard for entry in self.linears):
             shards = ["over ranks", *(entry.shard for entry in self.linears)]
             linears = [(*row[:2], shard, *row[2:]) for row, shard in zip(linears, shards, strict=True)]

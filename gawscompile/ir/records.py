@@ -16,7 +16,7 @@ from typing import Any
 class Reason(str, Enum):
     """Why a linear, or an adapter of one, was left as it was."""
 
-    GRADIENTS = "gradients are needed: the graph is left to Inductor"
+    GRADIENTS = "gradients are needed, and training is switched off: the graph is left to Inductor"
     DEVICE = "no generated kernels for this device: the graph is left to Inductor"
     NO_TRITON = "generated kernels for a GPU need Triton and it cannot be imported: the graph is left to Inductor"
     NO_COMPILER = "generated C++ needs a compiler and none was found: the graph is left to Inductor"
@@ -68,6 +68,11 @@ class LinearRecord:
     detail: str | None = None
     stage: str | None = None
     shard: str = ""  # how ranks share its weight, where `explain` looked
+    backward: bool = False  # it is what a backward makes of its output's gradient
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} (backward)" if self.backward else self.path
 
 
 @dataclass

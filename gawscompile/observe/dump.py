@@ -191,7 +191,7 @@ def _source(step: Step, lines: list[Line]) -> Iterator[str]:
 
 def _fate(entry: LinearRecord) -> str:
     fate = f"{entry.plan} in group {entry.group}" if entry.plan else f"{entry.reason}: {entry.detail}"
-    return f"{plain(entry.path)}\t{entry.operators or '-'}\t{plain(fate)}"
+    return f"{plain(entry.name)}\t{entry.operators or '-'}\t{plain(fate)}"
 
 
 def _input(node: Node, name: str) -> dict[str, Any]:

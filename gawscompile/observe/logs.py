@@ -50,7 +50,7 @@ def report(record: GraphRecord, dumps: list[Dump]) -> None:
         for entry in record.linears:
             if entry.status != "fused":
                 detail = plain(entry.detail or "")
-                _logger("gaws_rejections").debug("%s: %s: %s", plain(entry.path), entry.reason, detail)
+                _logger("gaws_rejections").debug("%s: %s: %s", plain(entry.name), entry.reason, detail)
     if wanted("gaws_kernels"):
         shown: set[str] = set()
         for group in record.groups:

@@ -42,7 +42,7 @@ def matches(context: Context) -> list[tuple[int, str, list[str]]]:
     start = context.record.matches - len(context.matches)  # the branches of a torch.cond share a record
     for number, (stage, nodes) in enumerate(context.matches, start + 1):
         if stage == context.stage:
-            entries = [entry.path for node in nodes for entry in node.meta.get("gaws_entries", [])]
+            entries = [entry.name for node in nodes for entry in node.meta.get("gaws_entries", [])]
             found.append((number, nodes[0].name, entries or [context.module_path(node) for node in nodes]))
     return found
 

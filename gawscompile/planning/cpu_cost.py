@@ -65,9 +65,11 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
 
 
 def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
-    """One region. Every weight is turned once, then tiles of tokens meet it in fp32; adapters by rows, as ever."""
+    """One region. Every weight is turned once, unless it is kept so; then tiles of tokens meet it in fp32; adapters by
+    rows, as ever."""
     size = sum(p.n for p in spec.projections) * spec.k
-    once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * size / device.kernel_rate["f32"]
+    turned = sum(p.n for p in spec.projections if not p.transposed) * spec.k
+    once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * turned / device.kernel_rate["f32"]
     token = 2 * (size / PANELS + _adapter_products(spec)) / device.kernel_rate["f32"]
     return 2 * device.launch + once + m * token
 

@@ -11,38 +11,57 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from gawscompile.analysis.reading import args, dtype, is_view, shape
 from gawscompile.ir import banked
-from gawscompile.ir.records import Work
+from gawscompile.ir.records import GroupRecord, Work
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, OPERAND_DTYPES
 from gawscompile.passes.context import Context
 from gawscompile.planning.table import Program
 from gawscompile.runtime.banked import BANKED
+from gawscompile.runtime.ops import OPS
 from gawscompile.verify.proof import cone, rewrites
 
 
 def account(context: Context) -> None:
-    """Give every group of ``context.record`` its `Work` before and after."""
+    """Give every group of ``context.record`` its `Work` before and after. Where one group's result goes into another's
+    alone, as gradients of one activation are added up, the operations that both stand for are counted with the last."""
     originals = {node: context.original(node) for node in context.graph.nodes}
     readers: dict[Node, int] = {}
     for origin in originals.values():
         if origin is not None:
             readers[origin] = readers.get(origin, 0) + 1
     for rewrite in rewrites(context):
-        entries = rewrite.call.meta.get("gaws_entries", []) if rewrite.call else []
-        if not rewrite.call or not entries or entries[0].group is None:
+        if not rewrite.call or (group := _group(context, rewrite.call)) is None:
             continue
         wanted = [context.stands_for[node] for node in rewrite.nodes]
         inside, _ = cone(wanted, lambda node, own=wanted: node not in own and node in readers)
-        x = args(rewrite.call)[0].meta["val"]
-        tokens = _product(x.shape[:-1])
-        program = Program.parse(args(rewrite.call)[2])
-        group = context.record.groups[entries[0].group]
-        group.before = _traced(inside)
-        group.after = Work(program.target.launches(program.spec, program.plans[0]), str(_traffic(program.spec, tokens)))
+        group.before, group.after = _traced(inside), _launched(rewrite.call)
+    for call in (node for node in context.graph.nodes if node.target in OPS):
+        group = _group(context, call)
+        if group is not None and group.before is None and call.users:
+            group.before, group.after = Work(0, "0"), _launched(call)
+
+
+def total(graph: Graph) -> Work:
+    """Of all operations and kernels of a graph, rewritten or not."""
+    calls = [node for node in graph.nodes if node.target in OPS]
+    parts = [_traced([node for node in graph.nodes if node not in calls]), *map(_launched, calls)]
+    return Work(sum(part.launches for part in parts), str(sum(sympy.sympify(part.bytes) for part in parts)))
+
+
+def _group(context: Context, call: Node) -> GroupRecord | None:
+    entries = call.meta.get("gaws_entries", [])
+    return context.record.groups[entries[0].group] if entries and entries[0].group is not None else None
+
+
+def _launched(call: Node) -> Work:
+    """What a lowered group's kernels cost, by the plan of the first row."""
+    x, _, text = args(call)
+    program, tokens = Program.parse(text), _product(x.meta["val"].shape[:-1])
+    return Work(program.target.launches(program.spec, program.plans[0]), str(_traffic(program.spec, tokens)))
 
 
 def _traced(nodes: list[Node]) -> Work:

@@ -82,6 +82,8 @@ def _call(node: Node, inputs: Any, keywords: Any, exact: bool) -> Any:
         return kernel(x, operands_of(sums), str(KernelSpec.of(x, sums, swiglu)))
     if target in OPS:
         program = Planned.parse(inputs[2])
+        if exact:
+            return program.run(inputs[0], inputs[1], hoisted)
         return kernel(inputs[0], program.operands(inputs[1], hoisted), str(program.spec))
     if target is SNAPSHOT:
         return SCHEDULE(*inputs)
