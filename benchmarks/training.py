@@ -22,6 +22,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import Setup
 from benchmarks.memory import forget_peak, resident
+from benchmarks.shapes import SHAPES
 from gawscompile.calibration import measure
 
 BACKENDS = ("eager", "inductor", "gaws")
@@ -52,9 +53,18 @@ class Trainer:
         return (time.perf_counter() - began) * 1e3
 
 
+def load(setup: Setup) -> Any:
+    """The frozen base, its last layers cut where the setup says so."""
+    base = common.load_base(setup).requires_grad_(False)
+    if setup.layers and setup.model not in SHAPES:
+        base.model.layers = base.model.layers[: setup.layers]
+        base.config.num_hidden_layers = setup.layers
+    return base
+
+
 def times(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of a step of each variant, seconds of its first, and its losses."""
-    base = common.load_base(setup).requires_grad_(False)
+    base = load(setup)
     trainers, first = {}, {}
     for backend in options.backends:
         trainers[backend] = Trainer(base, setup, backend, options.batch, options.tokens, options.autocast)
@@ -73,7 +83,7 @@ def times(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
 
 def peak(setup: Setup, options: argparse.Namespace) -> dict[str, int | None]:
     """Peak resident bytes of a step under the one backend, and what was resident before it."""
-    base = common.load_base(setup).requires_grad_(False)
+    base = load(setup)
     trainer = Trainer(base, setup, options.backends[0], options.batch, options.tokens, options.autocast)
     for _ in range(2):
         trainer.step()
@@ -123,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     facts, rows = measure.machine(), {}
     for dtype in options.dtype:
         setup = Setup(options.model, dtype, options.rank, layers=options.layers)
-        name = f"{common.title(vars(setup))}, {dtype}{' autocast to bf16' * options.autocast}"
+        cut = f", {options.layers} layers" if options.layers and options.model not in SHAPES else ""
+        name = f"{common.title(vars(setup))}{cut}, {dtype}{' autocast to bf16' * options.autocast}"
         rows[name] = {"times": times(setup, options)}
         if options.memory:
             rows[name]["memory"] = {backend: _probe(options, dtype, backend) for backend in options.backends}

@@ -11,8 +11,9 @@ after::
     q, k  = group[0], group[1]
 
 The group stands where its first member stood; a member that reads something defined later stays alone. What an opaque
-base makes of x is brought before the group. A member whose weight has another dtype than its activation
-stays alone too, unless tokens are few: the library, which many tokens want, takes one dtype.
+base makes of x, and another activation that is given, are brought before the group. A forward's members and its
+backward's are groups of their own, and so are those that a checkpoint computes again. A member whose weight has another
+dtype than its activation stays alone too, unless tokens are few: the library, which many tokens want, takes one dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -29,11 +31,11 @@ from gawscompile.passes.context import Context
 
 
 def run(graph: Graph, context: Context) -> None:
-    siblings: dict[tuple[Node, bool], list[Node]] = defaultdict(list)
+    siblings: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=operator_sum):
         x, total = args(node)
         mixed = total.dense is not None and dtype(total.weight) != dtype(x) and not few(shape(x)[:-1])
-        siblings[x, mixed].append(node)
+        siblings[(x, mixed, *(str(node.meta.get(tag)) for tag in TAGS))].append(node)
     for members in siblings.values():
         while members:
             first = members[0]
@@ -49,6 +51,9 @@ def run(graph: Graph, context: Context) -> None:
                 _group(graph, context, together)
             members = [m for m in members if m not in together]
 
+
+TAGS = ("partitioner_tag", "recompute", "ac_graph_id")
+"""What says where a node goes when a forward and its backward are taken apart."""
 
 STEPS = 32
 """Nodes of an opaque base at most that are brought before its group."""
