@@ -252,7 +252,7 @@ def _extent(linears: list[LinearRecord], groups: list[GroupRecord]) -> str:
         (reason, count), *_ = Counter(entry.reason for entry in left).most_common(1)
         example = next(entry for entry in left if entry.reason == reason)
         text += f" {_many(len(left), 'is', 'are')} left as they were, {count} for {reason}"
-        text += f": {example.path}: {example.detail}."
+        text += f": {example.name}: {example.detail}."
     return text
 
 
