@@ -22,6 +22,7 @@ OTHER: dict[str, Any] = {
     "transparent": True,
     "disable": ("group_siblings",),
     "fuel": 3,
+    "training": False,
 }
 """Another value of every option that decides what is compiled."""
 
