@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.caches import environment
 
 
+@pytest.mark.slow  # tests/runtime/test_ranks.py asks one process the same
 def test_ranks_go_on_alike(tmp_path):
     """One pair of processes goes through all cases: starting them takes longer than most."""
     with socket.socket() as one:
