@@ -96,7 +96,7 @@ def test_gradients_are_as_exact_as_those_of_eager(way):
             errors = [(found[name].double() - want[name]).norm().item() for found in (ours, theirs)]
             logs.append(math.log(errors[0] / errors[1]))
     (record,) = RECORDS.since(mark)
-    assert "in C++" in record.wrapper and "in Python: a backward" in record.wrapper
+    assert "in C++" in record.wrapper  # the forward's: a backward is compiled later, and runs Inductor's own
     assert math.exp(sum(logs) / len(logs)) <= 1.25
     if way == "autocast":
         assert fused(record) >= 2  # what reads an fp32 activation

@@ -111,8 +111,6 @@ def _read(graph: CompiledFxGraph, examples: Sequence[Any]) -> str:
         wrapper: Any = graph.current_callable
         if graph.device_types - {"cpu"} or "torch.ops.gaws." not in graph.source_code:
             raise Unreadable("it calls no kernel of ours")
-        if graph.fx_kwargs.get("is_backward"):  # our caller holds a graph's inputs until that is done
-            raise Unreadable("a backward gives up what was saved for it as it goes")
         code = Code(graph.source_code, getattr(wrapper, "__func__", wrapper).__globals__, examples)
         executor = Executor(code, wrapper)
     except Unreadable as error:
