@@ -108,8 +108,11 @@ def scaled_before(context: Context, product: Node, scale: float) -> Node:
     """``scale * product`` as it stands beside `product`, for all that read it."""
     if scale == 1.0:
         return product
-    after = product.next
+    behind = product
+    while behind.op == behind.next.op == "placeholder":  # inputs come first
+        behind = behind.next
+    after = behind.next
     if is_call(after, aten.mul.Tensor) and not after.kwargs and args(after) == (product, scale):
         return after
-    with context.graph.inserting_after(product):
+    with context.graph.inserting_after(behind):
         return context.insert(aten.mul.Tensor, (product, scale), product, product.meta["val"])

@@ -133,7 +133,7 @@ class Beside(nn.Module):
         (Beside(dtype=torch.bfloat16), (2, 5, 4), True),
         (Beside(r=16), (2, 5, 16), True),
         (Beside(r=17), (2, 5, 17), False),  # no narrow one beside 64
-        (Beside(scale=2.0), (2, 5, 4), False),
+        (Beside(scale=2.0), (2, 5, 4), True),
         (Beside(), (1, 5, 4), False),  # broadcasts
     ],
 )

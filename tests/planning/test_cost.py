@@ -59,7 +59,6 @@ def test_the_library_is_no_candidate_where_it_cannot_write_the_output():
 @pytest.mark.parametrize(
     "row",
     [
-        "n=4 wt=bf16 out=bf16",
         "n=4 w=f32 out=bf16",
         "n=4 opaque=bf16 out=bf16 lora(r=2 f32 s=1.0)",
         "n=4 w=bf16 out=bf16 bank(f32)",
