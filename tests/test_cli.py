@@ -216,7 +216,11 @@ def test_a_bad_value_is_one_line_and_code_2(line, places, tmp_path, capsys, monk
 
 @pytest.mark.parametrize(
     "line",
-    ["explain --model {truncated}", "explain --model {llama} --adapter {lora_other_shape}", "emit --out {tmp}/x"],
+    [
+        "explain --model {truncated}",
+        pytest.param("explain --model {llama} --adapter {lora_other_shape}", marks=pytest.mark.slow),
+        pytest.param("emit --out {tmp}/x", marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_says_one_line_of_its_own(line, places, tmp_path):
     """What libraries log and warn goes to the same stderr: none of it is a traceback, or in the name of the command."""

@@ -89,7 +89,8 @@ def test_adapters_are_fused_and_mixed_by_weight(name):
     assert all((a - b).norm() > 1e-2 * a.norm() for a, b in itertools.pairwise(seen))
 
 
-@pytest.mark.parametrize("memory", [pytest.param(torch.contiguous_format, marks=SLOW), torch.channels_last])
+@SLOW  # tests/passes/test_unfold_convolutions.py looks at graphs of the same
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_convolutions_with_adapters(memory):
     model, inputs = image_model("UNet2DConditionModel", targets=LINEARS + CONVOLUTIONS, memory=memory)
     if memory == torch.channels_last:
@@ -103,6 +104,7 @@ def test_convolutions_with_adapters(memory):
     close(sample(torch.compile(model, backend="gaws", options={"strict": True}), inputs), sample(model, inputs))
 
 
+@SLOW
 def test_merged_adapters_are_left_alone_and_come_back():
     model, inputs = image_model(MODELS[0])
     compiled = torch.compile(model, backend="gaws", options={"strict": True})
