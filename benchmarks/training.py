@@ -33,7 +33,10 @@ class Trainer:
 
     def __init__(self, base: Any, setup: Setup, backend: str, batch: int, tokens: int, autocast: bool) -> None:
         self.model = common.with_adapter(base, setup).train()
-        self.run = measure.compiled(self.model, backend, **({} if backend == "eager" else {"dynamic": False}))
+        settings: dict[str, Any] = {} if backend == "eager" else {"dynamic": False}
+        if backend == "gaws":
+            settings["options"] = {"training": True}
+        self.run = measure.compiled(self.model, backend, **settings)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         generator = torch.Generator().manual_seed(0)

@@ -396,7 +396,7 @@ def _refusal(
 ) -> tuple[Reason, str] | None:
     """Why a whole graph is left to Inductor, if it is."""
     if trains(graph) and not options.training:
-        return Reason.GRADIENTS, "options={'training': False}"
+        return Reason.GRADIENTS, ""
     if unavailable is not None and unavailable[0] is not Reason.DEVICE:
         log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", unavailable[1])
     return unavailable

@@ -38,8 +38,8 @@ class Options:
     """On a CPU, run Inductor's wrapper without Python (`gawscompile.runtime.executor`). ``GAWS_EXECUTOR=0`` sets the
     default."""
 
-    training: bool = True
-    """Take graphs that need gradients too, forward and backward (docs/training.md). ``GAWS_TRAINING=0`` sets the
+    training: bool = False
+    """Take graphs that need gradients too, forward and backward (docs/training.md). ``GAWS_TRAINING=1`` sets the
     default."""
 
     bind: bool = False
@@ -86,7 +86,7 @@ class Options:
         return Options(**ours), theirs
 
 
-DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"), ("training", "1"))
+DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"), ("training", "0"))
 """What the environment may say (``GAWS_STRICT``), and what holds where it says nothing."""
 
 KINDS = {

@@ -121,7 +121,7 @@ def test_merged_adapters_are_left_alone_and_come_back():
 def test_autoencoders():
     model, inputs = image_model("AutoencoderKL", targets=ATTENTION + CONVOLUTIONS, memory=torch.channels_last)
     inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
-    with fusing(len(ATTENTION)):
+    with fusing():
         close(sample(torch.compile(model, backend="gaws", options={"strict": True}), inputs), sample(model, inputs))
 
 

@@ -22,7 +22,7 @@ OTHER: dict[str, Any] = {
     "transparent": True,
     "disable": ("group_siblings",),
     "fuel": 3,
-    "training": False,
+    "training": True,
 }
 """Another value of every option that decides what is compiled."""
 

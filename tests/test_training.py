@@ -24,7 +24,7 @@ from tests.adapters.common import config as gaws_config
 from tests.fuzz import reference
 from tests.graphs import capture_joint, count, randomise, small_llama, tokens
 
-STRICT = {"strict": True}
+STRICT = {"strict": True, "training": True}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "k", "o"]}
 
 
@@ -148,8 +148,8 @@ def test_steps_follow_the_optimizer_and_nothing_recompiles():
 
 def test_switched_off():
     captured = joint(adapted())
-    assert _refusal(captured.graph, None, Options()) is None
-    assert _refusal(captured.graph, None, Options(training=False))[0] is Reason.GRADIENTS
+    assert _refusal(captured.graph, None, Options(training=True)) is None
+    assert _refusal(captured.graph, None, Options())[0] is Reason.GRADIENTS
 
 
 # ---- graphs -----------------------------------------------------------------------------------------------
