@@ -15,7 +15,10 @@ ADDING = ("sum", "avg")
 
 
 def is_collective(node: Any) -> bool:
+    """Whether it is one, in a graph of Dynamo's (whose operations have no overload yet) or of AOTAutograd's."""
     target = node.target if isinstance(node, Node) else None
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "_c10d_functional"
 
 

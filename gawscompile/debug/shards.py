@@ -18,7 +18,11 @@ FSDP = (
 
 def is_fsdp(model: torch.nn.Module) -> bool:
     """Whether FSDP2 has parts of `model`."""
-    return torch.distributed.is_available() and any("FSDPModule" in _kinds(module) for module in model.modules())
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def tell(entries: Sequence[LinearRecord], model: torch.nn.Module) -> None:
@@ -50,10 +54,6 @@ def _weights(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 def _is_sharded(weight: torch.Tensor) -> bool:
     return any(one.is_shard() for one in getattr(weight, "placements", ()))
-
-
-def _kinds(module: torch.nn.Module) -> list[str]:
-    return [kind.__name__ for kind in type(module).__mro__]
 
 
 def _told(weight: torch.Tensor) -> str:

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from gawscompile.analysis.collectives import is_collective
 from gawscompile.ir.records import GraphRecord, plain
 
 Machine = TypeVar("Machine")
@@ -139,7 +140,7 @@ def _groups(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
             found[group.group_name] = group
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            if str(node.target).startswith("_c10d_functional"):
+            if is_collective(node):
                 named = node.kwargs.get("group_name", node.args[-1] if node.args else None)
                 if isinstance(named, str):
                     found[named] = dist.distributed_c10d._resolve_process_group(named)  # type: ignore[arg-type]
