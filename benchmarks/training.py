@@ -2,8 +2,9 @@
 
     python -m benchmarks.training [--model smollm2] [--dtype float32 bfloat16] [--rounds 3] [--markdown FILE]
 
-All variants train the same base, in one process and in turns: forward, loss, backward, fused AdamW. `--memory` adds the
-peak of resident memory in a step, each backend in a process of its own.
+All variants train the same base, in one process and in turns: forward, loss, backward, fused AdamW. "without adapters"
+is the base alone under Inductor with the gradient of every activation: what a step took if adapters cost nothing.
+`--memory` adds the peak of resident memory in a step, each backend in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,22 +26,28 @@ from benchmarks.memory import forget_peak, resident
 from benchmarks.shapes import SHAPES
 from gawscompile.calibration import measure
 
-BACKENDS = ("eager", "inductor", "gaws")
+BACKENDS = ("eager", "inductor", "gaws", "without adapters")
 
 
 class Trainer:
     """One variant: an adapted model in training, under a backend, with an optimizer of its own."""
 
     def __init__(self, base: Any, setup: Setup, backend: str, batch: int, tokens: int, autocast: bool) -> None:
-        self.model = common.with_adapter(base, setup).train()
+        adapted = backend != "without adapters"
+        self.model = common.with_adapter(base, setup).train() if adapted else base
         settings: dict[str, Any] = {} if backend == "eager" else {"dynamic": False}
         if backend == "gaws":
             settings["options"] = {"training": True}
-        self.run = measure.compiled(self.model, backend, **settings)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        self.run = measure.compiled(self.model, backend if adapted else "inductor", **settings)
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, base.config.vocab_size, (batch, tokens), generator=generator)
+        ids = torch.randint(0, base.config.vocab_size, (batch, tokens), generator=generator)
+        self.inputs = {"input_ids": ids} if adapted else {"inputs_embeds": base.get_input_embeddings()(ids)}
+        self.inputs["labels"] = ids
+        if adapted:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+        else:
+            trained = [self.inputs["inputs_embeds"].requires_grad_()]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4 * adapted, fused=True)
         self.autocast = autocast
         self.losses: list[float] = []
 
@@ -48,7 +55,7 @@ class Trainer:
         """Milliseconds."""
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.run(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+            loss = self.run(**self.inputs, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

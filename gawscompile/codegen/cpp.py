@@ -243,27 +243,31 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
         body.append("#pragma omp barrier")
     pieces = [[0, 1]] if spec.swiglu else [[i] for i in range(len(spec.projections))]
     stripes = [f"blocks(N{piece[0]}, STRIPE)" for piece in pieces]
-    body.append(f"    queue.run(id, threads, {' + '.join(stripes)}, [&](int64_t stripe) {{")
+    body += [
+        f"    const int64_t stripes = {' + '.join(stripes)}, each = tokens_at_once(m, stripes, threads);",
+        "    queue.run(id, threads, stripes * blocks(m, each), [&](int64_t piece) {",
+        "      int64_t stripe = piece % stripes;",
+        "      const int64_t lo = piece / stripes * each, hi = min(m, lo + each);",
+    ]
     for piece, count in zip(pieces, stripes, strict=True):
-        i, sums = piece[0], ", ".join(f"auto z{at}" for at in piece)
-        body += [
-            f"      if (stripe < {count})",
-            f"        return by_products<K>(stripe, N{i}, m, {'xs' if wide else 'x'},",
-            f"          [&](int64_t column, int64_t end, int64_t lo, int64_t hi, {sums}) {{",
-            "            for (int64_t b = column / (2 * V); b * 2 * V < end; ++b) {",
-        ]
-        for at in piece:
-            to, strides = (f"z{at}", "STRIPE, STRIPE") if spec.swiglu else (f"y{at}", "STRIPE")
-            call = ", ".join(["b * 2 * V", "lo", "hi", to, f"z{at}", *parts.added(at)])
-            body.append(f"              add<N{at}, {strides}>({call});")
-        body.append("            }")
-        if spec.swiglu:
-            gate, up = (f"z{at} + lo * STRIPE + column" for at in piece)
-            call = f"multiply(hi - lo, end - column, {gate}, {up}, STRIPE, y + lo * N0 + column, N0)"
-            body.append(f"            {call};")
-        weights = (f"columns<N{at}>(w{at})" if spec.projections[at].transposed else f"w{at}" for at in piece)
-        body.append(f"          }}, {', '.join(weights)});")
-        body.append(f"      stripe -= {count};")
+        i = piece[0]
+        body += [f"      if (stripe < {count}) {{", f"        const Stripe<K> own(stripe, N{i}, lo, hi, {len(piece)});"]
+        for number, at in enumerate(piece):
+            body += _ended(spec, parts, at, number)
+        for number, at in enumerate(piece):
+            weight = f"columns<N{at}>(w{at})" if spec.projections[at].transposed else f"w{at}"
+            ends = f"end{at}"
+            if number:  # gate and up are there
+                body += [
+                    "        const auto both = [&](int64_t from, int64_t to) {",
+                    "          const int64_t at = from * STRIPE + own.column, out = from * N0 + own.column;",
+                    "          end1(from, to);",
+                    "          multiply(to - from, own.rows, z0 + at, z1 + at, STRIPE, y + out, N0);",
+                    "        };",
+                ]
+                ends = "both"
+            body.append(f"        own.multiply({number}, {weight}, {'xs' if wide else 'x'}, {ends});")
+        body += ["        return;", "      }", f"      stripe -= {count};"]
     body.append("    });")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     memory = [
@@ -274,12 +278,26 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return _entry("gemm({})", spec, ranks, True, True, ys, body, ["  Queue queue;", *memory])
 
 
+def _ended(spec: KernelSpec, parts: Parts, at: int, number: int) -> list[str]:
+    """What follows the product of projection `at`, the stripe's weight `number`: ``end{at}``, called for tokens."""
+    to, strides = (f"z{at}", "STRIPE, STRIPE") if spec.swiglu else (f"y{at}", "STRIPE")
+    early, late, *terms = parts.added(at, "n0")
+    held = [f", term{j} = {term}" for j, term in enumerate(terms)]
+    call = ", ".join(["n0", "from", "to", to, f"z{at}", early, late, *(f"term{j}" for j, _ in enumerate(terms))])
+    return [
+        f"        float* const z{at} = own.sums({number});",
+        f"        const auto end{at} = own.ending([&](int64_t n0) {{",
+        f"          return [={''.join(held)}](int64_t from, int64_t to) {{ add<N{at}, {strides}>({call}); }};",
+        "        });",
+    ]
+
+
 def _added(spec: KernelSpec, i: int, parts: Parts) -> str:
     """2V rows of a projection, all tokens, on top of what y holds: the block b."""
     p = spec.projections[i]
     if not p.kronecker:
         base = f"{'y' if p.opaque is None else 'base'}{i}"
-        return f"      add<N{i}>({', '.join(['b * 2 * V', '0', 'm', f'y{i}', base, *parts.added(i)])});"
+        return f"      add<N{i}>({', '.join(['b * 2 * V', '0', 'm', f'y{i}', base, *parts.added(i, 'b * 2 * V')])});"
     ends = f"b * 2 * V / ROWS, min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS)"
     reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.opaque is None else None, weight=False)
     return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, {', '.join(reads)});"

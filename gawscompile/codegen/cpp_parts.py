@@ -48,12 +48,12 @@ class Parts:
         lines += [f"plus(base{i}, Int<N{i}>{{}})"] * (p.opaque is not None)
         return [_all(dots), _all([*lines, *self._scale(i), *self._epilogue(i)])]
 
-    def added(self, i: int) -> list[str]:
-        """Lines before and after, and terms, that join a base's product by columns."""
+    def added(self, i: int, n0: str) -> list[str]:
+        """Lines before and after, and terms, that join a base's product by 2V columns from `n0` on."""
         bank, lines = bool(self._spec.projections[i].banked), self._epilogue(i)
         scale = [f"chained(bank{i})"] * bank + self._scale(i)
-        terms = [f"Joined(bank{i}, b * 2 * V, N{i})"] * bank  # it scales W x alone: nothing comes before it
-        terms += [f"turned<{sizes}>({factor}, {source}, b * 2 * V, N{i})" for sizes, factor, source in self._terms(i)]
+        terms = [f"Joined(bank{i}, {n0}, N{i})"] * bank  # it scales W x alone: nothing comes before it
+        terms += [f"turned<{sizes}>({factor}, {source}, {n0}, N{i})" for sizes, factor, source in self._terms(i)]
         return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
 
     def _terms(self, i: int) -> list[tuple[str, str, str]]:

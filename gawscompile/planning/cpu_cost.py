@@ -18,6 +18,9 @@ UNPACKING = 2e-11
 TURNING = 10
 """Operations whose time it takes to turn a number of a weight."""
 
+STRIPE, CHUNK, KEPT = 64, 512, 16 << 20
+"""Columns of a panel; tokens that meet it at once; bytes of them in fp32 that a cache keeps for the next panel."""
+
 PANELS = 1.15
 """How much faster panels are multiplied than rows, whose sums are horizontal."""
 
@@ -66,12 +69,20 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
 
 def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
     """One region. Every weight is turned once, unless it is kept so; then tiles of tokens meet it in fp32; adapters by
-    rows, as ever."""
-    size = sum(p.n for p in spec.projections) * spec.k
+    rows, as ever. Panels are padded to whole tiles. Tokens that no cache keeps come from memory for each panel."""
+    size = sum(_padded(p.n) for p in spec.projections) * spec.k
     turned = sum(p.n for p in spec.projections if not p.transposed) * spec.k
     once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * turned / device.kernel_rate["f32"]
     token = 2 * (size / PANELS + _adapter_products(spec)) / device.kernel_rate["f32"]
+    if 4 * CHUNK * spec.k > KEPT:
+        token += 4 * spec.k * sum(-(-p.n // STRIPE) for p in spec.projections) / device.bandwidth
     return 2 * device.launch + once + m * token
+
+
+def _padded(n: int) -> int:
+    """Columns that tiles of tokens meet: a panel has a quarter of its width, a half or all."""
+    rest = n % STRIPE
+    return n - rest + next(width for width in (0, STRIPE // 4, STRIPE // 2, STRIPE) if rest <= width)
 
 
 def gemm(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
