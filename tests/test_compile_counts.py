@@ -49,6 +49,7 @@ def graphs() -> dict[int, Captured]:
     return {layers: capture(small_llama(layers=layers), tokens(1, 1), use_cache=False) for layers in (1, 2, 4)}
 
 
+@pytest.mark.slow
 def test_every_pass_is_linear_in_the_layers(graphs, monkeypatch):
     graphs[1].until()  # what is kept for equal shapes and specs is kept by now
     one, two, four = (lines_run(graphs[layers], monkeypatch) for layers in (1, 2, 4))

@@ -177,10 +177,11 @@ def run(program: str, *arguments: str, timeout: float) -> str:
     "program",
     [
         pytest.param(MANY, id="many"),
-        pytest.param(WHILE_ANOTHER_REGISTERS, id="while_another_registers", marks=pytest.mark.slow),
+        pytest.param(WHILE_ANOTHER_REGISTERS, id="while_another_registers"),
     ],
 )
-@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [4, 200])
 def test_children_end(program, count):
     """Threads, vmap and jvp over compiled models come first. In a child Inductor's pool, which built kernels before the
     fork, has no threads, nor has GNU OpenMP's, and a lock that another thread held would stay held."""

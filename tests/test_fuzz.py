@@ -19,6 +19,7 @@ from tests.graphs import capture
 SEED, CASES, MOST = 0, 250, 1000
 
 
+@pytest.mark.slow  # `.ci/run` fuzzes for half a minute
 def test_some_hundred_cases_are_right_and_reach_everything():
     coverage = Coverage()
     for seed in range(SEED, SEED + MOST):  # more than `CASES` where something is still to be reached

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.caches import seeded
 from tests.test_processes import intact
 
@@ -80,6 +82,7 @@ print(len(POINTS), "right")
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
     ours = seeded(tmp_path / "gaws")
     for what in ("interrupted", "after it"):

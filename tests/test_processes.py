@@ -57,6 +57,7 @@ def intact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return len(list(cache.folder("kernels").glob("[!.]*.so")))
 
 
+@pytest.mark.slow
 def test_several_processes_do_the_work_once(tmp_path, monkeypatch):
     assert crowd(tmp_path, count=3, kills=0, seed=0) == [0] * 3
     assert intact(tmp_path, monkeypatch) == 3  # two kernels, and the op that was there

@@ -164,7 +164,7 @@ def gpt2(**settings: Any) -> peft.PeftModel:
     return randomised(model)
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("bias", [pytest.param("none", marks=pytest.mark.slow), "lora_only"])
 def test_biases_are_not_scaled(bias, tmp_path):
     """GPT-2's linears have one, and weights kept as [in, out]."""
     judge, ids = gpt2(bias=bias), torch.randint(0, 50, (2, 7))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +73,12 @@ SPECS = {
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
+REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_wide_modes", "conv1d_bf16")
+"""What the others would show too, but for sizes: kernels that take long to build or to judge."""
+
+
+def named(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in REPEATS else name for name in names]
 
 
 class Libraries(dict[str, ctypes.CDLL]):
@@ -109,7 +117,7 @@ def run(library: ctypes.CDLL, entry: str, problem: Problem, start: list[torch.Te
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", named(SPECS))
 def test_gemv(libraries, name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -122,7 +130,7 @@ def test_gemv(libraries, name, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-@pytest.mark.parametrize("name", [name for name in SPECS if cpp.takes_panels(KernelSpec.parse(SPECS[name]))])
+@pytest.mark.parametrize("name", named(name for name in SPECS if cpp.takes_panels(KernelSpec.parse(SPECS[name]))))
 def test_gemm(libraries, name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -135,7 +143,7 @@ def test_gemm(libraries, name, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "plain"])
+@pytest.mark.parametrize("name", named(name for name in SPECS if name != "plain"))
 def test_accumulate(libraries, name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
