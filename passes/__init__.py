@@ -26,6 +26,7 @@ from gawscompile.passes import (
     recover_operators,
     sink_scales,
     split_streams,
+    turn_products,
     unfold_convolutions,
 )
 
@@ -37,6 +38,7 @@ PIPELINE = (
     merge_blocks,
     sink_scales,
     gather_summands,
+    turn_products,
     recover_operators,
     join_banks,
     hoist_weights,

@@ -41,9 +41,11 @@ TWICE = tuple(name for name in STAGES if name not in ("choose_plan", "recover_op
 """The passes that match nothing when they run again. What has a plan cannot be planned anew; parts of a sum that was
 left as it was for one of them may be sums once that one is settled."""
 
+BACKWARD = ("sink_scales", "gather_summands", "turn_products")
+"""Passes over the gradients of a graph, which no block has."""
 MUST_REACH: dict[str, frozenset[str]] = {
     # no block makes these yet
-    "pass": frozenset(STAGES) - {"fuse_attention", "join_banks", "join_collectives", "sink_scales", "gather_summands"},
+    "pass": frozenset(STAGES) - {"fuse_attention", "join_banks", "join_collectives", *BACKWARD},
     "plan": frozenset({"gemv_cpp", *triton.PLANS}),
     "reason": frozenset(
         reason.name
