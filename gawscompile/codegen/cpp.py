@@ -251,7 +251,7 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
     ]
     for piece, count in zip(pieces, stripes, strict=True):
         i = piece[0]
-        body += [f"      if (stripe < {count}) {{", f"        const Stripe<K> own(stripe, N{i}, lo, hi, {len(piece)});"]
+        body += [f"      if (stripe < {count}) {{", f"        const Stripe<K, N{i}> own(stripe, lo, hi, {len(piece)});"]
         for number, at in enumerate(piece):
             body += _ended(spec, parts, at, number)
         for number, at in enumerate(piece):
@@ -259,10 +259,11 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
             ends = f"end{at}"
             if number:  # gate and up are there
                 body += [
-                    "        const auto both = [&](int64_t from, int64_t to) {",
-                    "          const int64_t at = from * STRIPE + own.column, out = from * N0 + own.column;",
-                    "          end1(from, to);",
-                    "          multiply(to - from, own.rows, z0 + at, z1 + at, STRIPE, y + out, N0);",
+                    "        const auto both = [&](auto& acc, int64_t t) __attribute__((always_inline)) {",
+                    "          const int64_t at = t * STRIPE + own.column;",
+                    "          end1(acc, t);",
+                    "          constexpr int64_t tokens = sizeof(acc) / sizeof(acc[0]);",
+                    "          multiply(tokens, own.rows, z0 + at, z1 + at, STRIPE, y + t * N0 + own.column, N0);",
                     "        };",
                 ]
                 ends = "both"
@@ -279,15 +280,17 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
 
 
 def _ended(spec: KernelSpec, parts: Parts, at: int, number: int) -> list[str]:
-    """What follows the product of projection `at`, the stripe's weight `number`: ``end{at}``, called for tokens."""
-    to, strides = (f"z{at}", "STRIPE, STRIPE") if spec.swiglu else (f"y{at}", "STRIPE")
+    """What follows the product of projection `at`, the stripe's weight `number`: ``end{at}``, called for tiles."""
+    to, stride = (f"z{at}", ", STRIPE") if spec.swiglu else (f"y{at}", "")
     early, late, *terms = parts.added(at, "n0")
     held = [f", term{j} = {term}" for j, term in enumerate(terms)]
-    call = ", ".join(["n0", "from", "to", to, f"z{at}", early, late, *(f"term{j}" for j, _ in enumerate(terms))])
+    call = ", ".join(["sums", "n0", "t", to, early, late, *(f"term{j}" for j, _ in enumerate(terms))])
     return [
-        f"        float* const z{at} = own.sums({number});",
+        *([f"        float* const z{at} = own.sums({number});"] if spec.swiglu else []),
         f"        const auto end{at} = own.ending([&](int64_t n0) {{",
-        f"          return [={''.join(held)}](int64_t from, int64_t to) {{ add<N{at}, {strides}>({call}); }};",
+        f"          return [={''.join(held)}](auto& sums, int64_t t) __attribute__((always_inline)) {{",
+        f"            close<N{at}{stride}>({call});",
+        "          };",
         "        });",
     ]
 
@@ -297,7 +300,7 @@ def _added(spec: KernelSpec, i: int, parts: Parts) -> str:
     p = spec.projections[i]
     if not p.kronecker:
         base = f"{'y' if p.opaque is None else 'base'}{i}"
-        return f"      add<N{i}>({', '.join(['b * 2 * V', '0', 'm', f'y{i}', base, *parts.added(i, 'b * 2 * V')])});"
+        return f"      add<N{i}>({', '.join(['b * 2 * V', 'm', f'y{i}', base, *parts.added(i, 'b * 2 * V')])});"
     ends = f"b * 2 * V / ROWS, min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS)"
     reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.opaque is None else None, weight=False)
     return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, {', '.join(reads)});"

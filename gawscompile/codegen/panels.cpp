@@ -37,15 +37,18 @@ struct Ahead {
   int64_t bytes;
 };
 
-// z[t, 0..C·V) of T tokens plus, unless they are the first, what `depth` of k make of them.
-template <int T, int C>
+// z[t, 0..C·V) of T tokens plus, unless they are the first, what `depth` of k make of them. Where these are the last, they
+// stay in registers for end(sums).
+template <int T, int C, class End>
 [[gnu::noinline]] void meet(
-    const float* panel, const float* x, int64_t ldx, int64_t depth, float* z, bool first, Ahead ahead) {
+    const float* panel, const float* x, int64_t ldx, int64_t depth, float* z, bool first, bool last, Ahead ahead,
+    const End& end) {
   F acc[T][C];
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < C; ++c) acc[t][c] = first ? F(0) : F::loadu(z + t * STRIPE + c * V);
   const auto fetch = [&](int64_t k) { __builtin_prefetch(ahead.from + k * ahead.bytes, 0, 2); };
   multiply_add(acc, x, ldx, panel, C * V, depth, fetch);
+  if (last) return end(acc);
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < C; ++c) acc[t][c].store(z + t * STRIPE + c * V);
 }
@@ -81,72 +84,74 @@ inline void fill(Columns<N, TW> of, int64_t row, int64_t rows, int64_t from, int
     for (int64_t r = 0; r < rows; r += V) line_of(of.w + (from + k) * N + row + r, rows - r).store(panel + k * WIDTH + r);
 }
 
-// Of the `rows` rows that come next in memory, if they do.
+// A tile's part, `tokens` of `count` from t on, of the `rows` rows from `row` on, which come next: bytes of all of them.
 template <int64_t K, class TW>
-inline Ahead ahead_of(const TW* w, int64_t row, int64_t rows) {
-  return {reinterpret_cast<const char*>(w + row * K), rows * int64_t(sizeof(TW))};
+inline Ahead ahead_of(const TW* w, int64_t row, int64_t rows, int64_t from, int64_t t, int64_t tokens, int64_t count) {
+  const int64_t bytes = rows * int64_t(sizeof(TW)), each = bytes * tokens / count;
+  return {reinterpret_cast<const char*>(w + row * K) + bytes * t / count * K + from * each, each};
 }
 
+// The first tiles have one line of every k each.
 template <int64_t K, int64_t N, class TW>
-inline Ahead ahead_of(Columns<N, TW> of, int64_t, int64_t) {
-  return {reinterpret_cast<const char*>(of.w), 0};
+inline Ahead ahead_of(Columns<N, TW> of, int64_t row, int64_t rows, int64_t from, int64_t t, int64_t tokens, int64_t) {
+  const int64_t at = t / tokens * LINE;
+  if (at >= rows * int64_t(sizeof(TW))) return {reinterpret_cast<const char*>(of.w), 0};
+  return {reinterpret_cast<const char*>(of.w + from * N + row) + at, N * int64_t(sizeof(TW))};
 }
 
-// z[t, r] = sum over k of x[t, k] w[row + r, k] of `rows` rows and `count` tokens; `left` rows follow them. done(t, end) is
-// called when these tokens have all theirs, which lie in the first cache.
-template <int64_t K, class W, class Fn>
-void products(
-    W w, int64_t row, int64_t rows, int64_t left, const float* x, int64_t count, float* panel, float* z, Fn&& done) {
-  const Ahead next = ahead_of<K>(w, row + rows, min<int64_t>(left, STRIPE));
-  for (int64_t from = 0; from < K; from += DEPTH) {
-    const int64_t depth = min(DEPTH, K - from);
-    const auto tiles = [&](auto width) {
-      constexpr int C = decltype(width)::value;
-      fill<K, C * V>(w, row, rows, from, depth, panel);
-      for_tiles<C == 1 ? 2 * TALL : TALL>(count, [&](auto tokens, int64_t t) {
-        constexpr int T = decltype(tokens)::value;
-        const int64_t each = next.bytes * T / count;
-        const Ahead ahead{next.from + next.bytes * t / count * K + from * each, each};
-        meet<T, C>(panel, x + t * K + from, K, depth, z + t * STRIPE, from == 0, ahead);
-        if (K - from <= DEPTH) done(t, t + T);
-      });
-    };
-    if (rows > 2 * V) tiles(Int<WIDE>{});
-    else if (rows > V) tiles(Int<2>{});
-    else tiles(Int<1>{});
-  }
-}
+// How many vectors of columns a stripe with as many rows has.
+constexpr int vectors_of(int64_t rows) { return rows > 2 * V ? WIDE : rows > V ? 2 : 1; }
 
-// Memory of a stripe: a panel, and sums of as many `weights`, a token's STRIPE numbers apart.
-template <int64_t K>
+// A stripe of N rows of weights, for the tokens [lo, hi), with memory for a panel, and for sums of as many `weights`, a
+// token's STRIPE numbers apart.
+template <int64_t K, int64_t N>
 struct Stripe {
   static constexpr int64_t DEEP = min<int64_t>(DEPTH, (K + V - 1) / V * V) * STRIPE;
   const int64_t lo, hi, column, rows, left;
   float* panel;
-  Stripe(int64_t stripe, int64_t n, int64_t from, int64_t to, int64_t weights)
-      : lo(from), hi(to), column(stripe * STRIPE), rows(min<int64_t>(STRIPE, n - column)), left(n - column - rows) {
+  Stripe(int64_t stripe, int64_t from, int64_t to, int64_t weights)
+      : lo(from), hi(to), column(stripe * STRIPE), rows(min<int64_t>(STRIPE, N - column)), left(N - column - rows) {
     static thread_local Buffer memory;
     panel = aligned(memory.of(DEEP + weights * (hi - lo) * STRIPE + 16));
   }
   // The sums of one of the weights, by token and column of the whole.
   float* sums(int64_t weight) const { return panel + DEEP + (weight * (hi - lo) - lo) * STRIPE - column; }
-  // Makes them: done(from, to) is called for some tokens after the others.
-  template <class W, class Fn>
-  void multiply(int64_t weight, W w, const float* x, Fn&& done) const {
-    float* const z = sums(weight) + lo * STRIPE + column;
-    products<K>(w, column, rows, left, x + lo * K, hi - lo, panel, z, [&](int64_t t, int64_t end) { done(lo + t, lo + end); });
+  // Makes them, tile by tile, and ends each: end(sums, token).
+  template <class W, class End>
+  void multiply(int64_t weight, W w, const float* x, const End& end) const {
+    constexpr int64_t REST = N % STRIPE;
+    if (REST && rows < STRIPE) return products<vectors_of(REST)>(weight, w, x, end);
+    if constexpr (N >= STRIPE) products<WIDE>(weight, w, x, end);
   }
-  // What `block(n0)` makes of each 2V columns, which is made once, and called for tokens.
+  // What `block(n0)` does with 2V columns, which is made once.
   template <class Block>
   auto ending(Block block) const {
-    if constexpr (WIDE > 2) {
-      const bool both = rows > 2 * V;
-      return [both, first = block(column), second = block(column + 2 * V)](int64_t from, int64_t to) {
-        first(from, to);
-        if (both) second(from, to);
+    return [first = block(column), second = block(column + 2 * V)](auto& acc, int64_t t) __attribute__((always_inline)) {
+      const auto halves = [&](auto half, const auto& part) __attribute__((always_inline)) {
+        constexpr int T = sizeof(acc) / sizeof(acc[0]), C = sizeof(acc[0]) / sizeof(F), AT = decltype(half)::value;
+        Pair sums[T];
+        for (int i = 0; i < T; ++i) sums[i] = {acc[i][AT], AT + 1 < C ? acc[i][AT + 1 < C ? AT + 1 : AT] : F(0)};
+        part(sums, t);
       };
-    } else {
-      return block(column);
+      halves(Int<0>{}, first);
+      if constexpr (sizeof(acc[0]) > 2 * sizeof(F)) halves(Int<2>{}, second);
+    };
+  }
+
+ private:
+  template <int C, class W, class End>
+  void products(int64_t weight, W w, const float* x, const End& end) const {
+    const int64_t count = hi - lo, next = min<int64_t>(left, STRIPE);
+    float* const z = sums(weight) + lo * STRIPE + column;
+    for (int64_t from = 0; from < K; from += DEPTH) {
+      const int64_t depth = min(DEPTH, K - from);
+      fill<K, C * V>(w, column, rows, from, depth, panel);
+      for_tiles<C == 1 ? 2 * TALL : TALL>(count, [&](auto tokens, int64_t t) {
+        constexpr int T = decltype(tokens)::value;
+        const Ahead ahead = ahead_of<K>(w, column + rows, next, from, t, T, count);
+        meet<T, C>(panel, x + (lo + t) * K + from, K, depth, z + t * STRIPE, from == 0, K - from <= DEPTH, ahead,
+            [&](auto& acc) __attribute__((always_inline)) { end(acc, lo + t); });
+      });
     }
   }
 };

@@ -143,27 +143,35 @@ inline void by_columns(
   });
 }
 
-// 2V columns of N from n0 on, or those that are left, for the tokens [lo, hi): lines, then terms, then lines, on top of
-// what `base` holds, a token every LDB numbers.
-template <int64_t N, int64_t LDB = N, int64_t LDY = N, class TY, class TS, class Early, class Late, class... Terms>
+// f() for 2V columns of N from n0 on, f(count) where fewer are left.
+template <int64_t N, class Fn>
+[[gnu::always_inline]] inline void for_columns(int64_t n0, Fn&& f) {
+  if (N % (2 * V) == 0 || n0 + 2 * V <= N) f(); else if constexpr (N % (2 * V) != 0) f(int(N - n0));
+}
+
+// What joins the sums of T tokens from t0 on, 2V columns of N from n0 on, and y: lines, then terms, then lines.
+template <int64_t N, int64_t LDY = N, int T, class TY, class Early, class Late, class... Terms>
+[[gnu::always_inline]] inline void close(
+    Pair (&acc)[T], int64_t n0, int64_t t0, TY* y, Early early, Late late, const Terms&... terms) {
+  for_columns<N>(n0, [&](auto... count) __attribute__((always_inline)) {
+    for (int t = 0; t < T; ++t) early(acc[t], n0, t0 + t, count...);
+    (terms(acc, t0), ...);
+    for (int t = 0; t < T; ++t) late(acc[t], n0, t0 + t, count...);
+    for (int t = 0; t < T; ++t) store_pair(y + (t0 + t) * LDY + n0, acc[t], count...);
+  });
+}
+
+// 2V columns of N from n0 on, or those that are left, for all of m tokens, on top of what `base` holds.
+template <int64_t N, class TY, class TS, class Early, class Late, class... Terms>
 [[gnu::noinline]] void add(
-    int64_t n0, int64_t lo, int64_t hi, TY* y, const TS* base, Early early, Late late, const Terms&... terms) {
-  const auto columns = [&](auto... count) {
-    for_tokens(lo, hi, [&](auto width, int64_t t0) {
-      constexpr int T = decltype(width)::value;
-      const TS* from = base + t0 * LDB + n0;
-      TY* to = y + t0 * LDY + n0;
-      Pair acc[T];
-      for (int t = 0; t < T; ++t) {
-        acc[t] = load_pair(from + t * LDB, count...);
-        early(acc[t], n0, t0 + t, count...);
-      }
-      (terms(acc, t0), ...);
-      for (int t = 0; t < T; ++t) late(acc[t], n0, t0 + t, count...);
-      for (int t = 0; t < T; ++t) store_pair(to + t * LDY, acc[t], count...);
+    int64_t n0, int64_t m, TY* y, const TS* base, Early early, Late late, const Terms&... terms) {
+  for_tokens(0, m, [&](auto width, int64_t t0) {
+    Pair acc[decltype(width)::value];
+    for_columns<N>(n0, [&](auto... count) {
+      for (int t = 0; t < decltype(width)::value; ++t) acc[t] = load_pair(base + (t0 + t) * N + n0, count...);
     });
-  };
-  if (N % (2 * V) == 0 || n0 + 2 * V <= N) columns(); else if constexpr (N % (2 * V) != 0) columns(int(N - n0));
+    close<N>(acc, n0, t0, y, early, late, terms...);
+  });
 }
 
 // ---- y = silu(gate) * up ------------------------------------------------------------------------------------

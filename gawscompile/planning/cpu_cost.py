@@ -21,6 +21,9 @@ TURNING = 10
 STRIPE, CHUNK, KEPT = 64, 512, 16 << 20
 """Columns of a panel; tokens that meet it at once; bytes of them in fp32 that a cache keeps for the next panel."""
 
+LINES = 128
+"""Columns of a weight kept so that are the least work for all threads: a block of them is one's."""
+
 PANELS = 1.15
 """How much faster panels are multiplied than rows, whose sums are horizontal."""
 
@@ -61,7 +64,7 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
             continue
         # sums of columns go through the first cache, and are read and written there once in a few rows
         rate = device.kernel_rate[p.weight.dtype] * cached(spec.k, spec.x) * (0.8 if p.transposed else 1.0)
-        token += 2 * p.n * spec.k / rate
+        token += 2 * (max(p.n, LINES) if p.transposed else p.n) * spec.k / rate
     memory = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth
     first = sympy.Min(m, TILE_TOKENS)
     return device.launch + sympy.Max(memory, token * first) + token * (m - first)
@@ -80,9 +83,11 @@ def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
 
 
 def _padded(n: int) -> int:
-    """Columns that tiles of tokens meet: a panel has a quarter of its width, a half or all."""
+    """Columns that tiles of tokens take the time of: a panel has a quarter of its width, a half or all, and the less of
+    it the more of their time goes by on loads."""
     rest = n % STRIPE
-    return n - rest + next(width for width in (0, STRIPE // 4, STRIPE // 2, STRIPE) if rest <= width)
+    width = next(width for width in (0, STRIPE // 4, STRIPE // 2, STRIPE) if rest <= width)
+    return n - rest + {STRIPE // 4: STRIPE // 2, STRIPE // 2: 3 * STRIPE // 4}.get(width, width)
 
 
 def gemm(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
@@ -96,7 +101,7 @@ def gemm(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
         seconds += device.library_launch + size / device.library_bandwidth[dtype]
         if p.packed:  # it is made dense in memory first
             seconds += device.launch + (size + p.packed.bytes) / device.bandwidth + p.n * spec.k * UNPACKING
-        seconds += 2 * m * p.n * spec.k / device.library_rate[dtype]
+        seconds += 2 * m * max(p.n, STRIPE // 2) * spec.k / device.library_rate[dtype]  # few columns fill no registers
     if not all(p.plain for p in spec.projections):
         traffic = 2 * m * sum(p.n * DTYPES[p.out].itemsize for p in spec.projections)
         factors = adapter_bytes(spec) / device.bandwidth
