@@ -36,8 +36,6 @@ class Trainer:
         adapted = backend != "without adapters"
         self.model = common.with_adapter(base, setup).train() if adapted else base
         settings: dict[str, Any] = {} if backend == "eager" else {"dynamic": False}
-        if backend == "gaws":
-            settings["options"] = {"training": True}
         self.run = measure.compiled(self.model, backend if adapted else "inductor", **settings)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, base.config.vocab_size, (batch, tokens), generator=generator)

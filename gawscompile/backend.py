@@ -395,7 +395,8 @@ def _refusal(
     graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None, options: Options
 ) -> tuple[Reason, str] | None:
     """Why a whole graph is left to Inductor, if it is."""
-    if trains(graph) and not options.training:
+    on_cpu = _kind([node.meta.get("val") for node in inputs_of(graph)]) == "cpu"
+    if trains(graph) and not (on_cpu if options.training is None else options.training):
         return Reason.GRADIENTS, ""
     if unavailable is not None and unavailable[0] is not Reason.DEVICE:
         log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", unavailable[1])

@@ -38,9 +38,9 @@ class Options:
     """On a CPU, run Inductor's wrapper without Python (`gawscompile.runtime.executor`). ``GAWS_EXECUTOR=0`` sets the
     default."""
 
-    training: bool = False
-    """Take graphs that need gradients too, forward and backward (docs/training.md). ``GAWS_TRAINING=1`` sets the
-    default."""
+    training: bool | None = None
+    """Take graphs that need gradients too, forward and backward (docs/training.md). None: on CPUs. ``GAWS_TRAINING=0``
+    and ``1`` set the default."""
 
     bind: bool = False
     """Gather a graph's parameters once, and again only where something changed (`gawscompile.serving.bound`).
@@ -69,6 +69,8 @@ class Options:
             name: os.environ.get(f"GAWS_{name.upper()}", default) not in ("", "0")
             for name, default in DEFAULTS
         }
+        if training := os.environ.get("GAWS_TRAINING"):
+            ours["training"] = training != "0"
         ours["dump"] = os.environ.get("GAWS_DUMP", "")
         ours["disable"] = tuple(filter(None, os.environ.get("GAWS_DISABLE", "").replace(" ", "").split(",")))
         theirs: dict[str, Any] = {}
@@ -86,7 +88,7 @@ class Options:
         return Options(**ours), theirs
 
 
-DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"), ("training", "0"))
+DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"))
 """What the environment may say (``GAWS_STRICT``), and what holds where it says nothing."""
 
 KINDS = {

@@ -147,7 +147,7 @@ def test_scaling_after_compile_recompiles_only_where_torch_does():
 def test_parameters_that_train_are_fused_with_and_without_gradients():
     model = small_llama(layers=1)
     assert any(parameter.requires_grad for parameter in model.parameters())
-    compiled = torch.compile(model, backend="gaws", options={**OPTIONS, "training": True})
+    compiled = torch.compile(model, backend="gaws", options=OPTIONS)
     close(logits(compiled), logits(model))
     mark = len(RECORDS)
     got = compiled(IDS, use_cache=False).logits  # gradients wanted: another graph, and backward works

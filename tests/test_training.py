@@ -17,6 +17,7 @@ from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.ir.records import Reason
 from gawscompile.observe.store import RECORDS
 from gawscompile.options import Options
+from gawscompile.passes.context import inputs_of
 from gawscompile.runtime import ops
 from gawscompile.verify.work import total
 from tests import peft_kinds
@@ -24,7 +25,7 @@ from tests.adapters.common import config as gaws_config
 from tests.fuzz import reference
 from tests.graphs import capture_joint, count, randomise, small_llama, tokens
 
-STRICT = {"strict": True, "training": True}
+STRICT = {"strict": True}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "k", "o"]}
 
 
@@ -148,8 +149,12 @@ def test_steps_follow_the_optimizer_and_nothing_recompiles():
 
 def test_switched_off():
     captured = joint(adapted())
-    assert _refusal(captured.graph, None, Options(training=True)) is None
+    assert _refusal(captured.graph, None, Options()) is None is _refusal(captured.graph, None, Options(training=True))
+    assert _refusal(captured.graph, None, Options(training=False))[0] is Reason.GRADIENTS
+    for node in inputs_of(captured.graph):  # as if on a GPU
+        node.meta["val"] = torch.empty(node.meta["val"].shape, device="meta")
     assert _refusal(captured.graph, None, Options())[0] is Reason.GRADIENTS
+    assert _refusal(captured.graph, None, Options(training=True)) is None
 
 
 # ---- graphs -----------------------------------------------------------------------------------------------
