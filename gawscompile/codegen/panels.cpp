@@ -120,7 +120,9 @@ struct Stripe {
   template <class W, class End>
   void multiply(int64_t weight, W w, const float* x, const End& end) const {
     constexpr int64_t REST = N % STRIPE;
-    if (REST && rows < STRIPE) return products<vectors_of(REST)>(weight, w, x, end);
+    if constexpr (REST != 0) {
+      if (rows < STRIPE) return products<vectors_of(REST)>(weight, w, x, end);
+    }
     if constexpr (N >= STRIPE) products<WIDE>(weight, w, x, end);
   }
   // What `block(n0)` does with 2V columns, which is made once.
