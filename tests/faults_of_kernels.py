@@ -21,12 +21,12 @@ NO_MODES = "the zoo's bank has no modes"
 KERNELS = {
     # --- C++: panels --------------------------------------------------------------------------------------------
     "the first part of k lost": Fault(
-        "codegen/panels.cpp", "from == 0, ahead", "true, ahead", f"{ENTRIES}_gemm[deep-1]", unproven=FEW_TOKENS
+        "codegen/panels.cpp", "from == 0, K", "true, K", f"{ENTRIES}_gemm[deep-1]", unproven=FEW_TOKENS
     ),
     "sums of the tokens before": Fault(
         "codegen/panels.cpp",
-        "own - lo * STRIPE - column",
-        "own - column",
+        "x + (lo + t) * K",
+        "x + t * K",
         f"{ENTRIES}_gemm[deep-1]",
         unproven=FEW_TOKENS,
     ),

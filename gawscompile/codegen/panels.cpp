@@ -148,12 +148,16 @@ struct Stripe {
     for (int64_t from = 0; from < K; from += DEPTH) {
       const int64_t depth = min(DEPTH, K - from);
       fill<K, C * V>(w, column, rows, from, depth, panel);
-      for_tiles<C == 1 ? 2 * TALL : TALL>(count, [&](auto tokens, int64_t t) {
+      const auto tile = [&](auto tokens, int64_t t) {
         constexpr int T = decltype(tokens)::value;
         const Ahead ahead = ahead_of<K>(w, column + rows, next, from, t, T, count);
         meet<T, C>(panel, x + (lo + t) * K + from, K, depth, z + t * STRIPE, from == 0, K - from <= DEPTH, ahead,
             [&](auto& acc) __attribute__((always_inline)) { end(acc, lo + t); });
-      });
+      };
+      constexpr int MOST = C == 1 ? 2 * TALL : TALL;  // a tile of two would be more code to build, and save little
+      int64_t t = 0;
+      for (; t + MOST <= count; t += MOST) tile(Int<MOST>{}, t);
+      for (; t < count; ++t) tile(Int<1>{}, t);
     }
   }
 };

@@ -150,14 +150,22 @@ template <int64_t N, class Fn>
 }
 
 // What joins the sums of T tokens from t0 on, 2V columns of N from n0 on, and y: lines, then terms, then lines.
+template <int64_t LDY, int T, class TY, class Early, class Late, class Terms, class... Count>
+[[gnu::always_inline]] inline void join(
+    Pair (&acc)[T], int64_t n0, int64_t t0, TY* y, const Early& early, const Late& late, const Terms& terms,
+    Count... count) {
+  for (int t = 0; t < T; ++t) early(acc[t], n0, t0 + t, count...);
+  terms(acc, t0);
+  for (int t = 0; t < T; ++t) late(acc[t], n0, t0 + t, count...);
+  for (int t = 0; t < T; ++t) store_pair(y + (t0 + t) * LDY + n0, acc[t], count...);
+}
+
 template <int64_t N, int64_t LDY = N, int T, class TY, class Early, class Late, class... Terms>
 [[gnu::always_inline]] inline void close(
     Pair (&acc)[T], int64_t n0, int64_t t0, TY* y, Early early, Late late, const Terms&... terms) {
+  const auto each = [&](auto& sums, int64_t t) __attribute__((always_inline)) { (terms(sums, t), ...); };
   for_columns<N>(n0, [&](auto... count) __attribute__((always_inline)) {
-    for (int t = 0; t < T; ++t) early(acc[t], n0, t0 + t, count...);
-    (terms(acc, t0), ...);
-    for (int t = 0; t < T; ++t) late(acc[t], n0, t0 + t, count...);
-    for (int t = 0; t < T; ++t) store_pair(y + (t0 + t) * LDY + n0, acc[t], count...);
+    join<LDY>(acc, n0, t0, y, early, late, each, count...);
   });
 }
 
@@ -165,12 +173,14 @@ template <int64_t N, int64_t LDY = N, int T, class TY, class Early, class Late, 
 template <int64_t N, class TY, class TS, class Early, class Late, class... Terms>
 [[gnu::noinline]] void add(
     int64_t n0, int64_t m, TY* y, const TS* base, Early early, Late late, const Terms&... terms) {
-  for_tokens(0, m, [&](auto width, int64_t t0) {
-    Pair acc[decltype(width)::value];
-    for_columns<N>(n0, [&](auto... count) {
-      for (int t = 0; t < decltype(width)::value; ++t) acc[t] = load_pair(base + (t0 + t) * N + n0, count...);
+  const auto each = [&](auto& sums, int64_t t) __attribute__((always_inline)) { (terms(sums, t), ...); };
+  for_columns<N>(n0, [&](auto... count) {
+    for_tokens(0, m, [&](auto width, int64_t t0) {
+      constexpr int T = decltype(width)::value;
+      Pair acc[T];
+      for (int t = 0; t < T; ++t) acc[t] = load_pair(base + (t0 + t) * N + n0, count...);
+      join<N>(acc, n0, t0, y, early, late, each, count...);
     });
-    close<N>(acc, n0, t0, y, early, late, terms...);
   });
 }
 

@@ -82,10 +82,10 @@ template <int T, int C, class Each>
 }
 
 // f(Int<T>, t) for tiles that cover the rows [0, count)
-template <int TALLEST = TALL, class Fn>
+template <class Fn>
 inline void for_tiles(int64_t count, Fn&& f) {
   int64_t t = 0;
-  for (; t + TALLEST <= count; t += TALLEST) f(Int<TALLEST>{}, t);
+  for (; t + TALL <= count; t += TALL) f(Int<TALL>{}, t);
   for (; t + 2 <= count; t += 2) f(Int<2>{}, t);
   for (; t < count; ++t) f(Int<1>{}, t);
 }

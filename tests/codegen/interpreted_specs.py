@@ -178,6 +178,7 @@ CORE = frozenset(
         "gaws",
         "gawsd",
         "bank",
+        "bank_odd",
         "packed_int8",
         "packed_nf4",
         "packed_swiglu",
