@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -291,7 +292,7 @@ def write(file: Path | None, text: str) -> None:
 def publish(title: str, module: str, argv: list[str], file: Path | None, report: Callable[[bool], str]) -> None:
     """Prints ``report(markdown=False)``; ``report(markdown=True)`` goes to `file`, under the title and the command."""
     print(report(False))
-    command = " ".join([f"python -m benchmarks.{module}", *argv])
+    command = f"python -m benchmarks.{module} {shlex.join(argv)}".strip()
     write(file, f"# {title}\n\n`{command}`\n\n" + report(True) if file else "")
 
 

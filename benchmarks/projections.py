@@ -28,17 +28,20 @@ from gawscompile.runtime import ops, pages
 
 GROUPS: dict[str, tuple[int, dict[int, list[tuple[int, ...]]]]] = {
     "smollm2": (30, {576: [(576, 192, 192), (576,), (1536, 1536)], 1536: [(576,)]}),
+    "smollm2-factors": (30, {576: [(16, 16, 16), (16,), (16, 16)], 1536: [(16,)]}),
     "minilm": (6, {384: [(384, 384, 384), (384,), (1536,)], 1536: [(384,)]}),
     "bert-base": (4, {768: [(768, 768, 768), (768,), (3072,)], 3072: [(768,)]}),
     "llama-3.2-1b": (4, {2048: [(2048, 512, 512), (2048,), (8192, 8192)], 8192: [(2048,)]}),
 }
-"""Layers, and of each: features in → the features out of each group that reads them."""
+"""Layers, and of each: features in → the features out of each group that reads them. Factors: u = A x, as training has
+them."""
 PLANS = tuple(CPP.kinds)
 NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
 
 WEIGHTS = {
     "plain": "w={x}",
+    "columns": "wt={x}",
     "int8": "packed(int8 g={k} s=f32)",
     "nf4": "packed(nf4 g=64 s=u8)",
     "nf4-blocks": "packed(table4_blocks g=64 s=bf16)",

@@ -30,7 +30,8 @@ BACKENDS = ("eager", "inductor", "gaws", "without adapters")
 
 
 class Trainer:
-    """One variant: an adapted model in training, under a backend, with an optimizer of its own."""
+    """One variant, under a backend, with an optimizer of its own: an adapted model in training, or the base with the
+    embedded tokens in the adapters' place."""
 
     def __init__(self, base: Any, setup: Setup, backend: str, batch: int, tokens: int, autocast: bool) -> None:
         adapted = backend != "without adapters"
@@ -45,7 +46,7 @@ class Trainer:
             trained = [p for p in self.model.parameters() if p.requires_grad]
         else:
             trained = [self.inputs["inputs_embeds"].requires_grad_()]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4 * adapted, fused=True)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self.autocast = autocast
         self.losses: list[float] = []
 

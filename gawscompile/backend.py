@@ -278,7 +278,7 @@ class GawsPass(CustomGraphPass):
         if dump:
             dump.capture(graph, Context(graph, self.options, record).module_path)
             self.dumps.append(dump)
-        refusal = _refusal(graph, self.unavailable, self.options)
+        refusal = _refusal(graph, self.unavailable, self.options, self.kind)
         if refusal is not None:
             record.reject_all(*refusal)
             log.info("gaws: %s", record.notes[-1])
@@ -392,11 +392,11 @@ def _cpp_wrapper(inductor: dict[str, Any]) -> tuple[Reason, str] | None:
 
 
 def _refusal(
-    graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None, options: Options
+    graph: torch.fx.Graph, unavailable: tuple[Reason, str] | None, options: Options, kind: str
 ) -> tuple[Reason, str] | None:
-    """Why a whole graph is left to Inductor, if it is."""
-    on_cpu = _kind([node.meta.get("val") for node in inputs_of(graph)]) == "cpu"
-    if trains(graph) and not (on_cpu if options.training is None else options.training):
+    """Why a whole graph, of tensors on that kind of device, is left to Inductor, if it is."""
+    training = kind == "cpu" if options.training is None else options.training
+    if not training and trains(graph):
         return Reason.GRADIENTS, ""
     if unavailable is not None and unavailable[0] is not Reason.DEVICE:
         log.warning("gaws: %s. Adapters stay unfused: this graph is left to Inductor alone.", unavailable[1])

@@ -66,11 +66,10 @@ class Options:
         from torch._inductor import list_options
 
         ours: dict[str, Any] = {
-            name: os.environ.get(f"GAWS_{name.upper()}", default) not in ("", "0")
+            name: said not in ("", "0")
             for name, default in DEFAULTS
+            if (said := os.environ.get(f"GAWS_{name.upper()}", default)) is not None
         }
-        if training := os.environ.get("GAWS_TRAINING"):
-            ours["training"] = training != "0"
         ours["dump"] = os.environ.get("GAWS_DUMP", "")
         ours["disable"] = tuple(filter(None, os.environ.get("GAWS_DISABLE", "").replace(" ", "").split(",")))
         theirs: dict[str, Any] = {}
@@ -88,8 +87,8 @@ class Options:
         return Options(**ours), theirs
 
 
-DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"))
-"""What the environment may say (``GAWS_STRICT``), and what holds where it says nothing."""
+DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"), ("training", None))
+"""What the environment may say (``GAWS_STRICT``), and what holds where it says nothing. None: the option's default."""
 
 KINDS = {
     **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages"), "bool"),

@@ -8,8 +8,8 @@ after::
 
     dB = aten.clone(aten.permute(aten.mm(aten.permute(u, [1, 0]), dy), [1, 0]), contiguous)
 
-The vendor library for CPUs then reads dy by its rows, and multiplies up to twice as fast (`docs/lessons.md`). What is
-copied has as few columns as the adapter has ranks. Other devices keep their products.
+The vendor library for CPUs then reads dy by rows, in place of columns. What is copied has as few columns as the adapter
+has ranks. Products on other devices stay as they are.
 """
 
 from __future__ import annotations

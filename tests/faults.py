@@ -10,12 +10,12 @@ from tests.fault import (
     EITHER,
     FEW_TOKENS,
     LAID_OUT,
-    NO_GRADIENTS,
     ON_GPUS,
     ONE_RANK,
     Fault,
 )
 from tests.faults_of_kernels import KERNELS, SWIGLU
+from tests.faults_of_training import TRAINING
 
 RECOVER = "passes/recover_operators.py"
 OP = "runtime/dispatch.cpp"
@@ -25,56 +25,7 @@ SOURCES = "tests/runtime/test_sources.py"
 NO_IMAGES = "the zoo has no convolutions"
 
 FAULTS: dict[str, Fault] = {
-    # --- Training -----------------------------------------------------------------------------------------------
-    "a gradient's scale lost": Fault(
-        "passes/sink_scales.py",
-        "(plain, scale), product",
-        "(plain, 1.0), product",
-        "tests/passes/test_sink_scales.py",
-        unproven=NO_GRADIENTS,
-    ),
-    "a summand of a gradient lost": Fault(
-        "passes/gather_summands.py",
-        "for part in kinds[kind]:",
-        "for part in kinds[kind][:1]:",
-        "tests/passes/test_gather_summands.py",
-        unproven=NO_GRADIENTS,
-    ),
-    "a turned product not turned back": Fault(
-        "passes/turn_products.py",
-        "context.contiguous(context.transpose(flat, node), node)",
-        'context.insert(aten.view.default, (flat, list(shape(node))), node, node.meta["val"])',
-        "tests/passes/test_turn_products.py",
-        unproven=NO_GRADIENTS,
-    ),
-    "what a layer and a gradient both read not scaled": Fault(
-        RECOVER,
-        "scaled_before(context, u, p.scale.number)",
-        "u",
-        "tests/passes/test_gather_summands.py",
-        unproven=NO_GRADIENTS,
-    ),
-    "a region's tags lost": Fault(
-        "passes/context.py",
-        '*("partitioner_tag", "recompute", "ac_graph_id", "seq_nr"),',
-        '"partitioner_tag",',
-        "tests/test_training.py::test_checkpoints_are_computed_again_and_nothing_else_is",
-        unproven=NO_GRADIENTS,
-    ),
-    "an activation taken for a weight": Fault(
-        "passes/canonicalize.py",
-        "(not context.training or context.of_stored(node))",
-        "True",
-        "tests/test_training.py::test_inputs_are_no_weights",
-        unproven=NO_GRADIENTS,
-    ),
-    "every stripe of a weight kept by columns is the first": Fault(
-        "codegen/panels.cpp",
-        "of.w + (from + k) * N + row + r",
-        "of.w + (from + k) * N + r",
-        "tests/codegen/test_cpp.py::test_gemm",
-        unproven=FEW_TOKENS,
-    ),
+    **TRAINING,
     # --- What runs around the kernels ---------------------------------------------------------------------------
     "views all begin where their tensor does": Fault(
         "runtime/executor.cpp",

@@ -20,10 +20,14 @@ NO_MODES = "the zoo's bank has no modes"
 
 KERNELS = {
     # --- C++: panels --------------------------------------------------------------------------------------------
+    "a stripe's second half ended as its first": Fault(
+        "codegen/panels.cpp", "halves(Int<2>{}, second)", "halves(Int<2>{}, first)", f"{ENTRIES}_gemm[plain-1]",
+        unproven=FEW_TOKENS,
+    ),
     "the first part of k lost": Fault(
         "codegen/panels.cpp", "from == 0, K", "true, K", f"{ENTRIES}_gemm[deep-1]", unproven=FEW_TOKENS
     ),
-    "sums of the tokens before": Fault(
+    "x of the tokens before": Fault(
         "codegen/panels.cpp",
         "x + (lo + t) * K",
         "x + t * K",

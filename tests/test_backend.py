@@ -207,7 +207,7 @@ def test_other_devices_are_left_to_inductor():
     kind = backend._kind([there, here])
     reason, detail = backend._unavailable(kind)
     assert reason.name == "DEVICE" and detail == kind == "cpu,cuda"
-    assert backend._refusal(torch.fx.Graph(), (reason, detail), backend.Options()) == (reason, detail)
+    assert backend._refusal(torch.fx.Graph(), (reason, detail), backend.Options(), kind) == (reason, detail)
 
 
 def test_without_triton_a_graph_on_a_gpu_is_left_to_inductor(monkeypatch):

@@ -28,6 +28,15 @@ def test_of_dumping_only_whether_is_a_part_of_cache_keys(monkeypatch):
     assert ours == Options(dump="here", disable=("lower", "fuse_zflora"), fuel=3)
 
 
+@pytest.mark.parametrize(("said", "training"), [("0", False), ("1", True), (None, None)])
+def test_the_environment_says_what_holds_where_no_option_does(monkeypatch, said, training):
+    monkeypatch.delenv("GAWS_TRAINING", raising=False)
+    if said is not None:
+        monkeypatch.setenv("GAWS_TRAINING", said)
+    assert Options.split({})[0].training is training
+    assert Options.split({"training": True})[0].training is True
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -17,7 +17,6 @@ from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.ir.records import Reason
 from gawscompile.observe.store import RECORDS
 from gawscompile.options import Options
-from gawscompile.passes.context import inputs_of
 from gawscompile.runtime import ops
 from gawscompile.verify.work import total
 from tests import peft_kinds
@@ -149,12 +148,10 @@ def test_steps_follow_the_optimizer_and_nothing_recompiles():
 
 def test_switched_off():
     captured = joint(adapted())
-    assert _refusal(captured.graph, None, Options()) is None is _refusal(captured.graph, None, Options(training=True))
-    assert _refusal(captured.graph, None, Options(training=False))[0] is Reason.GRADIENTS
-    for node in inputs_of(captured.graph):  # as if on a GPU
-        node.meta["val"] = torch.empty(node.meta["val"].shape, device="meta")
-    assert _refusal(captured.graph, None, Options())[0] is Reason.GRADIENTS
-    assert _refusal(captured.graph, None, Options(training=True)) is None
+    taken_on = {("cpu", None): True, ("cuda", None): False, ("cpu", False): False, ("cuda", True): True}
+    for (kind, training), taken in taken_on.items():
+        refusal = _refusal(captured.graph, None, Options(training=training), kind)
+        assert refusal is None if taken else refusal[0] is Reason.GRADIENTS, (kind, training)
 
 
 # ---- graphs -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
                 All threads compute u = s A x, meet at a barrier, then stream rows of every W of the group; B's
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
 ``gemm``        the same for many tokens: panels of W are turned once, so that no sum is horizontal (`panels.cpp`), or
-                copied where W is kept by columns, and the adapters join a block of columns while it lies in a cache.
+                copied where W is kept by columns, and adapters and epilogue join a tile's sums in registers.
 ``accumulate``  the same on top of what y holds, for the plan whose base product comes from the vendor library.
 
 Where a base is opaque, both add to what it has made of x.

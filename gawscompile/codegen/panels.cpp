@@ -2,10 +2,10 @@
 // horizontal, all is fp32, and the panel lies in the second cache (Goto and van de Geijn, "Anatomy of High-Performance
 // Matrix Multiplication", 2008: the weight is packed, x is read as it lies). `turning.cpp` stands in front.
 
-constexpr int64_t DEPTH = 1024;   // of k in one panel
-constexpr int64_t AT_ONCE = 512;  // tokens that meet a panel, at most
+constexpr int64_t DEPTH = 1024;     // of k in one panel
+constexpr int64_t AT_ONCE = 512;    // tokens that meet a panel, at most
 constexpr int64_t FEW = 16 * TALL;  // and at least, as a panel takes time to turn
-constexpr int64_t PIECES = 8;       // of work for each thread: what one of them lags behind is a part of a piece
+constexpr int64_t PIECES = 8;       // of work for each thread: none waits for another longer than a piece takes
 
 // Tokens that meet a panel: fewer where there are too few stripes for all threads.
 inline int64_t tokens_at_once(int64_t m, int64_t stripes, int64_t threads) {
@@ -102,7 +102,7 @@ inline Ahead ahead_of(Columns<N, TW> of, int64_t row, int64_t rows, int64_t from
 // How many vectors of columns a stripe with as many rows has.
 constexpr int vectors_of(int64_t rows) { return rows > 2 * V ? WIDE : rows > V ? 2 : 1; }
 
-// A stripe of N rows of weights, for the tokens [lo, hi), with memory for a panel, and for sums of as many `weights`, a
+// A stripe of weights of N rows, and the tokens [lo, hi). Its memory holds a panel, and sums of as many `weights`, a
 // token's STRIPE numbers apart.
 template <int64_t K, int64_t N>
 struct Stripe {
@@ -114,9 +114,9 @@ struct Stripe {
     static thread_local Buffer memory;
     panel = aligned(memory.of(DEEP + weights * (hi - lo) * STRIPE + 16));
   }
-  // The sums of one of the weights, by token and column of the whole.
+  // The sums of one of the weights: those of token t and column n are at [t * STRIPE + n].
   float* sums(int64_t weight) const { return panel + DEEP + (weight * (hi - lo) - lo) * STRIPE - column; }
-  // Makes them, tile by tile, and ends each: end(sums, token).
+  // Makes the sums of one weight tile by tile, and calls end(tile's sums, its first token) for each.
   template <class W, class End>
   void multiply(int64_t weight, W w, const float* x, const End& end) const {
     constexpr int64_t REST = N % STRIPE;
@@ -125,7 +125,7 @@ struct Stripe {
     }
     if constexpr (N >= STRIPE) products<WIDE>(weight, w, x, end);
   }
-  // What `block(n0)` does with 2V columns, which is made once.
+  // An `end`: block(n0), called once, makes what joins 2V columns, and that is called for each tile.
   template <class Block>
   auto ending(Block block) const {
     return [first = block(column), second = block(column + 2 * V)](auto& acc, int64_t t) __attribute__((always_inline)) {

@@ -43,7 +43,7 @@ def explain(
 
     model = getattr(model, "_orig_mod", model)
     mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
-    given = {"bind": serving, "training": training, **(options or {})}
+    given = {"bind": serving, **(options or {})}
     call = call_once(model, functools.partial(gaws, options=given), args, inputs, dynamic, serving, training)
     report = assemble(RECORDS.since(mark), model)
     report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])

@@ -16,7 +16,7 @@ from typing import Any
 class Reason(str, Enum):
     """Why a linear, or an adapter of one, was left as it was."""
 
-    GRADIENTS = "gradients are needed, which the option training leaves to Inductor (on GPUs by default)"
+    GRADIENTS = "gradients are needed, and training is off (as on GPUs by default): the graph is left to Inductor"
     DEVICE = "no generated kernels for this device: the graph is left to Inductor"
     NO_TRITON = "generated kernels for a GPU need Triton and it cannot be imported: the graph is left to Inductor"
     NO_COMPILER = "generated C++ needs a compiler and none was found: the graph is left to Inductor"

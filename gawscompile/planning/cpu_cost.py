@@ -83,11 +83,9 @@ def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
 
 
 def _padded(n: int) -> int:
-    """Columns that tiles of tokens take the time of: a panel has a quarter of its width, a half or all, and the less of
-    it the more of their time goes by on loads."""
+    """Columns that tiles of tokens take the time of: half a panel at least, as fewer columns wait for loads."""
     rest = n % STRIPE
-    width = next(width for width in (0, STRIPE // 4, STRIPE // 2, STRIPE) if rest <= width)
-    return n - rest + {STRIPE // 4: STRIPE // 2, STRIPE // 2: 3 * STRIPE // 4}.get(width, width)
+    return n - rest + next(width for width in (0, STRIPE // 2, STRIPE) if rest <= width)
 
 
 def gemm(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:

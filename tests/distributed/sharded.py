@@ -124,7 +124,7 @@ def main(folder: str, name: str, *caches: str) -> None:
     got, of_gaws = compiled(model, "gaws", ids)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=near)
     assert same_on_all_ranks(got)
-    assert of_gaws == of_base > 0 and (of_inductor or of_gaws + 1) > of_gaws, (of_base, of_inductor, of_gaws)
+    assert of_gaws == of_base > 0 and (of_inductor is None or of_inductor > of_gaws), (of_base, of_inductor, of_gaws)
     entries = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
     assert len(entries) == 7 * layers and {entry.status for entry in entries} == {"fused"}, entries
     asked = {"input_ids": ids, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gawscompile.analysis.reading import transposed
+from gawscompile.passes import turn_products
 from gawscompile.passes.context import backward
 from tests.graphs import capture, capture_joint
 
@@ -47,3 +48,12 @@ def test_a_product_that_is_not_narrow_stays(rank, n):
 
 def test_without_gradients_there_is_nothing_to_do():
     assert "turn_products" not in capture(adapted(), torch.randn(5, 32)).until("turn_products").record.passes
+
+
+def test_products_on_other_devices_stay():
+    captured = capture_joint(adapted(), torch.randn(5, 32, requires_grad=True))
+    context = captured.until("gather_summands")
+    (product,) = tall(context)
+    product.meta["val"] = product.meta["val"].to("meta")
+    turn_products.run(context.graph, context)
+    assert tall(context) == [product]
