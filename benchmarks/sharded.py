@@ -1,6 +1,6 @@
 """Tensor parallelism: what a layer costs each rank, and tokens of two processes over gloo.
 
-    python -m benchmarks.sharded --markdown benchmarks/results/sharded.md
+    python -m benchmarks.sharded --markdown benchmarks/results/sharded.md --plot benchmarks/results/sharded.png
     python -m benchmarks.sharded --parts shapes
 
 *shapes*: one decoder layer of LLaMA-7B and 70B (bf16, LoRA r = 16 in fp32 on all seven linears, one token) for 2, 4 and
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from benchmarks import common
 from gawscompile.analysis import collectives
 from gawscompile.analysis.reading import aten
 from gawscompile.calibration import measure
@@ -162,26 +164,58 @@ def _sharded(sizes: dict[str, int], ranks: int, adapted: bool) -> Any:
     return model.to_empty(device="cpu")
 
 
-def shapes(markdown: bool) -> str:
-    rows = []
-    for name, sizes in LAYERS.items():
-        for ranks in (2, 4, 8):
-            base, adapted = Layer(sizes, ranks, False), Layer(sizes, ranks, True)
-            lists = [collectives.listed(graph) for graph in (base.left, adapted.traced, adapted.left)]
-            read, summed = predicted(sizes, ranks, True, True)
-            rows.append(
-                [
-                    f"{name}, {ranks} ranks",
-                    " → ".join(str(len(one)) for one in lists),
-                    str(adapted.products - 1),  # without the head
-                    str(adapted.launches),
-                    f"{predicted(sizes, ranks, False, True)[0] / 2**20:.1f}",
-                    f"{read / 2**20:.1f}",
-                    f"{adapted.bytes_read() / 2**20:.1f}",
-                    f"{predicted(sizes, ranks, True, False)[1]} → {summed}",
-                    f"{adapted.bytes_summed(adapted.traced)} → {adapted.bytes_summed(adapted.left)}",
-                ]
-            )
+@dataclass
+class Shape:
+    """What a layer costs one of `ranks`, predicted and counted: bytes read and bytes given to be summed up (PEFT's, and
+    ours); collectives of the base, of PEFT and of ours."""
+
+    name: str
+    ranks: int
+    collectives: tuple[int, int, int]
+    products: int
+    launches: int
+    base: int
+    predicted: int
+    counted: int
+    summed: tuple[int, int]
+    counted_summed: tuple[int, int]
+
+    @classmethod
+    def of(cls, name: str, ranks: int) -> Shape:
+        sizes = LAYERS[name]
+        base, adapted = Layer(sizes, ranks, False), Layer(sizes, ranks, True)
+        read, summed = predicted(sizes, ranks, True, True)
+        return cls(
+            name,
+            ranks,
+            (
+                len(collectives.listed(base.left)),
+                len(collectives.listed(adapted.traced)),
+                len(collectives.listed(adapted.left)),
+            ),
+            adapted.products - 1,  # without the head
+            adapted.launches,
+            predicted(sizes, ranks, False, True)[0],
+            read,
+            adapted.bytes_read(),
+            (predicted(sizes, ranks, True, False)[1], summed),
+            (adapted.bytes_summed(adapted.traced), adapted.bytes_summed(adapted.left)),
+        )
+
+
+def shapes_table(shapes: list[Shape], markdown: bool) -> str:
+    rows = [
+        [
+            f"{shape.name}, {shape.ranks} ranks",
+            " → ".join(map(str, shape.collectives)),
+            str(shape.products),
+            str(shape.launches),
+            *(f"{size / 2**20:.1f}" for size in (shape.base, shape.predicted, shape.counted)),
+            " → ".join(map(str, shape.summed)),
+            " → ".join(map(str, shape.counted_summed)),
+        ]
+        for shape in shapes
+    ]
     heads = [
         "a layer, a token, a rank",
         "collectives: base → PEFT → gaws",
@@ -249,19 +283,24 @@ def tokens(rounds: int, layers: int | None, dtype: str) -> None:
     dist.destroy_process_group()
 
 
-def measured(processes: int, rounds: int, layers: int | None, dtype: str, markdown: bool) -> str:
-    found: list[dict[str, float]] = []
-    for _ in range(processes):
-        with tempfile.TemporaryDirectory() as folder:
-            run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            run += ["-m", "benchmarks.sharded", "--rank", "--rounds", str(rounds), "--dtype", dtype]
-            run += ["--layers", str(layers)] if layers else []
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder}
+def measured(processes: int, rounds: int, layers: int | None, dtype: str) -> list[dict[str, float]]:
+    """Medians of each variant, in each of some pairs of processes, which share what they compile."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        run += ["-m", "benchmarks.sharded", "--rank", "--rounds", str(rounds), "--dtype", dtype]
+        run += ["--layers", str(layers)] if layers else []
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder}
+        for _ in range(processes):
             done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=3000)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            raise SystemExit(done.stderr[-4000:])
-        found.append(json.loads(lines[0].removeprefix("RESULT ")))
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                raise SystemExit(done.stderr[-4000:])
+            found.append(json.loads(lines[0].removeprefix("RESULT ")))
+    return found
+
+
+def tokens_table(found: list[dict[str, float]], layers: int | None, dtype: str, markdown: bool) -> str:
     rows = []
     for name in VARIANTS:
         ratios = [one[name] / one["Inductor, base"] for one in found]
@@ -274,6 +313,37 @@ def measured(processes: int, rounds: int, layers: int | None, dtype: str, markdo
     return measure.table([title, "median", "over Inductor's base", "spread", "over its own base"], rows, markdown)
 
 
+def plot(shapes: list[Shape], found: list[dict[str, float]], file: Path) -> None:
+    """Bytes that a rank reads, over ranks, and the time of a token; a panel for what was run."""
+    panels = bool(shapes) + bool(found)
+    if not panels or (figure := common.figure(4.2 * panels, 3.2)) is None:
+        return
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if shapes:
+        panel = axes.pop(0)
+        for name, colour in zip(LAYERS, ("#2060c0", "#c06020"), strict=True):
+            mine = [shape for shape in shapes if shape.name == name]
+            ranks = [shape.ranks for shape in mine]
+            panel.plot(ranks, [s.predicted / 2**20 for s in mine], color=colour, label=f"{name}, LoRA, predicted")
+            panel.plot(ranks, [s.counted / 2**20 for s in mine], "o", color=colour, label="counted in the graph")
+        panel.set(xscale="log", yscale="log", xlabel="ranks", ylabel="MB a rank reads, a layer, a token")
+        panel.set_xticks([2, 4, 8], ["2", "4", "8"])
+        panel.minorticks_off()
+        panel.legend(fontsize=7)
+    if found:
+        ratios = [[one[name] / one["Inductor, base"] for one in found] for name in VARIANTS]
+        middle = [statistics.median(one) for one in ratios]
+        spread = [
+            [m - min(one) for m, one in zip(middle, ratios, strict=True)],
+            [max(one) - m for m, one in zip(middle, ratios, strict=True)],
+        ]
+        colours = ["#2060c0" if "gaws" in name else "#909090" for name in VARIANTS]
+        axes[0].bar([name.replace(", ", ",\n") for name in VARIANTS], middle, yerr=spread, color=colours, capsize=4)
+        axes[0].set_ylabel("a token of SmolLM2 on 2 processes,\nover Inductor's base")
+        axes[0].tick_params(axis="x", labelsize=7)
+    common.save(figure, file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=("shapes", "tokens"), default=["shapes", "tokens"])
@@ -282,21 +352,26 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
+    parser.add_argument("--plot", type=Path, help="needs matplotlib: pip install 'gawscompile[bench]'")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank:
         tokens(given.rounds, given.layers, given.dtype)
         return
-    parts = {
-        "shapes": lambda markdown: shapes(markdown),
-        "tokens": lambda markdown: measured(given.processes, given.rounds, given.layers, given.dtype, markdown),
-    }
-    written = [parts[name](given.markdown is not None) for name in given.parts]
-    print("\n\n".join(written))
-    if given.markdown:
-        command = f"`python -m benchmarks.sharded {' '.join(sys.argv[1:])}`"
-        facts = measure.describe(measure.machine())
-        given.markdown.write_text("\n\n".join([command, facts, *written]) + "\n")
+    counted = [Shape.of(name, ranks) for name in LAYERS for ranks in (2, 4, 8)] if "shapes" in given.parts else []
+    found: list[dict[str, float]] = []
+    if "tokens" in given.parts:
+        found = measured(given.processes, given.rounds, given.layers, given.dtype)
+
+    def report(markdown: bool) -> str:
+        written = [measure.describe(measure.machine())]
+        written += [shapes_table(counted, markdown)] if counted else []
+        written += [tokens_table(found, given.layers, given.dtype, markdown)] if found else []
+        return "\n\n".join(written)
+
+    common.publish("Tensor parallelism", "sharded", sys.argv[1:], given.markdown, report)
+    if given.plot:
+        plot(counted, found, given.plot)
 
 
 if __name__ == "__main__":

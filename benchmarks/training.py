@@ -4,7 +4,7 @@
 
 All variants train the same base, in one process and in turns: forward, loss, backward, fused AdamW. "without adapters"
 is the base alone under Inductor with the gradient of every activation: what a step took if adapters cost nothing.
-`--memory` adds the peak of resident memory in a step, each backend in a process of its own.
+`--memory` adds the peak of resident memory in a step, each backend in a process of its own; `--plot` draws the losses.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="needs matplotlib: pip install 'gawscompile[bench]'")
     options = parser.parse_args(argv)
     if options.probe:
         setup = Setup(options.model, options.dtype[0], options.rank, layers=options.layers)
@@ -156,6 +157,23 @@ def main(argv: list[str] | None = None) -> None:
         options.markdown,
         lambda markdown: f"{measure.describe(facts)}\n\n{what}{table(rows, options.backends, markdown)}",
     )
+    if options.plot:
+        plot(rows, options.plot)
+
+
+def plot(rows: dict[str, Any], file: Path) -> None:
+    """Losses over steps: a panel for each dtype, a line for each backend."""
+    if (figure := common.figure(4.4 * len(rows), 3.2)) is None:
+        return
+    for axes, (name, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+        for number, (backend, losses) in enumerate(row["times"]["losses"].items()):
+            if backend != "without adapters":
+                axes.plot(losses, label=backend, linewidth=4 - number, alpha=0.7)
+        axes.set(xlabel="step", title=name)
+        axes.title.set_fontsize(8)
+        axes.legend(fontsize=7)
+    figure.axes[0].set_ylabel("loss, the same batch in every step")
+    common.save(figure, file)
 
 
 def _probe(options: argparse.Namespace, dtype: str, backend: str) -> Any:

@@ -106,6 +106,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokens", type=whole(1), default=1, help="tokens of text in the call that is compiled (default 1)"
     )
+    command.add_argument("--training", action="store_true", help="compile the backward of the adapters too")
 
 
 def _explain(arguments: argparse.Namespace) -> str:
@@ -117,7 +118,8 @@ def _explain(arguments: argparse.Namespace) -> str:
         new_folder("--dump", arguments.dump)
     model, inputs = _load(arguments)
     options = {"dump": arguments.dump} if arguments.dump else {}
-    report = gawscompile.explain(model, options=options, measure=arguments.measure, serving=arguments.serving, **inputs)
+    way = {name: getattr(arguments, name) for name in ("measure", "serving", "training")}
+    report = gawscompile.explain(model, options=options, **way, **inputs)
     if arguments.html:
         arguments.html.write_text(report.to_html(), encoding="utf-8")
         return str(arguments.html)
@@ -130,7 +132,7 @@ def _emit(arguments: argparse.Namespace) -> str:
     gpu = ahead.gpu_for(arguments.target)
     new_folder("--out", arguments.out, empty=True)
     model, inputs = _load(arguments, gpu)
-    traced = ahead.trace(model, gpu, **inputs)
+    traced = ahead.trace(model, gpu, training=arguments.training, **inputs)
     return ahead.emit(traced, arguments.target, arguments.tokens, arguments.out)
 
 
@@ -194,6 +196,13 @@ def _load(arguments: argparse.Namespace, gpu: Gpu | None = None) -> tuple[Any, d
     dtype = getattr(torch, arguments.dtype)
     folder = arguments.model or packaged.smollm2()
     model = folders.load(folder, dtype, arguments.adapter, arguments.rank, arguments.splits)
+    if arguments.training:
+        if arguments.bank:
+            raise OptionError("--training: adapters in a bank are not trained: leave out --bank")
+        prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # of the factors' names
+        for name, parameter in model.train().named_parameters():
+            if prefix and prefix in name:  # an adapter from a folder comes frozen
+                parameter.requires_grad_(True)
     if arguments.bank:
         with devices.planning_for(gpu) if gpu else contextlib.nullcontext():
             AdapterBank(model)

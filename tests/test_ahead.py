@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch.fx import Graph
@@ -26,7 +27,7 @@ def _layer(**sizes: int) -> torch.nn.Module:
 
     torch.manual_seed(0)
     given = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
-    config = LlamaConfig(vocab_size=64, num_hidden_layers=1, **{**given, **sizes})
+    config = LlamaConfig(**{"vocab_size": 64, "num_hidden_layers": 1, **given, **sizes})
     return LlamaModel(config).to(torch.bfloat16).eval()
 
 
@@ -67,6 +68,20 @@ def test_the_graph_calls_what_the_record_says(layers: dict[str, list[ahead.Trace
         assert _calls(graph.after) == len(graph.record.groups) == 4 and _calls(graph.before) == 0, kind
         assert all(group.kernel.startswith("triton:") for group in graph.record.groups)
         assert _launches([graph]) == 4
+
+
+def test_a_training_step_reads_and_launches_less():
+    """Forward and backward of two layers, bf16 with fp32 factors: bytes and launches of the groups, by H100's plans."""
+    base = _layer(num_hidden_layers=2)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules="all-linear")).train()
+    (graph,) = ahead.trace(model, GPUS["H100"], input_ids=torch.zeros(1, 512, dtype=torch.int64), training=True)
+    assert all(entry.status == "fused" for entry in graph.record.linears)
+    backward = [entry.path for entry in graph.record.linears if entry.adapters and entry.backward]
+    assert len(backward) == 14 - 3  # the first layer's q, k and v have no one to send a gradient to
+    works = [(group.before, group.after) for group in graph.record.groups]
+    launches = [sum(work.launches for work in side if work) for side in zip(*works, strict=True)]
+    moved = [sum(int(work.bytes) for work in side if work) for side in zip(*works, strict=True)]
+    assert launches[1] <= 0.7 * launches[0] and moved[1] <= 0.7 * moved[0], (launches, moved)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,42 @@ def test_steps_follow_the_optimizer_and_nothing_recompiles():
     assert losses[1][0] != losses[1][2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gaws", "gawsd", "zflora", "dora"])
+def test_fifty_steps_go_as_in_eager(kind):
+    """The same batches: losses fall alike, and the factors end up alike."""
+    from gawscompile.adapters import ZFLoRAConfig
+
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    configs = {
+        "zflora": lambda: ZFLoRAConfig(r=4),
+        "dora": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=linears),
+    }
+    config = configs[kind]() if kind in configs else gaws_config(kind, target_modules=linears)
+    losses, factors = [], []
+    for backend in ("eager", "gaws"):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(small_llama(layers=1, lora=None), config).train()
+        options = {"options": STRICT} if backend == "gaws" else {}
+        mark = len(RECORDS)
+        run = torch.compile(model, backend=backend, dynamic=False, **options)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        losses.append([])
+        for step in range(50):
+            ids = tokens(2, 12, seed=step % 5)
+            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[-1].append(loss.item())
+        factors.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    (record,) = RECORDS.since(mark)
+    assert sum(entry.status == "fused" for entry in record.linears) >= 7
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert (factors[1] - factors[0]).norm() < 0.02 * factors[0].norm()
+
+
 def test_switched_off():
     captured = joint(adapted())
     taken_on = {("cpu", None): True, ("cuda", None): False, ("cpu", False): False, ("cuda", True): True}

@@ -46,30 +46,52 @@ def gpu_for(target: str) -> Gpu:
     return known[max((capability for capability in known if capability <= int(architecture)), default=min(known))]
 
 
-def trace(model: torch.nn.Module, gpu: Gpu, *args: Any, **inputs: Any) -> list[Traced]:
-    """Every graph of one call ``model(*args, **inputs)``, planned for `gpu`; without gradients, on copied inputs.
+def trace(model: torch.nn.Module, gpu: Gpu, *args: Any, training: bool = False, **inputs: Any) -> list[Traced]:
+    """Every graph of one call ``model(*args, **inputs)``, planned for `gpu`, on copied inputs. With `training` a graph
+    that needs gradients is one of forward and backward; else there are no gradients.
 
     Raises what the model and our passes raise.
     """
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import default_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    from gawscompile.backend import GawsPass
+    from gawscompile.backend import GawsPass, stored_inputs
     from gawscompile.options import Options
 
     found: list[Traced] = []
+    stored: frozenset[int] = frozenset()
+
+    def rewritten(gm: torch.fx.GraphModule) -> None:
+        after = copy.deepcopy(gm.graph)
+        hook = GawsPass(Options(strict=True, training=True), "ahead of time", "cuda", stored=stored)
+        with devices.planning_for(gpu):
+            hook(after)
+        assert hook.record is not None
+        found.append(Traced(copy.deepcopy(gm.graph), after, hook.record))
 
     def compiler(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        before = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        hook = GawsPass(Options(strict=True), "ahead of time", "cuda")
-        with devices.planning_for(gpu):
-            hook(gm.graph)
-        assert hook.record is not None
-        found.append(Traced(before.graph, gm.graph, hook.record))
-        return torch._functorch.aot_autograd.make_boxed_func(before.forward)
+        rewritten(gm)
+        return make_boxed_func(gm.forward)
 
-    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, decompositions=select_decomp_table())
-    call_once(model, backend, args, inputs)
+    def partition(gm: torch.fx.GraphModule, *rest: Any, **settings: Any) -> Any:
+        rewritten(gm)
+        return default_partition(gm, *rest, **settings)
+
+    through = aot_autograd(
+        fw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+        inference_compiler=compiler,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+    )
+
+    def backend(gm: torch.fx.GraphModule, inputs_: Any) -> Any:
+        nonlocal stored
+        stored = stored_inputs(gm, inputs_)
+        return through(gm, inputs_)
+
+    call_once(model, backend, args, inputs, training=training)
     return found
 
 

@@ -11,6 +11,8 @@ def _lora(rank: int | None, dtype: str = "f32", scale: str = "2.0") -> str:
 KRONECKER = {
     "transposed": f"k=70 x=f32; n=90 wt=f32 out=f32 bias=f32 residual=f32{_lora(5)}; n=24 w=f32 out=f32",
     "transposed_odd": f"k=101 x=bf16; n=37 wt=bf16 out=bf16 bias=bf16{_lora(3, 'f32')}; n=7 wt=bf16 out=bf16",
+    "backward": "k=70 x=bf16; n=48 wt=bf16 out=bf16 residual=bf16 given(r=4 f32 z=f32)",
+    "backward_narrow": "k=96 x=bf16; n=16 wt=f32 out=f32",
     "transposed_even": "k=256 x=f16; n=96 wt=f16 out=f16; n=64 wt=bf16 out=f32",
     "gaws": "k=64 x=f32; n=128 w=f32 out=f32 kron(4*32x16*1 f32 s=1.0); n=64 w=f32 out=f32 kron(4*16x16*1 f32 s=1.0)",
     "gaws_crossing": "k=64 x=f32; n=48 w=f32 out=f32 kron(4*12x16*1 f32 s=1.0)",

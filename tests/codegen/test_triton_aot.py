@@ -19,6 +19,8 @@ from gawscompile.codegen.triton import Plan
 from gawscompile.codegen.triton_aot import TARGETS, Compiled
 from gawscompile.ir.spec import KernelSpec
 from tests.codegen.triton_specs import (
+    BACKWARD,
+    BACKWARD_NARROW,
     BANK,
     CONV1D,
     CROSSING,
@@ -75,6 +77,7 @@ ON_ALL = [(LLAMA, SINGLE), (LLAMA, TILE), (GAWS, KRON), (BANK, SINGLE)]
 ON_ONE = [(LOKR, SINGLE), (SWIGLU, TILE), (DORA, SINGLE), (GIVEN, TILE), (BANK, TILE)]
 """Kernels that the fast tests compile for NVIDIA and for AMD, and for NVIDIA alone."""
 OTHERS = [(LLAMA, GEMM), (GAWSD, KRON), (LOKR, TILE), (SWIGLU, SINGLE), (GIVEN, STREAM), (BANK, TWO), (BANK, GEMM)]
+OTHERS += [(BACKWARD, TILE), (BACKWARD, GEMM), (BACKWARD_NARROW, STREAM)]
 
 
 def _targeted(spec: KernelSpec, plan: Plan, target: str) -> Any:

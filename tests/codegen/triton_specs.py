@@ -48,6 +48,9 @@ KRONECKER = {
     "crossing": CROSSING,
 }
 BANK = llama(*["bank(bf16 x16)"] * 3)
+BACKWARD = KernelSpec.parse("k=3072 x=bf16; n=8192 wt=bf16 out=bf16 residual=bf16 given(r=16 f32 z=f32)")
+BACKWARD_NARROW = KernelSpec.parse("k=8192 x=bf16; n=16 wt=f32 out=f32")
+"""dx = Wᵀ dy + Aᵀ v, added to the gradients of x that are there already, and v = Bᵀ dy."""
 GIVEN = llama(*["given(r=32 bf16 z=bf16)"] * 3)
 DORA = llama(*["rowscale=f32 lora(r=16 bf16 s=2.0)"] * 3)
 NF4, INT8 = (

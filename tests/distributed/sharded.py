@@ -42,6 +42,7 @@ MLP = {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "
 """What two ranks can share of SmolLM2, which has three key heads."""
 
 
+@torch.no_grad()
 def adapted(base: Any, target_modules: Any = "all-linear", size: float = 0.2) -> Any:
     """`base` with a LoRA on all linears, whose numbers, of about a `size`, depend on their names alone; each rank keeps
     its shard."""

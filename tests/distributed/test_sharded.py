@@ -39,7 +39,7 @@ def test_adapters_of_a_sharded_model_are_fused_and_add_no_collective(case, tmp_p
 
 @pytest.mark.slow
 def test_torchs_own_ways_to_spread_a_model(tmp_path):
-    right(tmp_path, "tests.distributed.ways", "by_hand", "sequence", "fsdp", "ddp")
+    right(tmp_path, "tests.distributed.ways", "by_hand", "replicated", "sequence", "fsdp", "ddp", "ddp_steps")
 
 
 @pytest.mark.slow

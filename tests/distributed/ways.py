@@ -1,6 +1,6 @@
 """Run by ``torchrun``, a process for each rank: torch's own ways to spread a model with PEFT's LoRA over processes.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.ways by_hand sequence fsdp ddp
+    torchrun --nproc-per-node 2 -m tests.distributed.ways by_hand replicated sequence fsdp ddp ddp_steps
 """
 
 from __future__ import annotations
@@ -113,6 +113,24 @@ def sequence(mesh: Any) -> None:
     assert counts == {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}, counts  # as many as without LoRA
 
 
+def replicated(mesh: Any) -> None:
+    """Factors that every rank has whole, beside a base in parts: the base's collectives remain the only ones."""
+    torch.manual_seed(0)
+    model = adapted(Mlp().eval(), target_modules=list(SEVEN))
+    x = torch.randn(2, 3, 64)
+    want = model(x)
+    name = "base_model.model.{}_proj.base_layer"
+    plan: dict[str, Any] = {
+        name.format("gate"): ColwiseParallel(output_layouts=Replicate()),
+        name.format("up"): ColwiseParallel(output_layouts=Replicate()),
+        name.format("down"): RowwiseParallel(input_layouts=Replicate()),
+    }
+    report = explained(parallelize_module(model, mesh, plan), want, x=x)
+    assert len(report.linears) == 9 and all(entry.status == "fused" for entry in report.linears), str(report)
+    counts = Counter(one.split()[0] for record in RECORDS.since(len(RECORDS) - 1) for one in record.collectives)
+    assert counts == {"all_gather_into_tensor": 2, "all_reduce": 1}, counts  # as many as without LoRA
+
+
 def fsdp(mesh: Any) -> None:
     """FSDP2: parameters are gathered by hooks, between graphs."""
     ids = torch.arange(7)[None] + 3
@@ -144,6 +162,31 @@ def ddp(mesh: Any) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         entries = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
         assert len(entries) == 7 and all(entry.status == "fused" for entry in entries), (spread, entries)
+
+
+@torch.enable_grad()
+def ddp_steps(mesh: Any) -> None:
+    """Training under DDP: gradients are the mean over all ranks' rows, and the factors stay alike."""
+    torch.manual_seed(0)
+    model = adapted(Block(), target_modules=list(SEVEN)).train()
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    mark = len(RECORDS)
+    run = torch.compile(torch.nn.parallel.DistributedDataParallel(model), backend="gaws", dynamic=False)
+    trained = [[p for p in one.parameters() if p.requires_grad] for one in (model, twin)]
+    optimizers = [torch.optim.AdamW(factors, lr=1e-2, fused=True) for factors in trained]
+    for step in range(3):
+        torch.manual_seed(step)
+        rows = torch.randn(dist.get_world_size(), 2, 3, 64)
+        run(rows[dist.get_rank()]).square().mean().backward()
+        twin(rows).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
+    entries = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
+    backward = [entry.backward for entry in entries if entry.status == "fused"]
+    assert len(entries) == len(backward) and set(backward) == {False, True}, entries
 
 
 @torch.no_grad()
