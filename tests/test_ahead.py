@@ -70,6 +70,7 @@ def test_the_graph_calls_what_the_record_says(layers: dict[str, list[ahead.Trace
         assert _launches([graph]) == 4
 
 
+@pytest.mark.slow
 def test_a_training_step_reads_and_launches_less():
     """Forward and backward of two layers, bf16 with fp32 factors: bytes and launches of the groups, by H100's plans."""
     base = _layer(num_hidden_layers=2)

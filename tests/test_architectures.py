@@ -68,9 +68,8 @@ def test_decode_over_a_growing_cache(name):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["Llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("Gemma 3", "GPT-NeoX"))]
-)
+@pytest.mark.slow  # test_generation has static caches too
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-NeoX"])
 def test_decode_with_a_static_cache(name):
     from transformers import StaticCache
 

@@ -61,6 +61,7 @@ def test_set_adapter(pair):
     assert torch.equal(logits(compiled), first)
 
 
+@pytest.mark.slow  # a row of test_guarantees
 def test_scaling(pair):
     model, compiled = pair
     before = logits(compiled)
@@ -71,6 +72,7 @@ def test_scaling(pair):
     same(compiled, model)
 
 
+@pytest.mark.slow  # a row of test_guarantees
 def test_disabling(pair):
     model, compiled = pair
     before = logits(compiled)
@@ -142,6 +144,7 @@ def test_gradients_get_all_their_guards():
     assert len(parameters) == 12 and all(p.grad is not None for p in parameters)
 
 
+@pytest.mark.slow  # a row of test_guarantees
 def test_a_module_of_another_dtype_recompiles():
     """GPT-2's position embedding keeps the sum in fp32, so eager takes a bf16 embedding, in half the memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -175,6 +178,7 @@ def test_resized_embeddings_recompile(pair):
     assert logits(compiled).shape[-1] == 136 and graphs_compiled() == graphs + 1
 
 
+@pytest.mark.slow  # a row of test_guarantees
 def test_an_adapter_of_another_rank_recompiles(pair, tmp_path):
     model, compiled = pair
     same(compiled, model)

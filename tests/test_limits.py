@@ -46,7 +46,10 @@ def said(caplog) -> list[str]:
 
 @pytest.mark.parametrize(
     ("compile_", "adapters", "limit"),
-    [(lambda model: torch.compile(model, backend="gaws"), 12, 8), (gawscompile.compile, 6, 3)],
+    [
+        (lambda model: torch.compile(model, backend="gaws"), 12, 8),
+        pytest.param(gawscompile.compile, 6, 3, marks=pytest.mark.slow),
+    ],
     ids=["torch.compile", "gawscompile.compile"],
 )
 def test_adapters_past_the_limit_are_told_once(caplog, compile_, adapters, limit):

@@ -178,7 +178,7 @@ def test_fifty_steps_go_as_in_eager(kind):
     (record,) = RECORDS.since(mark)
     assert sum(entry.status == "fused" for entry in record.linears) >= 7
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
-    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert losses[0][-1] < 0.95 * losses[0][0]
     assert (factors[1] - factors[0]).norm() < 0.02 * factors[0].norm()
 
 

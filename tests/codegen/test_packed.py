@@ -77,7 +77,9 @@ BESIDE = {
 # groups of whole steps, which bf16's dot products take
 GRID |= {f"{coding}-bf16-steps": every_kind(coding, "bf16", k=192) for coding in CODINGS}
 SPECS = {**BESIDE, **GRID}
-SLOW = {f"{coding}-f16" for coding in CODINGS} | {f"{coding}-bf16" for coding in ("uint8", "fp4")}
+QUICK = ("int8-f32", "nf4-f32", "uint4_halves-f32", "table4_blocks-f32", "int8-bf16", "uint4_halves-bf16-steps")
+"""The fast ones of the grid; "all codings" has the others."""
+SLOW = GRID.keys() - set(QUICK)
 NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SPECS]
 
 

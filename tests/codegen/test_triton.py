@@ -383,11 +383,16 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     return lines
 
 
+ONCE = {"rank_17", "transposed_odd", "backward", "gaws_crossing", "gaws_diag", "gawsd_both", "blocks_crossing"}
+ONCE |= {"lokr_low", "packed_uint8", "packed_fp4_coded", "packed_nf4_coded", "bank_beside", "bias_and_residual_odd"}
+"""What the fast tests try with one number of tokens, beside all that is in `CORE`."""
+
+
 def takes_long(case: str) -> bool:
     """Whether the interpreter is long at it, and others try what it does."""
     spec, _, tokens = case.rpartition("-m")
     once = "17" if f"{spec}-m17" in CASES else "2"
-    return tokens in ("3", "5", "70") or (spec not in CORE and tokens != once)
+    return tokens in ("3", "5", "70") or (spec not in CORE and (spec not in ONCE or tokens != once))
 
 
 @pytest.mark.parametrize(

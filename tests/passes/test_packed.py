@@ -123,7 +123,7 @@ def test_an_adapter_joins(name):
     right(captured)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["by rows", "after the product", "zeros", "halves"])
 def test_narrow_activations(name, dtype):
     function, operands, text = SPELLINGS[name]

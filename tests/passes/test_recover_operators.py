@@ -160,7 +160,7 @@ def test_fp64_is_refused():
     assert {(entry.status, entry.reason) for entry in entries} == {("rejected", "DTYPE")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_every_adapter_of_a_model_is_recovered(dtype):
     layers = 2
     for model, adapted in ((small_llama(dtype, layers), 7 * layers), (small_bert(dtype, layers), 6 * layers + 1)):
