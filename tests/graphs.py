@@ -8,6 +8,7 @@ kernels are captured with ``kernels=True``.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +121,19 @@ def capture(
         torch.compile(function, backend=backend, dynamic=dynamic)(*args, **kwargs)
     (captured,) = found
     return captured
+
+
+@functools.cache
+def llama_graph(layers: int = 2, dtype: torch.dtype = torch.float32, dynamic: bool = False) -> Captured:
+    """`small_llama`, called with two rows of five tokens. Tests share it: tracing it takes much longer than what is
+    tried with it, and `Captured.until` works on a copy."""
+    return capture(small_llama(dtype, layers), tokens(2, 5), use_cache=False, dynamic=dynamic)
+
+
+@functools.cache
+def bert_graph(layers: int = 2, dtype: torch.dtype = torch.float32) -> Captured:
+    """`small_bert`, called with two rows of five tokens."""
+    return capture(small_bert(dtype, layers), tokens(2, 5))
 
 
 def capture_joint(function: Callable[..., Any], *args: Any, dynamic: bool | None = False, **kwargs: Any) -> Captured:

@@ -137,7 +137,7 @@ def breaks(context: Context) -> None:
     context.graph.output_node().prepend(first)
 
 
-ELSEWHERE = {"join_collectives", "sink_scales", "gather_summands", "turn_products"}
+ELSEWHERE = {"join_collectives", "sink_scales", "gather_summands", "turn_products", "join_gradients"}
 """Passes that match nothing in the zoo."""
 
 

@@ -81,12 +81,18 @@ def train(
     progress: bool = True,
     text: list[tuple[str, str]] | None = None,
     rate: float = LEARNING_RATE,
+    backend: str = "eager",
 ) -> float:
     """Trains the adapter of the PEFT model `model` for `steps` steps of AdamW; the last step's loss.
 
     On `text` if given, else on all of `pairs`. One fixed seed decides the order of the examples. Leaves the model in
-    eval mode, with no gradients held.
+    eval mode, with no gradients held. `backend`: of torch.compile, for the layers, which share what is compiled.
     """
+    layers: Any = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    if backend != "eager":
+        model.enable_input_require_grads()  # so that the first layer is like the others
+        for layer in layers:
+            layer.compile(backend=backend, dynamic=True)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     examples = [_example(tokenizer, *pair) for pair in (pairs() if text is None else text)]
@@ -113,6 +119,10 @@ def train(
             _progress(step + 1, steps, loss_value, time.perf_counter() - began)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
+    if backend != "eager":
+        model.disable_input_require_grads()
+        for layer in layers:
+            layer._compiled_call_impl = None
     return loss_value
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from gawscompile.analysis.reading import aten, shape
 from gawscompile.ir.sums import linear
-from tests.graphs import capture, count, small_bert, small_llama, tokens
+from tests.graphs import bert_graph, capture, count, llama_graph
 
 
 def test_mm_between_views_becomes_a_linear_on_the_unflattened_activation():
@@ -65,8 +65,8 @@ def test_strided_weight_is_reported():
 
 def test_counts_follow_from_the_model_and_a_second_run_matches_nothing():
     layers = 2
-    for model, per_layer, rest in ((small_llama(layers=layers), 7, 1), (small_bert(layers=layers), 6, 1)):
-        context = capture(model, tokens(1, 5), use_cache=False).until("canonicalize")
+    for captured, per_layer, rest in ((llama_graph(layers), 7, 1), (bert_graph(layers), 6, 1)):
+        context = captured.until("canonicalize")
         adapters = 2 * (per_layer * layers + (rest if per_layer == 6 else 0))
         assert context.record.passes["canonicalize"] == per_layer * layers + rest + adapters
         from gawscompile.passes import canonicalize
@@ -76,6 +76,6 @@ def test_counts_follow_from_the_model_and_a_second_run_matches_nothing():
 
 
 def test_values_with_a_symbolic_number_of_tokens():
-    captured = capture(small_llama(layers=1), tokens(1, 5), use_cache=False, dynamic=True)
+    captured = llama_graph(1, dynamic=True)
     context = captured.until("canonicalize")
     torch.testing.assert_close(captured.run(context), captured.outputs)

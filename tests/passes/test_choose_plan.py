@@ -8,7 +8,7 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import project
 from gawscompile.planning import cost, devices
 from gawscompile.planning.devices import Device
-from tests.graphs import capture, count, small_bert, small_llama, tokens
+from tests.graphs import capture, count, llama_graph, small_bert, small_llama, tokens
 
 SLOW_LIBRARY = Device(
     "slow library", 50e9, 2e-6, 2e-6, *({d: r for d in ("f32", "bf16", "f16")} for r in (3e11, 1e10, 1e10))
@@ -69,7 +69,7 @@ def test_adapted_linears_stay_and_accumulate_onto_the_library(device):
 
 
 def test_symbolic_tokens_keep_the_whole_table():
-    context = capture(small_llama(layers=1), tokens(1, 5), use_cache=False, dynamic=True).until("choose_plan")
+    context = llama_graph(1, dynamic=True).until("choose_plan")
     spec = KernelSpec.parse(context.record.groups[0].spec)
     assert context.record.groups[0].plan == str(cost.plan(spec).table)
     assert not context.record.groups[0].tokens.isdigit()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from gawscompile.analysis.reading import aten
 from gawscompile.ir.records import Reason
 from gawscompile.ir.sums import project
-from tests.graphs import capture, count, small_bert, small_llama, tokens
+from tests.graphs import bert_graph, capture, count, llama_graph
 from tests.passes.test_fuse_zflora import specs
 
 
@@ -15,10 +15,8 @@ def residuals(context):
     return sum(p.residual is not None for spec in specs(context) for p in spec.projections)
 
 
-@pytest.mark.slow
 def test_two_residuals_a_layer():
-    for model, inputs in ((small_llama(layers=2), {"use_cache": False}), (small_bert(layers=2), {})):
-        captured = capture(model, tokens(1, 4), **inputs)
+    for captured in (llama_graph(), bert_graph()):
         before, after = captured.until("fuse_zflora"), captured.until("fuse_epilogues")
         assert residuals(after) == 4
         assert count(before, aten.add.Tensor) - count(after, aten.add.Tensor) == 4 + gated(after)
@@ -97,7 +95,7 @@ def test_gate_and_up_leave_one_output(function, dtype):
 
 
 def test_each_layer_of_a_llama_with_adapters_is_gated():
-    captured = capture(small_llama(layers=2), tokens(1, 4), use_cache=False)
+    captured = llama_graph()
     context = captured.until("fuse_epilogues")
     assert gated(context) == 2
     assert all(p.lowrank for spec in specs(context) if spec.swiglu for p in spec.projections)

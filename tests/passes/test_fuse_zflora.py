@@ -5,7 +5,7 @@ import torch
 from gawscompile.ir.operators import LowRank
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum, operands_of, operator_group, project
-from tests.graphs import capture, count, small_bert, small_llama, tokens
+from tests.graphs import bert_graph, count, llama_graph
 
 
 def specs(context):
@@ -13,7 +13,7 @@ def specs(context):
 
 
 def test_specs_say_what_the_model_has():
-    context = capture(small_llama(layers=1), tokens(1, 4), use_cache=False).until("fuse_zflora")
+    context = llama_graph(1).until("fuse_zflora")
     assert count(context, operator_group) == 0
     qkv, o, gate_up, down, head = specs(context)
     assert [p.n for p in qkv.projections] == [64, 32, 32] and {p.rank for p in qkv.projections} == {8}
@@ -23,7 +23,7 @@ def test_specs_say_what_the_model_has():
 
 
 def test_operands_come_in_the_order_of_the_spec():
-    captured = capture(small_bert(torch.bfloat16), tokens(2, 4))
+    captured = bert_graph(dtype=torch.bfloat16)
     context = captured.until("fuse_zflora")
     for node in context.graph.find_nodes(op="call_function", target=project):
         spec = KernelSpec.of(*node.args[:3])
@@ -35,7 +35,7 @@ def test_operands_come_in_the_order_of_the_spec():
 
 def test_dropping_an_adapter_from_the_spec_changes_the_values():
     """The guard of the tests above: they would see a lost adapter."""
-    captured = capture(small_llama(layers=1), tokens(1, 4), use_cache=False)
+    captured = llama_graph(1)
     context = captured.until("fuse_zflora")
     node = context.graph.find_nodes(op="call_function", target=project)[0]
     x, sums, *rest = node.args

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from gawscompile.ir.sums import operator_group, operator_sum
 from gawscompile.passes import group_siblings
-from tests.graphs import capture, count, small_bert, small_llama, tokens
+from tests.graphs import bert_graph, capture, count, llama_graph, small_llama, tokens
 
 
 def sizes(context):
@@ -14,17 +14,17 @@ def sizes(context):
 
 
 def test_counts_follow_from_the_model():
-    layers = 3
-    context = capture(small_llama(layers=layers), tokens(1, 4), use_cache=False).until("group_siblings")
+    layers = 2
+    context = llama_graph(layers).until("group_siblings")
     # q/k/v, o, gate/up, down in every layer, and the head
     assert sizes(context) == sorted([3, 1, 2, 1] * layers + [1])
-    context = capture(small_bert(layers=layers), tokens(1, 4)).until("group_siblings")
+    context = bert_graph(layers).until("group_siblings")
     assert sizes(context) == sorted([3, 1, 1, 1] * layers + [1])
     assert count(context, operator_sum) == 0
 
 
 def test_groups_keep_their_values_and_a_second_run_matches_nothing():
-    captured = capture(small_llama(), tokens(2, 4), use_cache=False)
+    captured = llama_graph()
     context = captured.until("group_siblings")
     torch.testing.assert_close(captured.run(context), captured.outputs)
     before = context.record.passes["group_siblings"]

@@ -9,12 +9,12 @@ from gawscompile.ir.operators import Bias, LowRank
 from gawscompile.ir.sums import Sum, operator_sum, project
 from gawscompile.passes.context import VerifierError, verify
 from gawscompile.runtime.ops import OPS
-from tests.graphs import capture, small_llama, tokens
+from tests.graphs import llama_graph
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def captured():
-    return capture(small_llama(layers=1), tokens(1, 4), use_cache=False)
+    return llama_graph(1)
 
 
 def refused(context, node, says):
