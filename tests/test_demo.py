@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 
+from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.demo import __main__ as demo
 from gawscompile.demo import persona, serving
 from gawscompile.demo.decoding import Decoder
 
 
 def run(folder, *more: str) -> int:
-    return demo.main(["--model", str(folder), "--tokens", "8", "--steps", "2", *more])
+    return demo.main(["--model", str(folder), "--tokens", "8", "--steps", "2", "--train-backend", "eager", *more])
 
 
 def test_the_text_is_a_dozen_answers_in_one_manner():
@@ -46,8 +47,27 @@ def test_training_changes_only_the_adapter_and_is_repeatable(tiny_llama_dir):
 
 
 @pytest.mark.slow
+def test_training_through_gaws_ends_where_eager_ends(tiny_llama_dir):
+    """Batches of other lengths, one graph for all layers; and the model is as it was, but for the adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    losses, factors = [], []
+    for backend in ("eager", "gaws"):
+        torch.manual_seed(0)
+        model = persona.attach_lora(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), rank=4)
+        graphs = graphs_compiled()
+        losses.append(persona.train(model, tokenizer, 20, progress=False, backend=backend))
+        factors.append([value for name, value in model.named_parameters() if "lora_" in name])
+    assert graphs_compiled() - graphs == 1
+    assert all(layer._compiled_call_impl is None for layer in model.base_model.model.model.layers)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(factors[1], factors[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_a_tiny_model_goes_all_the_way(tiny_llama_dir, capsys):
-    assert run(tiny_llama_dir, "--backends", "eager,gaws") == 0
+    assert run(tiny_llama_dir, "--backends", "eager,gaws", "--train-backend", "gaws") == 0
     out = capsys.readouterr().out
     assert "gaws, with LoRA: the same 8 tokens as eager, with LoRA" in out
     assert "warning" not in out

@@ -59,6 +59,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter", type=path, help="a PEFT adapter directory for it, instead of training one")
     parser.add_argument("--tokens", type=whole(1), default=72, help="tokens of text to write (default 72)")
     parser.add_argument("--steps", type=whole(0), default=28, help="training steps (default 28, about a second each)")
+    parser.add_argument("--train-backend", choices=("gaws", "eager"), default="gaws", help="what training runs through")
     parser.add_argument("--question", default=QUESTION, help="what the model is asked")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated, of: " + ", ".join(BACKENDS))
@@ -155,8 +156,9 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     torch.manual_seed(0)
     learner = persona.attach_lora(measure.sharing_copy(full).to(options.device))
     count = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
-    print(f"\nTraining a LoRA (r = {persona.RANK}, every linear but the head, {count / 1e6:.1f} M numbers):")
-    persona.train(learner, tokenizer, options.steps)
+    how = "by eager PyTorch" if options.train_backend == "eager" else "through gaws, whose first step compiles"
+    print(f"\nTraining a LoRA (r = {persona.RANK}, every linear but the head, {count / 1e6:.1f} M numbers) {how}:")
+    persona.train(learner, tokenizer, options.steps, backend=options.train_backend)
     with tempfile.TemporaryDirectory(prefix="gaws-demo-") as scratch:
         learner.save_pretrained(scratch, save_embedding_layers=False)
         adapted = PeftModel.from_pretrained(measure.sharing_copy(base), scratch)

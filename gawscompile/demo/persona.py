@@ -56,7 +56,7 @@ def _example(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> 
 
 def _batch(examples: list[tuple[list[int], list[int]]], device: torch.device) -> dict[str, torch.Tensor]:
     """Examples padded on the right: ``input_ids``, ``labels``, ``attention_mask``, each ``[batch, tokens]``."""
-    longest = max(len(ids) for ids, _ in examples)
+    longest = max(len(ids) for ids, _ in examples) + 1  # where nothing is padded there is no mask, and another graph
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for ids, labels in examples:
         padding = longest - len(ids)
