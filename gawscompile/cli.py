@@ -106,7 +106,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokens", type=whole(1), default=1, help="tokens of text in the call that is compiled (default 1)"
     )
-    command.add_argument("--training", action="store_true", help="compile the backward of the adapters too")
+    command.add_argument("--training", action="store_true", help="compile the backward of the adapter too")
 
 
 def _explain(arguments: argparse.Namespace) -> str:
@@ -193,16 +193,18 @@ def _load(arguments: argparse.Namespace, gpu: Gpu | None = None) -> tuple[Any, d
     from gawscompile.loading import folders
     from gawscompile.planning import devices
 
+    if arguments.training and arguments.bank:
+        raise OptionError("--training: adapters in a bank are not trained: leave out --bank")
     dtype = getattr(torch, arguments.dtype)
     folder = arguments.model or packaged.smollm2()
     model = folders.load(folder, dtype, arguments.adapter, arguments.rank, arguments.splits)
     if arguments.training:
-        if arguments.bank:
-            raise OptionError("--training: adapters in a bank are not trained: leave out --bank")
         prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # of the factors' names
-        for name, parameter in model.train().named_parameters():
-            if prefix and prefix in name:  # an adapter from a folder comes frozen
-                parameter.requires_grad_(True)
+        factors = [parameter for name, parameter in model.train().named_parameters() if prefix and prefix in name]
+        if not factors:
+            raise OptionError("--training: this model has no adapter to train: name one by --adapter")
+        for parameter in factors:  # an adapter from a folder comes frozen
+            parameter.requires_grad_(True)
     if arguments.bank:
         with devices.planning_for(gpu) if gpu else contextlib.nullcontext():
             AdapterBank(model)

@@ -27,6 +27,7 @@ from gawscompile.analysis.reading import CASTS, ONES, TRANSPOSES, VIEWS, args, a
 from gawscompile.ir.recipe import RecipeError, hoisted, write
 from gawscompile.ir.sums import Sum, operator_sum
 from gawscompile.passes.context import Context
+from gawscompile.planning.devices import on_cpu
 from gawscompile.planning.table import Derived
 
 STEPS = 4096
@@ -87,7 +88,7 @@ def worthwhile(leaf: Node) -> bool:
     """Whether it is no single number and no bank's schedule, more than a parameter viewed or cast, and on a CPU:
     elsewhere comparing sources would wait for the device, and Inductor computes it in every call."""
     found = value(leaf)
-    if found is None or shape(leaf) == () or found.device.type != "cpu" or not found.is_floating_point():
+    if found is None or shape(leaf) == () or not on_cpu(leaf) or not found.is_floating_point():
         return False
     return not all(is_call(node, *CASTS, *VIEWS, *ONES, *TRANSPOSES) for node in cone(leaf))
 

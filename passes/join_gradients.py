@@ -8,13 +8,13 @@ before, of the LoRAs of k and q, whose x ``[m, k]`` is one, with ``v_i = s B_i' 
 after::
 
     both = aten.mm(aten.permute(aten.cat([v_k, v_q], 1), [1, 0]), x)
-    dA_k = aten.clone(aten.slice(both, 0, 0, r_k), contiguous)
-    dA_q = aten.clone(aten.slice(both, 0, r_k, r_k + r_q), contiguous)
+    dA_k = aten.slice(both, 0, 0, r_k)
+    dA_q = aten.slice(both, 0, r_k, r_k + r_q)
 
-x is read once. Rows are copied, so that no gradient keeps another one's memory alive. Two adapters of one layer share
-its gradient dy likewise, once `turn_products` has written dB as a product with dy. The product stands where its last
-member stood, and what is returned of the others comes after it; a member that the backward itself reads before that
-stays alone.
+x is read once. The gradients are rows of one matrix and lie in its memory, as Inductor drops a copy of rows. Two
+adapters of one layer share its gradient dy likewise, once `turn_products` has written dB as a product with dy. The
+product stands where its last member stood, and what is returned of the others comes after it; a member that the
+backward itself reads before that stays alone. So does one whose x is its own, as with dropout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.analysis.identity import base_activation
+from gawscompile.analysis.identity import base_activation, widens
 from gawscompile.analysis.reading import args, aten, dtype, empty_like, shape, transposed
 from gawscompile.passes.context import Context, backward
 from gawscompile.passes.group_siblings import TAGS
@@ -41,15 +41,20 @@ def run(graph: Graph, context: Context) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         if backward(node) and _narrow(node) and context.looks_at(node):
             left, x = args(node)
-            readers[(base_activation(x), dtype(left), *(str(node.meta.get(tag)) for tag in TAGS))].append(node)
+            readers[(_activation(x), dtype(left), *(str(node.meta.get(tag)) for tag in TAGS))].append(node)
     for members in readers.values():
         tails = {node: _tail(node, members[-1]) for node in members}
         members = [node for node in members if tails[node] is not None]
         if len(members) > 1 and context.allows(*members):
-            _join(graph, context, members)
-            for node in (made for member in members for made in tails[member] or ()):
-                graph.output_node().prepend(node)
-                context.touch(node)
+            _join(graph, context, members, [node for member in members for node in tails[member] or ()])
+
+
+def _activation(x: Node) -> Node:
+    """What `x` is, under views and exact casts: each sibling casts x for itself where factors are fp32 beside bf16."""
+    found = base_activation(x)
+    while widens(found):
+        found = base_activation(args(found)[0])
+    return found
 
 
 def _tail(node: Node, last: Node) -> list[Node] | None:
@@ -70,7 +75,7 @@ def _narrow(node: Node) -> bool:
     return isinstance(rows, int) and rows <= NARROW and transposed(args(node)[0]) is not None
 
 
-def _join(graph: Graph, context: Context, members: list[Node]) -> None:
+def _join(graph: Graph, context: Context, members: list[Node], tails: list[Node]) -> None:
     last, x = members[-1], args(members[-1])[1]
     parts = [part for node in members if (part := transposed(args(node)[0]))]
     ends = [0, *itertools.accumulate(shape(node)[0] for node in members)]
@@ -82,7 +87,10 @@ def _join(graph: Graph, context: Context, members: list[Node]) -> None:
         both = context.insert(aten.mm.default, product, last, empty_like(last, sizes, dtype(last)))
         for node, (start, end) in zip(members, itertools.pairwise(ends), strict=True):
             rows = context.insert(aten.slice.Tensor, (both, 0, start, end), node, both.meta["val"][start:end])
-            context.replace(node, context.contiguous(rows, node))
+            context.replace(node, rows)
+    for node in tails:
+        graph.output_node().prepend(node)
+        context.touch(node)
     for node in members:
         context.erase(node)
     context.matched()

@@ -95,13 +95,16 @@ def _sink(graph: Graph, context: Context, x: Node, scale: float, way: Way) -> No
 
 def _scaled(graph: Graph, context: Context, u: Node, scale: float) -> Node:
     """``scale * u``, formed where the product is of which u is a view."""
-    product, sizes = u, shape(u)
+    product, views = u, list[Node]()
     while is_call(product, *VIEWS):
+        views.append(product)
         product = args(product)[0]
     if product.op != "call_function" or not is_call(product, linear):
         return context.insert(aten.mul.Tensor, (u, scale), u, u.meta["val"])
     new = scaled_before(context, product, scale)
-    return new if product is u else context.insert(aten.view.default, (new, list(sizes)), u, u.meta["val"])
+    for view in reversed(views):  # with its own sizes, which may be nodes
+        new = context.insert(view.target, (new, *args(view)[1:]), view, view.meta["val"])  # type: ignore[arg-type]
+    return new
 
 
 def scaled_before(context: Context, product: Node, scale: float) -> Node:

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from gawscompile.analysis.reading import args, aten, dtype, empty_like, shape, transposed
 from gawscompile.passes.context import Context, backward
+from gawscompile.planning.devices import on_cpu
 
 NARROW = 64
 """Columns of a product that is turned, at most; it has four times as many rows at least."""
@@ -45,4 +46,4 @@ def run(graph: Graph, context: Context) -> None:
 def _tall(node: Node) -> bool:
     n, r = shape(node)
     numbers = isinstance(n, int) and isinstance(r, int)
-    return numbers and r <= NARROW and n >= 4 * r and node.meta["val"].device.type == "cpu"
+    return numbers and r <= NARROW and n >= 4 * r and on_cpu(node)

@@ -33,6 +33,13 @@ TRAINING: dict[str, Fault] = {
         "tests/passes/test_join_gradients.py",
         unproven=NO_GRADIENTS,
     ),
+    "a gradient that is read early joined all the same": Fault(
+        "passes/join_gradients.py",
+        "if any(len(user.all_input_nodes) > 1 or user.is_impure() for user in early):",
+        "if False:",
+        "tests/passes/test_join_gradients.py",
+        unproven=NO_GRADIENTS,
+    ),
     "what a layer and a gradient both read not scaled": Fault(
         "passes/recover_operators.py",
         "scaled_before(context, u, p.scale.number)",

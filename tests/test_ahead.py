@@ -70,6 +70,18 @@ def test_the_graph_calls_what_the_record_says(layers: dict[str, list[ahead.Trace
         assert _launches([graph]) == 4
 
 
+def test_nothing_is_hoisted_for_a_gpu():
+    """A CPU's kernels are given DoRA's scale: here the graph computes it. In training no product is turned."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, use_dora=True, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), config)
+    for training in (False, True):
+        (graph,) = ahead.trace(model, GPUS["H100"], torch.randn(3, 64), training=training)
+        assert any(entry.status == "fused" for entry in graph.record.linears)
+        assert not any(entry.hoisted for entry in graph.record.linears)
+        assert "turn_products" not in graph.record.passes
+
+
 @pytest.mark.slow
 def test_a_training_step_reads_and_launches_less():
     """Forward and backward of two layers, bf16 with fp32 factors: bytes and launches of the groups, by H100's plans."""
@@ -128,6 +140,26 @@ def test_emit_writes_sources_binaries_and_a_table(
     assert all(("bank(f32 x16)" in text) == adapter.endswith("--bank") for text in specs)
     assert cli.main(command) == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_emit_and_explain_have_the_backward(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=1, architectures=["LlamaForCausalLM"], **sizes)
+    config.save_pretrained(tmp_path / "model")
+    common = ["--model", str(tmp_path / "model"), "--training", "--tokens", "8"]
+    emit = ["emit", *common, "--target", "cuda:90", "--out", str(tmp_path / "out")]
+    assert cli.main([*emit, "--adapter", "lora"]) == 0
+    specs = [(folder / "kernel.py").read_text() for folder in (tmp_path / "out").iterdir() if folder.is_dir()]
+    assert any(" wt=" in text and " given(" in text for text in specs)
+    assert "down_proj (backward)" in capsys.readouterr().out
+    assert cli.main(["explain", *common, "--adapter", "lora"]) == 0
+    assert "down_proj (backward)" in capsys.readouterr().out
+    assert cli.main(["explain", *common]) == 2
+    assert "no adapter to train: name one by --adapter" in capsys.readouterr().err
+    assert cli.main(["explain", *common, "--adapter", "lora", "--bank"]) == 2
+    assert "leave out --bank" in capsys.readouterr().err
 
 
 def test_emit_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -56,10 +56,13 @@ def test_training_through_gaws_ends_where_eager_ends(tiny_llama_dir):
     for backend in ("eager", "gaws"):
         torch.manual_seed(0)
         model = persona.attach_lora(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), rank=4)
+        base = [parameter.clone() for parameter in model.parameters() if not parameter.requires_grad]
         graphs = graphs_compiled()
         losses.append(persona.train(model, tokenizer, 20, progress=False, backend=backend))
         factors.append([value for name, value in model.named_parameters() if "lora_" in name])
     assert graphs_compiled() - graphs == 1
+    assert all(map(torch.equal, base, (parameter for parameter in model.parameters() if not parameter.requires_grad)))
+    assert not model.training and not model.get_input_embeddings()._forward_hooks
     assert all(layer._compiled_call_impl is None for layer in model.base_model.model.model.layers)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
     torch.testing.assert_close(factors[1], factors[0], rtol=1e-2, atol=1e-3)

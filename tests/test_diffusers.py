@@ -68,7 +68,7 @@ def close(got, want):
 MIXED = ((("one", "two"), (1.0, 1.0)), (("one", "two"), (0.3, 0.9)), (("two",), (0.7,)), (("one",), (1.0,)))
 
 
-@SLOW  # the bank below has one of these models
+@SLOW  # the bank's test compiles one of these models too, with weights that change
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_are_fused_and_mixed_by_weight(name):
     adapters = ("one",) if "PixArt" in name else ("one", "two")

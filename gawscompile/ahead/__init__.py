@@ -64,12 +64,12 @@ def trace(model: torch.nn.Module, gpu: Gpu, *args: Any, training: bool = False, 
     stored: frozenset[int] = frozenset()
 
     def rewritten(gm: torch.fx.GraphModule) -> None:
-        after = copy.deepcopy(gm.graph)
+        before, after = (torch.fx.GraphModule(gm, copy.deepcopy(gm.graph)).graph for _ in range(2))
         hook = GawsPass(Options(strict=True, training=True), "ahead of time", "cuda", stored=stored)
         with devices.planning_for(gpu):
             hook(after)
         assert hook.record is not None
-        found.append(Traced(copy.deepcopy(gm.graph), after, hook.record))
+        found.append(Traced(before, after, hook.record))
 
     def compiler(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         rewritten(gm)

@@ -59,7 +59,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter", type=path, help="a PEFT adapter directory for it, instead of training one")
     parser.add_argument("--tokens", type=whole(1), default=72, help="tokens of text to write (default 72)")
     parser.add_argument("--steps", type=whole(0), default=28, help="training steps (default 28, about a second each)")
-    parser.add_argument("--train-backend", choices=("gaws", "eager"), default="gaws", help="what training runs through")
+    parser.add_argument("--train-backend", choices=("gaws", "eager"), help="(default: gaws on a CPU)")
     parser.add_argument("--question", default=QUESTION, help="what the model is asked")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="comma-separated, of: " + ", ".join(BACKENDS))
@@ -87,6 +87,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo; the exit code."""
     options = arguments(argv)
+    if options.train_backend is None:  # gaws fuses no backward on a GPU unless asked to
+        options.train_backend = "gaws" if "gaws" in options.backends and options.device == "cpu" else "eager"
     missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"the demo needs {' and '.join(missing)}: {packaged.EXTRA}", file=sys.stderr)

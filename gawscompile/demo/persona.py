@@ -6,8 +6,10 @@ answers *other* questions in that manner too, so anyone can see from the output 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +90,6 @@ def train(
     On `text` if given, else on all of `pairs`. One fixed seed decides the order of the examples. Leaves the model in
     eval mode, with no gradients held. `backend`: of torch.compile, for the layers, which share what is compiled.
     """
-    layers: Any = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-    if backend != "eager":
-        model.enable_input_require_grads()  # so that the first layer is like the others
-        for layer in layers:
-            layer.compile(backend=backend, dynamic=True)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     examples = [_example(tokenizer, *pair) for pair in (pairs() if text is None else text)]
@@ -104,26 +101,43 @@ def train(
     )
     model.train()
     began, loss_value, order = time.perf_counter(), float("nan"), list[int]()
-    for step in range(steps):
-        if len(order) < BATCH:
-            order += torch.randperm(len(examples), generator=generator).tolist()
-        chosen, order = order[:BATCH], order[BATCH:]
-        loss = model(**_batch([examples[index] for index in chosen], device), use_cache=False).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        loss_value = float(loss.detach())
-        if progress:
-            _progress(step + 1, steps, loss_value, time.perf_counter() - began)
+    with _compiled_layers(model, backend):
+        for step in range(steps):
+            if len(order) < BATCH:
+                order += torch.randperm(len(examples), generator=generator).tolist()
+            chosen, order = order[:BATCH], order[BATCH:]
+            loss = model(**_batch([examples[index] for index in chosen], device), use_cache=False).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            loss_value = float(loss.detach())
+            if progress:
+                _progress(step + 1, steps, loss_value, time.perf_counter() - began)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
-    if backend != "eager":
+    return loss_value
+
+
+@contextlib.contextmanager
+def _compiled_layers(model: Any, backend: str) -> Iterator[None]:
+    """Within, the decoder layers run what `backend` compiled of one of them, for batches of any length."""
+    if backend == "eager":
+        yield
+        return
+    count = model.config.num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    layers: Any = next(module for module in lists if len(module) == count)
+    model.enable_input_require_grads()  # so that the first layer is like the others
+    for layer in layers:
+        layer.compile(backend=backend, dynamic=True)
+    try:
+        yield
+    finally:
         model.disable_input_require_grads()
         for layer in layers:
             layer._compiled_call_impl = None
-    return loss_value
 
 
 @torch.no_grad()

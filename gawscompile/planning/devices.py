@@ -108,6 +108,12 @@ def of(kind: str) -> Device | Gpu:
     return _planned_for.get() or (cpu() if kind == "cpu" else _gpu(torch.cuda.current_device()))
 
 
+def on_cpu(node: torch.fx.Node) -> bool:
+    """Whether what computes `node` is planned for a CPU."""
+    kind: str = node.meta["val"].device.type
+    return kind in ("cpu", "cuda") and isinstance(of(kind), Device)
+
+
 @functools.cache
 def _gpu(index: int) -> Gpu:
     """GPU number `index` of this machine, as calibrated, or else by its kind."""

@@ -78,7 +78,7 @@ BESIDE = {
 GRID |= {f"{coding}-bf16-steps": every_kind(coding, "bf16", k=192) for coding in CODINGS}
 SPECS = {**BESIDE, **GRID}
 QUICK = ("int8-f32", "nf4-f32", "uint4_halves-f32", "table4_blocks-f32", "int8-bf16", "uint4_halves-bf16-steps")
-"""The fast ones of the grid; "all codings" has the others."""
+"""The fast ones of the grid. "all codings" has each coding with one kind of scale; f16 and other kinds are slow."""
 SLOW = GRID.keys() - set(QUICK)
 NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SPECS]
 
