@@ -46,7 +46,7 @@ def run(graph: Graph, context: Context) -> None:
         tails = {node: _tail(node, members[-1]) for node in members}
         members = [node for node in members if tails[node] is not None]
         if len(members) > 1 and context.allows(*members):
-            _join(graph, context, members, [node for member in members for node in tails[member] or ()])
+            _join(graph, context, members, sorted({node for member in members for node in tails[member] or ()}))
 
 
 def _activation(x: Node) -> Node:
@@ -58,11 +58,11 @@ def _activation(x: Node) -> Node:
 
 
 def _tail(node: Node, last: Node) -> list[Node] | None:
-    """What is made of `node` before `last`, in order, where the graph's outputs alone come of it: views and copies."""
+    """What is made of `node` before `last`, in order, where the graph's outputs alone come of it."""
     found, pending = [], [node]
     while pending:
         early = [user for user in pending.pop().users if user < last]
-        if any(len(user.all_input_nodes) > 1 or user.is_impure() for user in early):
+        if any(user.is_impure() for user in early):
             return None
         found += early
         pending += early
