@@ -31,7 +31,7 @@ from gawscompile.passes.context import Context, backward
 from gawscompile.passes.group_siblings import TAGS
 
 NARROW = 64
-"""Rows of a member, at most: wider ones keep the library busy alone."""
+"""Rows of a member, at most: beside wider products, x is a small part of what is read."""
 
 
 def run(graph: Graph, context: Context) -> None:

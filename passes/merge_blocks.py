@@ -44,6 +44,7 @@ from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_size, same_sizes
 from gawscompile.ir.sums import linear
 from gawscompile.passes.context import Context
+from gawscompile.planning.devices import on_cpu
 
 NARROWER = 2
 """The ranks of all blocks together are at most one in so many of the features of ΔW's narrower side."""
@@ -151,7 +152,7 @@ def _put(context: Context, end: Node, new: Node) -> None:
 
 def _replace(context: Context, x: Node, first: Blocks, second: Blocks, end: Node) -> None:
     rank, narrower = _size(second.read), min(shape(x)[-1], shape(end)[-1])
-    if x.meta["val"].device.type != "cpu":
+    if not on_cpu(x):
         _left(context, first.node, Reason.DEVICE, "nothing is hoisted on a GPU")
         return
     if NARROWER * rank > narrower:

@@ -19,6 +19,7 @@ from gawscompile.ir.sizes import same_sizes, same_strides
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
 from gawscompile.passes.hoist_weights import hoistable
+from gawscompile.planning.devices import on_cpu
 
 
 def on_an_opaque_base(node: Node, forms: dict[Node, Form], context: Context) -> Form | None:
@@ -69,7 +70,7 @@ def opaque_refusal(x: Node, product: Node, node: Node) -> tuple[Reason, str] | N
     odd = [str(d) for d in (dtype(x), dtype(product), dtype(node)) if d not in DTYPE_NAMES]
     if odd:
         return Reason.DTYPE, ", ".join(odd)
-    if x.meta["val"].device.type != "cpu":
+    if not on_cpu(x):
         return Reason.DEVICE, "on a GPU nothing is added to what a base's own matmul makes"
     plain = empty_like(product, shape(product), dtype(product))
     if not same_strides(shape(product), plain.stride(), product.meta["val"].stride()):

@@ -17,6 +17,7 @@ from gawscompile.ir.sizes import same_size, same_sizes, same_strides
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
 from gawscompile.passes.hoist_weights import hoistable
+from gawscompile.planning.devices import on_cpu
 
 
 def refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Reason, str] | None:
@@ -66,7 +67,7 @@ def vectors_refusal(form: Form, rowscale: Node | None) -> tuple[Reason, str] | N
 def _wider_and_small(x: Node, weight: Node) -> bool:
     """Whether the generated C++ multiplies them as they are: an fp32 factor that stands alone on a bf16 activation."""
     small = min(shape(weight)) <= NARROW and 4 * min(shape(weight)) <= max(shape(weight))
-    return small and dtype(weight).itemsize > dtype(x).itemsize and x.meta["val"].device.type == "cpu"
+    return small and dtype(weight).itemsize > dtype(x).itemsize and on_cpu(x)
 
 
 def shape_refusal(
@@ -111,7 +112,7 @@ def adapters_refusal(
             rank = p.matrices[0].sizes[0]
             if not 0 < rank <= min(base):
                 return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {base}"
-        elif p.matrices[-1].node.meta["val"].dim() == 1 and factors[-1].meta["val"].device.type != "cpu":
+        elif p.matrices[-1].node.meta["val"].dim() == 1 and not on_cpu(factors[-1]):
             return Reason.DEVICE, "on a GPU no adapter ends with a vector"
         else:
             needed, dense = sum(f.multiplications for f in p.matrices), math.prod(base)

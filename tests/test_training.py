@@ -166,6 +166,7 @@ def test_fifty_steps_go_as_in_eager(kind):
         mark = len(RECORDS)
         run = torch.compile(model, backend=backend, dynamic=False, **options)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+        start = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
         losses.append([])
         for step in range(50):
             ids = tokens(2, 12, seed=step % 5)
@@ -178,8 +179,8 @@ def test_fifty_steps_go_as_in_eager(kind):
     (record,) = RECORDS.since(mark)
     assert sum(entry.status == "fused" for entry in record.linears) >= 7
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
-    assert losses[0][-1] < 0.95 * losses[0][0]
-    assert (factors[1] - factors[0]).norm() < 0.02 * factors[0].norm()
+    assert sum(losses[0][-5:]) < sum(losses[0][:5])  # of the same batches
+    assert (factors[1] - factors[0]).norm() < 0.05 * (factors[0] - start).norm() > 0
 
 
 def test_switched_off():

@@ -395,9 +395,7 @@ def takes_long(case: str) -> bool:
     return tokens in ("3", "5", "70") or (spec not in CORE and (spec not in ONCE or tokens != once))
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(one, marks=pytest.mark.slow) if takes_long(one) else one for one in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(one, marks=[pytest.mark.slow] * takes_long(one)) for one in CASES])
 def test_numbers(interpreted: dict[str, list[dict]], case: str):
     text, m = CASES[case]
     spec = KernelSpec.parse(text)
