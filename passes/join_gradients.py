@@ -25,7 +25,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.analysis.identity import base_activation, widens
+from gawscompile.analysis.identity import base_activation, unwidened
 from gawscompile.analysis.reading import args, aten, dtype, empty_like, shape, transposed
 from gawscompile.passes.context import Context, backward
 from gawscompile.passes.group_siblings import TAGS
@@ -51,10 +51,9 @@ def run(graph: Graph, context: Context) -> None:
 
 def _activation(x: Node) -> Node:
     """What `x` is, under views and exact casts: each sibling casts x for itself where factors are fp32 beside bf16."""
-    found = base_activation(x)
-    while widens(found):
-        found = base_activation(args(found)[0])
-    return found
+    while (found := unwidened(base_activation(x))) is not x:
+        x = found
+    return x
 
 
 def _tail(node: Node, last: Node) -> list[Node] | None:

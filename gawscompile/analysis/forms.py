@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gawscompile.analysis.identity import base_activation, reinterpreted, source_of, through_casts, widens
+from gawscompile.analysis.identity import base_activation, reinterpreted, source_of, through_casts, unwidened
 from gawscompile.analysis.layouts import Layout, Unknown, moved, split
 from gawscompile.analysis.matrices import Factor, Product, Scale, matrix_of, modes, scaling_of, weight_of
 from gawscompile.analysis.packed import product_of, with_scales
@@ -124,8 +124,7 @@ def _of_view(node: Node, forms: dict[Node, Form]) -> Form | None:
         layout = split(node, source)
         if layout is None:
             return None
-        while widens(source) or is_call(source, aten.clone.default):
-            source = args(source)[0]
+        source = unwidened(source)
         return Form(source, (Product((), node),), (), (node,), layout=layout)
     if form.opaque is not None:
         return None
@@ -331,9 +330,7 @@ def _activation(x: Node, weight: Node) -> Node:
     """
     if weight is not through_casts(weight) and dtype(through_casts(x)) == dtype(through_casts(weight)):
         return through_casts(x)
-    while widens(x) or is_call(x, aten.clone.default):  # dropout in eval mode leaves a copy
-        x = args(x)[0]
-    return x
+    return unwidened(x)
 
 
 def _extend(node: Node, forms: dict[Node, Form], source: Node | None = None) -> Form | None:

@@ -35,6 +35,13 @@ def widens(node: Node) -> bool:
     return is_cast(node) and dtype(node).itemsize > dtype(args(node)[0]).itemsize
 
 
+def unwidened(x: Node) -> Node:
+    """`x` before casts that widen it, which lose nothing, and before copies (dropout in eval mode leaves one)."""
+    while widens(x) or is_call(x, aten.clone.default):
+        x = args(x)[0]
+    return x
+
+
 def through_casts(node: Any) -> Any:
     """The node whose value, rounded, `node` is."""
     while is_cast(node):
