@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gawscompile.debug import frames, shards
+from gawscompile.debug.regions import Regional, regions
 from gawscompile.debug.report import Report
 from gawscompile.ir.records import GraphRecord, GroupRecord, LinearRecord, Reason
 
@@ -31,7 +32,8 @@ def explain(
 ) -> Report:
     """Compile `model` with the backend for one call ``model(*args, **inputs)`` and report what became of it.
 
-    `model` may be compiled already. The call runs on copies of the inputs, and without gradients unless for `training`:
+    `model` may be compiled already. Where its blocks are compiled one by one, these are reported, each with the graph
+    that it runs. The call runs on copies of the inputs, and without gradients unless for `training`:
     then the report has the backward too. Linears that no graph contains are reported as well. `measure`: time every
     group's kernels, the guards and the parts of a call here, some seconds. `serving`: compile as `gawscompile.compile`
     does.
@@ -41,11 +43,19 @@ def explain(
     from gawscompile.observe.store import RECORDS
     from gawscompile.runtime import pages
 
-    model = getattr(model, "_orig_mod", model)
+    whole, model = hasattr(model, "_orig_mod") or serving, getattr(model, "_orig_mod", model)
     mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
     given = {"bind": serving, **(options or {})}
-    call = call_once(model, functools.partial(gaws, options=given), args, inputs, dynamic, serving, training)
-    report = assemble(RECORDS.since(mark), model)
+    backend = functools.partial(gaws, options=given)
+    if whole or not regions(model):
+        call = call_once(model, backend, args, inputs, dynamic, serving, training)
+        report = assemble(RECORDS.since(mark), model)
+    else:
+        regional = Regional(model, backend, lambda run, b: torch.compile(_fresh(run), backend=b, dynamic=dynamic))
+        call = _on_copies(regional, args, inputs, training)
+        report = assemble(regional.records(), model)
+        report.graphs = len(RECORDS.since(mark))
+        report.notes.insert(0, regional.note())
     report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])
     report.guards, report.serving = frames.guards(began), serving
     report.troubles = [*frames.limited(), *frames.broken(before), *frames.recompiled()]
@@ -78,10 +88,15 @@ def call_once(
 
         filtered = {"guard_filter_fn": inference_guards}
     compiled = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic, options=filtered)
+    return _on_copies(lambda *given, **named: compiled(model, given, named), args, inputs, training)
+
+
+def _on_copies(run: Callable[..., Any], args: Any, inputs: Any, training: bool) -> Callable[[], Any]:
+    """Calls `run` on copies of the inputs, and returns what does so again."""
 
     def call() -> Any:
         with torch.set_grad_enabled(training):
-            return compiled(model, copy.deepcopy(args), copy.deepcopy(inputs))
+            return run(*copy.deepcopy(args), **copy.deepcopy(inputs))
 
     call()
     return call
