@@ -158,19 +158,29 @@ def test_emit_writes_sources_binaries_and_a_table(
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_emit_and_explain_have_the_backward(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture
+def in_training(tmp_path: Path) -> list[str]:
+    """What the commands are told of a small model that trains."""
     from transformers import LlamaConfig
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=64, num_hidden_layers=1, architectures=["LlamaForCausalLM"], **sizes)
     config.save_pretrained(tmp_path / "model")
-    common = ["--model", str(tmp_path / "model"), "--training", "--tokens", "8"]
+    return ["--model", str(tmp_path / "model"), "--training", "--tokens", "8"]
+
+
+@pytest.mark.slow
+def test_explain_has_the_backward(in_training: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["explain", *in_training, "--adapter", "lora"]) == 0
+    assert "down_proj (backward)" in capsys.readouterr().out
+
+
+def test_emit_has_the_backward(in_training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    common = in_training
     emit = ["emit", *common, "--target", "cuda:90", "--out", str(tmp_path / "out")]
     assert cli.main([*emit, "--adapter", "lora"]) == 0
     specs = [(folder / "kernel.py").read_text() for folder in (tmp_path / "out").iterdir() if folder.is_dir()]
     assert any(" wt=" in text and " given(" in text for text in specs)
-    assert "down_proj (backward)" in capsys.readouterr().out
-    assert cli.main(["explain", *common, "--adapter", "lora"]) == 0
     assert "down_proj (backward)" in capsys.readouterr().out
     assert cli.main(["explain", *common]) == 2
     assert "no adapter to train: name one by --adapter" in capsys.readouterr().err

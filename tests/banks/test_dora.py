@@ -113,7 +113,7 @@ def test_as_peft(dora, ids, how):
     assert how == "eager" or in_kernels(records)
 
 
-@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_few_tokens_and_many(dora, tokens):
     """The plan of few tokens, and that of many, which adds to what the library has made."""
     model, bank = with_bank(dora)
@@ -134,6 +134,7 @@ def test_all_is_fused_and_proven(dora, ids):
     assert context.record.passes["verify"] >= 9
 
 
+@pytest.mark.slow  # test_bank has LoRA in 16 bits
 def test_16_bits(ids, tmp_path):
     judge = adapted("am", torch.bfloat16)
     model, bank = with_bank(judge)
