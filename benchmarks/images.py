@@ -77,7 +77,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pixart": (
         "PixArtTransformer2DModel",
-        {"sample_size": 32, "num_layers": 3, "norm_type": "ada_norm_single", "use_additional_conditions": False},
+        {
+            "sample_size": 32,
+            "num_layers": 3,
+            "norm_type": "ada_norm_single",
+            "use_additional_conditions": False,
+            "caption_channels": 4096,
+        },
     ),
 }
 """diffusers' class, and what its configuration has that is not the default."""

@@ -1,5 +1,6 @@
-"""Reports of a model whose blocks are compiled one by one: ``layer.compile(backend="gaws")``, accelerate's regions,
-diffusers' ``compile_repeated_blocks``. Blocks that share a compiled graph are each told with its groups."""
+"""Reports of a model whose blocks are compiled one by one: ``layer.compile(backend="gaws")``, diffusers'
+``compile_repeated_blocks``, accelerate's ``compile_regions``. Blocks that share a compiled graph are each told with its
+groups."""
 
 from __future__ import annotations
 
@@ -8,17 +9,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 
 from gawscompile.ir.records import GraphRecord
 from gawscompile.observe.store import RECORDS
 
+ENTRY = "_compiled_call_impl"
+"""What torch.nn.Module calls in place of itself, once compiled in place."""
+
 
 def regions(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules inside `model` that are compiled by themselves, by path, without those inside of others."""
+    """The modules inside `model` that are compiled by themselves, by path, without those inside of others.
+
+    Compiled in place (``module.compile()``), or put there by torch.compile as an `OptimizedModule`.
+    """
     found: dict[str, torch.nn.Module] = {}
     for path, module in model.named_modules():
-        inner = any(path.startswith(f"{outer}.") for outer in found)
-        if path and not inner and module._compiled_call_impl is not None:
+        compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+        if path and compiled and not any(path.startswith(f"{outer}.") for outer in found):
             found[path] = module
     return found
 
@@ -46,16 +54,20 @@ class Regional:
         self._compiled = compiled(_region, noted)
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        kept = {path: module._compiled_call_impl for path, module in self.found.items()}
+        entries = {path: "forward" if isinstance(m, OptimizedModule) else ENTRY for path, m in self.found.items()}
+        kept = {path: getattr(module, entries[path]) for path, module in self.found.items()}
         try:
             for path, module in self.found.items():
-                module._compiled_call_impl = self._entry(path, module)
+                setattr(module, entries[path], self._entry(path, module))
             return self.model(*args, **inputs)
         finally:
             for path, module in self.found.items():
-                module._compiled_call_impl = kept[path]
+                setattr(module, entries[path], kept[path])
 
-    def _entry(self, path: str, module: torch.nn.Module) -> Any:
+    def _entry(self, path: str, module: Any) -> Any:
+        if isinstance(module, OptimizedModule):
+            path, module = f"{path}._orig_mod", module._orig_mod
+
         def enter(*args: Any, **inputs: Any) -> Any:
             self._now = path
             return self._compiled(module, args, inputs)

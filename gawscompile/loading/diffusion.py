@@ -126,7 +126,7 @@ def _pixart(config: Any, tokens: int) -> dict[str, Any]:
         conditions = {"resolution": torch.ones(1, 2), "aspect_ratio": torch.ones(1, 1)}
     return {
         "hidden_states": _noise(config),
-        "encoder_hidden_states": _text(tokens, config.caption_channels),
+        "encoder_hidden_states": _text(tokens, config.caption_channels or config.cross_attention_dim),
         "timestep": torch.tensor([1]),
         "added_cond_kwargs": conditions,
     }

@@ -331,7 +331,9 @@ def _undo(context: Context, rewrite: Rewrite, fault: str) -> None:
     """Put the original nodes in the place of a rewrite, and say so."""
     anchor = rewrite.anchor
     entries = anchor.meta.get("gaws_entries", [])
-    standing = {context.original(n): n for n in context.graph.nodes if n < anchor and context.original(n) is not None}
+    # what is hoisted only the op can read: it is computed in the graph again
+    kept = [n for n in context.graph.nodes if n < anchor and not is_call(n, recipe.hoisted)]
+    standing = {origin: n for n in kept if (origin := context.original(n)) is not None}
     wanted = [context.stands_for[node] for node in rewrite.nodes]
     before, _ = cone(wanted, lambda n: n not in wanted and n in standing)
     with context.graph.inserting_before(anchor):

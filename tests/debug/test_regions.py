@@ -37,6 +37,19 @@ def test_regions_are_told_as_in_the_whole():
     assert inlined.graphs == 1 and len(inlined.fused) == 22
 
 
+def test_modules_that_torch_compile_put_in_place():
+    """As accelerate's `compile_regions` does."""
+    model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()) for _ in range(2)])
+    for number in range(2):
+        model[number] = torch.compile(model[number], backend="gaws")
+    forwards = [block.forward for block in model]
+    report = explain(model, torch.randn(2, 8))
+    assert {entry.path: entry.status for entry in report.linears} == dict.fromkeys(
+        ("0._orig_mod.0", "1._orig_mod.0"), "fused"
+    )
+    assert report.graphs == 1 and [block.forward for block in model] == forwards
+
+
 def test_a_region_in_a_region_is_part_of_it():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.nn.Linear(8, 8))
     model[0].compile(backend="gaws")

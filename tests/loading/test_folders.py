@@ -91,7 +91,7 @@ def denoiser(name: str) -> tuple[type, dict[str, object]]:
             **{**text, "num_single_layers": 1, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True},
         },
         "SD3Transformer2DModel": {**wide, **text, "patch_size": 2, "caption_projection_dim": 32, "out_channels": 4},
-        "PixArtTransformer2DModel": {**wide, "cross_attention_dim": 32, "caption_channels": 32, "patch_size": 2},
+        "PixArtTransformer2DModel": {**wide, "cross_attention_dim": 32, "patch_size": 2},
         "DiTTransformer2DModel": {**wide, "patch_size": 2},
     }
     return getattr(diffusers, name), sizes[name]

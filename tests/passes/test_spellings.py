@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gawscompile.ir.operators import LowRank
+from gawscompile.ir.recipe import hoisted
 from gawscompile.ir.sums import operator_sum
+from gawscompile.verify import proof
 from tests.graphs import capture, tokens
 
 K, N, R = 64, 48, 4
@@ -239,8 +241,39 @@ def test_near_misses_stay(name):
         right(captured, captured.until())
 
 
-def test_grouped_conv_of_a_packed_projection_is_left_alone():
-    """loralib's MergedLinear: two of three slices adapted by a grouped convolution, written into zeros."""
+class MergedLinear(nn.Module):
+    """loralib's: ΔW of two of three slices by a grouped convolution of the factors, written into zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3 * 16, K) / 8)
+        self.a = nn.Parameter(torch.randn(2 * R, K) / 8)
+        self.b = nn.Parameter(torch.randn(2 * 16, R) / 2)
+        self.register_buffer("rows", torch.tensor([True, False, True]).repeat_interleave(16))
+
+    def forward(self, x):
+        delta = F.conv1d(self.a.unsqueeze(0), self.b.unsqueeze(-1), groups=2).squeeze(0)
+        padded = delta.new_zeros(3 * 16, K)
+        padded[self.rows] = delta
+        return F.linear(x, self.w) + x @ padded.T * S
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_packed_projection_whose_delta_is_formed_by_a_grouped_conv(verify):
+    """ΔW is computed once per state of the factors, beside W. A mask of rows cannot be drawn, so no proof has it."""
+    captured = capture(MergedLinear(), torch.randn(2, 3, K))
+    context = captured.until()
+    assert sorted(entry.hoisted for entry in context.record.linears) == [0, 1] and len(context.record.groups) == 1
+    right(captured, context)
+    if verify:
+        proof.verify_rewrites(context)
+        assert {entry.reason for entry in context.record.linears} == {"UNPROVEN"} and not context.record.groups
+        assert not any(node.users for node in context.graph.find_nodes(op="call_function", target=hoisted))
+        right(captured, context)
+
+
+def test_grouped_conv_of_a_packed_projection_s_activations_is_left_alone():
+    """The same where the convolution is one of u = A x."""
 
     class Merged(nn.Module):
         def __init__(self) -> None:
