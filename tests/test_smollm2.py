@@ -101,7 +101,6 @@ def test_generate_with_dynamic_cache(adapted, prompt):
     assert changed != wanted and changed == generate(adapted, prompt, "dynamic")
 
 
-@pytest.mark.timeout(2400)
 def test_two_hundred_steps_of_the_demo_end_where_eager_ends(smollm2_dir):
     """The demo's adapter, trained through the backend layer by layer: eager's loss, and the same answer at the end."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
