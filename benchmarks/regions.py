@@ -4,9 +4,8 @@
 
 Each row is a process of its own with empty caches. Forwards of 64 tokens without a cache of keys: with one, a layer
 reads its own entry, and Dynamo compiles each layer anew under any backend. Our op's library, which a machine builds
-once, is built before and told apart. Columns: seconds until the first logits are
-there; over the same backend's whole model; graphs; milliseconds of a later call; whether the greedy text of 8 more
-tokens is eager's.
+once, is built before and told apart. Columns: seconds until the first logits are there; over the same backend's whole
+model; graphs; milliseconds of a later call; whether the greedy text of 8 more tokens is eager's.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ constexpr int64_t DEPTH = 1024;     // of k in one panel
 constexpr int64_t AT_ONCE = 512;    // tokens that meet a panel, at most
 constexpr int64_t FEW = 16 * TALL;  // and at least, as a panel takes time to turn
 constexpr int64_t PIECES = 8;       // of work for each thread: none waits for another longer than a piece takes
-constexpr int64_t FEWER = 4;        // are enough where more would turn panels for fewer than FEW tokens
+constexpr int64_t FEWER = 4;        // pieces for each thread suffice where more would turn panels for less than FEW tokens
 
 // Tokens that meet a panel: fewer where there are too few stripes for all threads.
 inline int64_t tokens_at_once(int64_t m, int64_t stripes, int64_t threads) {

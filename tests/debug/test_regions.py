@@ -47,6 +47,7 @@ def test_modules_that_torch_compile_put_in_place():
     assert {entry.path: entry.status for entry in report.linears} == dict.fromkeys(
         ("0._orig_mod.0", "1._orig_mod.0"), "fused"
     )
+    assert "2 regions are compiled one by one and share 1 graph(s)" in report.notes
     assert report.graphs == 1 and [block.forward for block in model] == forwards
 
 
