@@ -38,6 +38,16 @@ KERNELS = {
         "codegen/panels.cpp", "total * (of + 1) / threads;", "total * (of + 1) / threads - (of > 0);",
         f"{ENTRIES}_gemm[qkv-2]", unproven=FEW_TOKENS,
     ),
+    "ΔW of the first columns in every panel": Fault(
+        "codegen/panels.cpp", "(a + from, b, scale", "(a, b, scale", f"{ENTRIES}_gemm[deep-1]", unproven=FEW_TOKENS
+    ),
+    "ΔW in the panel, and B u too": Fault(
+        "codegen/panels.cpp",
+        "if (!folded) term(sums, t);",
+        "term(sums, t);",
+        f"{ENTRIES}_gemm[ranks_17_and_64-1]",
+        unproven=FEW_TOKENS,
+    ),
     # --- C++: banks ---------------------------------------------------------------------------------------------
     "another row's adapters": Fault(
         "codegen/banks.cpp",

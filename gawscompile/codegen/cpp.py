@@ -4,7 +4,8 @@
                 All threads compute u = s A x, meet at a barrier, then stream rows of every W of the group; B's
                 rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
 ``gemm``        the same for many tokens: panels of W are turned once, so that no sum is horizontal (`panels.cpp`), or
-                copied where W is kept by columns, and adapters and epilogue join a tile's sums in registers.
+                copied where W is kept by columns, and adapters and epilogue join a tile's sums in registers. Where
+                tokens are many, s B A joins the panel instead: W + ΔW exists a panel at a time, in a cache.
 ``accumulate``  the same on top of what y holds, for the plan whose base product comes from the vendor library.
 
 Where a base is opaque, both add to what it has made of x.
@@ -32,15 +33,15 @@ from pathlib import Path
 
 from gawscompile.codegen import cpp_packed as packed
 from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.cpp_parts import Parts
+from gawscompile.codegen.cpp_parts import Parts, scale_of
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
 from gawscompile.codegen.cpp_types import CPP_TYPES
 from gawscompile.ir.banked import USUAL_RANK
-from gawscompile.ir.operators import as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of
 
+NARROW, FOLDING = 2, 1.25  # how much longer than one by W a multiplication by A takes, and one of B A for a panel
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
 _FILES = ("vectors", "prelude", "modes", "projections")  # one after the other
@@ -130,7 +131,7 @@ def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
             total = " + ".join([*[total] * bool(total), *(f"{bank}.cost(K)" for bank in banks)])
         lines.append(f"    Share {name}({total}, id, threads);")
         for i, j, term in terms:
-            scale = f"float(*scale{i}_{j})" if as_number(term.scale) is None else f"{term.scale!r}f"
+            scale = scale_of(term, i, j)
             own = f"{term.rank}, a{i}_{j}, x, {scale}, u + {ranks.offsets[i, j]}{parts.seen(f'a{i}_{j}')}"
             lines.append(f"    low_rank<even({term.rank}), K, LDU>({name}, {unit}, m, {own});")
         first = banks if number == 0 else {}
@@ -238,13 +239,23 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
 
 def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
     parts, wide = Parts(spec, ranks), spec.x != "f32"
-    body = ["    widen(id, threads, m * K, x, xs);"] * wide + _shrink(spec, ranks, parts)
-    if wide and not ranks.width:
-        body.append("#pragma omp barrier")
+    shrink = _shrink(spec, ranks, parts)
+    if shrink:
+        inner = [line if line.startswith("#") else f"  {line}" for line in shrink]
+        shrink = ["    if (!folded) {", *inner, "    }"]
+    body = ["    widen(id, threads, m * K, x, xs);"] * wide + shrink
+    if wide:
+        body += ["#pragma omp barrier"] if not shrink else ["    if (folded) {", "#pragma omp barrier", "    }"]
     pieces = [[0, 1]] if spec.swiglu else [[i] for i in range(len(spec.projections))]
     stripes = [f"blocks(N{piece[0]}, STRIPE)" for piece in pieces]
+    terms = [(p.n, t.rank) for p in spec.projections for t in p.lowrank]
+    delta = sum(FOLDING * n * rank for n, rank in terms) * spec.k
+    factors = sum((NARROW * spec.k + n) * rank for n, rank in terms)
+    sizes = [f"    const int64_t stripes = {' + '.join(stripes)}, each = tokens_at_once(m, stripes, threads);"]
+    if terms:
+        sizes.append(f"    const bool folded = folds(m, each, {delta:.0f}, {factors});")
+    body = [*sizes, *body]
     body += [
-        f"    const int64_t stripes = {' + '.join(stripes)}, each = tokens_at_once(m, stripes, threads);",
         "    queue.run(id, threads, stripes * blocks(m, each), [&](int64_t piece) {",
         "      int64_t stripe = piece % stripes;",
         "      const int64_t lo = piece / stripes * each, hi = min(m, lo + each);",
@@ -255,7 +266,7 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
         for number, at in enumerate(piece):
             body += _ended(spec, parts, at, number)
         for number, at in enumerate(piece):
-            weight = f"columns<N{at}>(w{at})" if spec.projections[at].transposed else f"w{at}"
+            weight = parts.folded(at, f"columns<N{at}>(w{at})" if spec.projections[at].transposed else f"w{at}")
             ends = f"end{at}"
             if number:  # gate and up are there
                 body += [
@@ -283,6 +294,8 @@ def _ended(spec: KernelSpec, parts: Parts, at: int, number: int) -> list[str]:
     """What follows the product of projection `at`, the stripe's weight `number`: ``end{at}``, called for tiles."""
     to, stride = (f"z{at}", ", STRIPE") if spec.swiglu else (f"y{at}", "")
     early, late, *terms = parts.added(at, "n0")
+    rank = len(spec.projections[at].lowrank)
+    terms = [f"unless(folded, {term})" if j < rank else term for j, term in enumerate(terms)]
     held = [f", term{j} = {term}" for j, term in enumerate(terms)]
     call = ", ".join(["sums", "n0", "t", to, early, late, *(f"term{j}" for j, _ in enumerate(terms))])
     return [

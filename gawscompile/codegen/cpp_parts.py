@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gawscompile.codegen.cpp_modes import Scratch
 from gawscompile.codegen.cpp_packed import dot
+from gawscompile.ir.operators import LowRank, as_number
 from gawscompile.ir.spec import KernelSpec, Operand
 
 
@@ -56,6 +57,14 @@ class Parts:
         terms += [f"turned<{sizes}>({factor}, {source}, {n0}, N{i})" for sizes, factor, source in self._terms(i)]
         return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
 
+    def folded(self, i: int, weight: str) -> str:
+        """The weight, with what its adapters of low rank add to its panels."""
+        terms = [
+            f"delta<{t.rank}, K>(a{i}_{j}, b{i}_{j}, {scale_of(t, i, j)})"
+            for j, t in enumerate(self._spec.projections[i].lowrank)
+        ]
+        return f"adapted({weight}, folded, {_all(terms)})" if terms else weight
+
     def _terms(self, i: int) -> list[tuple[str, str, str]]:
         """B u and C z: rank and stride, the factor, and what it multiplies."""
         p = self._spec.projections[i]
@@ -70,6 +79,11 @@ class Parts:
         p = self._spec.projections[i]
         residual = [f"plus(res{i}, Int<N{i}>{{}})"] if p.residual else []
         return [f"plus(bias{i})"] * bool(p.bias) + residual
+
+
+def scale_of(term: LowRank, i: int, j: int) -> str:
+    """A term's scale, as a C++ expression."""
+    return f"float(*scale{i}_{j})" if as_number(term.scale) is None else f"{term.scale!r}f"
 
 
 def _all(parts: list[str]) -> str:

@@ -75,6 +75,7 @@ inline void fill(const TW* w, int64_t row, int64_t rows, int64_t from, int64_t d
       for (int i = 0; i < V; ++i)
         lines[i] = r + i < rows ? line_of(w + (row + r + i) * K + from + k, depth - k) : F(0);
       turn(lines);
+#pragma GCC unroll 16
       for (int i = 0; i < V; ++i) lines[i].store(panel + (k + i) * WIDTH + r);
     }
 }
@@ -85,6 +86,77 @@ inline void fill(Columns<N, TW> of, int64_t row, int64_t rows, int64_t from, int
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t r = 0; r < rows; r += V) line_of(of.w + (from + k) * N + row + r, rows - r).store(panel + k * WIDTH + r);
 }
+
+// panel[k, r] += s sum over j < RANK of A[j, from + k] B[row + r, j]: with ΔW in its panel, W alone is multiplied.
+template <int64_t RANK, int64_t K, int C, class TA, class TB>
+[[gnu::noinline]] void add_delta(
+    const TA* a, const TB* b, float scale, int64_t row, int64_t rows, int64_t depth, float* panel) {
+  alignas(64) float bt[RANK][C * V] = {};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < RANK; ++j) bt[j][r] = scale * float(b[(row + r) * RANK + j]);
+  const auto some = [&](auto count, int64_t k) {
+    constexpr int T = decltype(count)::value;
+    F acc[T][C];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[t][c] = F::loadu(panel + (k + t) * C * V + c * V);
+    for (int64_t j = 0; j < RANK; ++j) {
+      F line[C];
+      for (int c = 0; c < C; ++c) line[c] = F::loadu(bt[j] + c * V);
+      for (int t = 0; t < T; ++t) {
+        const F one(float(a[j * K + k + t]));
+        for (int c = 0; c < C; ++c) acc[t][c] = fmadd(one, line[c], acc[t][c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[t][c].store(panel + (k + t) * C * V + c * V);
+  };
+  int64_t k = 0;
+  for (; k + TALL <= depth; k += TALL) some(Int<TALL>{}, k);
+  for (; k < depth; ++k) some(Int<1>{}, k);
+}
+
+template <int64_t RANK, int64_t K, class TA, class TB>
+inline auto delta(const TA* a, const TB* b, float scale) {
+  return [=](auto vectors, int64_t row, int64_t rows, int64_t from, int64_t depth, float* panel) {
+    add_delta<RANK, K, decltype(vectors)::value>(a + from, b, scale, row, rows, depth, panel);
+  };
+}
+
+// A weight whose panels have ΔW in them, if `folded`.
+template <class W, class Deltas>
+struct Adapted {
+  W w;
+  bool folded;
+  Deltas deltas;
+};
+
+template <class W, class Deltas>
+inline Adapted<W, Deltas> adapted(W w, bool folded, Deltas deltas) {
+  return {w, folded, deltas};
+}
+
+template <int64_t K, int64_t WIDTH, class W, class Deltas>
+inline void fill(
+    const Adapted<W, Deltas>& of, int64_t row, int64_t rows, int64_t from, int64_t depth, float* panel) {
+  fill<K, WIDTH>(of.w, row, rows, from, depth, panel);
+  if (of.folded) of.deltas(Int<WIDTH / V>{}, row, rows, from, depth, panel);
+}
+
+// What joins a tile's sums unless it is in the panel.
+template <class Term>
+inline auto unless(bool folded, Term term) {
+  return [=](auto& sums, int64_t t) __attribute__((always_inline)) {
+    if (!folded) term(sums, t);
+  };
+}
+
+// Whether ΔW is folded into panels, `delta` multiplications for each time that all are turned, rather than that every
+// token multiplies by A and B: `factors`.
+inline bool folds(int64_t m, int64_t each, int64_t delta, int64_t factors) { return blocks(m, each) * delta < m * factors; }
 
 // A tile's part, `tokens` of `count` from t on, of the `rows` rows from `row` on, which come next: bytes of all of them.
 template <int64_t K, class TW>
@@ -99,6 +171,12 @@ inline Ahead ahead_of(Columns<N, TW> of, int64_t row, int64_t rows, int64_t from
   const int64_t at = t / tokens * LINE;
   if (at >= rows * int64_t(sizeof(TW))) return {reinterpret_cast<const char*>(of.w), 0};
   return {reinterpret_cast<const char*>(of.w + from * N + row) + at, N * int64_t(sizeof(TW))};
+}
+
+template <int64_t K, class W, class Deltas>
+inline Ahead ahead_of(
+    const Adapted<W, Deltas>& of, int64_t row, int64_t rows, int64_t from, int64_t t, int64_t tokens, int64_t count) {
+  return ahead_of<K>(of.w, row, rows, from, t, tokens, count);
 }
 
 // How many vectors of columns a stripe with as many rows has.

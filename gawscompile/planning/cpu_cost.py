@@ -71,15 +71,19 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
 
 
 def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
-    """One region. Every weight is turned once, unless it is kept so; then tiles of tokens meet it in fp32; adapters by
-    rows, as ever. Panels are padded to whole tiles. Tokens that no cache keeps come from memory for each panel."""
+    """One region. Every weight is turned once, unless it is kept so; then tiles of tokens meet it in fp32. Adapters run
+    by rows or, where that is less work, as ΔW that is added to each panel, for each chunk of tokens anew. Panels are
+    padded to whole tiles. Tokens that no cache keeps come from memory for each panel."""
     size = sum(_padded(p.n) for p in spec.projections) * spec.k
     turned = sum(p.n for p in spec.projections if not p.transposed) * spec.k
     once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * turned / device.kernel_rate["f32"]
-    token = 2 * (size / PANELS + _adapter_products(spec)) / device.kernel_rate["f32"]
+    token = 2 * size / PANELS / device.kernel_rate["f32"]
+    pairs = [(p.n, term.rank) for p in spec.projections for term in p.lowrank]
+    rows, delta = sum(rank * (spec.k + n) for n, rank in pairs), sum(rank * n for n, rank in pairs) * spec.k
+    adapters = (_adapter_products(spec) - rows) * m + sympy.Min(rows * m, delta * (1 + m / CHUNK))
     if 4 * CHUNK * spec.k > KEPT:
         token += 4 * spec.k * sum(-(-p.n // STRIPE) for p in spec.projections) / device.bandwidth
-    return 2 * device.launch + once + m * token
+    return 2 * device.launch + once + m * token + 2 * adapters / device.kernel_rate["f32"]
 
 
 def _padded(n: int) -> int:
