@@ -251,7 +251,7 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
     terms = [(p.n, t.rank) for p in spec.projections for t in p.lowrank]
     delta = sum(FOLDING * n * rank for n, rank in terms) * spec.k
     factors = sum((NARROW * spec.k + n) * rank for n, rank in terms)
-    sizes = [f"    const int64_t stripes = {' + '.join(stripes)}, each = tokens_at_once(m, stripes, threads);"]
+    sizes = [f"    const int64_t stripes = {' + '.join(stripes)}, each = tokens_at_once<K>(m, stripes, threads);"]
     if terms:
         sizes.append(f"    const bool folded = folds(m, each, {delta:.0f}, {factors});")
     body = [*sizes, *body]

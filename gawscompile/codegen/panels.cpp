@@ -3,16 +3,17 @@
 // Matrix Multiplication", 2008: the weight is packed, x is read as it lies). `turning.cpp` stands in front.
 
 constexpr int64_t DEPTH = 1024;     // of k in one panel
-constexpr int64_t AT_ONCE = 512;    // tokens that meet a panel, at most
+constexpr int64_t AT_ONCE = 512;    // tokens that meet a panel, at most; twice as many where their sums stay in registers
 constexpr int64_t FEW = 16 * TALL;  // and at least, as a panel takes time to turn
 constexpr int64_t PIECES = 8;       // of work for each thread: none waits for another longer than a piece takes
 constexpr int64_t FEWER = 4;        // pieces for each thread suffice where more would turn panels for less than FEW tokens
 
 // Tokens that meet a panel: fewer where there are too few stripes for all threads.
+template <int64_t K>
 inline int64_t tokens_at_once(int64_t m, int64_t stripes, int64_t threads) {
   const int64_t parts = min(blocks(PIECES * threads, stripes), max(m / FEW, blocks(FEWER * threads, stripes)));
   const int64_t each = blocks(m, parts);
-  return min(AT_ONCE, max(FEW, blocks(each, TALL) * TALL));
+  return min(K <= DEPTH ? 2 * AT_ONCE : AT_ONCE, max(FEW, blocks(each, TALL) * TALL));
 }
 
 // V numbers of a row, the first `count` of them.

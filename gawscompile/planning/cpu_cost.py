@@ -19,7 +19,7 @@ TURNING = 10
 """Operations whose time it takes to turn a number of a weight."""
 
 STRIPE, CHUNK, KEPT = 64, 512, 16 << 20
-"""Columns of a panel; tokens that meet it at once; bytes of them in fp32 that a cache keeps for the next panel."""
+"""Columns of a panel; tokens that meet it at once, at least; bytes of them in fp32 that stay cached for the next."""
 
 LINES = 128
 """Columns of a weight kept so that are the least work for all threads: a block of them is one's."""

@@ -54,7 +54,7 @@ Tensor attend(const Tensor& q_, const Tensor& k_, const Tensor& v_, const c10::I
       k.size(0) == rows && v.sizes() == k.sizes() && groups > 0 && heads % groups == 0, "gaws::attend: q is ", q.sizes(),
       ", k ", k.sizes(), ", v ", v.sizes());
   const Tensor out = q.is_non_overlapping_and_dense()
-      ? Tensor(at::detail::empty_strided_cpu(q.sizes(), q.strides(), kernel.dtype))
+      ? fresh_strided(q.sizes(), q.strides(), kernel.dtype)
       : at::empty_like(q);
   AttendCall call{};
   const auto place = [](const Tensor& t, int64_t* strides) {

@@ -6,7 +6,6 @@
 // in front): where gemv has read other numbers than these were derived from, they are derived anew, and it runs again.
 // The op is boxed: it reads its operands and its text where the dispatcher has put them.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/from_blob.h>
@@ -152,7 +151,7 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
   for (const Projection& p : program.projections) {
     if (program.swiglu && !outputs.empty()) break;
     sizes.back() = p.n;
-    Tensor y = at::detail::empty_cpu(sizes, p.dtype);
+    Tensor y = fresh(sizes, p.dtype);
     out.push_back(y.mutable_data_ptr());
     outputs.push_back(std::move(y));
   }
@@ -175,7 +174,7 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
   std::vector<Tensor> products;  // gate and up, before accumulate makes one output of them
   if (program.swiglu) {
     for (const Projection& p : program.projections) {
-      products.push_back(at::detail::empty_cpu({m, p.n}, p.dtype));
+      products.push_back(fresh({m, p.n}, p.dtype));
       out.insert(out.end() - 1, products.back().mutable_data_ptr());
     }
   }
@@ -187,7 +186,7 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
     const int64_t row = p.transposed ? p.n : 1, column = p.transposed ? 1 : program.k;
     Tensor unpacked;  // a weight that is kept as codes
     if (p.packed) {
-      unpacked = at::detail::empty_cpu({p.n, program.k}, p.dtype);
+      unpacked = fresh({p.n, program.k}, p.dtype);
       program.unpack(int64_t(i), in.data(), unpacked.mutable_data_ptr());
     }
     void* weight = p.packed ? unpacked.mutable_data_ptr() : const_cast<void*>(in[p.weight]);

@@ -113,7 +113,7 @@ c10::List<Tensor> execute(const Executor& executor, at::ArrayRef<c10::IValue> in
     switch (step.code) {
       case ALLOCATE:
         read(step.sizes, sizes), read(step.strides, strides);
-        put(step.out, Tensor(at::detail::empty_strided_cpu(sizes, strides, step.dtype)));
+        put(step.out, fresh_strided(sizes, strides, step.dtype));
         break;
       case VIEW:
         read(step.sizes, sizes), read(step.strides, strides);

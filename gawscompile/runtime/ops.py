@@ -107,7 +107,7 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     here = Path(__file__).parent
-    parts = ("hoisted.cpp", "dispatch.cpp", "executor.cpp", "attention.cpp", "banks.cpp", "unchanged.cpp")
+    parts = ("memory.cpp", "hoisted.cpp", "dispatch.cpp", "executor.cpp", "attention.cpp", "banks.cpp", "unchanged.cpp")
     return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in parts)])
 
 

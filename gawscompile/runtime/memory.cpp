@@ -1,0 +1,98 @@
+// Memory of what kernels write. A block of a megabyte or more is kept when its tensor dies, for the next tensor of about
+// its size: the C library would give such a block back to the system, which zeroes each page of the next one in a fault.
+// Blocks are kept for the whole process, MOST_KEPT bytes at most, the youngest ones.
+//
+// Part of the op's library, in front of all others.
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace {
+
+constexpr size_t LARGE = size_t(1) << 20, MOST_KEPT = size_t(128) << 20;
+
+struct Block {
+  c10::DataPtr memory;
+  size_t bytes;
+};
+
+// Whoever finds the lock taken does without: after a fork in another thread it would never be free.
+class Kept {
+ public:
+  // The smallest of at least `bytes` and less than twice as many, or none.
+  std::unique_ptr<Block> take(size_t bytes) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    auto best = blocks_.end();
+    if (lock)
+      for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
+        if ((*it)->bytes >= bytes && (*it)->bytes < 2 * bytes && (best == blocks_.end() || (*it)->bytes < (*best)->bytes))
+          best = it;
+    if (best == blocks_.end()) return nullptr;
+    std::unique_ptr<Block> found = std::move(*best);
+    blocks_.erase(best);
+    bytes_ -= found->bytes;
+    return found;
+  }
+
+  void keep(std::unique_ptr<Block> block) {
+    std::vector<std::unique_ptr<Block>> gone;  // without the lock
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || block->bytes > MOST_KEPT) return;
+    bytes_ += block->bytes;
+    blocks_.push_back(std::move(block));
+    while (bytes_ > MOST_KEPT) {
+      bytes_ -= blocks_.front()->bytes;
+      gone.push_back(std::move(blocks_.front()));
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+  int64_t bytes() {
+    const std::unique_lock lock(mutex_);
+    return int64_t(bytes_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Block>> blocks_;  // the oldest first
+  size_t bytes_ = 0;
+};
+
+Kept& kept = *new Kept;  // tensors may outlive the library's variables
+
+struct Keeping final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < LARGE) return c10::GetCPUAllocator()->allocate(bytes);
+    std::unique_ptr<Block> block = kept.take(bytes);
+    if (!block) block.reset(new Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
+    void* const data = block->memory.get();
+    return {data, block.release(), &free, c10::DeviceType::CPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }  // what it is given is not what it allocates
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+ private:
+  static void free(void* block) { kept.keep(std::unique_ptr<Block>(static_cast<Block*>(block))); }
+};
+
+Keeping& keeping = *new Keeping;
+
+at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_generic(sizes, &keeping, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+}
+
+at::Tensor fresh_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  return at::detail::empty_strided_generic(
+      sizes, strides, &keeping, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+}
+
+}  // namespace
+
+// Bytes that are kept and belong to no tensor.
+extern "C" int64_t gaws_kept() { return kept.bytes(); }

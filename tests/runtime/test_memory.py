@@ -1,0 +1,99 @@
+"""Memory of what kernels write: kept from tensor to tensor, never of two tensors at once, and bounded."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import threading
+
+import pytest
+import torch
+
+from gawscompile.runtime import ops
+
+MEGABYTE = 1 << 20
+MOST = 128 * MEGABYTE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    ops.ensure_loaded()
+
+
+def kept() -> int:
+    count = ops.ensure_loaded().gaws_kept
+    count.restype = ctypes.c_int64
+    gc.collect()
+    return count()
+
+
+def filled(value: float, megabytes: int) -> torch.Tensor:
+    """What the op writes: every number is `value`."""
+    rows = megabytes * MEGABYTE // 4 // 256
+    weight = torch.full((256, 1), float(value))
+    (y,) = torch.ops.gaws.project(torch.ones(rows, 1), [weight], "gemv_cpp | k=1 x=f32; n=256 w=f32 out=f32")
+    return y
+
+
+def test_a_dead_tensors_memory_is_the_next_ones():
+    first = filled(1, 8)
+    address = first.data_ptr()
+    del first
+    second = filled(2, 7)
+    assert second.data_ptr() == address
+    assert (second == 2).all()
+
+
+def test_a_live_tensors_memory_is_its_own():
+    first = filled(1, 8)
+    view = first[-1:]
+    del first
+    others = [filled(2, 8) for _ in range(3)]
+    assert (view == 1).all() and all((other == 2).all() for other in others)
+    assert len({other.data_ptr() for other in others}) == 3
+
+
+def test_a_tensor_may_grow_and_leave_its_memory_behind():
+    tensor = filled(3, 2)
+    tensor.resize_(3 * tensor.shape[0], 256)
+    assert (tensor[: tensor.shape[0] // 3] == 3).all()
+    tensor.fill_(4)
+    assert (filled(1, 2) == 1).all() and (tensor == 4).all()
+
+
+def test_pages_are_not_zeroed_anew():
+    filled(0, 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for value in range(8):
+        filled(value, 24)
+    pages = 8 * 24 * MEGABYTE // resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 4
+
+
+def test_what_is_kept_is_bounded_and_small_blocks_are_not():
+    alive = [filled(value, 40) for value in range(5)]
+    before = kept()
+    small = filled(0, 1)[: 1 << 8].clone(), torch.empty(0)
+    del small
+    assert kept() <= before + MEGABYTE
+    del alive
+    assert MOST - 40 * MEGABYTE < kept() <= MOST
+    huge = filled(1, 130)
+    del huge
+    assert kept() <= MOST
+
+
+def test_many_threads():
+    wrong: list[float] = []
+
+    def work(value: float) -> None:
+        for size in (2, 3, 5, 2, 4):
+            wrong.extend([value] * (not (filled(value, size) == value).all()))
+
+    threads = [threading.Thread(target=work, args=(float(value),)) for value in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
