@@ -27,6 +27,20 @@ NO_IMAGES = "the zoo has no convolutions"
 FAULTS: dict[str, Fault] = {
     **TRAINING,
     # --- What runs around the kernels ---------------------------------------------------------------------------
+    "memory kept for too large a tensor": Fault(
+        "runtime/memory.cpp",
+        "(*it)->bytes >= bytes && ",
+        "",
+        "tests/runtime/test_memory.py",
+        unproven=AROUND,
+    ),
+    "more memory kept than said": Fault(
+        "runtime/memory.cpp",
+        "while (bytes_ > MOST_KEPT)",
+        "while (bytes_ > 2 * MOST_KEPT)",
+        "tests/runtime/test_memory.py",
+        unproven=AROUND,
+    ),
     "views all begin where their tensor does": Fault(
         "runtime/executor.cpp",
         "set_storage_offset(of.storage_offset() + offset);",
