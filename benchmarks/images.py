@@ -236,7 +236,9 @@ def picture(file: Path) -> None:
     ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae: Any = diffusers.AutoencoderKL(**wide, **ends)
     scheduler = diffusers.EulerDiscreteScheduler()
-    pipe: Any = diffusers.StableDiffusionPipeline(vae.eval(), None, None, unet, scheduler, None, None, False)
+    pipe: Any = diffusers.StableDiffusionPipeline(
+        vae.eval(), None, None, unet, scheduler, None, None, requires_safety_checker=False
+    )
     texts, size = torch.randn(2, TOKENS, 768), 2 * unet.config.sample_size
 
     def draw(mixture: tuple[float, ...]) -> torch.Tensor:

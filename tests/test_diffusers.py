@@ -133,7 +133,8 @@ def pipeline(unet):
     kind, sizes = denoiser("AutoencoderKL")
     torch.manual_seed(0)
     vae, scheduler = kind(**sizes).eval(), diffusers.EulerDiscreteScheduler()
-    pipe = diffusers.StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, False)
+    parts = vae, None, None, unet, scheduler, None, None
+    pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
