@@ -45,6 +45,15 @@ def test_a_dead_tensors_memory_is_the_next_ones():
     assert (second == 2).all()
 
 
+def test_a_small_tensor_leaves_a_large_block():
+    first = filled(1, 100)
+    address = first.data_ptr()
+    del first
+    small = [filled(2, megabytes) for megabytes in (2, 10, 30)]
+    assert address not in {one.data_ptr() for one in small}
+    assert filled(3, 60).data_ptr() == address
+
+
 def test_a_live_tensors_memory_is_its_own():
     first = filled(1, 8)
     view = first[-1:]
