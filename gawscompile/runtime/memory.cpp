@@ -1,6 +1,7 @@
-// Memory of what kernels write. A block of a megabyte or more is kept when its tensor dies, for the next tensor of about
+// Memory of what kernels write. A block of 1 to 32 MB is kept when its tensor dies, for the next tensor of about
 // its size: the C library would give such a block back to the system, which zeroes each page of the next one in a fault.
-// Blocks are kept for the whole process, MOST_KEPT bytes at most, the youngest ones.
+// Blocks are kept for the whole process, MOST_KEPT bytes at most, the youngest ones. Larger ones are the system's, as they
+// are the C library's way: logits that are kept would be a part of a training step's peak.
 //
 // Part of the op's library, in front of all others.
 
@@ -15,7 +16,7 @@
 
 namespace {
 
-constexpr size_t LARGE = size_t(1) << 20, MOST_KEPT = size_t(128) << 20;
+constexpr size_t LARGE = size_t(1) << 20, LARGEST = size_t(32) << 20, MOST_KEPT = size_t(128) << 20;
 
 struct Block {
   c10::DataPtr memory;
@@ -43,7 +44,7 @@ class Kept {
   void keep(std::unique_ptr<Block> block) {
     std::vector<std::unique_ptr<Block>> gone;  // without the lock
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block->bytes > MOST_KEPT) return;
+    if (!lock) return;
     bytes_ += block->bytes;
     blocks_.push_back(std::move(block));
     while (bytes_ > MOST_KEPT) {
@@ -68,7 +69,7 @@ Kept& kept = *new Kept;  // tensors may outlive the library's variables
 
 struct Keeping final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < LARGE) return c10::GetCPUAllocator()->allocate(bytes);
+    if (bytes < LARGE || bytes > LARGEST) return c10::GetCPUAllocator()->allocate(bytes);
     std::unique_ptr<Block> block = kept.take(bytes);
     if (!block) block.reset(new Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
     void* const data = block->memory.get();
