@@ -41,7 +41,6 @@ from gawscompile.ir.spec import KernelSpec, Operand
 from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError, dtype_of
 
-NARROW, FOLDING = 2, 1.25  # how much longer than one by W a multiplication by A takes, and one of B A for a panel
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
 _FILES = ("vectors", "prelude", "modes", "projections")  # one after the other
@@ -67,6 +66,14 @@ def takes_panels(spec: KernelSpec) -> bool:
     return all(
         p.dense and not (p.packed or p.banked or p.kronecker) and p.weight.dtype == spec.x for p in spec.projections
     )
+
+
+def foldable(spec: KernelSpec) -> tuple[int, int]:
+    """Multiplications of a group's adapters of low rank: all of ΔW = B A, added to the panels once; and A x and B u of
+    one token. `gemm_cpp` compares the two in every call (`folds` in `panels.cpp`), the cost model as it plans."""
+    terms = [(p.n, term) for p in spec.projections for term in p.lowrank]
+    delta = sum(n * term.rank for n, term in terms) * spec.k
+    return delta, sum(term.multiplications(spec.k) for _, term in terms)
 
 
 def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Operand] = ()) -> str:
@@ -248,12 +255,10 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
         body += ["#pragma omp barrier"] if not shrink else ["    if (folded) {", "#pragma omp barrier", "    }"]
     pieces = [[0, 1]] if spec.swiglu else [[i] for i in range(len(spec.projections))]
     stripes = [f"blocks(N{piece[0]}, STRIPE)" for piece in pieces]
-    terms = [(p.n, t.rank) for p in spec.projections for t in p.lowrank]
-    delta = sum(FOLDING * n * rank for n, rank in terms) * spec.k
-    factors = sum((NARROW * spec.k + n) * rank for n, rank in terms)
+    delta, factors = foldable(spec)
     sizes = [f"    const int64_t stripes = {' + '.join(stripes)}, each = tokens_at_once<K>(m, stripes, threads);"]
-    if terms:
-        sizes.append(f"    const bool folded = folds(m, each, {delta:.0f}, {factors});")
+    if delta:
+        sizes.append(f"    const bool folded = folds(m, each, {delta}, {factors});")
     body = [*sizes, *body]
     body += [
         "    queue.run(id, threads, stripes * blocks(m, each), [&](int64_t piece) {",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sympy
 
+from gawscompile.codegen.cpp import foldable
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
 from gawscompile.planning.devices import Device
@@ -78,9 +79,8 @@ def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
     turned = sum(p.n for p in spec.projections if not p.transposed) * spec.k
     once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * turned / device.kernel_rate["f32"]
     token = 2 * size / PANELS / device.kernel_rate["f32"]
-    pairs = [(p.n, term.rank) for p in spec.projections for term in p.lowrank]
-    rows, delta = sum(rank * (spec.k + n) for n, rank in pairs), sum(rank * n for n, rank in pairs) * spec.k
-    adapters = (_adapter_products(spec) - rows) * m + sympy.Min(rows * m, delta * (1 + m / CHUNK))
+    delta, factors = foldable(spec)
+    adapters = (_adapter_products(spec) - factors) * m + sympy.Min(factors * m, delta * (1 + m / CHUNK))
     if 4 * CHUNK * spec.k > KEPT:
         token += 4 * spec.k * sum(-(-p.n // STRIPE) for p in spec.projections) / device.bandwidth
     return 2 * device.launch + once + m * token + 2 * adapters / device.kernel_rate["f32"]
