@@ -1,7 +1,7 @@
-// Memory of what kernels write. A block of 1 to 32 MB is kept when its tensor dies, for the next tensor of about
-// its size: the C library would give such a block back to the system, which zeroes each page of the next one in a fault.
-// Blocks are kept for the whole process, MOST_KEPT bytes at most, the youngest ones. Larger ones are the system's, as they
-// are the C library's way: logits that are kept would be a part of a training step's peak.
+// Memory of what kernels write. When a tensor dies, its block of 1 to 32 MB is kept for the next tensor of about its size.
+// The C library would give the block back to the system, and the system zeroes each page of the next one in a fault.
+// At most MOST_KEPT bytes are kept in the whole process; the oldest blocks go first. Larger blocks are not kept: the C
+// library does not keep them either, and an idle one (a step's logits) would add to the process's peak.
 //
 // Part of the op's library, in front of all others.
 
@@ -9,7 +9,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 
-#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -23,7 +22,8 @@ struct Block {
   size_t bytes;
 };
 
-// Whoever finds the lock taken does without: after a fork in another thread it would never be free.
+// A caller that finds the lock taken allocates or frees as if nothing were kept. In a forked child the lock may be one that
+// another thread of the parent held, and would never be free.
 class Kept {
  public:
   // The smallest of at least `bytes` and less than twice as many, or none.
