@@ -5,16 +5,13 @@ from __future__ import annotations
 from tests.fault import (
     A_CHANGE,
     A_KEY,
-    AROUND,
     BY_SHAPE,
     EITHER,
-    FEW_TOKENS,
     LAID_OUT,
-    ON_GPUS,
-    ONE_RANK,
     Fault,
 )
 from tests.faults_of_kernels import KERNELS, SWIGLU
+from tests.faults_of_runtime import RUNTIME
 from tests.faults_of_training import TRAINING
 
 RECOVER = "passes/recover_operators.py"
@@ -26,170 +23,7 @@ NO_IMAGES = "the zoo has no convolutions"
 
 FAULTS: dict[str, Fault] = {
     **TRAINING,
-    # --- What runs around the kernels ---------------------------------------------------------------------------
-    "a large block taken for a small tensor": Fault(
-        "runtime/memory.cpp",
-        "(*it)->bytes < 2 * bytes && ",
-        "",
-        "tests/runtime/test_memory.py",
-        unproven=AROUND,
-    ),
-    "more memory kept than said": Fault(
-        "runtime/memory.cpp",
-        "while (bytes_ > MOST_KEPT)",
-        "while (bytes_ > 2 * MOST_KEPT)",
-        "tests/runtime/test_memory.py",
-        unproven=AROUND,
-    ),
-    "views all begin where their tensor does": Fault(
-        "runtime/executor.cpp",
-        "set_storage_offset(of.storage_offset() + offset);",
-        "set_storage_offset(of.storage_offset());",
-        "tests/runtime/test_executor.py",
-        unproven=AROUND,
-    ),
-    "a buffer given back while a view of it is read": Fault(
-        "runtime/wrapper.py",
-        "if one not in inputs and one not in self._registers.values()",
-        "if one not in inputs",
-        "tests/runtime/test_executor.py",
-        unproven=AROUND,
-    ),
-    "what may change is kept from call to call": Fault(
-        "runtime/bound.py",
-        "if value.called or value.whole not in seen]",
-        "if value.called]",
-        "tests/runtime/test_bound.py",
-        unproven=A_CHANGE,
-    ),
-    "a call that no guard let through reads what was kept": Fault(
-        "runtime/bound.py",
-        'vars(self._watch.last).pop("state", None)',
-        'vars(self._watch.last).get("state", None)',
-        "tests/runtime/test_bound.py",
-        unproven=A_CHANGE,
-    ),
-    "a mask of bools turned around": Fault(
-        "codegen/attention.cpp",
-        "? 0 : MINUS_INFINITY;",
-        "? MINUS_INFINITY : 0;",
-        "tests/runtime/test_attention.py",
-    ),
-    "blocks of keys joined without their levels": Fault(
-        "codegen/attention_tiles.cpp",
-        " * F(correction[r]);",
-        ";",
-        "tests/runtime/test_attention.py::test_scores_far_apart",
-        unproven=FEW_TOKENS,
-    ),
-    "a query that does not see its own key": Fault(
-        "codegen/attention_tiles.cpp",
-        "query(t) + 1 - key",
-        "query(t) - key",
-        "tests/runtime/test_attention.py::test_causal",
-        unproven=FEW_TOKENS,
-    ),
-    "a bias that goes through a sum over ranks": Fault(
-        "passes/join_collectives.py",
-        "len(args(node)) == 2 and context",
-        "context",
-        "tests/passes/test_join_collectives.py",
-        unproven=ONE_RANK,
-    ),
-    "a term that was not reduced lost": Fault(
-        "passes/join_collectives.py",
-        "if all(term is not parts",
-        "if all(term is parts",
-        "tests/passes/test_join_collectives.py",
-        unproven=ONE_RANK,
-    ),
-    "more bytes to other ranks than the base gives": Fault(
-        "passes/join_collectives.py",
-        "total = _cast(context, total, narrow, node)",
-        "total = _cast(context, total, dtype(node), node)",
-        "tests/passes/test_join_collectives.py",
-        unproven=ONE_RANK,
-    ),
-    "a rank plans for its own machine": Fault(
-        "runtime/ranks.py",
-        "return type(own)(**found)",
-        "return own",
-        "tests/runtime/test_ranks.py",
-        unproven=ONE_RANK,
-    ),
-    "a rank's failure that no other hears of": Fault(
-        "runtime/ranks.py",
-        'if answer["failure"]:',
-        'if answer["failure"] and rank == self._group.rank():',
-        "tests/runtime/test_ranks.py",
-        unproven=ONE_RANK,
-    ),
-    "a bank's bias that each rank adds": Fault(
-        "banks/sharding.py",
-        "bias=factors.bias if self.first else None",
-        "bias=factors.bias",
-        "tests/banks/test_sharding.py",
-        unproven=ONE_RANK,
-    ),
-    "sums over two groups joined": Fault(
-        "passes/join_collectives.py",
-        "isinstance(one, Reduced) and one.what == whole.what]",
-        "isinstance(one, Reduced)]",
-        "tests/passes/test_join_collectives.py",
-        unproven=ONE_RANK,
-    ),
-    "parts of the keys joined without their levels": Fault(
-        "codegen/triton_attention.py",
-        "tl.exp(most - level), tl.exp(here - level)",
-        "tl.exp(most - level), tl.exp(most - level)",
-        "tests/codegen/test_triton.py::test_attention_of_few_queries",
-        unproven=ON_GPUS,
-    ),
-    "keys repeated in another order": Fault(
-        "passes/fuse_attention.py",
-        "not in (2, -3):",
-        "not in (1, 2, -3):",
-        "tests/passes/test_fuse_attention.py",
-        unproven="no model of the zoo repeats keys so",
-    ),
-    "a mask of what may be seen lost": Fault(
-        "passes/fuse_attention.py", "    return condition\n", "    return None\n", "tests/passes/test_fuse_attention.py"
-    ),
-    "a bank joined with a projection of something else": Fault(
-        "passes/join_banks.py",
-        "if source_of(activation) is not source_of(x) or dtype(activation) != dtype(x):",
-        "if dtype(activation) != dtype(x):",
-        "tests/passes/test_join_banks.py",
-        unproven="no model of the zoo has a bank beside another activation's projection",
-    ),
-    "memory that is still read given away": Fault(
-        "banks/arena.py",
-        "return [run for run in self._resting if run[0] < oldest]",
-        "return list(self._resting)",
-        "tests/banks/test_arena.py",
-        unproven=A_CHANGE,
-    ),
-    "a snapshot of compiled graphs that keeps nothing": Fault(
-        "runtime/banks.cpp",
-        "[made](void* p) { std::free(p); }",
-        "[](void* p) { std::free(p); }",
-        "tests/banks/test_keeping.py::test_memory_is_not_given_away_while_it_is_read",
-        unproven=A_CHANGE,
-    ),
-    "a switch that compiled graphs do not see": Fault(
-        "banks/bank.py",
-        "        retract(self._number)\n",
-        "",
-        "tests/banks/test_bank.py::test_compiled_once_for_all",
-        unproven=A_CHANGE,
-    ),
-    "a weight that is taken for a mode's width": Fault(
-        "banks/schedules.py",
-        "where=part[:, :, 2] >= 0",
-        "where=True",
-        "tests/banks/test_kronecker.py::test_as_peft",
-        unproven=A_CHANGE,
-    ),
+    **RUNTIME,
     # --- What is recovered from the graph -----------------------------------------------------------------------
     "a scale along the tokens taken for one of the rows": Fault(
         "analysis/forms.py",
