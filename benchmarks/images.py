@@ -8,10 +8,10 @@
 Models have random weights in the widths of the published ones (Flux: half of it), cut to a few blocks. LoRAs of rank 16
 are on attention and feed-forward, with ``--convolutions`` on the convolutions of residual blocks too: all variants have
 channels last then. Columns: medians and quartiles in ms, over Inductor's unadapted model, over Inductor's adapted one;
-the norm of the difference to eager, over its own; in bfloat16 the norm of the difference to eager in float32, over that
-of eager in bfloat16. The picture is what a pipeline of four steps draws (noise, as all
-weights are random), in eager mode and under gaws, for three mixtures of two LoRAs. Needs diffusers:
-pip install 'gawscompile[diffusion]'.
+in float32 the norm of the difference to eager, over eager's own; in bfloat16 the norm of the difference to eager in
+float32, over that of eager in bfloat16. The picture is what a pipeline of four steps draws (noise, as all weights are
+random), in eager mode and under gaws, for three mixtures of two LoRAs. Needs diffusers: pip install
+'gawscompile[diffusion]'.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def step(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def wanted(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a step shall give, and what the norm of its error is divided by."""
+    """The output that a step is compared with, in float32, and the norm that its error is divided by."""
     eager = step(model, inputs).float()
     if next(model.parameters()).dtype == torch.float32:
         return eager, eager.norm()
