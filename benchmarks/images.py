@@ -2,10 +2,11 @@
 
     python -m benchmarks.images --dtype float32 bfloat16 --markdown benchmarks/results/images.md
     python -m benchmarks.images --models sdxl sd15 --convolutions
-    python -m benchmarks.images --bank                 # ten resident LoRAs mixed by weight, over one
+    python -m benchmarks.images --bank --pixels 512    # ten resident LoRAs mixed by weight, over one
     python -m benchmarks.images --picture benchmarks/results/images.png
 
-Models have random weights in the widths of the published ones (Flux: half of it), cut to a few blocks. LoRAs of rank 16
+Models have random weights in the widths of the published ones (Flux: half of it), cut to a few blocks; an image has 256
+pixels each way (Flux: 128), or ``--pixels``. LoRAs of rank 16
 are on attention and feed-forward, with ``--convolutions`` on the convolutions of residual blocks too: all variants have
 channels last then. Columns: medians and quartiles in ms, over Inductor's unadapted model, over Inductor's adapted one;
 in float32 the norm of the difference to eager, over eager's own; in bfloat16 the norm of the difference to eager in
@@ -92,14 +93,22 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 """diffusers' class, and what its configuration has that is not the default."""
 
 
-def build(name: str, dtype: torch.dtype, memory: torch.memory_format) -> tuple[Any, dict[str, Any]]:
-    """The model with random weights, and the inputs of one step."""
+def build(
+    name: str, dtype: torch.dtype, memory: torch.memory_format, pixels: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The model with random weights, and the inputs of one step. Latents have an eighth of the edge in `pixels`, Flux's
+    patches a sixteenth."""
     import diffusers
 
     kind, sizes = SHAPES[name]
     torch.manual_seed(0)
+    sizes = sizes | ({"sample_size": pixels // 8} if pixels and "sample_size" in sizes else {})
     model = getattr(diffusers, kind)(**sizes).to(dtype).eval().to(memory_format=memory)
     inputs = diffusion.example(model, TOKENS)
+    if pixels and "img_ids" in inputs:
+        patches, channels = (pixels // 16) ** 2, inputs["hidden_states"].shape[-1]
+        inputs["hidden_states"] = torch.randn(1, patches, channels).to(dtype)
+        inputs["img_ids"] = torch.zeros(patches, 3).to(dtype)
     if "sample" in inputs:
         inputs["sample"] = inputs["sample"].to(memory_format=memory)
     return model, inputs
@@ -159,7 +168,7 @@ def in_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timi
 def compare(name: str, options: argparse.Namespace, dtype: str) -> list[list[str]]:
     """The rows of one model in one dtype."""
     memory = torch.channels_last if options.convolutions else torch.contiguous_format
-    base, inputs = build(name, getattr(torch, dtype), memory)
+    base, inputs = build(name, getattr(torch, dtype), memory, options.pixels)
     models = {"base": base, "lora": adapted(base, options.convolutions)}
     steps: dict[str, Callable[[], Any]] = {}
     errors = {}
@@ -184,7 +193,7 @@ def compare(name: str, options: argparse.Namespace, dtype: str) -> list[list[str
 
 def mixed(name: str, options: argparse.Namespace, dtype: str) -> list[list[str]]:
     """A step with a mixture of one and of ten resident LoRAs of a bank, over one as PEFT's parameters."""
-    model, inputs = build(name, getattr(torch, dtype), torch.contiguous_format)
+    model, inputs = build(name, getattr(torch, dtype), torch.contiguous_format, options.pixels)
     single = measure.compiled(adapted(model, False), "gaws", dynamic=False)
     base = sharing_copy(model)
     bank = gawscompile.AdapterBank(base, memory="256MB", max_mix=10)
@@ -275,6 +284,7 @@ def main() -> None:
     parser.add_argument("--convolutions", action="store_true", help="LoRAs on convolutions too (UNets)")
     parser.add_argument("--bank", action="store_true", help="mixtures of a bank's LoRAs instead")
     parser.add_argument("--picture", type=Path, help="draw what a pipeline makes, instead")
+    parser.add_argument("--pixels", type=int, help="an image's edge")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()

@@ -39,13 +39,27 @@ KERNELS = {
         f"{ENTRIES}_gemm[qkv-2]", unproven=FEW_TOKENS,
     ),
     "ΔW of the first columns in every panel": Fault(
-        "codegen/panels.cpp", "(a + from, b, scale", "(a, b, scale", f"{ENTRIES}_gemm[deep-1]", unproven=FEW_TOKENS
+        "codegen/panels.cpp", "a + j * K + from;", "a + j * K;", f"{ENTRIES}_gemm[deep-1]", unproven=FEW_TOKENS
     ),
     "ΔW in the panel, and B u too": Fault(
         "codegen/panels.cpp",
         "if (!folded) term(sums, t);",
         "term(sums, t);",
         f"{ENTRIES}_gemm[ranks_17_and_64-1]",
+        unproven=FEW_TOKENS,
+    ),
+    "a mixture in the panel, and B u too": Fault(
+        "codegen/banks.cpp",
+        "none(folded || !bank.room)",
+        "none(!bank.room)",
+        f"{ENTRIES}_gemm_of_one_mixture[bank]",
+        unproven=FEW_TOKENS,
+    ),
+    "the first row's mixture for all rows": Fault(
+        "codegen/banks.cpp",
+        "plain &= row(r)->same == 0;",
+        "",
+        f"{ENTRIES}_gemm_of_one_mixture[bank]",
         unproven=FEW_TOKENS,
     ),
     # --- C++: banks ---------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ struct Bank {
   const Use* entries;
   int64_t rows, width, room, each;  // each: tokens of a row
   bool dora = false;                // whether any adapter scales the rows of W x
+  bool plain = true;                // whether all rows have the same adapters, and each is A and B alone
   int64_t span = 0, stages = 0;     // stages: modes of the longest chain
   float *u = nullptr, *z = nullptr;
   int32_t *key = nullptr, *order = nullptr, *start = nullptr;
@@ -50,7 +51,9 @@ struct Bank {
   Bank(const T* pool, const int32_t* schedule, int64_t m)
       : pool(pool), entries((const Use*)schedule), rows(entries->a), width(entries->b), room(entries->ra), each(m / rows) {
     for (int64_t r = 0; r < rows; ++r) {
-      for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use) dora |= use->scales();
+      plain &= row(r)->same == 0;
+      for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use)
+        dora |= use->scales(), plain &= use->ra == use->rb;
       chains(r, [&](const Mode& mode, int64_t stage, int64_t at) {
         span = max(span, blocks(at + mode.outputs(), V) * V), stages = max(stages, stage + 1);
       });
@@ -60,6 +63,14 @@ struct Bank {
   bool adds() const { return room || stages; }
 
   const Use* row(int64_t r) const { return entries + (1 + r) * width; }
+  const T* a(const Use& use) const { return pool + use.a * UNIT; }
+  const T* b(const Use& use) const { return pool + use.b * UNIT; }
+
+  int64_t rank() const {  // of all adapters of a row, where these are `plain`
+    int64_t total = 0;
+    for (const Use *use = row(0), *end = use + use->adapters; plain && use < end; ++use) total += use->ra;
+    return total;
+  }
 
   // 1 and what the adapters of the key r add to it: the scales of `count` rows of W x from n on
   void scale(int64_t r, int64_t n, int64_t count, float* scales) const {
@@ -243,17 +254,20 @@ inline auto banked(const Bank<T>& bank) {
   };
 }
 
-// A term of `add` on W x: its scale and B u, for 2V columns from n0 on. The block of B's rows is transposed once for tokens
-// one after the other that share their adapters.
+// A term of `add` on W x: its scale and B u, for 2V columns from n0 on, unless ΔW is in W. The block of B's rows is
+// transposed once for tokens one after the other that share their adapters.
 template <class T>
 struct Joined {
   const Bank<T>& bank;
   int64_t n0, columns;
+  bool none;
   Buffer memory{};
   float* turned = nullptr;  // [room + 1, 2V], the scale of W x behind B's columns
   mutable int64_t key = -1, rank = 0;
 
-  Joined(const Bank<T>& bank, int64_t n0, int64_t n) : bank(bank), n0(n0), columns(min<int64_t>(2 * V, n - n0)) {
+  Joined(const Bank<T>& bank, int64_t n0, int64_t n, bool folded = false)
+      : bank(bank), n0(n0), columns(min<int64_t>(2 * V, n - n0)), none(folded || !bank.room) {
+    if (none) return;
     turned = memory.of((bank.room + 1) * 2 * V);
     std::memset(turned, 0, (bank.room + 1) * 2 * V * sizeof(float));
   }
@@ -272,20 +286,24 @@ struct Joined {
 
   template <int W>
   [[gnu::always_inline]] void operator()(Pair (&acc)[W], int64_t t0) const {
-    if (!bank.room) return;
-    for (int t = 0, end; t < W; t = end) {
-      for (end = t + 1; end < W && bank.key[t0 + end] == bank.key[t0 + t];) ++end;
+    if (none) return;
+    const auto tokens = [&](auto count, int t) __attribute__((always_inline)) {
       if (bank.key[t0 + t] != key) turn(bank.key[t0 + t]);
       if (bank.dora)
-        for (int s = t; s < end; ++s) acc[s] *= load_pair(turned + bank.room * 2 * V);
+        for (int s = 0; s < decltype(count)::value; ++s) acc[t + s] *= load_pair(turned + bank.room * 2 * V);
       for (int64_t k = 0; k < rank; ++k) {
         const Pair b = load_pair(turned + k * 2 * V);
-        for (int s = t; s < end; ++s) {
-          const F us(bank.u[(t0 + s) * bank.room + k]);
-          acc[s] = {fmadd(b.lo, us, acc[s].lo), fmadd(b.hi, us, acc[s].hi)};
+        for (int s = 0; s < decltype(count)::value; ++s) {
+          const F us(bank.u[(t0 + t + s) * bank.room + k]);
+          acc[t + s] = {fmadd(b.lo, us, acc[t + s].lo), fmadd(b.hi, us, acc[t + s].hi)};
         }
       }
-    }
+    };
+    bool one = true;
+    for (int t = 1; t < W; ++t) one &= bank.key[t0 + t] == bank.key[t0];
+    if (one) tokens(Int<W>{}, 0);
+    else
+      for (int t = 0; t < W; ++t) tokens(Int<1>{}, t);
   }
 };
 

@@ -62,10 +62,8 @@ PLANS = {
 
 
 def takes_panels(spec: KernelSpec) -> bool:
-    """Whether `gemm_cpp` can run a group: plain weights of x's dtype, adapters of low rank."""
-    return all(
-        p.dense and not (p.packed or p.banked or p.kronecker) and p.weight.dtype == spec.x for p in spec.projections
-    )
+    """Whether `gemm_cpp` can run a group: plain weights of x's dtype, adapters of low rank, banks."""
+    return all(p.dense and not (p.packed or p.kronecker) and p.weight.dtype == spec.x for p in spec.projections)
 
 
 def foldable(spec: KernelSpec) -> tuple[int, int]:
@@ -255,10 +253,19 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
         body += ["#pragma omp barrier"] if not shrink else ["    if (folded) {", "#pragma omp barrier", "    }"]
     pieces = [[0, 1]] if spec.swiglu else [[i] for i in range(len(spec.projections))]
     stripes = [f"blocks(N{piece[0]}, STRIPE)" for piece in pieces]
-    delta, factors = foldable(spec)
-    sizes = [f"    const int64_t stripes = {' + '.join(stripes)}, each = tokens_at_once<K>(m, stripes, threads);"]
-    if delta:
-        sizes.append(f"    const bool folded = folds(m, each, {delta}, {factors});")
+    sizes = [f"    const int64_t stripes = {' + '.join(stripes)};"]
+    sizes.append("    int64_t each = tokens_at_once<K>(m, stripes, threads);")
+    if shrink:
+        banks = banks_of(spec)
+        delta, factors = map(str, foldable(spec))
+        for bank, end in banks.items():
+            delta, factors = f"{delta} + {bank}.rank() * K * N{end}", f"{factors} + {bank}.rank() * (K + N{end})"
+        wanted = " && ".join([*(f"{bank}.plain" for bank in banks), f"folds(m, most, {delta}, {factors})"])
+        sizes += [
+            "    const int64_t most = tokens_folded(m, stripes, threads);",
+            f"    const bool folded = {wanted};",
+            "    if (folded) each = most;",
+        ]
     body = [*sizes, *body]
     body += [
         "    queue.run(id, threads, stripes * blocks(m, each), [&](int64_t piece) {",
@@ -298,9 +305,7 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
 def _ended(spec: KernelSpec, parts: Parts, at: int, number: int) -> list[str]:
     """What follows the product of projection `at`, the stripe's weight `number`: ``end{at}``, called for tiles."""
     to, stride = (f"z{at}", ", STRIPE") if spec.swiglu else (f"y{at}", "")
-    early, late, *terms = parts.added(at, "n0")
-    rank = len(spec.projections[at].lowrank)
-    terms = [f"unless(folded, {term})" if j < rank else term for j, term in enumerate(terms)]
+    early, late, *terms = parts.added(at, "n0", panels=True)
     held = [f", term{j} = {term}" for j, term in enumerate(terms)]
     call = ", ".join(["sums", "n0", "t", to, early, late, *(f"term{j}" for j, _ in enumerate(terms))])
     return [

@@ -49,20 +49,23 @@ class Parts:
         lines += [f"plus(base{i}, Int<N{i}>{{}})"] * (p.opaque is not None)
         return [_all(dots), _all([*lines, *self._scale(i), *self._epilogue(i)])]
 
-    def added(self, i: int, n0: str) -> list[str]:
-        """Lines before and after, and terms, that join a base's product by 2V columns from `n0` on."""
-        bank, lines = bool(self._spec.projections[i].banked), self._epilogue(i)
+    def added(self, i: int, n0: str, panels: bool = False) -> list[str]:
+        """Lines before and after, and terms, that join a base's product by 2V columns from `n0` on. With `panels`, the
+        adapters of low rank may be in the product."""
+        p, lines = self._spec.projections[i], self._epilogue(i)
+        bank = bool(p.banked)
         scale = [f"chained(bank{i})"] * bank + self._scale(i)
-        terms = [f"Joined(bank{i}, {n0}, N{i})"] * bank  # it scales W x alone: nothing comes before it
-        terms += [f"turned<{sizes}>({factor}, {source}, {n0}, N{i})" for sizes, factor, source in self._terms(i)]
+        terms = [f"Joined(bank{i}, {n0}, N{i}{', folded' * panels})"] * bank  # it scales W x: nothing comes before it
+        for j, (sizes, factor, source) in enumerate(self._terms(i)):
+            term = f"turned<{sizes}>({factor}, {source}, {n0}, N{i})"
+            terms.append(f"unless(folded, {term})" if panels and j < len(p.lowrank) else term)
         return [_all([]), _all([*scale, *lines]), *terms] if scale else [_all(lines), _all([]), *terms]
 
     def folded(self, i: int, weight: str) -> str:
         """The weight, with what its adapters of low rank add to its panels."""
-        terms = [
-            f"delta<{t.rank}, K>(a{i}_{j}, b{i}_{j}, {scale_of(t, i, j)})"
-            for j, t in enumerate(self._spec.projections[i].lowrank)
-        ]
+        p = self._spec.projections[i]
+        terms = [f"deltas<K>(bank{i})"] * bool(p.banked)
+        terms += [f"delta<{t.rank}, K>(a{i}_{j}, b{i}_{j}, {scale_of(t, i, j)})" for j, t in enumerate(p.lowrank)]
         return f"adapted({weight}, folded, {_all(terms)})" if terms else weight
 
     def _terms(self, i: int) -> list[tuple[str, str, str]]:

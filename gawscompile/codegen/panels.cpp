@@ -4,6 +4,8 @@
 
 constexpr int64_t DEPTH = 1024;     // of k in one panel
 constexpr int64_t AT_ONCE = 512;    // tokens that meet a panel, at most; twice as many where their sums stay in registers
+constexpr int64_t FOLDED = 2048;    // of them where ΔW is added to each panel, which takes as long for one token
+constexpr int64_t TOGETHER = 48;    // ranks of ΔW that are added at once
 constexpr int64_t FEW = 16 * TALL;  // and at least, as a panel takes time to turn
 constexpr int64_t PIECES = 8;       // of work for each thread: none waits for another longer than a piece takes
 constexpr int64_t FEWER = 4;        // pieces for each thread suffice where more would turn panels for less than FEW tokens
@@ -14,6 +16,10 @@ inline int64_t tokens_at_once(int64_t m, int64_t stripes, int64_t threads) {
   const int64_t parts = min(blocks(PIECES * threads, stripes), max(m / FEW, blocks(FEWER * threads, stripes)));
   const int64_t each = blocks(m, parts);
   return min(K <= DEPTH ? 2 * AT_ONCE : AT_ONCE, max(FEW, blocks(each, TALL) * TALL));
+}
+
+inline int64_t tokens_folded(int64_t m, int64_t stripes, int64_t threads) {
+  return min(FOLDED, max(FEW, blocks(blocks(m, blocks(FEWER * threads, stripes)), TALL) * TALL));
 }
 
 // V numbers of a row, the first `count` of them.
@@ -88,42 +94,84 @@ inline void fill(Columns<N, TW> of, int64_t row, int64_t rows, int64_t from, int
     for (int64_t r = 0; r < rows; r += V) line_of(of.w + (from + k) * N + row + r, rows - r).store(panel + k * WIDTH + r);
 }
 
-// panel[k, r] += s sum over j < RANK of A[j, from + k] B[row + r, j]: with ΔW in its panel, W alone is multiplied.
-template <int64_t RANK, int64_t K, int C, class TA, class TB>
-[[gnu::noinline]] void add_delta(
-    const TA* a, const TB* b, float scale, int64_t row, int64_t rows, int64_t depth, float* panel) {
-  alignas(64) float bt[RANK][C * V] = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < RANK; ++j) bt[j][r] = scale * float(b[(row + r) * RANK + j]);
-  const auto some = [&](auto count, int64_t k) {
-    constexpr int T = decltype(count)::value;
+// Some ranks of ΔW = sum of A's rows times B's columns, for a stripe with C vectors of rows of W.
+template <int C, class TA>
+struct Ranks {
+  int64_t count = 0;
+  const TA* a[TOGETHER];
+  alignas(64) float b[TOGETHER][C * V] = {};
+
+  // panel[k, r] += sum over j of a[j, k] b[j, r]. Stretches of A's rows lie side by side in fp32 first: where they are, as
+  // many as these would want the same lines of the first cache.
+  [[gnu::noinline]] void flush(int64_t depth, float* panel) {
+    constexpr int64_t STRETCH = 8 * TALL / V * V;
+    alignas(64) float lines[TOGETHER][STRETCH];
+    for (int64_t k0 = 0; k0 < depth; k0 += STRETCH) {
+      const int64_t end = min(depth, k0 + STRETCH);
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t k = k0; k < end; k += V) {
+          line_of(a[j] + k, depth - k).store(lines[j] + k - k0);
+          __builtin_prefetch(a[j] + k + STRETCH);
+        }
+      int64_t k = k0;
+      for (; k + TALL <= end; k += TALL) add<TALL>(lines[0] + k - k0, STRETCH, panel + k * C * V);
+      for (; k < end; ++k) add<1>(lines[0] + k - k0, STRETCH, panel + k * C * V);
+    }
+    count = 0;
+  }
+
+ private:
+  template <int T>
+  [[gnu::always_inline]] void add(const float* line, int64_t stretch, float* panel) const {
     F acc[T][C];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[t][c] = F::loadu(panel + (k + t) * C * V + c * V);
-    for (int64_t j = 0; j < RANK; ++j) {
-      F line[C];
-      for (int c = 0; c < C; ++c) line[c] = F::loadu(bt[j] + c * V);
+      for (int c = 0; c < C; ++c) acc[t][c] = F::loadu(panel + t * C * V + c * V);
+    for (int64_t j = 0; j < count; ++j, line += stretch) {
+      F row[C];
+      for (int c = 0; c < C; ++c) row[c] = F::loadu(b[j] + c * V);
       for (int t = 0; t < T; ++t) {
-        const F one(float(a[j * K + k + t]));
-        for (int c = 0; c < C; ++c) acc[t][c] = fmadd(one, line[c], acc[t][c]);
+        const F one(line[t]);
+        for (int c = 0; c < C; ++c) acc[t][c] = fmadd(one, row[c], acc[t][c]);
       }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[t][c].store(panel + (k + t) * C * V + c * V);
-  };
-  int64_t k = 0;
-  for (; k + TALL <= depth; k += TALL) some(Int<TALL>{}, k);
-  for (; k < depth; ++k) some(Int<1>{}, k);
+      for (int c = 0; c < C; ++c) acc[t][c].store(panel + t * C * V + c * V);
+  }
+};
+
+// panel[k, r] += s B A of all that each(join) calls join(rank, s, A, B, ldb) with: W + ΔW is in it then.
+template <int64_t K, int C, class T, class Each>
+inline void add_delta(int64_t row, int64_t rows, int64_t from, int64_t depth, float* panel, const Each& each) {
+  Ranks<C, T> ranks;
+  each([&](int64_t rank, float scale, const T* a, const auto* b, int64_t ldb) {
+    for (int64_t j = 0; j < rank; ++j) {
+      ranks.a[ranks.count] = a + j * K + from;
+      for (int64_t r = 0; r < rows; ++r) ranks.b[ranks.count][r] = scale * float(b[(row + r) * ldb + j]);
+      if (++ranks.count == TOGETHER) ranks.flush(depth, panel);
+    }
+  });
+  if (ranks.count) ranks.flush(depth, panel);
 }
 
 template <int64_t RANK, int64_t K, class TA, class TB>
 inline auto delta(const TA* a, const TB* b, float scale) {
-  return [=](auto vectors, int64_t row, int64_t rows, int64_t from, int64_t depth, float* panel) {
-    add_delta<RANK, K, decltype(vectors)::value>(a + from, b, scale, row, rows, depth, panel);
+  return [=](auto vectors, auto... at) {
+    add_delta<K, decltype(vectors)::value, TA>(at..., [=](const auto& join) { join(RANK, scale, a, b, RANK); });
+  };
+}
+
+// Those of a `plain` bank.
+template <int64_t K, template <class> class Bank, class T>
+inline auto deltas(const Bank<T>& bank) {
+  return [&bank](auto vectors, auto... at) {
+    add_delta<K, decltype(vectors)::value, T>(at..., [&](const auto& join) {
+      for (auto use = bank.row(0), end = use + use->adapters; use < end; ++use)
+        join(use->ra, use->scale, bank.a(*use), bank.b(*use), use->rb);
+    });
   };
 }
 

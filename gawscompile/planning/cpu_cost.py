@@ -9,6 +9,7 @@ from __future__ import annotations
 import sympy
 
 from gawscompile.codegen.cpp import foldable
+from gawscompile.ir.banked import USUAL_RANK
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
 from gawscompile.planning.devices import Device
@@ -19,8 +20,9 @@ UNPACKING = 2e-11
 TURNING = 10
 """Operations whose time it takes to turn a number of a weight."""
 
-STRIPE, CHUNK, KEPT = 64, 512, 16 << 20
-"""Columns of a panel; tokens that meet it at once, at least; bytes of them in fp32 that stay cached for the next."""
+STRIPE, CHUNK, FOLDED, KEPT = 64, 512, 2048, 16 << 20
+"""Columns of a panel; tokens that meet it at once, at least, and where ΔW is in it; bytes of them in fp32 that stay
+cached for the next."""
 
 LINES = 128
 """Columns of a weight kept so that are the least work for all threads: a block of them is one's."""
@@ -80,7 +82,10 @@ def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
     once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * turned / device.kernel_rate["f32"]
     token = 2 * size / PANELS / device.kernel_rate["f32"]
     delta, factors = foldable(spec)
-    adapters = (_adapter_products(spec) - factors) * m + sympy.Min(factors * m, delta * (1 + m / CHUNK))
+    for p in spec.projections:
+        if p.banked:
+            delta, factors = delta + USUAL_RANK * p.n * spec.k, factors + p.banked.multiplications(spec.k)
+    adapters = (_adapter_products(spec) - factors) * m + sympy.Min(factors * m, delta * (1 + m / FOLDED))
     if 4 * CHUNK * spec.k > KEPT:
         token += 4 * spec.k * sum(-(-p.n // STRIPE) for p in spec.projections) / device.bandwidth
     return 2 * device.launch + once + m * token + 2 * adapters / device.kernel_rate["f32"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gawscompile.codegen import build, cpp
+from gawscompile.ir import banked
 from gawscompile.ir.spec import KernelSpec
 from tests.codegen.problems import GUARD, TORCH, Problem, weight
 
@@ -66,6 +67,7 @@ SPECS = {
     "bank": "k=48 x=f32; n=20 w=f32 out=f32 bias=f32 residual=f32 bank(f32); n=9 w=f32 out=f32 bank(f32)",
     "bank_16": "k=100 x=bf16; n=36 w=bf16 out=bf16 lora(r=5 f32 s=2.0) bank(bf16); "
     "n=44 wt=bf16 out=bf16 bank(f32); n=40 w=bf16 out=bf16 kron(10*4x10*1 f32 s=1.0) bank(f16)",
+    "bank_panels": "k=100 x=bf16; n=70 w=bf16 out=bf16 lora(r=5 f32 s=2.0) bank(bf16); n=44 wt=bf16 out=f32 bank(f32)",
     "bank_beside_all": "k=64 x=f32; n=21 w=f32 out=f32 bias=f32 rowscale=f32 lora(r=5 f32 s=2.0) given(r=3 f32 z=f32) "
     "bank(f32); n=48 wt=f32 out=f32 bias=f32 lora(r=3 f32 s=1.0) kron(4*12x16*1 f32 s=1.0) bank(f32)",
     "bank_wide_modes": "k=840 x=bf16; n=420 w=bf16 out=bf16 bank(bf16); n=1260 w=bf16 out=f32 bank(f32)",
@@ -127,6 +129,25 @@ def test_gemv(libraries, name, threads):
             problem.check(run(libraries[name], "gemv", problem, None))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["bank", "bank_panels"])
+def test_gemm_of_one_mixture(libraries, name):
+    """Where all rows have the same plain adapters, ΔW is in the panels: here of more ranks than are added at once."""
+    spec, generator = KernelSpec.parse(SPECS[name]), torch.Generator().manual_seed(0)
+    for m, other in ((6, False), (514, False), (514, True)):
+        problem = Problem.of(SPECS[name], m, seed=m)
+        for i, p in enumerate(spec.projections):
+            mixture, end = [], 0
+            for rank in (3, 40, 16):
+                b = -(-(end + rank * spec.k) // banked.UNIT)
+                mixture.append(banked.Use(end // banked.UNIT, b, rank, rank, 0.25 * rank, 1.0))
+                end = -(-(b * banked.UNIT + p.n * rank) // banked.UNIT) * banked.UNIT
+            pool = torch.randn(end, generator=generator).to(TORCH[p.banked.dtype])
+            rows = [mixture, mixture[1:] if other else mixture]
+            problem.operands |= {f"pool{i}": pool, f"schedule{i}": banked.pack(rows, len(mixture))}
+        problem = Problem.with_operands(spec, problem.x, problem.operands)
+        problem.check(run(libraries[name], "gemm", problem, None))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

@@ -61,7 +61,7 @@ def test_the_library_is_no_candidate_where_it_cannot_write_the_output():
     [
         "n=4 w=f32 out=bf16",
         "n=4 opaque=bf16 out=bf16 lora(r=2 f32 s=1.0)",
-        "n=4 w=bf16 out=bf16 bank(f32)",
+        "n=4 w=bf16 out=bf16 kron(4*1x2*1 f32 s=1.0)",
     ],
 )
 def test_panels_are_of_plain_weights_of_the_activations_dtype(row):
