@@ -4,7 +4,7 @@
 
 constexpr int64_t DEPTH = 1024;     // of k in one panel
 constexpr int64_t AT_ONCE = 512;    // tokens that meet a panel, at most; twice as many where their sums stay in registers
-constexpr int64_t FOLDED = 2048;    // of them where ΔW is added to each panel, which takes as long for one token
+constexpr int64_t FOLDED = 1280;    // of them where ΔW is added to each panel, which takes as long for one token
 constexpr int64_t TOGETHER = 48;    // ranks of ΔW that are added at once
 constexpr int64_t FEW = 16 * TALL;  // and at least, as a panel takes time to turn
 constexpr int64_t PIECES = 8;       // of work for each thread: none waits for another longer than a piece takes
@@ -19,7 +19,8 @@ inline int64_t tokens_at_once(int64_t m, int64_t stripes, int64_t threads) {
 }
 
 inline int64_t tokens_folded(int64_t m, int64_t stripes, int64_t threads) {
-  return min(FOLDED, max(FEW, blocks(blocks(m, blocks(FEWER * threads, stripes)), TALL) * TALL));
+  const int64_t parts = max(blocks(FEWER * threads, stripes), blocks(m, FOLDED));
+  return max(FEW, blocks(blocks(m, parts), TALL) * TALL);
 }
 
 // V numbers of a row, the first `count` of them.

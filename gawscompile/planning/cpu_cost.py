@@ -20,7 +20,7 @@ UNPACKING = 2e-11
 TURNING = 10
 """Operations whose time it takes to turn a number of a weight."""
 
-STRIPE, CHUNK, FOLDED, KEPT = 64, 512, 2048, 16 << 20
+STRIPE, CHUNK, FOLDED, KEPT = 64, 512, 1280, 16 << 20
 """Columns of a panel; tokens that meet it at once, at least, and where ΔW is in it; bytes of them in fp32 that stay
 cached for the next."""
 
