@@ -104,7 +104,7 @@ PACKED = {
     " n=40 packed(uint8 g=32 s=u8 z=bf16) out=bf16",
     "packed_nf4": "k=128 x=bf16; n=48 packed(nf4 g=64 s=f32) out=bf16 bias=bf16 lora(r=8 bf16 s=2.0);"
     " n=21 packed(nf4 g=128 s=bf16) out=bf16 rowscale=f32 lora(r=3 bf16 s=2.0); n=16 packed(nf4 g=32) out=bf16",
-    "packed_nf4_coded": "k=128 x=f32; n=200 packed(nf4 g=32 s=u8) out=f32 lora(r=4 f32 s=2.0);"
+    "packed_nf4_coded": "k=128 x=f32; n=72 packed(nf4 g=32 s=u8) out=f32 lora(r=4 f32 s=2.0);"
     " n=21 packed(nf4 g=64 s=u8 z=f32) out=f32 rowscale=f32 lora(r=3 f32 s=2.0)",
     "packed_nf4_long": "k=1056 x=f16; n=24 packed(nf4 g=96 s=f16) out=f16 lora(r=4 f16 s=2.0)",
     "packed_nf4_small": "k=32 x=f32; n=5 packed(nf4 g=32 s=u8) out=f32",
