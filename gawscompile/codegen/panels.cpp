@@ -10,17 +10,20 @@ constexpr int64_t FEW = 16 * TALL;  // and at least, as a panel takes time to tu
 constexpr int64_t PIECES = 8;       // of work for each thread: none waits for another longer than a piece takes
 constexpr int64_t FEWER = 4;        // pieces for each thread suffice where more would turn panels for less than FEW tokens
 
-// Tokens that meet a panel: fewer where there are too few stripes for all threads.
+// Tokens that meet a panel, in parts of one size: a short one takes as long to turn. They are fewer where there are too few
+// stripes for all threads.
+inline int64_t part_of(int64_t m, int64_t parts, int64_t most) {
+  return max(FEW, blocks(blocks(m, max(parts, blocks(m, most))), TALL) * TALL);
+}
+
 template <int64_t K>
 inline int64_t tokens_at_once(int64_t m, int64_t stripes, int64_t threads) {
   const int64_t parts = min(blocks(PIECES * threads, stripes), max(m / FEW, blocks(FEWER * threads, stripes)));
-  const int64_t each = blocks(m, parts);
-  return min(K <= DEPTH ? 2 * AT_ONCE : AT_ONCE, max(FEW, blocks(each, TALL) * TALL));
+  return part_of(m, parts, K <= DEPTH ? 2 * AT_ONCE : AT_ONCE);
 }
 
 inline int64_t tokens_folded(int64_t m, int64_t stripes, int64_t threads) {
-  const int64_t parts = max(blocks(FEWER * threads, stripes), blocks(m, FOLDED));
-  return max(FEW, blocks(blocks(m, parts), TALL) * TALL);
+  return part_of(m, blocks(FEWER * threads, stripes), FOLDED);
 }
 
 // V numbers of a row, the first `count` of them.
