@@ -102,7 +102,9 @@ def build(
 
     kind, sizes = SHAPES[name]
     torch.manual_seed(0)
-    sizes = sizes | ({"sample_size": pixels // 8} if pixels and "sample_size" in sizes else {})
+    if pixels:
+        known = {"sample_size": pixels // 8, "pos_embed_max_size": max(32, pixels // 16)}
+        sizes = sizes | {size: number for size, number in known.items() if size in sizes}
     model = getattr(diffusers, kind)(**sizes).to(dtype).eval().to(memory_format=memory)
     inputs = diffusion.example(model, TOKENS)
     if pixels and "img_ids" in inputs:
@@ -192,7 +194,7 @@ def compare(name: str, options: argparse.Namespace, dtype: str) -> list[list[str
 
 
 def mixed(name: str, options: argparse.Namespace, dtype: str) -> list[list[str]]:
-    """A step with a mixture of one and of ten resident LoRAs of a bank, over one as PEFT's parameters."""
+    """A step with a mixture of one and of ten resident LoRAs of a bank, over one, and one as PEFT's parameters."""
     model, inputs = build(name, getattr(torch, dtype), torch.contiguous_format, options.pixels)
     single = measure.compiled(adapted(model, False), "gaws", dynamic=False)
     base = sharing_copy(model)
@@ -284,7 +286,7 @@ def main() -> None:
     parser.add_argument("--convolutions", action="store_true", help="LoRAs on convolutions too (UNets)")
     parser.add_argument("--bank", action="store_true", help="mixtures of a bank's LoRAs instead")
     parser.add_argument("--picture", type=Path, help="draw what a pipeline makes, instead")
-    parser.add_argument("--pixels", type=int, help="an image's edge")
+    parser.add_argument("--pixels", type=int, help="an image's edge, but the picture's")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()

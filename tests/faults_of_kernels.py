@@ -55,6 +55,13 @@ KERNELS = {
         f"{ENTRIES}_gemm_of_one_mixture[bank]",
         unproven=FEW_TOKENS,
     ),
+    "x widened by others read too early": Fault(
+        "codegen/cpp.py",
+        "if ranks.width else waits",
+        "",
+        f"{ENTRIES}_gemm_without_active_adapters_waits_for_x",
+        unproven=FEW_TOKENS,
+    ),
     "the first row's mixture for all rows": Fault(
         "codegen/banks.cpp",
         "plain &= row(r)->same == 0;",
@@ -98,9 +105,9 @@ KERNELS = {
     ),
     "DoRA scales what other adapters add": Fault(
         "codegen/cpp_parts.py",
-        'terms += [f"turned<',
-        'terms[:0] = [f"turned<',
-        f"{ENTRIES}_accumulate[bank_16-1]",
+        'terms.append(f"unless',
+        'terms.insert(0, f"unless',
+        f"{ENTRIES}_accumulate[bank_beside_lora-1]",
         unproven="the zoo's bank is beside no other adapter",
     ),
     "a mode that reads x in place of what the one before it made": Fault(

@@ -66,9 +66,9 @@ struct Bank {
   const T* a(const Use& use) const { return pool + use.a * UNIT; }
   const T* b(const Use& use) const { return pool + use.b * UNIT; }
 
-  int64_t rank() const {  // of all adapters of a row, where these are `plain`
+  int64_t rank() const {  // of all adapters of the first row
     int64_t total = 0;
-    for (const Use *use = row(0), *end = use + use->adapters; plain && use < end; ++use) total += use->ra;
+    for (const Use *use = row(0), *end = use + use->adapters; use < end; ++use) total += use->ra;
     return total;
   }
 
@@ -77,7 +77,7 @@ struct Bank {
     for (int64_t i = 0; i < count; ++i) scales[i] = 1;
     for (const Use *use = row(r), *end = use + use->adapters; use < end; ++use) {
       if (!use->scales()) continue;
-      const T* column = pool + use->b * UNIT + n * use->rb + use->ra + 1;
+      const T* column = b(*use) + n * use->rb + use->ra + 1;
       for (int64_t i = 0; i < count; ++i) scales[i] += use->weight * float(column[i * use->rb]);
     }
   }
@@ -145,7 +145,7 @@ template <int64_t K, class T, class TX>
     for (int64_t i = 0; i < bank.row(r)->adapters; u += bank.row(r)[i++].columns()) {
       const Use use = bank.row(r)[i];
       if (use.mode()) continue;
-      const T* a = bank.pool + use.a * UNIT;
+      const T* a = bank.a(use);
       share.piece(blocks(use.rb, ROWS) * tiles, K, [&](int64_t piece) {
         const int64_t t1 = lo + piece % tiles * TILE, t2 = min(hi, t1 + TILE), block = piece / tiles;
         if (use.rb > use.ra && block == use.ra / ROWS)
@@ -244,7 +244,7 @@ inline auto banked(const Bank<T>& bank) {
       const Use* use = bank.row(bank.key[t0 + t]);
       for (int64_t left = use->adapters; left > 0; --left, u += use++->columns())
         if (!use->mode())
-          dot_some<decltype(count)::value>(acc, t, bank.pool + use->b * UNIT + row * use->rb, use->rb, u, bank.room);
+          dot_some<decltype(count)::value>(acc, t, bank.b(*use) + row * use->rb, use->rb, u, bank.room);
     };
     bool one = true;
     for (int t = 1; t < W; ++t) one &= bank.key[t0 + t] == bank.key[t0];
@@ -277,7 +277,7 @@ struct Joined {
     for (int64_t i = 0; i < bank.row(row)->adapters; ++i) {
       const Use use = bank.row(row)[i];
       if (use.mode()) continue;
-      const T* b = bank.pool + use.b * UNIT + n0 * use.rb;
+      const T* b = bank.b(use) + n0 * use.rb;
       for (int64_t k = 0; k < use.rb; ++k, ++rank)
         for (int64_t c = 0; c < columns; ++c) turned[rank * 2 * V + c] = float(b[c * use.rb + k]);
     }

@@ -249,8 +249,9 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
         inner = [line if line.startswith("#") else f"  {line}" for line in shrink]
         shrink = ["    if (!folded) {", *inner, "    }"]
     body = ["    widen(id, threads, m * K, x, xs);"] * wide + shrink
-    if wide:
-        body += ["#pragma omp barrier"] if not shrink else ["    if (folded) {", "#pragma omp barrier", "    }"]
+    if wide:  # threads that compute u wait for each other after it; a bank may have none to compute
+        waits = ["#pragma omp barrier"]
+        body += ["    if (folded) {", *waits, "    }"] if ranks.width else waits
     pieces = [[0, 1]] if spec.swiglu else [[i] for i in range(len(spec.projections))]
     stripes = [f"blocks(N{piece[0]}, STRIPE)" for piece in pieces]
     sizes = [f"    const int64_t stripes = {' + '.join(stripes)};"]

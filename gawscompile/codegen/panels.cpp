@@ -13,7 +13,8 @@ constexpr int64_t FEWER = 4;        // pieces for each thread suffice where more
 // Tokens that meet a panel, in parts of one size: a short one takes as long to turn. They are fewer where there are too few
 // stripes for all threads.
 inline int64_t part_of(int64_t m, int64_t parts, int64_t most) {
-  return max(FEW, blocks(blocks(m, max(parts, blocks(m, most))), TALL) * TALL);
+  const int64_t each = max(FEW, blocks(m, max(parts, blocks(m, most))));
+  return blocks(blocks(m, blocks(m, each)), TALL) * TALL;
 }
 
 template <int64_t K>
@@ -105,8 +106,8 @@ struct Ranks {
   const TA* a[TOGETHER];
   alignas(64) float b[TOGETHER][C * V] = {};
 
-  // panel[k, r] += sum over j of a[j, k] b[j, r]. Stretches of A's rows lie side by side in fp32 first: where they are, as
-  // many as these would want the same lines of the first cache.
+  // panel[k, r] += sum over j of a[j, k] b[j, r]. Stretches of A's rows are copied side by side in fp32 first. Read where
+  // they are, rows of a power of two would fall on the same lines of the first cache.
   [[gnu::noinline]] void flush(int64_t depth, float* panel) {
     constexpr int64_t STRETCH = 8 * TALL / V * V;
     alignas(64) float lines[TOGETHER][STRETCH];

@@ -21,8 +21,8 @@ TURNING = 10
 """Operations whose time it takes to turn a number of a weight."""
 
 STRIPE, CHUNK, FOLDED, KEPT = 64, 512, 1280, 16 << 20
-"""Columns of a panel; tokens that meet it at once, at least, and where ΔW is in it; bytes of them in fp32 that stay
-cached for the next."""
+"""Columns of a panel. Tokens that meet it at once: at least so many, and so many where ΔW is in it. Bytes of tokens in
+fp32 that stay cached from one panel to the next."""
 
 LINES = 128
 """Columns of a weight kept so that are the least work for all threads: a block of them is one's."""
@@ -75,8 +75,9 @@ def gemv(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
 
 def panels(spec: KernelSpec, device: Device, m: sympy.Symbol) -> sympy.Expr:
     """One region. Every weight is turned once, unless it is kept so; then tiles of tokens meet it in fp32. Adapters run
-    by rows or, where that is less work, as ΔW that is added to each panel, for each chunk of tokens anew. Panels are
-    padded to whole tiles. Tokens that no cache keeps come from memory for each panel."""
+    by rows or, where that is less work, as ΔW that is added to each panel, for each chunk of tokens anew. A bank is
+    taken for one mixture of plain adapters. Panels are padded to whole tiles. Tokens that no cache keeps come from
+    memory for each panel."""
     size = sum(_padded(p.n) for p in spec.projections) * spec.k
     turned = sum(p.n for p in spec.projections if not p.transposed) * spec.k
     once = (weight_bytes(spec) + adapter_bytes(spec)) / device.bandwidth + TURNING * turned / device.kernel_rate["f32"]

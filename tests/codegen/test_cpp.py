@@ -14,7 +14,7 @@ import torch
 from gawscompile.codegen import build, cpp
 from gawscompile.ir import banked
 from gawscompile.ir.spec import KernelSpec
-from tests.codegen.problems import GUARD, TORCH, Problem, weight
+from tests.codegen.problems import GUARD, TORCH, Problem, guarded, weight
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "gemv_cpp_qkv.cpp.txt"
 
@@ -67,7 +67,8 @@ SPECS = {
     "bank": "k=48 x=f32; n=20 w=f32 out=f32 bias=f32 residual=f32 bank(f32); n=9 w=f32 out=f32 bank(f32)",
     "bank_16": "k=100 x=bf16; n=36 w=bf16 out=bf16 lora(r=5 f32 s=2.0) bank(bf16); "
     "n=44 wt=bf16 out=bf16 bank(f32); n=40 w=bf16 out=bf16 kron(10*4x10*1 f32 s=1.0) bank(f16)",
-    "bank_panels": "k=100 x=bf16; n=70 w=bf16 out=bf16 lora(r=5 f32 s=2.0) bank(bf16); n=44 wt=bf16 out=f32 bank(f32)",
+    "bank_panels": "k=1100 x=bf16; n=70 w=bf16 out=bf16 bank(bf16); n=44 wt=bf16 out=f32 bank(f32)",
+    "bank_beside_lora": "k=64 x=f32; n=40 w=f32 out=f32 lora(r=5 f32 s=2.0) bank(f32)",
     "bank_beside_all": "k=64 x=f32; n=21 w=f32 out=f32 bias=f32 rowscale=f32 lora(r=5 f32 s=2.0) given(r=3 f32 z=f32) "
     "bank(f32); n=48 wt=f32 out=f32 bias=f32 lora(r=3 f32 s=1.0) kron(4*12x16*1 f32 s=1.0) bank(f32)",
     "bank_wide_modes": "k=840 x=bf16; n=420 w=bf16 out=bf16 bank(bf16); n=1260 w=bf16 out=f32 bank(f32)",
@@ -131,11 +132,12 @@ def test_gemv(libraries, name, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["bank", "bank_panels"])
+@pytest.mark.parametrize("name", ["bank", "bank_panels", "bank_beside_lora"])
 def test_gemm_of_one_mixture(libraries, name):
-    """Where all rows have the same plain adapters, ΔW is in the panels: here of more ranks than are added at once."""
+    """Where all rows have the same plain adapters, ΔW is in the panels: here of more ranks than are added at once. What
+    the call before has left of u may not join it."""
     spec, generator = KernelSpec.parse(SPECS[name]), torch.Generator().manual_seed(0)
-    for m, other in ((6, False), (514, False), (514, True)):
+    for m, other in ((514, True), (514, False)):
         problem = Problem.of(SPECS[name], m, seed=m)
         for i, p in enumerate(spec.projections):
             mixture, end = [], 0
@@ -143,11 +145,25 @@ def test_gemm_of_one_mixture(libraries, name):
                 b = -(-(end + rank * spec.k) // banked.UNIT)
                 mixture.append(banked.Use(end // banked.UNIT, b, rank, rank, 0.25 * rank, 1.0))
                 end = -(-(b * banked.UNIT + p.n * rank) // banked.UNIT) * banked.UNIT
-            pool = torch.randn(end, generator=generator).to(TORCH[p.banked.dtype])
+            pool = guarded(torch.randn(end, generator=generator).to(TORCH[p.banked.dtype]))
             rows = [mixture, mixture[1:] if other else mixture]
             problem.operands |= {f"pool{i}": pool, f"schedule{i}": banked.pack(rows, len(mixture))}
         problem = Problem.with_operands(spec, problem.x, problem.operands)
         problem.check(run(libraries[name], "gemm", problem, None))
+
+
+def test_gemm_without_active_adapters_waits_for_x(libraries):
+    """Where no thread computes u, each still reads what the others have widened of x."""
+    spec, before = KernelSpec.parse(SPECS["bank_panels"]), torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        for seed in range(6):
+            problem = Problem.of(SPECS["bank_panels"], 514, seed=seed)
+            problem.operands |= {f"schedule{i}": banked.pack([[]], 1) for i in range(2)}
+            problem = Problem.with_operands(spec, problem.x, problem.operands)
+            problem.check(run(libraries["bank_panels"], "gemm", problem, None))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
