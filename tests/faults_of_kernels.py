@@ -130,6 +130,7 @@ KERNELS = {
         "a = 0;",
         f"{ENTRIES}_gemv[bank_wide_modes-1]",
         unproven=NO_MODES,
+        by="slow",
     ),
     "a chain of a bank that waits for nobody": Fault(
         CPP,

@@ -7,6 +7,7 @@ import torch
 
 from gawscompile import explain
 from tests.codegen.interpreted_specs import CASES
+from tests.codegen.test_cpp import REPEATS
 from tests.codegen.test_triton import takes_long
 from tests.planted import FAULTS, ROOT, Zoo, judged, planted, suite
 
@@ -48,3 +49,5 @@ def test_numbers_that_notice_are_among_the_fast_ones():
         if fault.by == "fast" and "::test_numbers[" in fault.tests:
             case = fault.tests.partition("[")[2].rstrip("]")
             assert case in CASES and not takes_long(case), name
+        if fault.by == "fast" and "test_cpp.py::" in fault.tests:
+            assert any(not any(f"[{slow}-" in test for slow in REPEATS) for test in fault.tests.split()), name
