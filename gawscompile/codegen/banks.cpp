@@ -72,6 +72,16 @@ struct Bank {
     return total;
   }
 
+  // f(Int<count>, t) for those of W tokens from t0 on that run together: all if they share their adapters, or each alone
+  template <int W, class Fn>
+  [[gnu::always_inline]] void together(int64_t t0, Fn&& f) const {
+    bool one = true;
+    for (int t = 1; t < W; ++t) one &= key[t0 + t] == key[t0];
+    if (one) f(Int<W>{}, 0);
+    else
+      for (int t = 0; t < W; ++t) f(Int<1>{}, t);
+  }
+
   // 1 and what the adapters of the key r add to it: the scales of `count` rows of W x from n on
   void scale(int64_t r, int64_t n, int64_t count, float* scales) const {
     for (int64_t i = 0; i < count; ++i) scales[i] = 1;
@@ -239,18 +249,13 @@ inline auto banked(const Bank<T>& bank) {
   return [&bank](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
     if (!bank.room) return;
     constexpr int W = std::extent_v<std::remove_reference_t<decltype(acc)>, 1>;
-    const auto tokens = [&](auto count, int t) __attribute__((always_inline)) {
+    bank.template together<W>(t0, [&](auto count, int t) __attribute__((always_inline)) {
       const float* u = bank.u + (t0 + t) * bank.room;
       const Use* use = bank.row(bank.key[t0 + t]);
       for (int64_t left = use->adapters; left > 0; --left, u += use++->columns())
         if (!use->mode())
           dot_some<decltype(count)::value>(acc, t, bank.b(*use) + row * use->rb, use->rb, u, bank.room);
-    };
-    bool one = true;
-    for (int t = 1; t < W; ++t) one &= bank.key[t0 + t] == bank.key[t0];
-    if (one) tokens(Int<W>{}, 0);
-    else
-      for (int t = 0; t < W; ++t) tokens(Int<1>{}, t);
+    });
   };
 }
 
@@ -287,7 +292,7 @@ struct Joined {
   template <int W>
   [[gnu::always_inline]] void operator()(Pair (&acc)[W], int64_t t0) const {
     if (none) return;
-    const auto tokens = [&](auto count, int t) __attribute__((always_inline)) {
+    bank.template together<W>(t0, [&](auto count, int t) __attribute__((always_inline)) {
       if (bank.key[t0 + t] != key) turn(bank.key[t0 + t]);
       if (bank.dora)
         for (int s = 0; s < decltype(count)::value; ++s) acc[t + s] *= load_pair(turned + bank.room * 2 * V);
@@ -298,12 +303,7 @@ struct Joined {
           acc[t + s] = {fmadd(b.lo, us, acc[t + s].lo), fmadd(b.hi, us, acc[t + s].hi)};
         }
       }
-    };
-    bool one = true;
-    for (int t = 1; t < W; ++t) one &= bank.key[t0 + t] == bank.key[t0];
-    if (one) tokens(Int<W>{}, 0);
-    else
-      for (int t = 0; t < W; ++t) tokens(Int<1>{}, t);
+    });
   }
 };
 

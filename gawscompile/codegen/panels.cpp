@@ -106,8 +106,8 @@ struct Ranks {
   const TA* a[TOGETHER];
   alignas(64) float b[TOGETHER][C * V] = {};
 
-  // panel[k, r] += sum over j of a[j, k] b[j, r]. Stretches of A's rows are copied side by side in fp32 first. Read where
-  // they are, rows of a power of two would fall on the same lines of the first cache.
+  // panel[k, r] += sum over j of a[j, k] b[j, r]. Stretches of A's rows are copied side by side in fp32 first: where rows
+  // are a multiple of 4 KB apart, all want the same lines of the first cache.
   [[gnu::noinline]] void flush(int64_t depth, float* panel) {
     constexpr int64_t STRETCH = 8 * TALL / V * V;
     alignas(64) float lines[TOGETHER][STRETCH];
