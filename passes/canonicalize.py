@@ -158,8 +158,8 @@ def _turn(graph: Graph, context: Context, node: Node, weight: Node, x: Node, cas
         product = context.insert(aten.mm.default, (x, rows), node, empty_like(x, shape(node)[::-1], dtype(node)))
         turned = context.contiguous(context.transpose(product, node), node)  # laid out as the product was
     context.replace(node, turned)
-    context.erase(node)
     _linear(graph, context, product, x, weight, None, casts)
+    context.erase(node)  # which alone may have read the weight
 
 
 def _plain(node: Node, bias: Node) -> bool:

@@ -57,6 +57,14 @@ def test_weight_kept_in_out_is_taken_as_it_is():
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 
+def test_a_turned_product_keeps_the_weight_that_it_alone_reads():
+    function = lambda x, v, w: (w.t() @ F.linear(x.sin(), v).t()).t()  # noqa: E731
+    captured = capture(function, torch.randn(3, 8), torch.randn(6, 8), torch.randn(6, 5))
+    context = captured.until("canonicalize")
+    assert count(context, linear) == 2
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
 def test_strided_weight_is_reported():
     captured = capture(lambda x, w: F.linear(x, w[:, ::2]), torch.randn(3, 4), torch.randn(5, 8))
     (entry,) = captured.until("recover_operators").record.linears
