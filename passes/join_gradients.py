@@ -58,14 +58,15 @@ def _activation(x: Node) -> Node:
 
 def _tail(node: Node, last: Node) -> list[Node] | None:
     """What is made of `node` before `last`, in order, where the graph's outputs alone come of it."""
-    found, pending = [], [node]
+    found, pending = dict[Node, None](), [node]
     while pending:
-        early = [user for user in pending.pop().users if user < last]
+        early = [user for user in pending.pop().users if user < last and user not in found]
         if any(user.is_impure() for user in early):
             return None
-        found += early
+        found |= dict.fromkeys(early)
         pending += early
-    return found if all(user in found or user.op == "output" for made in found for user in made.users) else None
+    ends = all(user in found or user.op == "output" for made in found for user in made.users)
+    return list(found) if ends else None
 
 
 def _narrow(node: Node) -> bool:

@@ -115,5 +115,20 @@ def test_a_gradient_that_is_read_before_the_last_stays_alone():
     assert {first, last} <= set(context.graph.nodes)
 
 
+def test_factors_that_are_made_of_others_in_many_steps():
+    """As Householder reflections are. Paths from a gradient to the outputs are counted in powers of two."""
+
+    class Made(Siblings):
+        def __getattr__(self, name):
+            found = super().__getattr__(name)
+            if name in ("a0", "a1"):
+                for _ in range(40):
+                    found = (found.sin() + found.cos()) / 1.5
+            return found
+
+    _, context = joined(Made(), 5, 32)
+    assert context.record.passes["join_gradients"] == 1
+
+
 def test_without_gradients_there_is_nothing_to_do():
     assert "join_gradients" not in capture(Siblings(), torch.randn(5, 32)).until("join_gradients").record.passes
