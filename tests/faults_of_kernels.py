@@ -241,9 +241,9 @@ KERNELS = {
         f"{ENTRIES}_gemv[gaws_conv1d-1] {ENTRIES}_gemv[conv1d_bf16-1]",
     ),
     "silu's sign": Fault(
-        "codegen/prelude.cpp",
-        "v / (F(1) + v.neg().exp())",
-        "v / (F(1) + v.exp())",
+        "codegen/swiglu.cpp",
+        "v / (F(1) + exp(v.neg()))",
+        "v / (F(1) + exp(v))",
         SWIGLU,
     ),
     "cut off where it is to be rounded": Fault(

@@ -91,7 +91,7 @@ void attend_rows(const Call& c, int64_t row, int64_t group, int64_t first) {
     F total(0.0f);
     const F shift(most == MINUS_INFINITY ? 0.0f : -most);  // a query that sees nothing gets zeros
     for (int64_t l = 0; l < span; l += V) {
-      const F part = (F::loadu(s + l) + shift).exp();
+      const F part = exp(F::loadu(s + l) + shift);
       part.store(s + l);
       total = total + part;
     }

@@ -21,7 +21,7 @@ inline F weight_of(const F& v) {
     made = fmadd(made, rest, F(c));
   return _mm512_scalef_ps(made, whole);
 #else
-  return v.exp();
+  return exp(v);
 #endif
 }
 

@@ -45,6 +45,7 @@ PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile aft
 
 _FILES = ("vectors", "prelude", "modes", "projections")  # one after the other
 PRELUDE = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in _FILES)
+SWIGLU = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in ("exp", "swiglu"))
 BANKS = (Path(__file__).parent / "banks.cpp").read_text().strip()
 """Stands in kernels of groups that have a bank."""
 
@@ -62,8 +63,8 @@ PLANS = {
 
 
 def takes_panels(spec: KernelSpec) -> bool:
-    """Whether `gemm_cpp` can run a group: plain weights of x's dtype, adapters of low rank, banks."""
-    return all(p.dense and not (p.packed or p.kronecker) and p.weight.dtype == spec.x for p in spec.projections)
+    """Whether `gemm_cpp` can run a group: plain weights, adapters of low rank, banks."""
+    return all(p.dense and not (p.packed or p.kronecker) for p in spec.projections)
 
 
 def foldable(spec: KernelSpec) -> tuple[int, int]:
@@ -87,6 +88,7 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
     whole, turned, added = (plan in plans for plan in PLANS)
     turned = turned and takes_panels(spec)
     prelude = [CHECKSUM, PRELUDE, SUMS] if summed else [PRELUDE]
+    prelude += [SWIGLU] * spec.swiglu
     prelude += [BANKS] * bool(banks_of(spec))
     prelude += packed.prelude(spec)
     prelude += [PANELS] * turned

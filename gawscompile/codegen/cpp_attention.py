@@ -36,11 +36,11 @@ def parse(text: str) -> tuple[int, str, bool]:
 def emit(text: str) -> str:
     """The C++ source of a `kernel`. Raises `SpecError`."""
     features, dtype, causal = parse(text)
-    parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude", "turning")]
+    parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude", "exp", "turning")]
     given = [f"using T = {CPP_TYPES[dtype]};", f"constexpr int D = {features};"]
     given += [f"constexpr bool CAUSAL = {str(causal).lower()};", f"constexpr int64_t FEW = {FEW};"]
     constants = "\n".join(["namespace {\n", *given, "\n}  // namespace"])
     bodies = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("attention", "attention_tiles")]
-    vectors, prelude, turning = parts
-    whole = [f"// gawscompile: {text}", vectors, prelude, "}  // namespace", turning, constants, *bodies]
+    vectors, prelude, exp, turning = parts
+    whole = [f"// gawscompile: {text}", vectors, prelude, exp, "}  // namespace", turning, constants, *bodies]
     return "\n\n".join(whole) + "\n"

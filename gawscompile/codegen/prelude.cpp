@@ -259,8 +259,6 @@ inline Quad sum4(const F& a, const F& b, const F& c, const F& d) {
 #endif
 }
 
-inline F silu(const F& v) { return v / (F(1) + v.neg().exp()); }
-
 // What joins a value of that kind: numbers of four rows, of one, of 2V columns or of `count`.
 inline Quad load_as(const Quad&, const float* p) {
   Quad v;

@@ -12,14 +12,6 @@
 #include <cstring>
 #include <type_traits>
 
-extern "C" {  // of libtorch_cpu
-#if defined(CPU_CAPABILITY_AVX512)
-__m512 Sleef_expf16_u10(__m512);
-#elif defined(CPU_CAPABILITY_AVX2)
-__m256 Sleef_expf8_u10(__m256);
-#endif
-}
-
 namespace {
 
 template <class T>
@@ -113,13 +105,11 @@ struct F {
 #if defined(CPU_CAPABILITY_AVX512)
   explicit F(float v) : lanes(_mm512_set1_ps(v)) {}
   static F loadu(const float* p, int count) { return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p); }
-  F exp() const { return Sleef_expf16_u10(lanes); }
 #else
   explicit F(float v) : lanes(_mm256_set1_ps(v)) {}
   static F loadu(const float* p, int count) {
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
   }
-  F exp() const { return Sleef_expf8_u10(lanes); }
 #endif
   F neg() const { return -lanes; }
 };

@@ -3,7 +3,7 @@
 // At most MOST_KEPT bytes are kept in the whole process; the oldest blocks go first. Larger blocks are not kept: the C
 // library does not keep them either, and an idle one (a step's logits) would add to the process's peak.
 //
-// Part of the op's library, in front of all others.
+// Part of the op's library, which `links torch`, in front of all others.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>

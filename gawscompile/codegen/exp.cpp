@@ -1,0 +1,10 @@
+// exp, of the vectors of Sleef in libtorch_cpu. Only what says `links torch` is linked with torch: a tenth of a build.
+#if defined(CPU_CAPABILITY_AVX512)
+extern "C" __m512 Sleef_expf16_u10(__m512);
+inline F exp(const F& v) { return Sleef_expf16_u10(v); }
+#elif defined(CPU_CAPABILITY_AVX2)
+extern "C" __m256 Sleef_expf8_u10(__m256);
+inline F exp(const F& v) { return Sleef_expf8_u10(v); }
+#else
+inline F exp(const F& v) { return v.exp(); }
+#endif
