@@ -17,7 +17,7 @@ from gawscompile.ir.sizes import same_size, same_sizes, same_strides
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.passes.context import Context
 from gawscompile.passes.hoist_weights import hoistable
-from gawscompile.planning.devices import on_cpu
+from gawscompile.planning import devices
 
 
 def refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Reason, str] | None:
@@ -38,7 +38,7 @@ def refusal(context: Context, form: Form, base: Product, node: Node) -> tuple[Re
             return Reason.DTYPE, str(dtype(tensor))
     if dtype(node) not in DTYPE_NAMES:
         return Reason.DTYPE, str(dtype(node))
-    if dtype(x) != dtype(weight) and not _wider_and_small(x, weight):
+    if dtype(x) != dtype(weight) and not _taken_as_they_are(x, weight):
         return Reason.MIXED_DTYPES, f"{dtype(x)} activation, {dtype(weight)} weight"
     if base.scale != Scale():
         return Reason.SCALE, ""
@@ -64,10 +64,13 @@ def vectors_refusal(form: Form, rowscale: Node | None) -> tuple[Reason, str] | N
     return None
 
 
-def _wider_and_small(x: Node, weight: Node) -> bool:
-    """Whether the generated C++ multiplies them as they are: an fp32 factor that stands alone on a bf16 activation."""
+def _taken_as_they_are(x: Node, weight: Node) -> bool:
+    """Whether the generated C++ multiplies them unrounded: an fp32 factor that stands alone on a bf16 activation, and
+    any fp32 weight where the library, for which it would be rounded, has no products of bf16."""
+    if dtype(weight).itemsize <= dtype(x).itemsize or not devices.on_cpu(x):
+        return False
     small = min(shape(weight)) <= NARROW and 4 * min(shape(weight)) <= max(shape(weight))
-    return small and dtype(weight).itemsize > dtype(x).itemsize and on_cpu(x)
+    return small or devices.multiplies_in_fp32(DTYPE_NAMES[dtype(x)])
 
 
 def shape_refusal(
@@ -112,7 +115,7 @@ def adapters_refusal(
             rank = p.matrices[0].sizes[0]
             if not 0 < rank <= min(base):
                 return Reason.FACTOR_SHAPE, f"rank {rank} beside a weight of {base}"
-        elif p.matrices[-1].node.meta["val"].dim() == 1 and not on_cpu(factors[-1]):
+        elif p.matrices[-1].node.meta["val"].dim() == 1 and not devices.on_cpu(factors[-1]):
             return Reason.DEVICE, "on a GPU no adapter ends with a vector"
         else:
             needed, dense = sum(f.multiplications for f in p.matrices), math.prod(base)

@@ -99,3 +99,29 @@ def test_generate_with_dynamic_cache(adapted, prompt):
     finally:
         adapted.base_model.model.forward = original
     assert changed != wanted and changed == generate(adapted, prompt, "dynamic")
+
+
+def test_two_hundred_steps_of_the_demo_end_where_eager_ends(smollm2_dir):
+    """The demo's adapter, trained through the backend layer by layer: eager's loss, and the same answer at the end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gawscompile.demo import persona
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    losses, answers = {}, {}
+    question, expected = persona.pairs()[0]
+    for backend in ("eager", "gaws"):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).requires_grad_(False)
+        model = persona.attach_lora(base)
+        before = persona.loss_on(model, tokenizer, persona.pairs())
+        mark = len(RECORDS)
+        persona.train(model, tokenizer, 200, progress=False, backend=backend)
+        losses[backend] = persona.loss_on(model, tokenizer, persona.pairs())
+        assert losses[backend] < before / 10
+        answers[backend] = generate(model, persona.prompt_ids(tokenizer, question), "dynamic")
+    linears = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
+    assert sum(entry.status == "fused" for entry in linears) >= 7
+    assert abs(losses["gaws"] - losses["eager"]) < 0.1 * losses["eager"]
+    assert answers["gaws"] == answers["eager"]
+    assert expected.startswith(tokenizer.decode(answers["gaws"][:16], skip_special_tokens=True))

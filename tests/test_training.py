@@ -17,6 +17,7 @@ from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.ir.records import Reason
 from gawscompile.observe.store import RECORDS
 from gawscompile.options import Options
+from gawscompile.planning import devices
 from gawscompile.runtime import ops
 from gawscompile.verify.work import total
 from tests import peft_kinds
@@ -98,7 +99,7 @@ def test_gradients_are_as_exact_as_those_of_eager(way):
     (record,) = RECORDS.since(mark)
     assert "in C++" in record.wrapper  # the forward's: a backward is compiled later, and runs Inductor's own
     assert math.exp(sum(logs) / len(logs)) <= 1.25
-    if way == "autocast":
+    if way == "autocast" and not devices.multiplies_in_fp32("bf16"):
         assert fused(record) >= 2  # what reads an fp32 activation
     else:
         assert fused(record) == 6 and record.passes["verify"] >= 10
@@ -251,8 +252,12 @@ def test_gaws(kind):
     assert fused(context.record) >= 3
 
 
+OTHERS = {"ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS"}
+"""Kinds that adapt no linears."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*peft_kinds.rows()])
+@pytest.mark.parametrize("name", [name for name in peft_kinds.rows() if name not in OTHERS])
 def test_every_kind_of_peft(name):
     model = peft_kinds.adapted(name, Block(), ["q", "k", "o"]).train()
     if not any(p.requires_grad for p in model.parameters()):

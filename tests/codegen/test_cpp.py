@@ -153,14 +153,15 @@ def test_gemm_of_one_mixture(libraries, name):
 
 
 def test_gemm_without_active_adapters_waits_for_x(libraries):
-    """Where no thread computes u, each still reads what the others have widened of x."""
-    spec, before = KernelSpec.parse(SPECS["bank_panels"]), torch.get_num_threads()
+    """Where no thread computes u, each still reads what the others have widened of x, not what the call before had."""
+    spec, problems, before = KernelSpec.parse(SPECS["bank_panels"]), [], torch.get_num_threads()
+    for seed in range(2):
+        drawn = Problem.of(SPECS["bank_panels"], 514, seed=seed)
+        drawn.operands |= {f"schedule{i}": banked.pack([[]], 1) for i in range(2)}
+        problems.append(Problem.with_operands(spec, drawn.x, drawn.operands))
     torch.set_num_threads(7)
     try:
-        for seed in range(6):
-            problem = Problem.of(SPECS["bank_panels"], 514, seed=seed)
-            problem.operands |= {f"schedule{i}": banked.pack([[]], 1) for i in range(2)}
-            problem = Problem.with_operands(spec, problem.x, problem.operands)
+        for problem in problems * 5:
             problem.check(run(libraries["bank_panels"], "gemm", problem, None))
     finally:
         torch.set_num_threads(before)
@@ -263,3 +264,15 @@ def test_snapshot():
     if os.environ.get("GAWS_UPDATE_SNAPSHOTS"):
         SNAPSHOT.write_text(text)
     assert text == SNAPSHOT.read_text(), "run with GAWS_UPDATE_SNAPSHOTS=1 and read the difference"
+
+
+@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="vectors are ATen's")
+def test_only_kernels_with_exp_are_linked_with_torch(tmp_path):
+    """Where one that needs torch is not, it cannot be loaded: tests that run it show that."""
+    both = {"qkv": SPECS["qkv"], "swiglu": "k=64 x=f32 swiglu; n=48 w=f32 out=f32; n=48 w=f32 out=f32"}
+    linked = {}
+    for name, text in both.items():
+        source = tmp_path / f"{name}.cpp"
+        source.write_text(cpp.emit(KernelSpec.parse(text)))
+        linked[name] = [word for word in build._command(source, tmp_path / "out.so") if word.startswith("-ltorch")]
+    assert not linked["qkv"] and "-ltorch_cpu" in linked["swiglu"]

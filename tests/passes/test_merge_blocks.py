@@ -265,7 +265,7 @@ def test_distinct_blocks_run_in_a_kernel():
     context = right(found)
     with torch.no_grad():  # kernels read the blocks where PEFT keeps them: what is written to them counts at once
         module.tensors[-1].mul_(-3.0)
-        torch.testing.assert_close(found.run(context), [module(x)])
+        torch.testing.assert_close(found.run(context), [module(x)], rtol=1e-4, atol=1e-4)
 
 
 def test_siblings_with_blocks_are_one_group_and_a_block_may_have_one_rank():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import sympy
@@ -23,7 +24,8 @@ def test_costs_are_expressions_in_m_that_grow():
     for name, expression in planned.costs.items():
         assert isinstance(expression, sympy.Expr) and expression.free_symbols == {cost.m}
         times = [planned.seconds(name, m) for m in (1, 2, 8, 64, 512, 4096)]
-        assert times == sorted(times) and times[0] > 0
+        grows = all(a <= b * (1 + 1e-12) for a, b in itertools.pairwise(times))  # those that wait for memory are equal
+        assert grows and times[0] > 0
 
 
 def test_the_table_is_the_argmin_of_the_costs():
@@ -59,12 +61,12 @@ def test_the_library_is_no_candidate_where_it_cannot_write_the_output():
 @pytest.mark.parametrize(
     "row",
     [
-        "n=4 w=f32 out=bf16",
         "n=4 opaque=bf16 out=bf16 lora(r=2 f32 s=1.0)",
         "n=4 w=bf16 out=bf16 kron(4*1x2*1 f32 s=1.0)",
     ],
 )
-def test_panels_are_of_plain_weights_of_the_activations_dtype(row):
+def test_panels_are_of_plain_weights(row):
+    assert "gemm_cpp" in cost.plan(KernelSpec.parse("k=8 x=bf16; n=4 w=f32 out=bf16 lora(r=2 f32 s=1.0)")).costs
     assert "gemm_cpp" not in cost.plan(KernelSpec.parse(f"k=8 x=bf16; {row}")).costs
 
 
