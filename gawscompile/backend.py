@@ -142,7 +142,7 @@ def _compile(
         if hook.record is None and RECORDS.lacks(hook.key, traced):
             lost_records.passes_alone(gm, example_inputs, _with_hook(inductor, hook), hook)
         record = RECORDS.compiled(hook.key, hook.record)
-        record.wrapper = "; ".join(wrappers)
+        wrappers.tell(record)
         observer.show(number, record, hook.dumps, ours, traced)
         try:
             _build(record, progress)

@@ -1,13 +1,15 @@
 // The code that Inductor prints around its kernels, run without Python. `runtime/wrapper.py` reads that code and writes
 // it down as steps over registers; here they are run. Part of the op's library: `dispatch.cpp` stands in front.
 //
-// Registers hold what the code's variables hold: the first ones are the graph's inputs, which the caller owns.
+// Registers hold what the code's variables hold: the first ones are the graph's inputs. The caller owns these, unless they
+// were lent: then steps free them, and what is left is given back if nothing was done.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/record_function.h>
 
 #include <array>
 #include <cstring>
+#include <utility>
 
 namespace {
 
@@ -85,8 +87,12 @@ int64_t computed(int64_t sign, int64_t a, int64_t b) {
   }
 }
 
-// The results, or nothing where an input does not fit: then nothing was done.
-c10::List<Tensor> execute(const Executor& executor, at::ArrayRef<c10::IValue> inputs, const Numbers& integers) {
+thread_local std::vector<c10::IValue> lent;
+
+// The results, or nothing where an input does not fit: then nothing was done. `own`: inputs that were lent.
+c10::List<Tensor> execute(
+    const Executor& executor, at::ArrayRef<c10::IValue> inputs, const Numbers& integers,
+    std::vector<c10::IValue>& own) {
   at::AutoDispatchBelowAutograd below;
   TORCH_CHECK(
       int64_t(inputs.size()) == executor.inputs && integers.size() == executor.given, "gaws::execute: ", inputs.size(),
@@ -101,7 +107,9 @@ c10::List<Tensor> execute(const Executor& executor, at::ArrayRef<c10::IValue> in
   const auto value = [&](int64_t r) -> const c10::IValue& {
     return r < executor.inputs ? inputs[r] : registers[r - executor.inputs];
   };
-  const auto put = [&](int64_t r, c10::IValue v) { registers[r - executor.inputs] = std::move(v); };
+  const auto put = [&](int64_t r, c10::IValue v) {
+    (r < executor.inputs ? own[r] : registers[r - executor.inputs]) = std::move(v);
+  };
   c10::SmallVector<int64_t, 8> sizes, strides;
   const auto read = [&](const Numbers& places, auto& into) {
     into.clear();
@@ -191,7 +199,7 @@ c10::List<Tensor> execute(const Executor& executor, at::ArrayRef<c10::IValue> in
       case RESULT: {
         c10::List<Tensor> results;
         results.reserve(step.in.size());
-        for (const int64_t r : step.in) results.push_back(value(r).toTensor());
+        for (const int64_t r : step.in) results.push_back(r < 0 ? Tensor() : value(r).toTensor());
         return results;
       }
     }
@@ -234,9 +242,20 @@ struct Reader {
 void boxed_execute(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   const auto arguments = stack->end() - 3;
   const auto* executor = reinterpret_cast<const Executor*>(arguments[2].toInt());
-  c10::List<Tensor> results = execute(*executor, arguments[0].toListRef(), arguments[1].toIntVector());
+  std::vector<c10::IValue> own = std::exchange(lent, {});
+  const at::ArrayRef<c10::IValue> inputs = own.empty() ? arguments[0].toListRef() : at::ArrayRef<c10::IValue>(own);
+  c10::List<Tensor> results = execute(*executor, inputs, arguments[1].toIntVector(), own);
+  if (results.empty()) lent = std::move(own);
   stack->erase(arguments, stack->end());
   stack->emplace_back(std::move(results));
+}
+
+// Hands tensors over to this thread's next call of an executor, and gives back those of one that did nothing.
+void boxed_lend(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  c10::List<Tensor> back;
+  for (const c10::IValue& one : lent) back.push_back(one.toTensor());
+  lent = stack->back().toListRef().vec();
+  stack->back() = std::move(back);
 }
 
 }  // namespace
@@ -278,4 +297,9 @@ extern "C" void gaws_executor_free(void* executor) { delete static_cast<Executor
 static const auto execution = c10::Dispatcher::singleton().registerImpl(
     {"gaws::execute", ""}, c10::DispatchKey::CompositeImplicitAutograd,
     c10::KernelFunction::makeFromBoxedFunction<&boxed_execute>(), std::nullopt, nullptr,
+    "gawscompile/runtime/executor.cpp");
+
+static const auto lending = c10::Dispatcher::singleton().registerImpl(
+    {"gaws::lend", ""}, c10::DispatchKey::CompositeImplicitAutograd,
+    c10::KernelFunction::makeFromBoxedFunction<&boxed_lend>(), std::nullopt, nullptr,
     "gawscompile/runtime/executor.cpp");

@@ -23,10 +23,28 @@ from typing import Any
 import torch
 from torch._inductor.output_code import CompiledFxGraph
 
+from gawscompile.ir.records import GraphRecord
 from gawscompile.runtime import ops
 from gawscompile.runtime.wrapper import Code, Unreadable
 
 log = logging.getLogger("gawscompile")
+
+
+class Wrappers:
+    """What is said of the wrappers of one graph, whose record has it. A backward is compiled when it first runs."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._record: GraphRecord | None = None
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        self.tell(self._record)
+
+    def tell(self, record: GraphRecord | None) -> None:
+        self._record = record
+        if record is not None:
+            record.wrapper = "; ".join(self.lines)
 
 
 class Executor:
@@ -51,7 +69,8 @@ class Executor:
         self.wrapper = wrapper  # holds the kernels
         self._handle = handle
         self._tensors, self._given, self._tensors_alone = code.tensors, code.given, code.tensors_alone
-        self._run = torch.ops.gaws.execute.default
+        self._frees = code.frees
+        self._run, self._lend = torch.ops.gaws.execute.default, torch.ops.gaws.lend.default
 
     def __call__(self, inputs: list[Any]) -> Any:
         """The graph's results. Empties `inputs`, as the wrapper does."""
@@ -59,6 +78,16 @@ class Executor:
             tensors, integers = [inputs[i] for i in self._tensors], [inputs[i] for i in self._given]
         else:
             tensors, integers = inputs, []
+        if self._frees:  # no list of Python's holds a tensor that its last reader is to free
+            self._lend(tensors)
+            others = [None if isinstance(one, torch.Tensor) else one for one in inputs]
+            inputs.clear()
+            del tensors
+            if results := self._run([], integers, self._handle):
+                return results
+            for i, tensor in zip(self._tensors, self._lend([]), strict=True):
+                others[i] = tensor
+            return self.wrapper(others)
         results = self._run(tensors, integers, self._handle)
         if not results:
             return self.wrapper(inputs)  # an input does not fit: the error is Inductor's
@@ -73,14 +102,16 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-_reading: ContextVar[list[str] | None] = ContextVar("_reading", default=None)
+_reading: ContextVar[Wrappers | None] = ContextVar("_reading", default=None)
+_later: dict[int, Wrappers] = {}
+"""Inductor's number of a forward → what is said of it. Its backward has the same number."""
 
 
 @contextlib.contextmanager
-def reading(wanted: bool) -> Iterator[list[str]]:
+def reading(wanted: bool) -> Iterator[Wrappers]:
     """Within, if `wanted`, graphs that Inductor compiles or has in its caches get an executor where they can have one.
     A line is added for each: of what it has, or why it runs in Python."""
-    said: list[str] = []
+    said = Wrappers()
     if not wanted:
         yield said
         return
@@ -97,26 +128,36 @@ def _install() -> None:
     after = CompiledFxGraph.post_compile
 
     @functools.wraps(after)
-    def post_compile(self: CompiledFxGraph, examples: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        result = after(self, examples, *args, **kwargs)
-        if (said := _reading.get()) is not None:
-            said.append(_read(self, examples))
+    def post_compile(
+        self: CompiledFxGraph, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Any
+    ) -> Any:
+        result = after(self, example_inputs, constants, graph_kwargs)
+        backward, number = bool(graph_kwargs.get("is_backward")), graph_kwargs.get("graph_id")
+        later = _later.pop(number, None) if backward and number is not None else None
+        said = _reading.get() or later
+        if said is not None:
+            said.add(_read(self, example_inputs, backward))
+            if number is not None and not (backward or graph_kwargs.get("is_inference")):
+                _later[number] = said
         return result
 
     CompiledFxGraph.post_compile = post_compile  # type: ignore[method-assign, assignment]
 
 
-def _read(graph: CompiledFxGraph, examples: Sequence[Any]) -> str:
+def _read(graph: CompiledFxGraph, examples: Sequence[Any], backward: bool) -> str:
+    whose = f"Inductor's wrapper{' of the backward' * backward} runs in"
     try:
         wrapper: Any = graph.current_callable
         if graph.device_types - {"cpu"} or "torch.ops.gaws." not in graph.source_code:
             raise Unreadable("it calls no kernel of ours")
-        code = Code(graph.source_code, getattr(wrapper, "__func__", wrapper).__globals__, examples)
+        code = Code(graph.source_code, getattr(wrapper, "__func__", wrapper).__globals__, examples, backward)
         executor = Executor(code, wrapper)
+        if backward:
+            _library().gaws_train()
     except Unreadable as error:
-        return f"Inductor's wrapper runs in Python: {error}"
+        return f"{whose} Python: {error}"
     except Exception as error:  # another Inductor than we know
         log.warning("gaws: Inductor's wrapper cannot be read, and runs in Python: %r", error)
-        return f"Inductor's wrapper runs in Python: {error!r}"
+        return f"{whose} Python: {error!r}"
     graph.current_callable = executor
-    return f"Inductor's wrapper runs in C++, as {executor.steps} steps"
+    return f"{whose} C++, as {executor.steps} steps"

@@ -3,12 +3,16 @@
 // At most MOST_KEPT bytes are kept in the whole process; the oldest blocks go first. Larger blocks are not kept: the C
 // library does not keep them either, and an idle one (a step's logits) would add to the process's peak.
 //
+// A process that trains keeps blocks of any size from 1 MB on, as a step writes what the step before wrote. Blocks in use
+// and kept ones together take no more than blocks in use once did.
+//
 // Part of the op's library, which `links torch`, in front of all others.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -26,6 +30,10 @@ struct Block {
 // another thread of the parent held, and would never be free.
 class Kept {
  public:
+  void train() { trains_ = true; }
+
+  bool takes(size_t bytes) const { return bytes >= LARGE && (bytes <= LARGEST || trains_); }
+
   // The smallest of at least `bytes` and less than twice as many, or none.
   std::unique_ptr<Block> take(size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
@@ -41,13 +49,26 @@ class Kept {
     return found;
   }
 
+  // A block of so many bytes is in use, kept before or new.
+  void use(size_t bytes) {
+    const size_t used = used_ += bytes;
+    size_t most = most_used_;
+    while (most < used && !most_used_.compare_exchange_weak(most, used)) {}
+    if (trains_) keep(nullptr);
+  }
+
+  // A block that is no longer in use; or none, where more are.
   void keep(std::unique_ptr<Block> block) {
     std::vector<std::unique_ptr<Block>> gone;  // without the lock
+    if (block) used_ -= block->bytes;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
-    bytes_ += block->bytes;
-    blocks_.push_back(std::move(block));
-    while (bytes_ > MOST_KEPT) {
+    if (block) {
+      bytes_ += block->bytes;
+      blocks_.push_back(std::move(block));
+    }
+    const size_t used = used_, once = most_used_, most = !trains_ ? MOST_KEPT : once > used ? once - used : 0;
+    while (bytes_ > most) {
       bytes_ -= blocks_.front()->bytes;
       gone.push_back(std::move(blocks_.front()));
       blocks_.erase(blocks_.begin());
@@ -63,15 +84,18 @@ class Kept {
   std::mutex mutex_;
   std::vector<std::unique_ptr<Block>> blocks_;  // the oldest first
   size_t bytes_ = 0;
+  std::atomic<size_t> used_ = 0, most_used_ = 0;
+  std::atomic<bool> trains_ = false;
 };
 
 Kept& kept = *new Kept;  // tensors may outlive the library's variables
 
 struct Keeping final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < LARGE || bytes > LARGEST) return c10::GetCPUAllocator()->allocate(bytes);
+    if (!kept.takes(bytes)) return c10::GetCPUAllocator()->allocate(bytes);
     std::unique_ptr<Block> block = kept.take(bytes);
     if (!block) block.reset(new Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
+    kept.use(block->bytes);
     void* const data = block->memory.get();
     return {data, block.release(), &free, c10::DeviceType::CPU};
   }
@@ -97,3 +121,6 @@ at::Tensor fresh_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::Sca
 
 // Bytes that are kept and belong to no tensor.
 extern "C" int64_t gaws_kept() { return kept.bytes(); }
+
+// From now on this process trains.
+extern "C" void gaws_train() { kept.train(); }

@@ -59,11 +59,13 @@ class Step:
 class Code:
     """The steps of a wrapper's `source`, whose globals are `names`, for inputs like `examples`: tensors and integers.
 
+    With `frees`, inputs are freed where the wrapper deletes them: a backward reads all that its forward has saved.
     Raises `Unreadable`.
     """
 
-    def __init__(self, source: str, names: dict[str, Any], examples: Sequence[Any]) -> None:
+    def __init__(self, source: str, names: dict[str, Any], examples: Sequence[Any], frees: bool = False) -> None:
         self.names = names
+        self.frees = frees
         self.steps: list[Step] = []
         self.integers: list[int] = []
         self.registers = 0
@@ -127,11 +129,11 @@ class Code:
             self._assign(line.targets[0].id, line.value)
         elif isinstance(line, ast.Delete) and all(isinstance(name, ast.Name) for name in line.targets):
             dropped = {self._registers.pop(ast.unparse(name)) for name in line.targets}
-            inputs = range(len(self.tensors))
+            inputs = range(0 if self.frees else len(self.tensors))
             if freed := [one for one in dropped if one not in inputs and one not in self._registers.values()]:
                 self.steps.append(Step("FREE", given=freed))
         elif isinstance(line, ast.Return) and isinstance(line.value, ast.Tuple):
-            self.steps.append(Step("RESULT", given=[self._tensor(value) for value in line.value.elts]))
+            self.steps.append(Step("RESULT", given=[self._result(value) for value in line.value.elts]))
         elif isinstance(line, ast.Expr) and isinstance(line.value, ast.Call):
             self._call(line.value)
         elif not isinstance(line, ast.Pass):
@@ -251,6 +253,10 @@ class Code:
         if kind in ("str", "Any") and isinstance(constant, str):  # a collective takes its group's name as Any
             return "TEXT", constant
         raise Unreadable(f"{_text(value)} as the argument {argument.name} of an op, a {argument.real_type}")
+
+    def _result(self, value: ast.expr) -> int:
+        """The register of what is returned, -1 for None: the gradient of what needs none."""
+        return -1 if isinstance(value, ast.Constant) and value.value is None else self._tensor(value)
 
     def _tensor(self, value: ast.expr) -> int:
         """The register of an expression."""

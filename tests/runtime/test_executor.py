@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import FunctionType
 
 import pytest
@@ -33,7 +34,7 @@ def loaded():
     ops.ensure_loaded()
 
 
-def both(lines, *inputs, stem="arg{}_1"):
+def both(lines, *inputs, stem="arg{}_1", frees=False):
     """A wrapper of these lines in Python, and its executor."""
     names = [stem.format(i) for i in range(len(inputs))]
     body = "\n    ".join([f"{', '.join(names)}, = args", "args.clear()", *lines])
@@ -42,7 +43,7 @@ def both(lines, *inputs, stem="arg{}_1"):
     exec(source, scope)
     python = scope["call"]
     assert isinstance(python, FunctionType)
-    return python, executor.Executor(wrapper.Code(source, scope, inputs), python)
+    return python, executor.Executor(wrapper.Code(source, scope, inputs, frees), python)
 
 
 LINES = {
@@ -239,4 +240,35 @@ def test_it_is_an_option(monkeypatch):
     monkeypatch.setenv("GAWS_EXECUTOR", "0")
     assert Options.split(None)[0].executor is False
     with executor.reading(False) as said:
-        assert executor._reading.get() is None and said == []
+        assert executor._reading.get() is None and said.lines == []
+
+
+LOOK = torch.library.Library("gaws_tests", "DEF")
+LOOK.define("look(Tensor x) -> Tensor")
+
+
+def test_a_backward_frees_what_it_has_read_and_returns_none_for_gradients_that_nobody_needs():
+    alive = []
+
+    def look(x):
+        alive.append([one() is not None for one in held])
+        return x + 1
+
+    LOOK.impl("look", look, "CPU")
+    lines = ["buf0 = aten.sum.default(arg0_1)", "del arg0_1", "buf1 = torch.ops.gaws_tests.look.default(buf0)"]
+    inputs = [torch.randn(2, 3), torch.randn(3)]
+    want = inputs[0].sum() + 1
+    _, run = both([*lines, "return (buf1, None, arg1_1, )"], *inputs, frees=True)
+    held = [weakref.ref(one.untyped_storage()) for one in inputs]
+    got = run(inputs)
+    assert inputs == [] and got[1] is None and len(got) == 3
+    torch.testing.assert_close(got[0], want)
+    assert alive == [[False, True]]
+
+
+def test_what_was_lent_comes_back_where_it_does_not_fit():
+    lines = ["assert_size_stride(arg1_1, (3, ), (1, ))", "buf0 = aten.add.Tensor(arg0_1, arg1_1)", "return (buf0, )"]
+    _, run = both(lines, torch.ones(3), torch.ones(3), frees=True)
+    with pytest.raises(AssertionError, match="expected size 4==3"):
+        run([torch.ones(3), torch.ones(4)])
+    assert run([torch.ones(3), torch.ones(3)])[0].tolist() == [2.0] * 3

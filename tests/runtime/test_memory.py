@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import resource
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -105,3 +107,24 @@ def test_many_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+TRAINING = """
+from tests.runtime.test_memory import MEGABYTE, filled, kept, ops
+ops.ensure_loaded().gaws_train()
+large = filled(1, 40)
+del large
+assert kept() == 40 * MEGABYTE
+two = [filled(1, 30), filled(2, 30)]  # the first in the block of 40
+assert kept() == 0
+del two
+assert kept() == 70 * MEGABYTE
+larger = filled(1, 100)
+assert kept() == 0, "with these there would be more than ever was in use"
+del larger
+assert kept() == 100 * MEGABYTE
+"""
+
+
+def test_in_training_as_much_is_kept_as_once_was_in_use():
+    subprocess.run([sys.executable, "-c", TRAINING], check=True, timeout=120)
