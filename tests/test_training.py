@@ -147,6 +147,21 @@ def test_steps_follow_the_optimizer_and_nothing_recompiles():
     assert losses[1][0] != losses[1][2]
 
 
+def test_a_backward_from_the_cache_runs_without_python_too():
+    """There it comes with the forward, and with the forward's inputs."""
+    model, x = adapted(width=64), torch.randn(2, 40, 64)
+    for hits in (0, 1):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        mark = len(RECORDS)
+        compiled = torch.compile(model, backend="gaws", dynamic=False, options={**STRICT, "disable": ("sink_scales",)})
+        got, want = (gradients(model, run, x, torch.ones_like(x)) for run in (compiled, model))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        (record,) = RECORDS.since(mark)
+        assert record.wrapper.count("runs in C++") == 2
+        assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == hits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gaws", "gawsd", "zflora", "dora"])
 def test_fifty_steps_go_as_in_eager(kind):

@@ -141,7 +141,7 @@ def _install() -> None:
                 _later[number] = said
         return result
 
-    CompiledFxGraph.post_compile = post_compile  # type: ignore[method-assign, assignment]
+    CompiledFxGraph.post_compile = post_compile  # type: ignore[method-assign]
 
 
 def _read(graph: CompiledFxGraph, examples: Sequence[Any], backward: bool) -> str:
@@ -150,7 +150,9 @@ def _read(graph: CompiledFxGraph, examples: Sequence[Any], backward: bool) -> st
         wrapper: Any = graph.current_callable
         if graph.device_types - {"cpu"} or "torch.ops.gaws." not in graph.source_code:
             raise Unreadable("it calls no kernel of ours")
-        code = Code(graph.source_code, getattr(wrapper, "__func__", wrapper).__globals__, examples, backward)
+        names = getattr(wrapper, "__func__", wrapper).__globals__
+        # with a backward from the cache come the inputs of its forward
+        code = Code(graph.source_code, names, None if backward else examples, backward)
         executor = Executor(code, wrapper)
         if backward:
             _library().gaws_train()

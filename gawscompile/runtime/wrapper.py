@@ -58,12 +58,13 @@ class Step:
 
 class Code:
     """The steps of a wrapper's `source`, whose globals are `names`, for inputs like `examples`: tensors and integers.
+    Without examples, inputs that a size is read from are integers, and all others that are read tensors.
 
     With `frees`, inputs are freed where the wrapper deletes them: a backward reads all that its forward has saved.
     Raises `Unreadable`.
     """
 
-    def __init__(self, source: str, names: dict[str, Any], examples: Sequence[Any], frees: bool = False) -> None:
+    def __init__(self, source: str, names: dict[str, Any], examples: Sequence[Any] | None, frees: bool = False) -> None:
         self.names = names
         self.frees = frees
         self.steps: list[Step] = []
@@ -79,6 +80,10 @@ class Code:
         if not isinstance(unpacked, ast.Assign) or not isinstance(unpacked.targets[0], ast.Tuple):
             raise Unreadable(_text(unpacked))
         inputs = [ast.unparse(name) for name in unpacked.targets[0].elts]
+        if examples is None:
+            sizes = {ast.unparse(line.value) for line in body if isinstance(line, ast.Assign) and _sets_size(line)}
+            read = {one.id for line in body[1:] for one in ast.walk(line) if isinstance(one, ast.Name)}
+            examples = [0 if name in sizes else _TENSOR if name in read else None for name in inputs]
         if len(inputs) != len(examples):
             raise Unreadable(f"a wrapper that takes {len(inputs)} of {len(examples)} inputs")
         for name, example in zip(inputs, examples, strict=True):
@@ -357,6 +362,13 @@ def _kernels(tree: ast.Module) -> Iterator[tuple[str, Sequence[str]]]:
         call = one.value if isinstance(one, ast.Assign) else None
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "async_compile.cpp_pybinding":
             yield ast.unparse(one.targets[0]), ast.literal_eval(call.args[0])  # type: ignore[attr-defined]
+
+
+_TENSOR = torch.empty(0, device="meta")
+
+
+def _sets_size(line: ast.Assign) -> bool:
+    return len(line.targets) == 1 and _is_symbol(ast.unparse(line.targets[0]))
 
 
 def _is_symbol(name: str) -> bool:

@@ -272,3 +272,10 @@ def test_what_was_lent_comes_back_where_it_does_not_fit():
     with pytest.raises(AssertionError, match="expected size 4==3"):
         run([torch.ones(3), torch.ones(4)])
     assert run([torch.ones(3), torch.ones(3)])[0].tolist() == [2.0] * 3
+
+
+def test_kinds_of_inputs_are_read_where_there_are_no_examples():
+    lines = ["arg0_1, arg1_1, arg2_1, arg3_1 = args", "args.clear()", "s0 = arg1_1"]
+    lines += ["buf0 = reinterpret_tensor(arg2_1, (s0, 2), (2, 1), 0)", "return (buf0, )"]
+    code = wrapper.Code("def call(args):\n    " + "\n    ".join(lines), dict(NAMES), None)
+    assert (code.tensors, code.given) == ([2], [1])  # nothing reads the first and the last
