@@ -62,7 +62,7 @@ LINKS_TORCH = "`links torch`"
 
 
 def _command(source: Path, target: Path) -> list[str]:
-    flags, text = _flags()[0], source.read_text()
+    flags, text = _flags()[0], source.read_text(encoding="utf-8")
     words = shlex.split(flags)
     if LINKS_TORCH not in text and "CPU_CAPABILITY_AVX" in flags:  # on other machines vectors are ATen's
         words = [word for word in words if not word.startswith("-ltorch")]

@@ -30,7 +30,7 @@ struct Step {
   int64_t out = -1;   // a register; of COMPUTE, a place among the integers
   Numbers in;         // registers; of KERNEL, integers as -1 - place
   Numbers sizes, strides;  // places among the integers
-  int64_t offset = 0, number = 0;  // of VIEW, of ITEM, ALIGNED and COMPUTE
+  int64_t offset = 0, number = 0;  // of VIEW, of ITEM, ALIGNED and COMPUTE; of FITS 1 where it is of an input
   ScalarType dtype = ScalarType::Undefined;
   void* kernel = nullptr;
   std::vector<Argument> arguments;
@@ -88,6 +88,7 @@ int64_t computed(int64_t sign, int64_t a, int64_t b) {
 }
 
 thread_local std::vector<c10::IValue> lent;
+thread_local int64_t lent_to = 0;
 
 // The results, or nothing where an input does not fit: then nothing was done. `own`: inputs that were lent.
 c10::List<Tensor> execute(
@@ -185,7 +186,7 @@ c10::List<Tensor> execute(
         bool fits = t.sizes() == at::IntArrayRef(sizes);
         for (size_t d = 0; fits && d < strides.size(); ++d) fits = sizes[d] <= 1 || t.stride(d) == strides[d];
         if (fits) break;
-        if (step.in[0] < executor.inputs) return c10::List<Tensor>();
+        if (step.number) return c10::List<Tensor>();
         TORCH_CHECK(false, step.text, " gave ", t.sizes(), " and strides ", t.strides(), ", expected ", sizes, " and ", strides);
       }
       case ALIGNED:
@@ -242,7 +243,8 @@ struct Reader {
 void boxed_execute(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   const auto arguments = stack->end() - 3;
   const auto* executor = reinterpret_cast<const Executor*>(arguments[2].toInt());
-  std::vector<c10::IValue> own = std::exchange(lent, {});
+  std::vector<c10::IValue> own;
+  if (lent_to == arguments[2].toInt()) own = std::exchange(lent, {});
   const at::ArrayRef<c10::IValue> inputs = own.empty() ? arguments[0].toListRef() : at::ArrayRef<c10::IValue>(own);
   c10::List<Tensor> results = execute(*executor, inputs, arguments[1].toIntVector(), own);
   if (results.empty()) lent = std::move(own);
@@ -250,12 +252,16 @@ void boxed_execute(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   stack->emplace_back(std::move(results));
 }
 
-// Hands tensors over to this thread's next call of an executor, and gives back those of one that did nothing.
+// Hands tensors over to this thread's next call of that executor, a backward, and gives back those of one that did nothing.
 void boxed_lend(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+  const auto arguments = stack->end() - 2;
+  const std::vector<c10::IValue> before = std::exchange(lent, arguments[0].toListRef().vec());
+  lent_to = arguments[1].toInt();
+  if (lent_to) kept.train();
+  stack->erase(arguments, stack->end());
   c10::List<Tensor> back;
-  for (const c10::IValue& one : lent) back.push_back(one.toTensor());
-  lent = stack->back().toListRef().vec();
-  stack->back() = std::move(back);
+  for (const c10::IValue& one : before) back.push_back(one.isTensor() ? one.toTensor() : Tensor());
+  stack->emplace_back(std::move(back));
 }
 
 }  // namespace

@@ -74,25 +74,37 @@ class Executor:
 
     def __call__(self, inputs: list[Any]) -> Any:
         """The graph's results. Empties `inputs`, as the wrapper does."""
+        if self._frees:
+            return self._run_and_free(inputs)
         if not self._tensors_alone:
             tensors, integers = [inputs[i] for i in self._tensors], [inputs[i] for i in self._given]
         else:
             tensors, integers = inputs, []
-        if self._frees:  # no list of Python's holds a tensor that its last reader is to free
-            self._lend(tensors)
-            others = [None if isinstance(one, torch.Tensor) else one for one in inputs]
-            inputs.clear()
-            del tensors
-            if results := self._run([], integers, self._handle):
-                return results
-            for i, tensor in zip(self._tensors, self._lend([]), strict=True):
-                others[i] = tensor
-            return self.wrapper(others)
         results = self._run(tensors, integers, self._handle)
         if not results:
             return self.wrapper(inputs)  # an input does not fit: the error is Inductor's
         inputs.clear()
         return results
+
+    def _run_and_free(self, inputs: list[Any]) -> Any:
+        """C++ is lent the tensors before it runs: no list of Python's may hold one that its last reader is to free."""
+        tensors, integers = [inputs[i] for i in self._tensors], [inputs[i] for i in self._given]
+        known = all(isinstance(one, torch.Tensor) for one in tensors) and all(type(one) is int for one in integers)
+        if not known or torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) is to see every op
+            return self.wrapper(inputs)
+        others = [None if isinstance(one, torch.Tensor) else one for one in inputs]
+        try:
+            self._lend(tensors, self._handle)
+            inputs.clear()
+            del tensors
+            if results := self._run([], integers, self._handle):
+                return results
+            for i, tensor in zip(self._tensors, self._lend([], 0), strict=True):
+                others[i] = tensor
+        except BaseException:
+            self._lend([], 0)
+            raise
+        return self.wrapper(others)
 
 
 @functools.cache
@@ -104,7 +116,8 @@ def _library() -> ctypes.CDLL:
 
 _reading: ContextVar[Wrappers | None] = ContextVar("_reading", default=None)
 _later: dict[int, Wrappers] = {}
-"""Inductor's number of a forward → what is said of it. Its backward has the same number."""
+"""Inductor's number of a forward → what is said of it. Its backward has the same number, and may never be compiled."""
+MOST_LATER = 256
 
 
 @contextlib.contextmanager
@@ -139,6 +152,8 @@ def _install() -> None:
             said.add(_read(self, example_inputs, backward))
             if number is not None and not (backward or graph_kwargs.get("is_inference")):
                 _later[number] = said
+                if len(_later) > MOST_LATER:
+                    del _later[next(iter(_later))]
         return result
 
     CompiledFxGraph.post_compile = post_compile  # type: ignore[method-assign]
@@ -154,8 +169,6 @@ def _read(graph: CompiledFxGraph, examples: Sequence[Any], backward: bool) -> st
         # with a backward from the cache come the inputs of its forward
         code = Code(graph.source_code, names, None if backward else examples, backward)
         executor = Executor(code, wrapper)
-        if backward:
-            _library().gaws_train()
     except Unreadable as error:
         return f"{whose} Python: {error}"
     except Exception as error:  # another Inductor than we know

@@ -1,10 +1,10 @@
 // Memory of what kernels write. When a tensor dies, its block of 1 to 32 MB is kept for the next tensor of about its size.
 // The C library would give the block back to the system, and the system zeroes each page of the next one in a fault.
-// At most MOST_KEPT bytes are kept in the whole process; the oldest blocks go first. Larger blocks are not kept: the C
+// At most MOST_KEPT bytes are kept in the whole process; then the oldest blocks go. Larger blocks are not kept: the C
 // library does not keep them either, and an idle one (a step's logits) would add to the process's peak.
 //
 // A process that trains keeps blocks of any size from 1 MB on, as a step writes what the step before wrote. Blocks in use
-// and kept ones together take no more than blocks in use once did.
+// and kept ones together take no more than blocks in use did at once since the backward before the last began.
 //
 // Part of the op's library, which `links torch`, in front of all others.
 
@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -30,18 +31,32 @@ struct Block {
 // another thread of the parent held, and would never be free.
 class Kept {
  public:
-  void train() { trains_ = true; }
+  // A backward begins.
+  void train() {
+    trains_ = true;
+    before_ = most_used_.exchange(used_);
+  }
+
+  // Gives all back to the system.
+  void release(bool trained = false) {
+    if (trained) trains_ = false, before_ = 0, most_used_ = size_t(used_);
+    std::vector<std::unique_ptr<Block>> gone;  // without the lock
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return;
+    gone.swap(blocks_);
+    bytes_ = 0;
+  }
 
   bool takes(size_t bytes) const { return bytes >= LARGE && (bytes <= LARGEST || trains_); }
 
-  // The smallest of at least `bytes` and less than twice as many, or none.
+  // The smallest of at least `bytes` and less than twice as many, or none. In training, of a quarter more at most.
   std::unique_ptr<Block> take(size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    const size_t end = trains_ ? bytes + bytes / 4 : 2 * bytes;
     auto best = blocks_.end();
-    if (lock)
-      for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
-        if ((*it)->bytes >= bytes && (*it)->bytes < 2 * bytes && (best == blocks_.end() || (*it)->bytes < (*best)->bytes))
-          best = it;
+    for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
+      if ((*it)->bytes >= bytes && (*it)->bytes < end && (best == blocks_.end() || (*it)->bytes < (*best)->bytes)) best = it;
     if (best == blocks_.end()) return nullptr;
     std::unique_ptr<Block> found = std::move(*best);
     blocks_.erase(best);
@@ -67,11 +82,12 @@ class Kept {
       bytes_ += block->bytes;
       blocks_.push_back(std::move(block));
     }
-    const size_t used = used_, once = most_used_, most = !trains_ ? MOST_KEPT : once > used ? once - used : 0;
+    const size_t used = used_, once = std::max(size_t(most_used_), size_t(before_)), most = !trains_ ? MOST_KEPT : once > used ? once - used : 0;
     while (bytes_ > most) {
-      bytes_ -= blocks_.front()->bytes;
-      gone.push_back(std::move(blocks_.front()));
-      blocks_.erase(blocks_.begin());
+      const auto out = trains_ ? smallest(bytes_ - most) : blocks_.begin();
+      bytes_ -= (*out)->bytes;
+      gone.push_back(std::move(*out));
+      blocks_.erase(out);
     }
   }
 
@@ -81,10 +97,20 @@ class Kept {
   }
 
  private:
+  using Blocks = std::vector<std::unique_ptr<Block>>;
+
+  // The smallest block of at least `bytes`, else the largest: a step's logits do not go to make room for a megabyte.
+  Blocks::iterator smallest(size_t bytes) {
+    return std::min_element(blocks_.begin(), blocks_.end(), [&](const auto& a, const auto& b) {
+      const bool enough = a->bytes >= bytes;
+      return enough != (b->bytes >= bytes) ? enough : enough ? a->bytes < b->bytes : a->bytes > b->bytes;
+    });
+  }
+
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Block>> blocks_;  // the oldest first
+  Blocks blocks_;  // the oldest first
   size_t bytes_ = 0;
-  std::atomic<size_t> used_ = 0, most_used_ = 0;
+  std::atomic<size_t> used_ = 0, most_used_ = 0, before_ = 0;  // the two last: since a backward began, and before
   std::atomic<bool> trains_ = false;
 };
 
@@ -92,9 +118,9 @@ Kept& kept = *new Kept;  // tensors may outlive the library's variables
 
 struct Keeping final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (!kept.takes(bytes)) return c10::GetCPUAllocator()->allocate(bytes);
+    if (!kept.takes(bytes)) return fresh_memory(bytes);
     std::unique_ptr<Block> block = kept.take(bytes);
-    if (!block) block.reset(new Block{c10::GetCPUAllocator()->allocate(bytes), bytes});
+    if (!block) block.reset(new Block{fresh_memory(bytes), bytes});
     kept.use(block->bytes);
     void* const data = block->memory.get();
     return {data, block.release(), &free, c10::DeviceType::CPU};
@@ -103,6 +129,14 @@ struct Keeping final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
+  static c10::DataPtr fresh_memory(size_t bytes) {
+    try {
+      return c10::GetCPUAllocator()->allocate(bytes);
+    } catch (const c10::Error&) {  // there is no more, unless what is kept makes room
+      kept.release();
+      return c10::GetCPUAllocator()->allocate(bytes);
+    }
+  }
   static void free(void* block) { kept.keep(std::unique_ptr<Block>(static_cast<Block*>(block))); }
 };
 
@@ -122,5 +156,5 @@ at::Tensor fresh_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::Sca
 // Bytes that are kept and belong to no tensor.
 extern "C" int64_t gaws_kept() { return kept.bytes(); }
 
-// From now on this process trains.
-extern "C" void gaws_train() { kept.train(); }
+// Gives that back to the system. Until its next backward the process does not train.
+extern "C" void gaws_release() { kept.release(true); }

@@ -44,7 +44,7 @@ torch.library.register_fake("gaws::project", _fake, lib=LIBRARY)
 LIBRARY.define("derive(Tensor[] sources, str recipe) -> Tensor")
 # `Executor`'s. Its kernel is in the library that `ensure_loaded` loads, and torch wants no kernel without an op.
 LIBRARY.define("execute(Tensor[] inputs, int[] integers, int executor) -> Tensor[]")
-LIBRARY.define("lend(Tensor[] inputs) -> Tensor[]")
+LIBRARY.define("lend(Tensor[] inputs, int executor) -> Tensor[]")
 
 
 def _derive(sources: list[torch.Tensor], recipe: str) -> torch.Tensor:

@@ -70,6 +70,7 @@ class Code:
         self.steps: list[Step] = []
         self.integers: list[int] = []
         self.registers = 0
+        self._unread: set[str] = set()  # inputs that are deleted at most
         self._places: dict[str, int] = {}  # of integers, by name
         self._constants: dict[int, int] = {}
         self._registers: dict[str, int] = {}
@@ -79,11 +80,13 @@ class Code:
         unpacked = body[0]
         if not isinstance(unpacked, ast.Assign) or not isinstance(unpacked.targets[0], ast.Tuple):
             raise Unreadable(_text(unpacked))
-        inputs = [ast.unparse(name) for name in unpacked.targets[0].elts]
+        self._inputs = inputs = [ast.unparse(name) for name in unpacked.targets[0].elts]
         if examples is None:
             sizes = {ast.unparse(line.value) for line in body if isinstance(line, ast.Assign) and _sets_size(line)}
-            read = {one.id for line in body[1:] for one in ast.walk(line) if isinstance(one, ast.Name)}
+            loads = (one for line in body[1:] for one in ast.walk(line) if isinstance(one, ast.Name))
+            read = {one.id for one in loads if isinstance(one.ctx, ast.Load)}
             examples = [0 if name in sizes else _TENSOR if name in read else None for name in inputs]
+            self._unread = set(inputs) - read
         if len(inputs) != len(examples):
             raise Unreadable(f"a wrapper that takes {len(inputs)} of {len(examples)} inputs")
         for name, example in zip(inputs, examples, strict=True):
@@ -133,7 +136,8 @@ class Code:
         if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):
             self._assign(line.targets[0].id, line.value)
         elif isinstance(line, ast.Delete) and all(isinstance(name, ast.Name) for name in line.targets):
-            dropped = {self._registers.pop(ast.unparse(name)) for name in line.targets}
+            names = {ast.unparse(name) for name in line.targets}
+            dropped = {self._registers.pop(name) for name in names - self._unread}
             inputs = range(0 if self.frees else len(self.tensors))
             if freed := [one for one in dropped if one not in inputs and one not in self._registers.values()]:
                 self.steps.append(Step("FREE", given=freed))
@@ -162,7 +166,8 @@ class Code:
             sizes, strides = (self._integers(shape) for shape in call.args[1:3])
             text = str(self._constant(call.args[3])) if len(call.args) > 3 else "a kernel"
             of = self._tensor(call.args[0])
-            self.steps.append(Step("FITS", given=[of], sizes=sizes, strides=strides, text=text))
+            first = int(ast.unparse(call.args[0]) in self._inputs)  # before anything is done
+            self.steps.append(Step("FITS", given=[of], sizes=sizes, strides=strides, number=first, text=text))
         elif what == "assert_alignment":
             of, number, text = self._tensor(call.args[0]), self._constant(call.args[1]), self._constant(call.args[2])
             self.steps.append(Step("ALIGNED", given=[of], number=number, text=text))

@@ -274,6 +274,31 @@ def test_what_was_lent_comes_back_where_it_does_not_fit():
     assert run([torch.ones(3), torch.ones(3)])[0].tolist() == [2.0] * 3
 
 
+def test_a_mode_sees_every_op_of_a_backward():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    _, run = both(["buf0 = aten.mm.default(arg0_1, arg0_1)", "return (buf0, None, )"], torch.ones(4, 4), frees=True)
+    with FlopCounterMode(display=False) as counted:
+        run([torch.ones(4, 4)])
+    assert counted.get_total_flops() == 2 * 4**3
+
+
+def test_what_was_lent_to_one_is_not_taken_by_another(monkeypatch):
+    lines = ["buf0 = aten.add.Tensor(arg0_1, arg1_1)", "return (buf0, )"]
+    _, run = both(lines, torch.ones(3), torch.ones(3), frees=True)
+    _, other = both(lines, torch.ones(3), torch.ones(3))
+    torch.ops.gaws.lend([torch.full((3,), 100.0)] * 2, run._handle)
+    assert other([torch.ones(3), torch.ones(3)])[0].tolist() == [2.0] * 3
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run([torch.ones(3), torch.ones(3)])
+    assert torch.ops.gaws.lend([], 0) == []
+
+
 def test_kinds_of_inputs_are_read_where_there_are_no_examples():
     lines = ["arg0_1, arg1_1, arg2_1, arg3_1 = args", "args.clear()", "s0 = arg1_1"]
     lines += ["buf0 = reinterpret_tensor(arg2_1, (s0, 2), (2, 1), 0)", "return (buf0, )"]

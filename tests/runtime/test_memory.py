@@ -20,7 +20,7 @@ MOST = 128 * MEGABYTE
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():
-    ops.ensure_loaded()
+    ops.ensure_loaded().gaws_release()  # other tests may have trained
 
 
 def kept() -> int:
@@ -111,18 +111,38 @@ def test_many_threads():
 
 TRAINING = """
 from tests.runtime.test_memory import MEGABYTE, filled, kept, ops
-ops.ensure_loaded().gaws_train()
+import torch
+
+ops.ensure_loaded()
+
+def backward():
+    lent = torch.ops.gaws.lend([torch.ones(1)], 1)
+    assert not lent and len(torch.ops.gaws.lend([], 0)) == 1
+
+backward()
 large = filled(1, 40)
 del large
 assert kept() == 40 * MEGABYTE
-two = [filled(1, 30), filled(2, 30)]  # the first in the block of 40
+two = [filled(1, 36), filled(2, 36)]  # the first in the block of 40
 assert kept() == 0
 del two
-assert kept() == 70 * MEGABYTE
+assert kept() == 76 * MEGABYTE
 larger = filled(1, 100)
-assert kept() == 0, "with these there would be more than ever was in use"
+assert kept() == 0, "with these there would be more than was in use at once"
 del larger
 assert kept() == 100 * MEGABYTE
+six = filled(1, 6)
+del six
+several = [filled(1, 100), filled(2, 6), filled(3, 5)]
+del several
+assert kept() == 111 * MEGABYTE
+backward()
+few = filled(1, 3)
+assert kept() == 106 * MEGABYTE, "the smallest block made room"
+del few
+backward()
+few = filled(1, 3)
+assert kept() == 0, "as no step of late needed more"
 """
 
 
