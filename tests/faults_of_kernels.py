@@ -289,7 +289,7 @@ KERNELS = {
         f"{ENTRIES}_gemv[odd_everything-1]",
     ),
     "the end of silu(gate) * up left out": Fault(
-        "codegen/projections.cpp", "    if (c < count) {", "    if (c > count) {", SWIGLU
+        "codegen/swiglu.cpp", "    if (c < count) {", "    if (c > count) {", SWIGLU
     ),
     "half of B u missing where the library multiplies": Fault(
         "codegen/projections.cpp",
