@@ -150,11 +150,12 @@ def test_steps_follow_the_optimizer_and_nothing_recompiles():
 def test_a_backward_from_the_cache_runs_without_python_too():
     """There it comes with the forward, and with the forward's inputs."""
     model, x = adapted(width=64), torch.randn(2, 40, 64)
+    options = {**STRICT, "disable": ("sink_scales",)}  # which no other test compiles this model with
     for hits in (0, 1):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         mark = len(RECORDS)
-        compiled = torch.compile(model, backend="gaws", dynamic=False, options={**STRICT, "disable": ("sink_scales",)})
+        compiled = torch.compile(model, backend="gaws", dynamic=False, options=options)
         got, want = (gradients(model, run, x, torch.ones_like(x)) for run in (compiled, model))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         (record,) = RECORDS.since(mark)

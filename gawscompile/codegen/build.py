@@ -58,7 +58,7 @@ def _flags() -> tuple[str, str]:
 
 
 LINKS_TORCH = "`links torch`"
-"""Stands in sources that call functions of torch's libraries. To read these takes the linker a tenth of a build."""
+"""Stands in sources that call functions of torch's libraries. Other kernels are built sooner without them."""
 
 
 def _command(source: Path, target: Path) -> list[str]:

@@ -1,4 +1,4 @@
-// exp, of the vectors of Sleef in libtorch_cpu. Only what says `links torch` is linked with torch: a tenth of a build.
+// exp, of the vectors of Sleef in libtorch_cpu. Only sources that say `links torch` are linked with it.
 #if defined(CPU_CAPABILITY_AVX512)
 extern "C" __m512 Sleef_expf16_u10(__m512);
 inline F exp(const F& v) { return Sleef_expf16_u10(v); }

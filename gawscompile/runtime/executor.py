@@ -69,7 +69,7 @@ class Executor:
         self.wrapper = wrapper  # holds the kernels
         self._handle = handle
         self._tensors, self._given, self._tensors_alone = code.tensors, code.given, code.tensors_alone
-        self._frees = code.frees
+        self._frees, self._told = code.frees, False
         self._run, self._lend = torch.ops.gaws.execute.default, torch.ops.gaws.lend.default
 
     def __call__(self, inputs: list[Any]) -> Any:
@@ -90,6 +90,9 @@ class Executor:
         """C++ is lent the tensors before it runs: no list of Python's may hold one that its last reader is to free."""
         tensors, integers = [inputs[i] for i in self._tensors], [inputs[i] for i in self._given]
         known = all(isinstance(one, torch.Tensor) for one in tensors) and all(type(one) is int for one in integers)
+        if not known and not self._told:
+            self._told = True
+            log.warning("gaws: a backward is given other kinds of inputs than its wrapper reads, and runs in Python")
         if not known or torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) is to see every op
             return self.wrapper(inputs)
         others = [None if isinstance(one, torch.Tensor) else one for one in inputs]
@@ -167,7 +170,7 @@ def _read(graph: CompiledFxGraph, examples: Sequence[Any], backward: bool) -> st
             raise Unreadable("it calls no kernel of ours")
         names = getattr(wrapper, "__func__", wrapper).__globals__
         # with a backward from the cache come the inputs of its forward
-        code = Code(graph.source_code, names, None if backward else examples, backward)
+        code = Code(graph.source_code, names, None if backward else examples)
         executor = Executor(code, wrapper)
     except Unreadable as error:
         return f"{whose} Python: {error}"

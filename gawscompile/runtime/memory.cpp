@@ -30,6 +30,8 @@ struct Block {
 // A caller that finds the lock taken allocates or frees as if nothing were kept. In a forked child the lock may be one that
 // another thread of the parent held, and would never be free.
 class Kept {
+  using Blocks = std::vector<std::unique_ptr<Block>>;
+
  public:
   // A backward begins.
   void train() {
@@ -40,7 +42,7 @@ class Kept {
   // Gives all back to the system.
   void release(bool trained = false) {
     if (trained) trains_ = false, before_ = 0, most_used_ = size_t(used_);
-    std::vector<std::unique_ptr<Block>> gone;  // without the lock
+    Blocks gone;  // without the lock
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
     gone.swap(blocks_);
@@ -72,9 +74,9 @@ class Kept {
     if (trains_) keep(nullptr);
   }
 
-  // A block that is no longer in use; or none, where more are.
+  // A block that is no longer in use is kept. Without a block: more are in use now, and fewer may be kept.
   void keep(std::unique_ptr<Block> block) {
-    std::vector<std::unique_ptr<Block>> gone;  // without the lock
+    Blocks gone;  // without the lock
     if (block) used_ -= block->bytes;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return;
@@ -82,7 +84,7 @@ class Kept {
       bytes_ += block->bytes;
       blocks_.push_back(std::move(block));
     }
-    const size_t used = used_, once = std::max(size_t(most_used_), size_t(before_)), most = !trains_ ? MOST_KEPT : once > used ? once - used : 0;
+    const size_t most = allowed();
     while (bytes_ > most) {
       const auto out = trains_ ? smallest(bytes_ - most) : blocks_.begin();
       bytes_ -= (*out)->bytes;
@@ -97,7 +99,11 @@ class Kept {
   }
 
  private:
-  using Blocks = std::vector<std::unique_ptr<Block>>;
+  size_t allowed() const {
+    if (!trains_) return MOST_KEPT;
+    const size_t used = used_, once = std::max(size_t(most_used_), size_t(before_));
+    return once > used ? once - used : 0;
+  }
 
   // The smallest block of at least `bytes`, else the largest: a step's logits do not go to make room for a megabyte.
   Blocks::iterator smallest(size_t bytes) {
@@ -110,7 +116,7 @@ class Kept {
   std::mutex mutex_;
   Blocks blocks_;  // the oldest first
   size_t bytes_ = 0;
-  std::atomic<size_t> used_ = 0, most_used_ = 0, before_ = 0;  // the two last: since a backward began, and before
+  std::atomic<size_t> used_ = 0, most_used_ = 0, before_ = 0;  // bytes: now; most since a backward began; most before
   std::atomic<bool> trains_ = false;
 };
 

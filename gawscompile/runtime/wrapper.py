@@ -58,15 +58,15 @@ class Step:
 
 class Code:
     """The steps of a wrapper's `source`, whose globals are `names`, for inputs like `examples`: tensors and integers.
-    Without examples, inputs that a size is read from are integers, and all others that are read tensors.
 
-    With `frees`, inputs are freed where the wrapper deletes them: a backward reads all that its forward has saved.
+    A backward has no examples. Of its inputs those that a size is read from are integers, and all others that are read
+    are tensors, which are freed where the wrapper deletes them: they are all that the forward has saved.
     Raises `Unreadable`.
     """
 
-    def __init__(self, source: str, names: dict[str, Any], examples: Sequence[Any] | None, frees: bool = False) -> None:
+    def __init__(self, source: str, names: dict[str, Any], examples: Sequence[Any] | None) -> None:
         self.names = names
-        self.frees = frees
+        self.frees = examples is None
         self.steps: list[Step] = []
         self.integers: list[int] = []
         self.registers = 0

@@ -43,7 +43,7 @@ def both(lines, *inputs, stem="arg{}_1", frees=False):
     exec(source, scope)
     python = scope["call"]
     assert isinstance(python, FunctionType)
-    return python, executor.Executor(wrapper.Code(source, scope, inputs, frees), python)
+    return python, executor.Executor(wrapper.Code(source, scope, None if frees else inputs), python)
 
 
 LINES = {

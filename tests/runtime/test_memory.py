@@ -145,6 +145,25 @@ few = filled(1, 3)
 assert kept() == 0, "as no step of late needed more"
 """
 
+NO_MORE = """
+import resource
+from pathlib import Path
+from tests.runtime.test_memory import MEGABYTE, filled, kept, ops, torch
+
+ops.ensure_loaded()
+torch.ops.gaws.lend([torch.ones(1)], 1), torch.ops.gaws.lend([], 0)
+large = filled(1, 300)
+del large
+assert kept() == 300 * MEGABYTE
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200 * MEGABYTE,) * 2)
+assert filled(2, 400)[-1, -1] == 2
+"""
+
+
+def test_where_memory_runs_out_what_is_kept_makes_room():
+    subprocess.run([sys.executable, "-c", NO_MORE], check=True, timeout=120)
+
 
 def test_in_training_as_much_is_kept_as_once_was_in_use():
     subprocess.run([sys.executable, "-c", TRAINING], check=True, timeout=120)
