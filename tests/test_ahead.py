@@ -83,6 +83,11 @@ def test_nothing_is_hoisted_for_a_gpu():
         assert "turn_products" not in graph.record.passes
 
 
+class SwiGLU(torch.nn.Module):
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(gate) * up
+
+
 class Linears(torch.nn.Module):
     """The linears of a LLaMA-3.2-1B layer that read its two norms, and `down`."""
 
@@ -92,25 +97,28 @@ class Linears(torch.nn.Module):
         for name, (k, n) in (sizes | {"down": (8192, 2048)}).items():
             self.add_module(name, torch.nn.Linear(k, n, bias=False))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gated = torch.nn.functional.silu(self.gate(x)) * self.up(x)
-        return torch.cat([self.q(x), self.k(x), self.v(x), self.down(gated)], -1)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x), self.down(SwiGLU()(self.gate(x), self.up(x)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wide", "shares"), [(True, (0.69, 0.67)), (False, (0.80, 0.79))], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("wide", "shares"), [(True, (0.63, 0.50)), (False, (0.70, 0.58))], ids=["fp32", "bf16"])
 def test_a_training_step_reads_and_launches_less(wide: bool, shares: tuple[float, float]):
-    """All operations of forward and backward, 512 tokens, a bf16 base, by H100's plans: launches and bytes over those
-    of the graph as traced, with fp32 factors (PEFT's default) and with factors in bf16. docs/training.md has them."""
+    """Forward and backward without SwiGLU's elementwise operations, which both graphs have: 512 tokens, a bf16 base, by
+    H100's plans: launches and bytes over those of the graph as traced, with fp32 factors (PEFT's default) and with
+    factors in bf16. docs/training.md has them."""
     config = peft.LoraConfig(r=16, target_modules=["q", "k", "v", "gate", "up", "down"])
     model = peft.get_peft_model(Linears().bfloat16(), config, autocast_adapter_dtype=wide).train()
     x = torch.randn(512, 2048, dtype=torch.bfloat16, requires_grad=True)
     (graph,) = ahead.trace(model, GPUS["H100"], x, training=True)
     fused = [entry.backward for entry in graph.record.linears if entry.adapters and entry.status == "fused"]
     assert sorted(fused) == [False] * 6 + [True] * 6
-    before, after = total(graph.before), total(graph.after)
-    found = (after.launches / before.launches, int(after.bytes) / int(before.bytes))
-    assert found == pytest.approx(shares, abs=0.01)
+    halves = [torch.randn(512, 8192, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    (elementwise,) = ahead.trace(SwiGLU(), GPUS["H100"], *halves, training=True)
+    before, after, own = (total(one) for one in (graph.before, graph.after, elementwise.before))
+    launches = (after.launches - own.launches) / (before.launches - own.launches)
+    moved = (int(after.bytes) - int(own.bytes)) / (int(before.bytes) - int(own.bytes))
+    assert (launches, moved) == pytest.approx(shares, abs=0.01)
 
 
 @pytest.mark.parametrize(
