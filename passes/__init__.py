@@ -24,6 +24,7 @@ from gawscompile.passes import (
     join_gradients,
     lower,
     merge_blocks,
+    recompute_inputs,
     recover_operators,
     sink_scales,
     split_streams,
@@ -51,6 +52,7 @@ PIPELINE = (
     choose_plan,
     lower,
     fuse_attention,
+    recompute_inputs,
 )
 
 INFERENCE = (split_streams, join_collectives, unfold_convolutions, join_banks, hoist_weights, fuse_attention)

@@ -40,6 +40,20 @@ TRAINING: dict[str, Fault] = {
         "tests/passes/test_join_gradients.py",
         unproven=NO_GRADIENTS,
     ),
+    "what a norm gives saved where the gradient's x is cast": Fault(
+        "passes/recompute_inputs.py",
+        "if read not in again and not _there(read)",
+        "if not _there(read)",
+        "tests/passes/test_recompute_inputs.py",
+        unproven=NO_GRADIENTS,
+    ),
+    "what no gradient reads taken for saved": Fault(
+        "passes/recompute_inputs.py",
+        "any(not is_call(one, aten.mm.default) for one in _readers(node))",
+        "bool(_readers(node))",
+        "tests/passes/test_recompute_inputs.py",
+        unproven=NO_GRADIENTS,
+    ),
     "what a layer and a gradient both read not scaled": Fault(
         "passes/recover_operators.py",
         "scaled_before(context, u, p.scale.number)",

@@ -138,6 +138,7 @@ def breaks(context: Context) -> None:
 
 
 ELSEWHERE = {"join_collectives", "sink_scales", "gather_summands", "turn_products", "join_gradients"}
+ELSEWHERE |= {"recompute_inputs"}
 """Passes that match nothing in the zoo."""
 
 

@@ -81,7 +81,7 @@ def test_without_a_pass_the_answer_is_right_and_the_reason_typed(zoo, name):
     reasons = {entry.reason for entry in context.record.linears}
     optional = {"join_collectives", "split_streams", "unfold_convolutions", "merge_blocks", "join_banks"}
     optional |= {"hoist_weights", "fuse_epilogues", "fuse_attention", "sink_scales", "gather_summands", "turn_products"}
-    optional |= {"join_gradients"}
+    optional |= {"join_gradients", "recompute_inputs"}
     assert (Reason.DISABLED.name in reasons) == (name not in optional)
     disabled = [entry for entry in context.record.linears if entry.reason == Reason.DISABLED.name]
     assert all(name in (entry.detail or "") and entry.stage == name for entry in disabled)

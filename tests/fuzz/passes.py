@@ -41,7 +41,7 @@ TWICE = tuple(name for name in STAGES if name not in ("choose_plan", "recover_op
 """The passes that match nothing when they run again. What has a plan cannot be planned anew; parts of a sum that was
 left as it was for one of them may be sums once that one is settled."""
 
-BACKWARD = ("sink_scales", "gather_summands", "turn_products", "join_gradients")
+BACKWARD = ("sink_scales", "gather_summands", "turn_products", "join_gradients", "recompute_inputs")
 """Passes over the gradients of a graph, which no block has."""
 MUST_REACH: dict[str, frozenset[str]] = {
     # no block makes these yet

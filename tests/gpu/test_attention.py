@@ -18,7 +18,7 @@ KERNELS = [
 
 def check(q, k, v, mask, kernel, device):
     moved = [None if one is None else one.to(device) for one in (q, k, v, mask)]
-    found = error(torch.ops.gaws.attend(*moved, 0.3, kernel).cpu(), q, k, v, mask)
+    found = error(torch.ops.gaws.attend(*moved, 0.3, kernel).cpu(), q, k, v, mask, kernel)
     assert found <= 2 * BOUNDS[q.dtype], (q.shape, k.shape, None if mask is None else mask.dtype, found)
 
 
