@@ -80,10 +80,10 @@ def _chain(node: Node, again: set[Node]) -> list[Node]:
 
 
 def _there(node: Node) -> bool:
-    """Whether the backward has the value anyway: an input, or what is read there by more than products."""
+    """Whether the backward has the value anyway: an input, or what is read there."""
     while is_call(node, *VIEWS, *TRANSPOSES):
         node = args(node)[0]
-    return node.op == "placeholder" or any(not is_call(one, aten.mm.default) for one in _readers(node))
+    return node.op == "placeholder" or bool(_readers(node))
 
 
 def _elementwise(node: Node) -> bool:
