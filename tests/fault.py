@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -20,6 +22,13 @@ class Fault:
     """Why ``options={"verify": True}`` cannot refuse what it makes of a model; "" where it must."""
     by: Literal["fast", "slow", "fuzz"] = "fast"
     """Which tests these are; for the fuzzer, `tests` are its arguments."""
+    needs: Literal["", "avx512", "avx512_bf16"] = ""
+    """What a CPU must have to run the code that is wrong."""
+
+    @property
+    def shows_here(self) -> bool:
+        has = {"avx512": torch.cpu._is_avx512_supported, "avx512_bf16": torch.cpu._is_avx512_bf16_supported}
+        return not self.needs or has[self.needs]()
 
 
 FEW_TOKENS = "the zoo has no attention of many queries, and too few tokens for panels"

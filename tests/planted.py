@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Zoo(nn.Module):
-    """Everything that the faults touch, in one graph: k 64, adapters of one rank, odd widths, near misses."""
+    """Everything that the faults touch, in one graph: k 64, adapters of two ranks, odd widths, near misses."""
 
     def __init__(self) -> None:
         from gawscompile.ir.banked import (  # here: who plants faults has imported nothing of the compiler
@@ -51,8 +51,9 @@ class Zoo(nn.Module):
         shapes = {"q": 64, "k": 32, "v": 32, "o": 64, "odd": 13, "twice": 24}
         shapes |= {"gate": 40, "up": 40, "last": 13, "rows": 32}
         self.w = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 64) / 8) for name, n in shapes.items()})
-        self.a = nn.ParameterDict({name: nn.Parameter(torch.randn(8, 64) / 8) for name in (*shapes, "again")})
-        self.b = nn.ParameterDict({name: nn.Parameter(torch.randn(n, 8) / 3) for name, n in shapes.items()})
+        ranks = dict.fromkeys((*shapes, "again"), 8) | {"odd": 5}
+        self.a = nn.ParameterDict({name: nn.Parameter(torch.randn(r, 64) / 8) for name, r in ranks.items()})
+        self.b = nn.ParameterDict({name: nn.Parameter(torch.randn(n, ranks[name]) / 3) for name, n in shapes.items()})
         self.b["again"] = nn.Parameter(torch.randn(24, 8) / 3)
         self.bias, self.offset = nn.Parameter(torch.randn(13)), nn.Parameter(torch.randn(32))
         self.wide = nn.Linear(64, 24, dtype=torch.float64)
@@ -322,6 +323,9 @@ def main(names: list[str]) -> int:
     print(f"{'fault':<58}{'s':>5}  {'verify':<34}noticed by")
     for name in names or FAULTS:
         fault, start = FAULTS[name], time.monotonic()
+        if not fault.shows_here:
+            print(f"{name:<58}{'':>5}  — this CPU has no {fault.needs}", flush=True)
+            continue
         with tempfile.TemporaryDirectory(prefix="gaws-fault-") as place:
             folder = planted(name, Path(place))
             done = suite(name, folder, forked)

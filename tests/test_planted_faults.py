@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,6 +22,12 @@ def test_faults_apply():
     assert len(FAULTS) >= 40 and sum(fault.by == "fast" for fault in FAULTS.values()) >= 0.9 * len(FAULTS)
 
 
+def test_what_is_planted_is_python():
+    for name, fault in FAULTS.items():
+        if fault.file.endswith(".py"):
+            ast.parse((ROOT / "gawscompile" / fault.file).read_text().replace(fault.old, fault.new), name)
+
+
 def test_the_zoo():
     model, x = Zoo().eval(), torch.randn(1, 3, 64)
     report = explain(model, x, options={"verify": True, "strict": True})
@@ -27,8 +37,11 @@ def test_the_zoo():
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
 
 
+HERE = {name: fault for name, fault in FAULTS.items() if fault.shows_here}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if not fault.unproven])
+@pytest.mark.parametrize("name", [name for name, fault in HERE.items() if not fault.unproven])
 def test_verify_refuses_and_the_answer_stays_right(name, tmp_path):
     seen = judged(name, planted(name, tmp_path))
     assert seen.wrong > 1e-3, "the fault does not show on the zoo"
@@ -37,7 +50,20 @@ def test_verify_refuses_and_the_answer_stays_right(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("by", ["fast", "slow"])
+def test_tests_that_notice_are_collected(by):
+    """A test that was renamed, or has become slow, notices nothing."""
+    wanted = {test for one in FAULTS.values() if one.by == by for test in one.tests.split() if "::" in test}
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only"]
+    command += ["-m", "slow" if by == "slow" else "not slow", *sorted(wanted)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    found = {line for line in printed.splitlines() if "::" in line}
+    found |= {line.partition("[")[0] for line in found} | {line.rpartition("::")[0] for line in found}
+    assert wanted <= found, sorted(wanted - found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HERE)
 def test_the_suite_notices(name, tmp_path):
     done = suite(name, planted(name, tmp_path))
     assert done.returncode == 1, done.stdout[-2000:]
