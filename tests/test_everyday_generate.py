@@ -106,11 +106,12 @@ GROUPS = {"nbits": 4, "q_group_size": 16, "residual_length": 4}
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["fp8", "quanto", "hqq"])
 def test_quantised_caches(pair, library):
-    """Keys and values are quantised in the forward; fp8 is transformers' own."""
+    """Keys and values are quantised in the forward; fp8 is transformers' own. HQQ's search for a scale branches on a
+    value, which breaks the graph in every layer."""
     if library != "fp8":
         pytest.importorskip({"quanto": "optimum.quanto"}.get(library, library))
     config = {"backend": library, **(GROUPS if library != "fp8" else {})}
-    with fusing(LINEARS):
+    with fusing(LINEARS if library != "hqq" else None):
         assert torch.equal(*(generated(each, do_sample=False, cache_config=config, **QUANTISED) for each in pair))
 
 

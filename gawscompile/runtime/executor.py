@@ -74,6 +74,8 @@ class Executor:
 
     def __call__(self, inputs: list[Any]) -> Any:
         """The graph's results. Empties `inputs`, as the wrapper does."""
+        if torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) is to see every op
+            return self.wrapper(inputs)
         if self._frees:
             return self._run_and_free(inputs)
         if not self._tensors_alone:
@@ -93,7 +95,7 @@ class Executor:
         if not known and not self._told:
             self._told = True
             log.warning("gaws: a backward is given other kinds of inputs than its wrapper reads, and runs in Python")
-        if not known or torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) is to see every op
+        if not known:
             return self.wrapper(inputs)
         others = [None if isinstance(one, torch.Tensor) else one for one in inputs]
         try:

@@ -274,10 +274,11 @@ def test_what_was_lent_comes_back_where_it_does_not_fit():
     assert run([torch.ones(3), torch.ones(3)])[0].tolist() == [2.0] * 3
 
 
-def test_a_mode_sees_every_op_of_a_backward():
+@pytest.mark.parametrize("frees", [False, True], ids=["forward", "backward"])
+def test_a_mode_sees_every_op(frees):
     from torch.utils.flop_counter import FlopCounterMode
 
-    _, run = both(["buf0 = aten.mm.default(arg0_1, arg0_1)", "return (buf0, None, )"], torch.ones(4, 4), frees=True)
+    _, run = both(["buf0 = aten.mm.default(arg0_1, arg0_1)", "return (buf0, None, )"], torch.ones(4, 4), frees=frees)
     with FlopCounterMode(display=False) as counted:
         run([torch.ones(4, 4)])
     assert counted.get_total_flops() == 2 * 4**3
