@@ -11,9 +11,10 @@ after::
     q, k  = group[0], group[1]
 
 The group stands where its first member stood; a member that reads something defined later stays alone. What an opaque
-base makes of x, and another activation that is given, are brought before the group. A forward's members and its
-backward's are groups of their own, and so are those that a checkpoint computes again. A member whose weight has another
-dtype than its activation stays alone too, unless tokens are few: the library, which many tokens want, takes one dtype.
+base makes of x, another activation that is given, and views of parameters are brought before the group. A forward's
+members and its backward's are groups of their own, and so are those that a checkpoint computes again. A member whose
+weight has another dtype than its activation stays alone too, unless tokens are few: the library, which many tokens
+want, takes one dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from gawscompile.analysis.reading import args, dtype, shape
+from gawscompile.analysis.reading import args, dtype, is_view, shape
 from gawscompile.ir.sums import Sum, operator_group, operator_sum
 from gawscompile.passes.context import Context
 
@@ -64,7 +65,7 @@ def _ahead(member: Node, first: Node) -> list[Node] | None:
     total: Sum = args(member)[1]
     later = [leaf for leaf in total.leaves if not leaf < first]
     made = [total.opaque, *(term.z for term in total.given)]
-    if any(leaf not in made for leaf in later):
+    if any(leaf not in made and not is_view(leaf) for leaf in later):
         return None
     found: dict[Node, None] = {}
     while later:

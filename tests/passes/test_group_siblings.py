@@ -66,3 +66,16 @@ def test_autocast_siblings_are_seen_to_read_one_activation():
     groups = context.graph.find_nodes(op="call_function", target=operator_group)
     # the bf16 copies of fp32 weights are not formed: weights are read as they are stored, which is no less exact
     assert len(groups) == 1 and len(groups[0].args[1]) == 2
+
+
+def test_views_of_parameters_are_brought_before_the_group():
+    """Scales of torchao's int8 are viewed as a matrix beside each projection."""
+
+    def function(x, *weights):
+        return tuple(F.linear(x, codes.to(x.dtype) * scales.view(6, 1)) for codes, scales in (weights[:2], weights[2:]))
+
+    weights = [torch.randint(-9, 9, (6, 32), dtype=torch.int8), torch.rand(6)]
+    captured = capture(function, torch.randn(3, 32), *weights, *weights)
+    context = captured.until("group_siblings")
+    assert sizes(context) == [2]
+    torch.testing.assert_close(captured.run(context), captured.outputs)
