@@ -36,7 +36,7 @@ def run(graph: Graph, context: Context) -> None:
     for node in graph.nodes:
         if node in again or not _for_products(node) or not context.looks_at(node):
             continue
-        chain = _chain(node, again)
+        chain = _chain(context, node, again)
         if chain and context.allows(node):
             for one in chain:
                 one.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
@@ -64,7 +64,7 @@ def _readers(node: Node) -> list[Node]:
     return found
 
 
-def _chain(node: Node, again: set[Node]) -> list[Node]:
+def _chain(context: Context, node: Node, again: set[Node]) -> list[Node]:
     """The operations that make `node` of what the backward has anyway, if there are few and all are elementwise. It has
     what is computed `again`."""
     chain, pending = dict[Node, None](), [node]
@@ -75,15 +75,18 @@ def _chain(node: Node, again: set[Node]) -> list[Node]:
         if not _elementwise(one) or len(chain) == LONGEST:
             return []
         chain[one] = None
-        pending += [read for read in one.all_input_nodes if read not in again and not _there(read)]
+        tensors = [read for read in one.all_input_nodes if value(read) is not None]
+        pending += [read for read in tensors if read not in again and not _there(context, read)]
     return list(chain)
 
 
-def _there(node: Node) -> bool:
-    """Whether the backward has the value anyway: an input, or what is read there."""
+def _there(context: Context, node: Node) -> bool:
+    """Whether the backward has the value anyway: a parameter, or what is read there. Another input may be written
+    before the backward comes."""
     while is_call(node, *VIEWS, *TRANSPOSES):
         node = args(node)[0]
-    return node.op == "placeholder" or bool(_readers(node))
+    written = any(user.is_impure() for user in node.users)
+    return not written and (node in context.stored or bool(_readers(node)))
 
 
 def _elementwise(node: Node) -> bool:

@@ -40,16 +40,16 @@ TRAINING: dict[str, Fault] = {
         "tests/passes/test_join_gradients.py",
         unproven=NO_GRADIENTS,
     ),
-    "what a norm gives saved where the gradient's x is cast": Fault(
+    "a second value of what is computed again saved": Fault(
         "passes/recompute_inputs.py",
-        "if read not in again and not _there(read)",
-        "if not _there(read)",
+        "if read not in again and not _there(context, read)",
+        "if not _there(context, read)",
         "tests/passes/test_recompute_inputs.py",
         unproven=NO_GRADIENTS,
     ),
     "what no gradient reads taken for saved": Fault(
         "passes/recompute_inputs.py",
-        "bool(_readers(node))",
+        "(node in context.stored or bool(_readers(node)))",
         "True",
         "tests/passes/test_recompute_inputs.py",
         unproven=NO_GRADIENTS,

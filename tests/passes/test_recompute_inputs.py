@@ -105,6 +105,15 @@ def test_each_sibling_may_cast_for_itself():
     assert targets == [*2 * [aten.mul.Tensor], *2 * [cast]]
 
 
+def test_two_values_made_of_one_that_no_gradient_reads():
+    def model(h, first=Adapted(), second=Adapted()):  # noqa: B008
+        middle = h.sin() + 1
+        return first(middle * 2) + second(middle * 3)
+
+    targets = again(capture_joint(model, drawn(5, N)))
+    assert targets == [aten.sin.default, aten.add.Tensor, aten.mul.Tensor, aten.mul.Tensor]
+
+
 def test_any_number_of_tokens():
     assert again(capture_joint(Layer(), drawn(3, 7, N), dynamic=True))
 
@@ -133,6 +142,19 @@ def test_what_would_have_to_be_saved_in_its_place_is_not_formed_again():
         return third(first(x) + second(x))
 
     assert not again(capture_joint(model, drawn(5, N)))
+
+
+def test_what_may_be_written_before_the_backward_is_not_read_again():
+    """An input that no gradient reads, and a buffer that the forward writes."""
+    adapted = Adapted()
+
+    def written(x, buffer=torch.ones(N)):  # noqa: B008
+        y = adapted(x.detach() * buffer)
+        buffer.add_(1)
+        return y
+
+    assert not again(capture_joint(lambda x: adapted(x.sin()), torch.randn(5, N)))
+    assert not again(capture_joint(written, torch.randn(5, N)))
 
 
 def test_a_long_chain_is_saved():
