@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(stand_in.installed(), reason="this is the rehearsal")
 
 
-def rehearse(*command: str, cache: Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+def rehearse(*command: str, cache: Path, timeout: int = 1800) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton")
     environment = os.environ | {
         "GAWS_GPU_STAND_IN": "1",
