@@ -25,6 +25,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from gawscompile.analysis.reading import CASTS, TRANSPOSES, VIEWS, args, aten, is_call, value
 from gawscompile.passes.context import Context, backward
 
+NO_REGION = 0
+"""The partitioner compares the numbers of checkpointed regions, which begin at one."""
+
 LONGEST = 16
 """Elementwise operations that are computed again for one value, at most."""
 
@@ -39,7 +42,7 @@ def run(graph: Graph, context: Context) -> None:
         chain = _chain(context, node, again)
         if chain and context.allows(node):
             for one in chain:
-                one.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                one.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": NO_REGION}
                 context.touch(one)
             again.update(chain)
             context.matched()

@@ -13,6 +13,7 @@ from tests.fault import (
 from tests.faults_of_kernels import KERNELS, SWIGLU
 from tests.faults_of_runtime import RUNTIME
 from tests.faults_of_training import TRAINING
+from tests.faults_of_triton import TRITON
 
 RECOVER = "passes/recover_operators.py"
 OP = "runtime/dispatch.cpp"
@@ -291,4 +292,5 @@ FAULTS: dict[str, Fault] = {
         unproven=A_KEY,
     ),
     **KERNELS,
+    **TRITON,
 }

@@ -1,19 +1,15 @@
-"""Faults of the generated kernels, C++ and Triton (`tests.faults` has all others)."""
+"""Faults of the kernels that are generated in C++."""
 
 from __future__ import annotations
 
-from tests.fault import A_RACE, FEW_TOKENS, ON_GPUS, Fault
+from tests.fault import A_RACE, FEW_TOKENS, Fault
 
 CPP, PARTS, MODES = "codegen/cpp.py", "codegen/cpp_parts.py", "codegen/cpp_modes.py"
-BANKS = "codegen/triton_banks.py"
-GEMV, TILE, TEXT = "codegen/triton_gemv.py", "codegen/triton_tile.py", "codegen/triton_text.py"
 
-NUMBERS = "tests/codegen/test_triton.py::test_numbers"
 PACKED = "tests/codegen/test_packed.py::test"
 STEPS = "the zoo has no packed weight with groups of 64 columns for an x of bf16"
 ENTRIES = "tests/codegen/test_cpp.py::test"
 SWIGLU = "tests/runtime/test_ops.py::test_swiglu_leaves_one_output"
-ORDER = "tests/codegen/test_triton_aot.py::test_all_threads_wait_before_u_is_told_and_before_it_is_read"
 ROUNDING = f"{ENTRIES}_numbers_are_rounded_to_the_nearest"
 
 NO_MODES = "the zoo's bank has no modes"
@@ -336,120 +332,5 @@ KERNELS = {
     ),
     "two terms in one place of u": Fault(
         MODES, "-(-count // self.PAD) * self.PAD", "count // self.PAD * self.PAD", f"{ENTRIES}_gemv[two_adapters-1]"
-    ),
-    # --- Triton -------------------------------------------------------------------------------------------------
-    "Triton: u told before it is written": Fault(
-        GEMV,
-        "'tl.atomic_add(flag, 1, sem=\"release\")'",
-        "'tl.atomic_add(flag, 1, sem=\"relaxed\")'",
-        "tests/codegen/test_triton_aot.py::test_a_single_launch_releases_and_acquires",
-        unproven=ON_GPUS,
-    ),
-    "Triton: threads do not wait for the one that has acquired": Fault(
-        GEMV,
-        '            "tl.debug_barrier()  # no thread reads before the one that counts has acquired",\n',
-        "",
-        ORDER,
-        unproven=ON_GPUS,
-    ),
-    "Triton: told before all threads have written": Fault(
-        GEMV,
-        '            "tl.debug_barrier()  # all threads have written, before the one that counts releases",\n',
-        "",
-        ORDER,
-        unproven=ON_GPUS,
-    ),
-    "Triton: nobody waits for u": Fault(
-        GEMV,
-        "        return self._wait(max((e.launch - 1 for e in endings if e.source is not None), default=0))\n",
-        "        return []\n",
-        "tests/codegen/test_triton_aot.py::test_weights_stream_before_the_wait_and_u_is_read_after_it",
-        unproven=ON_GPUS,
-    ),
-    "Triton: a counter not cleared": Fault(
-        GEMV,
-        "for flag in range(self.stages + 1)),",
-        "for flag in range(self.stages)),",
-        f"{NUMBERS}[qkv-m1]",
-        unproven=ON_GPUS,
-    ),
-    "Triton: rows scaled after the bias": Fault(
-        GEMV,
-        '[*v.out.load(v.rowscale + v.rows, ok, p.rowscale.dtype, sign="*="), *added]',
-        '[*added, *v.out.load(v.rowscale + v.rows, ok, p.rowscale.dtype, sign="*=")]',
-        f"{NUMBERS}[rowscale-m1]",
-        unproven=ON_GPUS,
-    ),
-    "Triton: scale not in a tile's u": Fault(
-        TILE, "scaled(term, v.scale, v.acc)", "v.acc", f"{NUMBERS}[bank_odd-m6]", unproven=ON_GPUS
-    ),
-    "Triton: one token too many": Fault(
-        TILE, "v.tokens < v.left)", "v.tokens < v.left + 1)", f"{NUMBERS}[bank_odd-m6]", unproven=ON_GPUS
-    ),
-    "Triton: the last block unmasked": Fault(
-        TEXT,
-        "        return self.size % self.block != 0\n",
-        "        return self.size < self.block\n",
-        "tests/codegen/test_triton.py::test_what_makes_no_whole_blocks_is_masked",
-        unproven=ON_GPUS,
-    ),
-    "Triton: fp32 as tf32": Fault(
-        TEXT,
-        '[\'input_precision="ieee"\'] * (dtype == "f32")',
-        '[] * (dtype == "f32")',
-        "tests/codegen/test_triton_aot.py::test_fp32_is_never_tf32",
-        unproven=ON_GPUS,
-    ),
-    "Triton: sigmoid of up": Fault(
-        "codegen/triton_kernels.py",
-        'fn("tl.sigmoid", v.gate)',
-        'fn("tl.sigmoid", v.up)',
-        f"{NUMBERS}[swiglu-m1]",
-        unproven=ON_GPUS,
-    ),
-    "Triton: a bank's entry for all of a row's": Fault(
-        BANKS,
-        "        v.from_b.let(factor(v.use, 1) + v.first * BLOCK),\n        *v.bank_bs",
-        "        v.from_b.let(factor(0, 1) + v.first * BLOCK),\n        *v.bank_bs",
-        f"{NUMBERS}[bank-m1]",
-        unproven=ON_GPUS,
-    ),
-    "Triton: a bank's bias lost": Fault(
-        BANKS,
-        "v.found.let(fn(\"tl.where\", rank.equals(v.ranks), v.weight, nothing)",
-        "v.found.let(fn(\"tl.where\", rank.equals(v.ranks), nothing, nothing)",
-        f"{NUMBERS}[bank-m1]",
-        unproven=ON_GPUS,
-    ),
-    "Triton: a tile's first row for all of its tokens": Fault(
-        BANKS,
-        "v.mine.let(v.keys.equals(v.key) & v.token_ok)",
-        "v.mine.let(v.token_ok)",
-        f"{NUMBERS}[bank-m6]",
-        unproven=ON_GPUS,
-    ),
-    "Triton: DoRA's scale lost in a tile": Fault(
-        BANKS,
-        "v.mine[:, None], v.acc * v.dora[None, :], Code(\"0.0\")",
-        "v.mine[:, None], v.dora[None, :], Code(\"0.0\")",
-        f"{NUMBERS}[bank-m6]",
-        unproven=ON_GPUS,
-    ),
-    "Triton: G's rows past their slice": Fault(
-        "codegen/triton_modes.py",
-        "owned = (v.row // p.rows).equals(slice_)",
-        "owned = v.row // p.rows < slice_ + 1",
-        f"{NUMBERS}[gaws_crossing-m17]",
-        unproven=ON_GPUS,
-    ),
-    "counters that two streams share": Fault(
-        "runtime/gpu.py",
-        "(index, torch.cuda.current_stream(device).cuda_stream)",
-        "(index, 0)",
-        "tests/runtime/test_gpu.py",
-        unproven=ON_GPUS,
-    ),
-    "counters given away twice in a graph": Fault(
-        "runtime/gpu.py", "                block.taken += size\n", "", "tests/runtime/test_gpu.py", unproven=ON_GPUS
     ),
 }

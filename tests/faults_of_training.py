@@ -47,6 +47,13 @@ TRAINING: dict[str, Fault] = {
         "tests/passes/test_recompute_inputs.py",
         unproven=NO_GRADIENTS,
     ),
+    "what the forward writes read again": Fault(
+        "passes/recompute_inputs.py",
+        "return not written and (",
+        "return (",
+        "tests/passes/test_recompute_inputs.py",
+        unproven=NO_GRADIENTS,
+    ),
     "what no gradient reads taken for saved": Fault(
         "passes/recompute_inputs.py",
         "(node in context.stored or bool(_readers(node)))",

@@ -137,8 +137,8 @@ def breaks(context: Context) -> None:
     context.graph.output_node().prepend(first)
 
 
-ELSEWHERE = {"join_collectives", "sink_scales", "gather_summands", "turn_products", "join_gradients"}
-ELSEWHERE |= {"recompute_inputs"}
+GRADIENTS = {"sink_scales", "gather_summands", "turn_products", "join_gradients", "recompute_inputs"}
+ELSEWHERE = {"join_collectives", *GRADIENTS}
 """Passes that match nothing in the zoo."""
 
 

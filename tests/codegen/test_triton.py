@@ -16,7 +16,6 @@ import torch
 
 from gawscompile.codegen import triton as emitter
 from gawscompile.codegen.triton import Plan
-from gawscompile.codegen.triton_text import Cut
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import SpecError
 from tests.codegen import triton_interpret_cases as cases
@@ -387,10 +386,6 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
 ONCE = {"rank_17", "transposed_odd", "backward", "gaws_crossing", "gaws_diag", "gawsd_both", "blocks_crossing"}
 ONCE |= {"lokr_low", "packed_uint8", "packed_fp4_coded", "packed_nf4_coded", "bank_beside", "bias_and_residual_odd"}
 """What the fast tests try with one number of tokens, beside all that is in `CORE`."""
-
-
-def test_what_makes_no_whole_blocks_is_masked():
-    assert Cut(37, 64).masked and Cut(101, 64).masked and not Cut(128, 64).masked
 
 
 def takes_long(case: str) -> bool:

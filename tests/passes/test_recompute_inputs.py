@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
@@ -53,7 +54,7 @@ def again(captured):
 
 
 def saved(function, *inputs):
-    """The tensors that autograd keeps for the backward, and the gradients."""
+    """The tensors that autograd keeps for the backward, which runs."""
     torch._dynamo.reset()
     kept: list[torch.Tensor] = []
 
@@ -144,17 +145,47 @@ def test_what_would_have_to_be_saved_in_its_place_is_not_formed_again():
     assert not again(capture_joint(model, drawn(5, N)))
 
 
-def test_what_may_be_written_before_the_backward_is_not_read_again():
-    """An input that no gradient reads, and a buffer that the forward writes."""
-    adapted = Adapted()
+class Counting(torch.nn.Module):
+    """Adds a buffer to what the adapter reads, and writes the buffer afterwards. No gradient reads it."""
 
-    def written(x, buffer=torch.ones(N)):  # noqa: B008
-        y = adapted(x.detach() * buffer)
-        buffer.add_(1)
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.adapted = Adapted()
+        self.register_buffer("count", torch.full((N,), 2.0))
+
+    def forward(self, x):
+        y = self.adapted(x.sin() + self.count)
+        self.count.add_(1)
         return y
 
+
+def test_what_the_forward_writes_is_not_read_again():
+    model, other = Counting(), Counting()
+    compiled = torch.compile(model, backend="gaws", dynamic=False, options={"strict": True})
+    for _ in range(2):
+        for run in (compiled, other):
+            run(drawn(5, N)).sum().backward()
+        assert torch.equal(model.count, other.count)
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_that_no_gradient_reads_is_not_kept():
+    """It is the caller's, who may write it before the backward comes."""
+    adapted = Adapted()
     assert not again(capture_joint(lambda x: adapted(x.sin()), torch.randn(5, N)))
-    assert not again(capture_joint(written, torch.randn(5, N)))
+
+
+def test_a_norm_that_is_written_before_the_backward_is_an_error():
+    """As in eager mode, which saves its bias likewise."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(N).requires_grad_(False), Adapted())
+    for run in (model, torch.compile(model, backend="gaws", dynamic=False, options={"strict": True})):
+        loss = run(drawn(5, N)).sum()
+        with torch.no_grad():
+            model[0].bias.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_a_long_chain_is_saved():
