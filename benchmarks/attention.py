@@ -61,7 +61,7 @@ def run(shape: Shape, dtype: torch.dtype, rounds: int) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(rows, queries, heads, features, generator=generator).to(dtype).transpose(1, 2)
     k, v = torch.randn(2, rows, keys, groups, features, generator=generator).to(dtype).transpose(2, 3)
-    kernel = cpp_attention.kernel(features, DTYPE_NAMES[dtype], sees == "causal")
+    kernel = str(cpp_attention.Kernel(features, DTYPE_NAMES[dtype], sees == "causal"))
     mask = torch.ones(rows, 1, queries, keys, dtype=torch.bool).tril() if sees == "mask" else None
     bias = None if mask is None else torch.where(mask, 0.0, float("-inf")).to(dtype)
     wide = [one.repeat_interleave(heads // groups, 1) for one in (k, v)]

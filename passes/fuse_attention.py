@@ -6,16 +6,17 @@ before::
     k      = aten.view(aten.clone(aten.expand(aten.unsqueeze(keys, 2), [B, G, H // G, L, D])), [B, H, L, D])
     v      = …                                                             # the same of the cache's values
     sdpa   = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=where, scale=s)
-    out    = sdpa[0]
+    out    = sdpa[0]                               # or bmm(softmax(bmm(q, kᵀ) · s + where), v): `analysis.attention`
 
 after::
 
-    out    = torch.ops.gaws.attend(q, keys, values, mask, s, "attend d=64 x=bf16")
+    out    = torch.ops.gaws.attend(q, keys, values, mask, s, "attend d=64 x=bf16", None)
 
 With grouped queries, Inductor writes every key and value out once for each head that reads it, in every step, and a
 mask of the activation's dtype beside them. The kernel does not need them (`codegen/attention.cpp`; on a GPU
 flash-decoding, `codegen/triton_attention.py`). Many queries share turned keys on a CPU
 (`codegen/attention_tiles.cpp`); the library keeps them on a GPU, and where it has instructions for products of 16 bits.
+Where attention is written out, its scores and weights, ``[rows, heads, queries, keys]``, are not written at all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, Node
 
-from gawscompile.analysis.reading import VIEWS, args, aten, dtype, is_call, shape, value
+from gawscompile.analysis.attention import SDPA, Attention, Refused, number, of_library, written_out
+from gawscompile.analysis.reading import args, aten, dtype, is_call, shape, value
 from gawscompile.codegen import cpp_attention
 from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_sizes
@@ -36,65 +38,55 @@ from gawscompile.planning import devices
 from gawscompile.planning.targets import CPP, Target, target_of
 from gawscompile.runtime import attention
 
-SDPA = (
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-)
-"""Their first result is the attention's; the others, which training reads, differ."""
-
 
 def run(graph: Graph, context: Context) -> None:
-    for target in SDPA:
+    for target in (*SDPA, aten.bmm.default):
         for node in graph.find_nodes(op="call_function", target=target):
             if context.looks_at(node):
                 _attention(context, node)
 
 
 def _attention(context: Context, node: Node) -> None:
-    q, keys, values, mask, scale = _parts(node)
-    target = target_of(devices.of(q.meta["val"].device.type))
-    causal = bool(_given(node).get("is_causal"))
-    why = _refusal(node, q, keys, values, mask, _takes_many(target, q))
-    if context.options.transparent and target is not CPP:
-        why = "on a GPU it is an op of ours, and the graph is to be transparent"
-    if why is not None:
-        note = f"{Reason.ATTENTION.value}: {why}"
-        if note not in context.record.notes:
-            context.record.notes.append(note)
-        return
-    (item,) = node.users
-    if not context.allows(item):
-        return
-    kernel = cpp_attention.kernel(shape(q)[3], DTYPE_NAMES[dtype(q)], causal)
+    views: list[Node] = []
+
+    def turn(one: Node, sizes: tuple[Any, ...], axes: list[int] | None) -> Node:
+        fake = one.meta["val"]
+        with fake.fake_mode:
+            made = fake.view(sizes) if axes is None else fake.permute(axes)
+        target, given = (aten.view.default, list(sizes)) if axes is None else (aten.permute.default, axes)
+        views.append(context.insert(target, (one, given), node, made))
+        return views[-1]
+
     with context.graph.inserting_before(node):
-        given = (q, keys, values, mask, scale, kernel)
-        new = context.insert(attention.ATTEND, given, node, item.meta["val"])
-    context.replace(item, new)
-    context.erase(item)
+        found = written_out(node, turn) if node.target is aten.bmm.default else of_library(node)
+        if found is None:
+            return
+        target = target_of(devices.of(args(node)[0].meta["val"].device.type))
+        why = found.why if isinstance(found, Refused) else _refusal(found, target)
+        if context.options.transparent and target is not CPP:
+            why = "on a GPU it is an op of ours, and the graph is to be transparent"
+        if why is None and not isinstance(found, Refused) and context.allows(found.made):
+            _rewrite(context, found, node, target)
+    for one in reversed(views):
+        context.erase(one)  # unless it is read
+    note = f"{Reason.ATTENTION.value}: {why}"
+    if why is not None and note not in context.record.notes:
+        context.record.notes.append(note)
+
+
+def _rewrite(context: Context, found: Attention, node: Node, target: Target) -> None:
+    q, made = found.q, found.made
+    kernel = cpp_attention.Kernel(shape(q)[3], DTYPE_NAMES[dtype(q)], found.causal, found.cap)
+    mask = _mask(context, found.masks, node)
+    given = (q, found.keys, found.values, mask, found.scale, str(kernel), found.sinks)
+    as_q = _like(q)
+    new = context.insert(attention.ATTEND, given, node, as_q)
+    if not _laid_alike(as_q, made):
+        new = context.contiguous(new, node)
+    context.replace(made, new)
+    context.erase(made)
     context.matched()
-    attention.start(kernel, target)
-
-
-def _parts(node: Node) -> tuple[Any, ...]:
-    """Queries, keys and values before they are repeated, mask, scale."""
-    given = _given(node)
-    q, k, v, scale = given["query"], given["key"], given["value"], given.get("scale")
-    mask = given.get("attn_mask") or given.get("attn_bias")
-    if not isinstance(scale, float):
-        features = shape(q)[3]
-        scale = features**-0.5 if type(features) is int and features else None
-    times = [_repeated(one) for one in (k, v)]
-    if times[0][1:] == times[1][1:]:
-        k, v = times[0][0], times[1][0]
-    return q, k, v, _seen(mask), scale
-
-
-def _given(node: Node) -> dict[str, Any]:
-    """A call's arguments by their names."""
-    names = [argument.name for argument in cast(Any, node.target)._schema.arguments]
-    return {**dict(zip(names, args(node), strict=False)), **node.kwargs}
+    attention.start(str(kernel), target)
 
 
 def _takes_many(target: Target, q: Node) -> bool:
@@ -102,14 +94,11 @@ def _takes_many(target: Target, q: Node) -> bool:
     return target is CPP and devices.multiplies_in_fp32(DTYPE_NAMES.get(dtype(q), ""))
 
 
-def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None, many: bool) -> str | None:
+def _refusal(found: Attention, target: Target) -> str | None:
     """Why the library keeps it, if it does."""
-    given = _given(node)
-    if len(node.users) != 1 or not is_call(item := next(iter(node.users)), operator.getitem) or args(item)[1] != 0:
-        return "something reads its log-sum-exp"
-    if any(given.get(name) for name in ("dropout_p", "return_debug_mask")):
-        return "it drops out"
-    if given.get("is_causal") and not many:
+    q, keys, values, made = found.q, found.keys, found.values, found.made
+    many = _takes_many(target, q)
+    if found.causal and not many:
         return "it is causal"
     rows, heads, queries, features = shape(q)
     if not many and (type(queries) is not int or queries > cpp_attention.FEW):
@@ -117,49 +106,54 @@ def _refusal(node: Node, q: Node, keys: Node, values: Node, mask: Node | None, m
         return f"{count} queries; kernels take up to {cpp_attention.FEW}"
     if type(features) is not int or not 0 < features <= cpp_attention.MOST_FEATURES:
         return f"heads of {features} features; kernels take up to {cpp_attention.MOST_FEATURES}"
-    if dtype(q) not in DTYPE_NAMES or any(dtype(one) != dtype(q) for one in (keys, values)):
+    if dtype(q) not in DTYPE_NAMES or any(dtype(one) != dtype(q) for one in (keys, values, made)):
         return f"{dtype(q)}, {dtype(keys)} and {dtype(values)}"
     groups = shape(keys)[1]
-    if type(groups) is not int or type(heads) is not int or heads % groups or shape(values) != shape(keys):
+    counted = type(groups) is int and type(heads) is int
+    if not counted or heads % groups or shape(values) != shape(keys):
         return f"{heads} heads over {groups}"
-    if mask is not None:
-        sizes, whole = shape(mask), (rows, heads, queries, shape(keys)[2])
+    whole = (rows, heads, queries, shape(keys)[2])
+    for mask in found.masks:
+        sizes = shape(mask)
         fits = len(sizes) == 4 and all(a == 1 or same_sizes((a,), (b,)) for a, b in zip(sizes, whole, strict=True))
-        if not fits or dtype(mask) not in (torch.bool, torch.float32, dtype(q)):
+        kinds = (torch.float32, dtype(q)) if len(found.masks) > 1 else (torch.bool, torch.float32, dtype(q))
+        if not fits or dtype(mask) not in kinds:
             return f"a mask of {tuple(sizes)}, {dtype(mask)}"
-    with q.meta["val"].fake_mode:
-        made = torch.empty_like(q.meta["val"])
-    mine, theirs = (  # along an axis of one there are no steps
-        [step for step, size in zip(one.stride(), shape(q), strict=True) if type(size) is not int or size != 1]
-        for one in (made, item.meta["val"])
+    if found.sinks is not None and dtype(found.sinks) not in (torch.float32, dtype(q)):
+        return f"sinks of {dtype(found.sinks)}"
+    # who reads the library's result may count on how it lies in memory; what is written out is plain, or copied to be
+    library = is_call(made, operator.getitem)
+    return "its result is laid out otherwise" if library and not _laid_alike(_like(q), made) else None
+
+
+def _like(q: Node) -> torch.Tensor:
+    fake: torch.Tensor = q.meta["val"]
+    with cast(Any, fake).fake_mode:
+        return torch.empty_like(fake)
+
+
+def _laid_alike(one: torch.Tensor, other: Node) -> bool:
+    """Whether two of the same sizes have the same strides, but along an axis of one, where there are no steps."""
+    mine, theirs = (
+        [step for step, size in zip(given.stride(), shape(other), strict=True) if type(size) is not int or size != 1]
+        for given in (one, other.meta["val"])
     )
-    return None if same_sizes(mine, theirs) else "its result is laid out otherwise"
+    return same_sizes(mine, theirs)
 
 
-def _repeated(node: Node) -> tuple[Node, Any]:
-    """The tensor of which `node` has every head several times, and how often; itself and once, where it has not."""
-    found: Any = node
-    sizes = shape(node)
-    seen: list[Node] = []
-    while is_call(found, *VIEWS, aten.clone.default) and len(seen) < 4:
-        seen.append(found)
-        found = args(found)[0]
-    if not is_call(found, aten.expand.default) or len(shape(found)) != 5:
-        return node, 1
-    single = args(found)[0]
-    if not is_call(single, aten.unsqueeze.default) or args(single)[1] not in (2, -3):
-        return node, 1
-    source, times = args(single)[0], shape(found)[2]
-    rows, groups, keys, features = shape(source)
-    wanted = ((rows, groups, times, keys, features), (rows, groups * times, keys, features))
-    if not same_sizes(shape(found), wanted[0]) or not same_sizes(sizes, wanted[1]):
-        return node, 1
-    if any(not (same_sizes(shape(one), wanted[0]) or same_sizes(shape(one), wanted[1])) for one in seen):
-        return node, 1
-    return source, times
+def _mask(context: Context, masks: tuple[Node, ...], node: Node) -> Node | None:
+    """One mask for all that are added."""
+    if len(masks) < 2:
+        return _seen(masks[0]) if masks else None
+    made, *rest = masks
+    for other in rest:
+        with made.meta["val"].fake_mode:
+            both = made.meta["val"] + other.meta["val"]
+        made = context.insert(aten.add.Tensor, (made, other), node, both)
+    return made
 
 
-def _seen(mask: Any) -> Any:
+def _seen(mask: Node) -> Node:
     """What may be seen (bool), where the mask is made of that: 0 there, and -inf elsewhere."""
     if is_call(mask, aten.expand.default) and len(shape(args(mask)[0])) == 4:
         return _seen(args(mask)[0])  # the kernel broadcasts
@@ -168,14 +162,6 @@ def _seen(mask: Any) -> Any:
     condition, yes, no = args(mask)
     if value(condition) is None or dtype(condition) != torch.bool:
         return mask
-    if (_number(yes), _number(no)) != (0.0, float("-inf")) or not same_sizes(shape(condition), shape(mask)):
+    if (number(yes), number(no)) != (0.0, float("-inf")) or not same_sizes(shape(condition), shape(mask)):
         return mask
     return condition
-
-
-def _number(node: Any) -> float | None:
-    """The number that a 0-d tensor was made of."""
-    if is_call(node, aten.scalar_tensor.default, aten.full.default) and not shape(node):
-        number = args(node)[0] if node.target is aten.scalar_tensor.default else args(node)[1]
-        return float(number) if isinstance(number, (int, float)) else None
-    return float(node) if isinstance(node, (int, float)) else None

@@ -75,6 +75,9 @@ ARCHITECTURES = {
     "Llama": decoder("LlamaForCausalLM", 7, WIDE),
     "Mistral": decoder("MistralForCausalLM", 7, {**WIDE, "sliding_window": 4}),
     "Qwen3": decoder("Qwen3ForCausalLM", 7, WIDE),
+    "Gemma 2": decoder(
+        "Gemma2ForCausalLM", 7, {**WIDE, "sliding_window": 4, "attn_implementation": "eager", "attn_logit_softcapping": 2.0}
+    ),
     "Gemma 3": decoder("Gemma3ForCausalLM", 7, {**WIDE, "sliding_window": 4}),
     "Phi-3": decoder("Phi3ForCausalLM", 4, {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0}),
     "GPT-2": decoder("GPT2LMHeadModel", 4, OLD),
@@ -86,6 +89,12 @@ ARCHITECTURES = {
         "MixtralForCausalLM",
         4,
         {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2},
+        targets=["q_proj", "k_proj", "v_proj", "o_proj"],
+    ),
+    "gpt-oss": decoder(
+        "GptOssForCausalLM",
+        4,
+        {**WIDE, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
         targets=["q_proj", "k_proj", "v_proj", "o_proj"],
     ),
     "BERT": Architecture(make("BertModel", **ENCODER), 6 * LAYERS + 1),

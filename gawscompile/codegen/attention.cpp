@@ -1,6 +1,7 @@
 // Attention of few queries over keys and values as a cache holds them: ``softmax(s Q Kᵀ + mask) V``, the heads of a group
-// over one key and one value head. All in fp32 before the one rounding. `T`, `D` (features of a head) and `CAUSAL` (query
-// i sees keys up to i) stand in front, and `FEW`, queries of a head that are taken one by one.
+// over one key and one value head. All in fp32 before the one rounding. `T`, `D` (features of a head), `CAUSAL` (query
+// i sees keys up to i) and `CAP` (scores become CAP tanh(scores / CAP)) stand in front, and `FEW`, queries of a head that
+// are taken one by one.
 
 #include <cmath>
 #include <cstdlib>
@@ -12,6 +13,8 @@ constexpr int NV = (D + V - 1) / V;  // vectors of one head
 constexpr int LEFT = D % V;          // numbers in its last one, 0 where that is whole
 constexpr int MOST = max(1, min(4, (V >= 16 ? 16 : 8) / NV));  // queries whose sums stay in registers
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+constexpr float LOWEST_FLOAT = -std::numeric_limits<float>::max();
+constexpr float LOWEST = sizeof(T) == 4 ? LOWEST_FLOAT : std::is_same_v<T, f16> ? -65504.0f : -0x1.fep127f;  // of T
 
 // Addresses, and strides in numbers by row, head (of keys: of a group) and token; what a mask has for all it has once.
 struct Call {
@@ -22,7 +25,20 @@ struct Call {
   int64_t qs[3], ks[3], vs[3], os[3], ms[4];
   int64_t kind;  // of mask: 0 none, 1 what may be seen, 2 added, a T, 3 added, a float
   float scale;
+  const void* sinks;  // of each head one more score, which weighs no value
+  int64_t step, wide;  // from head to head; 1 if floats, 0 if T
 };
+
+inline float sink(const Call& c, int64_t head) {
+  if (!c.sinks) return MINUS_INFINITY;
+  return c.wide ? static_cast<const float*>(c.sinks)[head * c.step] : float(static_cast<const T*>(c.sinks)[head * c.step]);
+}
+
+// Scores, before a mask is added.
+inline F capped(const F& scores) {
+  if constexpr (CAP > 0) return F(CAP) * tanh(scores * F(1 / CAP));
+  return scores;
+}
 
 inline F features(const T* p, int j) {
   if (LEFT == 0 || j < NV - 1) return vector_of(p + j * V);
@@ -41,23 +57,31 @@ inline float masked(const Call& c, const char* row, int64_t l) {
   }
 }
 
+// Whether a key weighs nothing beside one that is not hidden: by -infinity, or by the lowest number of its dtype.
+inline bool hidden(const Call& c, const char* row, int64_t l) {
+  return masked(c, row, l) <= (c.kind == 2 ? LOWEST : LOWEST_FLOAT);
+}
+
 template <int R>
 void attend_rows(const Call& c, int64_t row, int64_t group, int64_t first) {
   const int64_t shared = c.heads / c.groups;
   F q[R][NV];
   const char* mask[R] = {};
   T* out[R];
+  float extra[R];
   int64_t begin = c.keys, end = 0;
   for (int r = 0; r < R; ++r) {
     const int64_t head = group * shared + (first + r) / c.queries, query = (first + r) % c.queries;
     const T* from = c.q + row * c.qs[0] + head * c.qs[1] + query * c.qs[2];
     for (int j = 0; j < NV; ++j) q[r][j] = features(from, j) * F(c.scale);
+    extra[r] = sink(c, head);
     out[r] = c.out + row * c.os[0] + head * c.os[1] + query * c.os[2];
     const int64_t size = c.kind == 1 ? 1 : c.kind == 2 ? sizeof(T) : sizeof(float);
     if (c.kind) mask[r] = static_cast<const char*>(c.mask) + size * (row * c.ms[0] + head * c.ms[1] + query * c.ms[2]);
     int64_t last = c.keys, at = 0;  // the keys in between are all that this query can see
-    while (last > 0 && masked(c, mask[r], last - 1) == MINUS_INFINITY) --last;
-    while (at < last && masked(c, mask[r], at) == MINUS_INFINITY) ++at;
+    while (last > 0 && hidden(c, mask[r], last - 1)) --last;
+    while (at < last && hidden(c, mask[r], at)) ++at;
+    if (last == 0 && c.kind > 1) last = c.keys;  // all of them are, and weigh the same, unless by -infinity
     begin = min(begin, at);
     end = max(end, last);
   }
@@ -82,10 +106,12 @@ void attend_rows(const Call& c, int64_t row, int64_t group, int64_t first) {
   float whole[R];
   for (int r = 0; r < R; ++r) {
     float* s = scores + r * padded;
+    if constexpr (CAP > 0)
+      for (int64_t l = 0; l < span; l += V) capped(F::loadu(s + l)).store(s + l);
     if (c.kind)
       for (int64_t l = 0; l < span; ++l) s[l] += masked(c, mask[r], begin + l);
     for (int64_t l = span; l < padded; ++l) s[l] = MINUS_INFINITY;
-    float most = MINUS_INFINITY;
+    float most = extra[r];
 #pragma omp simd reduction(max : most)
     for (int64_t l = 0; l < span; ++l) most = s[l] > most ? s[l] : most;
     F total(0.0f);
@@ -95,7 +121,7 @@ void attend_rows(const Call& c, int64_t row, int64_t group, int64_t first) {
       part.store(s + l);
       total = total + part;
     }
-    whole[r] = sum(total);
+    whole[r] = sum(total) + (c.sinks ? std::exp(extra[r] - most) : 0.0f);
   }
   F made[R][NV];
   for (int r = 0; r < R; ++r)

@@ -72,7 +72,7 @@ struct Piece {
     for (int64_t t = 0; t < count; ++t) {
       const T* from = c.q + row * c.qs[0] + head(t) * c.qs[1] + query(t) * c.qs[2];
       for (int j = 0; j < NV; ++j) (features(from, j) * F(c.scale)).store(q + t * PADDED + j * V);
-      most[t] = MINUS_INFINITY, whole[t] = 0;
+      most[t] = sink(c, head(t)), whole[t] = c.sinks ? 1 : 0;
     }
     std::memset(o, 0, sizeof(float) * size_t(count * PADDED));
   }
@@ -143,7 +143,7 @@ struct Piece {
     clear(acc);
     multiply_add(acc, q + t * PADDED, PADDED, k + l / STRIPE * STRIPE * D + l % STRIPE, STRIPE, D, [](int64_t) {});
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < C; ++j) acc[r][j].store(s + r * BLOCK + l + j * V);
+      for (int j = 0; j < C; ++j) capped(acc[r][j]).store(s + r * BLOCK + l + j * V);
   }
 
   // o of R queries, times what corrects it, plus what they make of the values of keys [lo, hi): from vector J on.

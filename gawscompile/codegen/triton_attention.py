@@ -1,4 +1,4 @@
-"""Attention of few queries in Triton: softmax(s Q Kᵀ + mask) V over keys as a cache has them.
+"""Attention of few queries in Triton: softmax(s Q Kᵀ + mask) V over keys as a cache has them, capped and with sinks.
 
 Flash-decoding (Dao et al. 2023): one program takes the queries of all heads that share a head of keys, `BLOCK_M` of
 them at most, over one part of the keys. So keys and values are read once, however many heads there are. Where rows and
@@ -25,12 +25,23 @@ MASKS = {None: 0, torch.bool: 1}
 
 
 @triton.jit
+def capped(scores, cap):
+    """cap · tanh(scores / cap). What exp gives for small numbers has lost them: there its series is taken."""
+    x = scores / cap
+    small = x * x
+    series = x * (1.0 + small * (-1.0 / 3.0 + small * (2.0 / 15.0 + small * (-17.0 / 315.0 + small * (62.0 / 2835.0)))))
+    power = tl.exp(-2.0 * tl.abs(x))
+    whole = (1.0 - power) / (1.0 + power)
+    return cap * tl.where(small < 0.04, series, tl.where(x < 0, -whole, whole))
+
+
+@triton.jit
 def attend_part(
-    q, k, v, mask, out, parts, scale, queries, share, groups, keys, part,
+    q, k, v, mask, sinks, out, parts, scale, cap, queries, share, groups, keys, part,
     q_row, q_head, q_at, q_d, k_row, k_head, k_at, k_d, v_row, v_head, v_at, v_d,
-    mask_row, mask_head, mask_at, mask_d, out_row, out_head, out_at, out_d,
+    mask_row, mask_head, mask_at, mask_d, out_row, out_head, out_at, out_d, sink_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr, WHOLE: tl.constexpr,
+    MASK: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Keys ``[part · program 1, …)`` of a head of keys. `WHOLE`: these are all, and the result goes to `out`."""
     of = tl.program_id(0)
@@ -64,8 +75,10 @@ def attend_part(
         if tl.max(read.to(tl.int32), 0) > 0:
             at_k = k + row * k_row + group.to(tl.int64) * k_head + at[None, :] * k_at + d[:, None] * k_d
             columns = tl.load(at_k, mask=read[None, :] & ok_d[:, None], other=0.0)
-            scores = tl.dot(x, columns, input_precision="ieee") * scale + added
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.dot(x, columns, input_precision="ieee") * scale
+            if CAPPED:
+                scores = capped(scores, cap)
+            scores = tl.where(seen, scores + added, float("-inf"))
             higher = tl.maximum(most, tl.max(scores, 1))
             level = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp(scores - level[:, None])
@@ -75,6 +88,15 @@ def attend_part(
             total = total * before + tl.sum(weights, 1)
             sums = sums * before[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
             most = higher
+    if SINKS:  # once, however many parts there are
+        ok_sink = ok_m & (m * 0 + tl.program_id(1) == 0)
+        extra = tl.load(sinks + head * sink_d, mask=ok_sink, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(most, extra)
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        before = tl.exp(most - level)
+        total = total * before + tl.exp(extra - level)
+        sums = sums * before[:, None]
+        most = higher
     if WHOLE:
         result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         at_out = out + row * out_row + head[:, None].to(tl.int64) * out_head + query[:, None] * out_at
@@ -132,12 +154,18 @@ def blocks(features: int, dtype: str, rows: int) -> dict[str, int]:
 
 
 def launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, kernel: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    kernel: str,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``gaws::attend`` on a GPU (`gawscompile.runtime.attention` has its shapes). Raises `ValueError`, naming the
     tensor, where one does not fit `kernel`."""
-    features, dtype = _sizes(kernel)
-    _check(q, k, v, mask, features, DTYPES[dtype])
+    features, dtype, cap = _sizes(kernel)
+    _check(q, k, v, mask, sinks, features, DTYPES[dtype])
     rows, heads, queries, _ = q.shape
     groups, keys = k.shape[1:3]
     out = torch.empty_like(q)
@@ -154,10 +182,12 @@ def launch(
     lines = 0 if count == 1 else count * rows * groups * across * sizes["BLOCK_M"]
     parts = q.new_empty(lines * (features + 2), dtype=torch.float32)
     how = MASKS.get(None if mask is None else mask.dtype, 2)
-    strides = [*q.stride(), *k.stride(), *v.stride(), *steps, *out.stride()]
+    strides = [*q.stride(), *k.stride(), *v.stride(), *steps, *out.stride(), 0 if sinks is None else sinks.stride(0)]
+    kind = {"MASK": how, "WHOLE": count == 1, "CAPPED": cap is not None, "SINKS": sinks is not None}
+    extra = q if sinks is None else sinks
     numbers = (queries, share, groups)
     attend_part[rows * groups, count, across](
-        q, k, v, seen, out, parts, scale, *numbers, keys, max(part, 1), *strides, **sizes, MASK=how, WHOLE=count == 1
+        q, k, v, seen, extra, out, parts, scale, cap or 0.0, *numbers, keys, max(part, 1), *strides, **sizes, **kind
     )
     if count > 1:
         del sizes["BLOCK_N"]
@@ -165,7 +195,9 @@ def launch(
     return out
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, features: int, dtype: torch.dtype) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, sinks: Any, features: int, dtype: torch.dtype
+) -> None:
     rows, heads, queries, _ = q.shape
     whole = (rows, heads, queries, k.shape[2])
     for name, one in (("q", q), ("k", k), ("v", v)):
@@ -177,6 +209,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, feature
         fits = mask.dim() == 4 and all(one in (1, size) for one, size in zip(mask.shape, whole, strict=True))
         if not fits or mask.dtype not in (torch.bool, torch.float32, dtype):
             raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)} for {whole}")
+    if sinks is not None and (sinks.shape != (heads,) or sinks.dtype not in (torch.float32, dtype)):
+        raise ValueError(f"the sinks are {sinks.dtype} {tuple(sinks.shape)} for {heads} heads")
 
 
 def _parts(device: torch.device, programs: int, most: int) -> int:
@@ -185,28 +219,31 @@ def _parts(device: torch.device, programs: int, most: int) -> int:
     return max(1, min(most, 2 * processors // max(programs, 1), 64))
 
 
-def _sizes(kernel: str) -> tuple[int, str]:
-    """Features and dtype. Raises `SpecError` for a causal kernel, of which there is none for a GPU."""
-    features, dtype, causal = parse(kernel)
+def _sizes(kernel: str) -> tuple[int, str, float | None]:
+    """Features, dtype and cap. Raises `SpecError` for a causal kernel, of which there is none for a GPU."""
+    features, dtype, causal, cap = parse(kernel)
     if causal:
         raise SpecError(f"no attention kernel for a GPU: {kernel!r}")
-    return features, dtype
+    return features, dtype, cap
 
 
 def _broadcast(mask: torch.Tensor, shape: tuple[int, ...]) -> list[int]:
     return list(mask.expand(shape).stride())
 
 
-def variants(kernel: str, rows: int = 1, keys: int = 1024, masked: bool = True) -> list[Variant]:
+def variants(
+    kernel: str, rows: int = 1, keys: int = 1024, masked: bool = True, sinks: bool = False
+) -> list[Variant]:
     """What is compiled ahead of time of a `kernel`, for `rows` queries of all heads of a group over a cache of `keys`:
     parts and their join. Strides are constants here; when it is launched, Triton sees which are multiples of 16."""
-    features, dtype = _sizes(kernel)
+    features, dtype, cap = _sizes(kernel)
     kind = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}[dtype]
     sizes = blocks(features, dtype, rows)
-    of: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out"), f"*{kind}") | {"mask": "*u8", "parts": "*fp32"}
-    of |= {"scale": "fp32"}
+    of: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", "sinks"), f"*{kind}") | {"mask": "*u8", "parts": "*fp32"}
+    of |= {"scale": "fp32", "cap": "fp32"}
+    how = {"MASK": int(masked), "WHOLE": 0, "CAPPED": int(cap is not None), "SINKS": int(sinks)}
     found = []
-    for one, more in ((attend_part, {"MASK": int(masked), "WHOLE": 0}), (attend_join, {})):
+    for one, more in ((attend_part, how), (attend_join, {})):
         constants = {name: value for name, value in (sizes | more).items() if name in one.arg_names}
         steps = {"d": 1, "at": features, "head": keys * features, "row": rows * keys * features}
         constants |= {name: steps[end] for name in one.arg_names if (end := name.rpartition("_")[2]) in steps}

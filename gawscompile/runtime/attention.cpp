@@ -1,4 +1,4 @@
-// gaws::attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str kernel) -> Tensor
+// gaws::attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str kernel, Tensor? sinks=None) -> Tensor
 //
 // Attention of few queries over unexpanded keys and values, by the kernel of that name (`codegen/attention.cpp`), which
 // Python builds the first time. Part of the op's library: `executor.cpp` stands in front.
@@ -15,6 +15,8 @@ struct AttendCall {
   int64_t qs[3], ks[3], vs[3], os[3], ms[4];
   int64_t kind;
   float scale;
+  const void* sinks;
+  int64_t step, wide;
 };
 
 struct Attention {
@@ -46,7 +48,9 @@ Tensor laid_out(const Tensor& t, const Attention& kernel, const char* name) {
   return t.stride(3) == 1 ? t : t.contiguous();
 }
 
-Tensor attend(const Tensor& q_, const Tensor& k_, const Tensor& v_, const c10::IValue& mask_, double scale, const std::string& text) {
+Tensor attend(
+    const Tensor& q_, const Tensor& k_, const Tensor& v_, const c10::IValue& mask_, double scale, const std::string& text,
+    const c10::IValue& sinks_) {
   const Attention& kernel = attention(text);
   const Tensor q = laid_out(q_, kernel, "q"), k = laid_out(k_, kernel, "k"), v = laid_out(v_, kernel, "v");
   const int64_t rows = q.size(0), heads = q.size(1), queries = q.size(2), groups = k.size(1), keys = k.size(2);
@@ -74,6 +78,14 @@ Tensor attend(const Tensor& q_, const Tensor& k_, const Tensor& v_, const c10::I
     TORCH_CHECK(fits, "gaws::attend: the mask is ", mask.scalar_type(), " of ", mask.sizes());
     call.mask = mask.const_data_ptr();
   }
+  if (!sinks_.isNone()) {
+    const Tensor& sinks = sinks_.toTensor();
+    call.wide = sinks.scalar_type() == ScalarType::Float;
+    TORCH_CHECK(
+        sinks.dim() == 1 && sinks.size(0) == heads && (call.wide || sinks.scalar_type() == kernel.dtype),
+        "gaws::attend: the sinks are ", sinks.scalar_type(), " of ", sinks.sizes(), " for ", heads, " heads");
+    call.sinks = sinks.const_data_ptr(), call.step = sinks.stride(0);
+  }
   call.q = q.const_data_ptr(), call.k = k.const_data_ptr(), call.v = v.const_data_ptr();
   call.out = out.mutable_data_ptr();
   call.rows = rows, call.heads = heads, call.groups = groups, call.queries = queries, call.keys = keys;
@@ -83,8 +95,8 @@ Tensor attend(const Tensor& q_, const Tensor& k_, const Tensor& v_, const c10::I
 }
 
 void boxed_attend(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  const auto a = stack->end() - 6;
-  Tensor out = attend(a[0].toTensor(), a[1].toTensor(), a[2].toTensor(), a[3], a[4].toDouble(), a[5].toStringRef());
+  const auto a = stack->end() - 7;
+  Tensor out = attend(a[0].toTensor(), a[1].toTensor(), a[2].toTensor(), a[3], a[4].toDouble(), a[5].toStringRef(), a[6]);
   stack->erase(a, stack->end());
   stack->emplace_back(std::move(out));
 }

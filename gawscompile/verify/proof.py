@@ -324,7 +324,7 @@ def _attention_fault(node: Node, new: Values, want: torch.Tensor) -> str | None:
 
     inputs: Any = map_arg(node.args, own)
     got = attention.ATTEND(*inputs)
-    return _difference(f"{inputs[-1]}, {got.dtype}", got, want, KERNEL[got.dtype])
+    return _difference(f"{inputs[5]}, {got.dtype}", got, want, KERNEL[got.dtype])
 
 
 def _undo(context: Context, rewrite: Rewrite, fault: str) -> None:

@@ -350,7 +350,8 @@ def repair_interpreter() -> None:
 
 
 def attention() -> Iterator[dict[str, Any]]:
-    """Errors against fp64, over the largest answer: keys in one part and in three, with every kind of mask."""
+    """Errors against fp64, over the largest answer: keys in one part and in three, with every kind of mask, every
+    other one with a soft cap and sinks."""
     from gawscompile.codegen import triton_attention
     from tests.runtime.test_attention import BOUNDS, drawn, error, masks
 
@@ -358,14 +359,15 @@ def attention() -> Iterator[dict[str, Any]]:
     blocks = (1, 70, 1, 2, 40)  # several of queries
     cases = [(f32, (1, 9, 3, 1, 200), 6), (f32, (2, 4, 4, 3, 7), 2), (f32, blocks, 2), (bf16, blocks, 2)]
     for (name, dtype, features), sizes, kinds in cases:
-        kernel = f"attend d={features} x={name}"
         for parts in (1, 3):
             triton_attention._parts = lambda *_, parts=parts: parts
             q, k, v = drawn(dtype, features, *sizes)
             for number, mask in itertools.islice(enumerate(masks(q, k)), kinds):
-                got = triton_attention.launch(q, k, v, mask, 0.3, kernel)
+                sinks = torch.linspace(-2, 3, sizes[1]).to(dtype) if number % 2 else None
+                kernel = f"attend d={features} x={name}{' cap=1.5' if number % 2 else ''}"
+                got = triton_attention.launch(q, k, v, mask, 0.3, kernel, sinks)
                 line = {"dtype": name, "parts": parts, "sizes": sizes, "mask": number, "bound": BOUNDS[dtype]}
-                yield {"case": "attention", "error": error(got, q, k, v, mask, kernel), **line}
+                yield {"case": "attention", "error": error(got, q, k, v, mask, kernel, sinks=sinks), **line}
 
 
 def main(names: list[str]) -> None:

@@ -16,9 +16,9 @@ KERNELS = [
 ]
 
 
-def check(q, k, v, mask, kernel, device):
-    moved = [None if one is None else one.to(device) for one in (q, k, v, mask)]
-    found = error(torch.ops.gaws.attend(*moved, 0.3, kernel).cpu(), q, k, v, mask, kernel)
+def check(q, k, v, mask, kernel, device, sinks=None):
+    *moved, there = (None if one is None else one.to(device) for one in (q, k, v, mask, sinks))
+    found = error(torch.ops.gaws.attend(*moved, 0.3, kernel, there).cpu(), q, k, v, mask, kernel, sinks=sinks)
     assert found <= 2 * BOUNDS[q.dtype], (q.shape, k.shape, None if mask is None else mask.dtype, found)
 
 
@@ -31,6 +31,8 @@ def test_against_fp64(name, dtype, features, parts, device, monkeypatch):
         q, k, v = drawn(dtype, features, *sizes)
         for mask in masks(q, k):
             check(q, k, v, mask, f"attend d={features} x={name}", device)
+        sinks = torch.linspace(-2, 3, sizes[1])
+        check(q, k, v, mask, f"attend d={features} x={name} cap=1.5", device, sinks)
 
 
 def test_any_strides_and_a_mask_that_is_broadcast(device):

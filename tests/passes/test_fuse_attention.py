@@ -44,6 +44,42 @@ def grouped(q, k, v, mask=None, **settings):
     return attention(q, repeated(k), repeated(v), mask, **settings)
 
 
+def written_out(q, k, v, mask=None, cap=None, sinks=None, keys=None):
+    """As transformers writes `eager_attention_forward`, with the soft cap of Gemma 2 and the sinks of gpt-oss."""
+    k, v = (one if one.shape[1] == HEADS else repeated(one) for one in (k, v))
+    scores = torch.matmul(q.transpose(1, 2), k.transpose(2, 3) if keys is None else keys(k)) * SCALE
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores + mask
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    else:
+        extra = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[-2], -1)
+        both = torch.cat([scores, extra], dim=-1)
+        weights = torch.softmax(both - both.max(dim=-1, keepdim=True).values, dim=-1)[..., :-1]
+    return torch.matmul(torch.dropout(weights, 0.1, False), v)
+
+
+def lowest(queries):
+    return torch.where(seen(queries), 0.0, torch.finfo(torch.float32).min)
+
+
+def slopes(queries):
+    return (torch.arange(HEADS).view(HEADS, 1) / 20 * torch.arange(KEYS)).view(1, HEADS, 1, KEYS)
+
+
+def folded(q, k, v):
+    """As Bloom has it: rows and heads in one, keys turned before, ALiBi added in the first product."""
+    q = q.transpose(1, 2).reshape(ROWS * HEADS, -1, FEATURES)
+    k, v = (repeated(one) for one in (k, v))
+    bias = slopes(1)[0].repeat(ROWS, 1, 1)
+    scores = bias.baddbmm(batch1=q, batch2=k.transpose(2, 3).reshape(-1, FEATURES, KEYS), beta=1.0, alpha=SCALE)
+    scores = scores.view(ROWS, HEADS, -1, KEYS) + lowest(q.shape[1])
+    weights = torch.softmax(scores, dim=-1).view(ROWS * HEADS, -1, KEYS)
+    return torch.bmm(weights, v.reshape(-1, KEYS, FEATURES)).view(ROWS, HEADS, -1, FEATURES)
+
+
 def seen(queries):
     return (MASK & (torch.arange(KEYS) != 2)).expand(ROWS, 1, queries, KEYS).clone()
 
@@ -55,8 +91,23 @@ TAKEN = {
     "as many key heads": lambda q, k, v: attention(q, repeated(k) + 1, repeated(v) * 2),
     "torch's grouped queries": lambda q, k, v: attention(q, k, v, enable_gqa=True),
     "causal": lambda q, k, v: grouped(q, k, v, is_causal=True),
+    "written out": lambda q, k, v: written_out(q, k, v, lowest(q.shape[1])),
+    "written out for each head": lambda q, k, v: written_out(q, repeated(k) + 1, repeated(v) * 2),
+    "written out, -infinity": lambda q, k, v: written_out(q, k, v, torch.where(seen(q.shape[1]), 0.0, -torch.inf)),
+    "keys that lie turned": lambda q, k, v: written_out(q, k, v, keys=lambda k: k.permute(0, 1, 3, 2).contiguous()),
+    "soft cap": lambda q, k, v: written_out(q, k, v, lowest(q.shape[1]), cap=0.7),
+    "sinks": lambda q, k, v: written_out(q, k, v, lowest(q.shape[1]), sinks=torch.arange(HEADS) / 2 - 1),
+    "soft cap and sinks": lambda q, k, v: written_out(q, k, v, cap=0.7, sinks=torch.arange(HEADS) / 2 - 1),
+    "slopes": lambda q, k, v: written_out(q, k, v, slopes(1)),
+    "slopes and a mask": lambda q, k, v: written_out(q, k, v, slopes(1) + lowest(q.shape[1])),
+    "rows and heads in one": folded,
     "features to the end": lambda q, k, v: grouped(q, k, v).transpose(1, 2).reshape(ROWS, -1, HEADS * FEATURES),
 }
+
+
+def strides(tensor):
+    """Where there are steps."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def taken(captured):
@@ -64,7 +115,7 @@ def taken(captured):
     context = captured.until()
     for one, other in zip(captured.run(context), captured.outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert one.stride() == other.stride()
+        assert strides(one) == strides(other)
     return context if count(context, ATTEND) == 1 else None
 
 
@@ -75,14 +126,15 @@ def test_taken(name, queries):
     assert context is not None and context.record.passes["fuse_attention"] == 1
 
 
-@pytest.mark.parametrize("name", ["grouped", "what may be seen", "torch's grouped queries"])
+@pytest.mark.parametrize("name", ["grouped", "what may be seen", "torch's grouped queries", "written out, -infinity"])
 def test_the_cache_is_read_unexpanded(name):
     context = taken(capture(TAKEN[name], *inputs(), kernels=True))
     (node,) = context.graph.find_nodes(op="call_function", target=ATTEND)
-    _, k, v, mask, scale, kernel = node.args
+    _, k, v, mask, scale, kernel, sinks = node.args
+    assert sinks is None and not count(context, aten.bmm.default)
     assert [one.op for one in (k, v)] == ["placeholder"] * 2 and k.meta["val"].shape[1] == GROUPS
     assert (scale, kernel) == (SCALE, "attend d=16 x=f32")
-    assert not count(context, torch.ops.aten.expand.default) or name == "what may be seen"
+    assert not count(context, torch.ops.aten.expand.default) or mask is not None
     assert mask is None or mask.meta["val"].dtype == torch.bool
 
 
@@ -129,6 +181,40 @@ def test_refused_with_a_reason(why):
     assert taken(captured) is None
     (note,) = captured.until().record.notes
     assert note.startswith(Reason.ATTENTION.value) and why in note
+
+
+def weights_too(q, k, v):
+    scores = torch.matmul(q.transpose(1, 2), repeated(k).transpose(2, 3)) * SCALE
+    weights = torch.softmax(scores, dim=-1)
+    return torch.matmul(weights, repeated(v)), weights
+
+
+def capped_with_the_mask(q, k, v):
+    scores = torch.matmul(q.transpose(1, 2), repeated(k).transpose(2, 3)) * SCALE + lowest(1)
+    return torch.matmul(torch.softmax(torch.tanh(scores / 0.7) * 0.7, dim=-1), repeated(v))
+
+
+def sinks_by_query(q, k, v):
+    scores = torch.matmul(q.transpose(1, 2), repeated(k).transpose(2, 3)) * SCALE
+    both = torch.cat([scores, q.transpose(1, 2)[..., :1]], dim=-1)
+    return torch.matmul(torch.softmax(both, dim=-1)[..., :-1], repeated(v))
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (weights_too, "something reads its scores or weights"),
+        (capped_with_the_mask, "its scores are not a product of queries and keys, capped, and masked"),
+        (sinks_by_query, "its sinks are not one number for each head"),
+    ],
+)
+def test_what_is_written_out_otherwise_stays_so(function, why):
+    captured = capture(function, *inputs(), kernels=True)
+    assert taken(captured) is None
+    context = captured.until()
+    (note,) = context.record.notes
+    assert note.startswith(Reason.ATTENTION.value) and why in note
+    assert count(context, aten.bmm.default) == 2
 
 
 @pytest.mark.parametrize("why", MANY)
@@ -187,5 +273,5 @@ def test_what_torch_calls_on_a_gpu(name, transparent):
         assert not count(context, ATTEND) and ("transparent" if transparent else "causal") in note
         return
     (node,) = context.graph.find_nodes(op="call_function", target=ATTEND)
-    assert node.args[4:] == (SCALE, "attend d=16 x=f32")
+    assert node.args[4:] == (SCALE, "attend d=16 x=f32", None)
     assert node.args[3] is None if name == "flash" else node.args[3].meta["val"].dtype == torch.bool

@@ -47,18 +47,18 @@ def masks(q, k):
     yield torch.zeros(rows, 1, queries, keys).masked_fill(torch.arange(keys) > keys // 2, float("-inf"))
 
 
-def error(got, q, k, v, mask, kernel, scale=0.3):
+def error(got, q, k, v, mask, kernel, scale=0.3, sinks=None):
     """The largest against fp64, over the largest answer."""
     exact = mask.double() if mask is not None and mask.dtype != torch.bool else mask
-    want = attention.meaning(q.double(), k.double(), v.double(), exact, scale, kernel)
+    want = attention.meaning(q.double(), k.double(), v.double(), exact, scale, kernel, sinks)
     assert got.shape == q.shape and got.dtype == q.dtype
     return float((got.double() - want).abs().max() / want.abs().max().clamp(min=1.0))
 
 
-def check(q, k, v, mask, causal=False):
-    kernel = cpp_attention.kernel(q.shape[3], DTYPE_NAMES[q.dtype], causal)
-    got = torch.ops.gaws.attend(q, k, v, mask, 0.3, kernel)
-    found = error(got, q, k, v, mask, kernel)
+def check(q, k, v, mask, causal=False, cap=None, sinks=None):
+    kernel = str(cpp_attention.Kernel(q.shape[3], DTYPE_NAMES[q.dtype], causal, cap))
+    got = torch.ops.gaws.attend(q, k, v, mask, 0.3, kernel, sinks)
+    found = error(got, q, k, v, mask, kernel, sinks=sinks)
     assert found <= BOUNDS[q.dtype], (q.shape, k.shape, found)
     return got
 
@@ -87,12 +87,54 @@ def test_causal(dtype, features):
             check(q, k, v, mask, causal=True)
 
 
+@pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 5), (torch.bfloat16, 64), (torch.float16, 80)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_soft_caps_and_sinks(dtype, features, causal):
+    """Scores that a cap bends, and one more for each head: of the queries' dtype, or every other number of fp32."""
+    for sizes in SHAPES:
+        q, k, v = drawn(dtype, features, *sizes)
+        narrow = torch.linspace(-2, 3, sizes[1]).to(dtype)
+        wide = torch.linspace(-2, 3, 2 * sizes[1])[::2]
+        for number, mask in enumerate(masks(q, k)):
+            capped = check(3 * q, k, v, mask, causal, 1.5, (None, narrow, wide)[number % 3])
+            plain = torch.ops.gaws.attend(3 * q, k, v, mask, 0.3, f"attend d={features} x={DTYPE_NAMES[dtype]}", narrow)
+            assert sizes[4] == 1 or not torch.equal(capped, plain)
+            check(q, k, v, mask, causal, None, (narrow, wide)[number % 2])
+
+
+def test_small_scores_pass_a_cap_as_they_are():
+    """tanh of a small number has all its digits: a difference of exponentials would have lost them."""
+    q, k, v = drawn(torch.float32, 16, 1, 4, 2, 3, 40)
+    for factor in (1e-4, 1e-2):
+        kernel = "attend d=16 x=f32 cap=50.0"
+        got = torch.ops.gaws.attend(factor * q, k, v, None, 0.3, kernel)
+        assert error(got, factor * q, k, v, None, kernel) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("queries", [2, 40])
+def test_masks_of_the_lowest_number(dtype, queries):
+    """As transformers writes them for attention that is written out. What they hide need not be read, but a query all
+    of whose keys are hidden so weighs all of them alike."""
+    q, k, v = drawn(dtype, 16, 1, 4, 2, queries, 30)
+    for kind in {dtype, torch.float32}:
+        mask = torch.zeros(1, 1, queries, 30, dtype=kind)
+        mask[..., :4] = mask[..., 20:] = torch.finfo(kind).min
+        mask[:, :, 1] = torch.finfo(kind).min
+        got = check(q, k, v, mask)
+        want = v.float().mean(2).repeat_interleave(2, 1).to(dtype)
+        if dtype != torch.float16 or kind == torch.float32:
+            torch.testing.assert_close(got[:, :, 1], want, rtol=2e-2, atol=1e-2)
+        sinks = torch.zeros(4)
+        check(q, k, v, mask, sinks=sinks)
+
+
 @pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 5), (torch.bfloat16, 80)])
 def test_narrower_vectors(dtype, features):
     """As a CPU without AVX-512 runs it."""
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("this CPU has no vectors of x86")
-    text, name = cpp_attention.kernel(features, DTYPE_NAMES[dtype]), f"attend avx2 d={features}"
+    text, name = str(cpp_attention.Kernel(features, DTYPE_NAMES[dtype], cap=2.0)), f"attend avx2 d={features}"
     library = build.load(VECTORS["AVX2"] + cpp_attention.emit(text))
     ops.ensure_loaded().gaws_register_attention(
         name.encode(), ctypes.cast(library.attend, ctypes.c_void_p), ctypes.c_int64(features),
@@ -112,7 +154,7 @@ def test_scores_far_apart():
         k = order[:, None] + torch.zeros(1, 2, 600, 16)
         got = torch.ops.gaws.attend(q, k, v, None, 0.3, "attend d=16 x=f32")
         library = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
-        mine, theirs = (error(one, q, k, v, None, "") for one in (got, library))
+        mine, theirs = (error(one, q, k, v, None, "attend d=16 x=f32") for one in (got, library))
         assert mine <= 2 * theirs + 1e-6
 
 
@@ -164,8 +206,8 @@ def test_its_fake_has_its_strides():
 def test_errors_name_what_does_not_fit():
     q, k, v = drawn(torch.float32, 16, 2, 4, 2, 3, 10)
 
-    def call(q=q, k=k, v=v, mask=None, kernel="attend d=16 x=f32"):
-        return torch.ops.gaws.attend(q, k, v, mask, 1.0, kernel)
+    def call(q=q, k=k, v=v, mask=None, kernel="attend d=16 x=f32", sinks=None):
+        return torch.ops.gaws.attend(q, k, v, mask, 1.0, kernel, sinks)
 
     wrong = [
         ({"k": k.double()}, "k is Double"),
@@ -174,12 +216,15 @@ def test_errors_name_what_does_not_fit():
         ({"q": q[:, :3]}, "q is"),
         ({"mask": torch.ones(2, 1, 3, 9, dtype=torch.bool)}, "the mask is Bool"),
         ({"mask": torch.ones(1, 1, 3, 10, dtype=torch.int64)}, "the mask is Long"),
+        ({"sinks": torch.zeros(3)}, "the sinks are Float"),
+        ({"sinks": torch.zeros(4, dtype=torch.float64)}, "the sinks are Double"),
         ({"kernel": "attend d=0 x=f32"}, "no attention kernel"),
+        ({"kernel": "attend d=16 x=f32 cap=0.0"}, "no attention kernel"),
     ]
     for settings, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             call(**settings)
-    for text in ("attend", "attend d=257 x=f32", "attend d=16 x=f64"):
+    for text in ("attend", "attend d=257 x=f32", "attend d=16 x=f64", "attend d=16 x=f32 cap=-1.0"):
         with pytest.raises(SpecError, match="no attention kernel"):
             cpp_attention.emit(text)
 
