@@ -6,7 +6,8 @@
 Every variant writes as many tokens after the same prompt, greedily, in turns. *eager* is PEFT and transformers as they
 are. *Inductor* is what a user can do with torch alone: the forward of the model inside is compiled, and a static cache
 is asked for. *gaws* is ``model = gawscompile.compile(model)`` and no more. *llama.cpp* runs the same weights and the
-same LoRA (``--lora``), where llama-cpp-python is installed; its loop is this file's.
+same LoRA (``--lora``), where llama-cpp-python is installed; its loop is this file's. *OpenVINO* (GenAI, a dynamic
+adapter) runs a model of its own format, whose folder ``--openvino`` names (`benchmarks/genai.py`).
 
 transformers' own loop is timed apart, around a forward that computes nothing. Tokens are compared: the last column says
 how many are eager's before the first that differs (in bf16 a near tie of two logits falls one way or the other).
@@ -28,13 +29,16 @@ from typing import Any
 import torch
 
 import gawscompile
-from benchmarks import common, ggml, runtime
+from benchmarks import common, genai, ggml, runtime
 from benchmarks.common import LLAMA_CPP, Setup
+from benchmarks.genai import OPENVINO
 from gawscompile.calibration import measure
 from gawscompile.demo.decoding import cache_keyword
 
 Row = dict[str, Any]
-BACKENDS = ("eager", "inductor", "gaws", LLAMA_CPP)
+BACKENDS = ("eager", "inductor", "gaws", LLAMA_CPP, OPENVINO)
+PEERS = {LLAMA_CPP, OPENVINO}
+"""Other engines: one row."""
 
 
 @dataclass
@@ -73,10 +77,15 @@ class Stamps:
         pass
 
 
-def variant(model: Any, backend: str, ids: torch.Tensor, new: int) -> Callable[[], Run]:
-    """A function that generates `new` tokens. Raises `ImportError` for llama.cpp where that is not installed."""
+def variant(model: Any, backend: str, ids: torch.Tensor, new: int, folder: Path | None = None) -> Callable[[], Run]:
+    """A function that generates `new` tokens. Raises `ImportError` for an engine that is not installed. `folder`: of
+    OpenVINO's model."""
     if backend == LLAMA_CPP:
         return _llama_cpp(model, ids, new)
+    if backend == OPENVINO:
+        assert folder is not None
+        peer = genai.Peer(model, folder)
+        return lambda: Run(*peer.generate(ids, new))
     run: Any = measure.sharing_copy(model)
     more = {}
     if backend == "inductor":
@@ -131,7 +140,7 @@ def loop(model: Any, ids: torch.Tensor, new: int) -> float:
 
 
 def measured(
-    setup: Setup, backends: list[str], shape: tuple[int, int], new: int, rounds: int
+    setup: Setup, backends: list[str], shape: tuple[int, int], new: int, rounds: int, folder: Path | None = None
 ) -> tuple[list[Row], float]:
     """A row for each variant of one dtype, and what the loop takes. `shape`: rows and tokens of the prompt."""
     base = common.load_base(setup)
@@ -140,7 +149,7 @@ def measured(
     variants = {}
     for backend in backends:
         for adapter, model in models.items():
-            variants[backend, adapter] = run = variant(model, backend, ids, new)
+            variants[backend, adapter] = run = variant(model, backend, ids, new, folder)
             run()
             run()
             print(f"{setup.dtype}: {backend} {adapter} is ready", file=sys.stderr, flush=True)
@@ -209,7 +218,7 @@ def table(rows: list[Row], loops: dict[str, float], new: int, markdown: bool) ->
     return "\n\n".join(parts)
 
 
-COLOURS = {"eager": "#b0b0b0", "inductor": "#e0a030", "gaws": "#2060c0", LLAMA_CPP: "#60a060"}
+COLOURS = {"eager": "#b0b0b0", "inductor": "#e0a030", "gaws": "#2060c0", LLAMA_CPP: "#60a060", OPENVINO: "#8060a0"}
 
 
 def plot(rows: list[Row], file: Path) -> None:
@@ -235,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="cut a shape to its first N layers")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--backends", help=f"comma-separated (default {','.join(BACKENDS)}, where that is installed)")
+    parser.add_argument("--openvino", type=Path, metavar="FOLDER", help="an OpenVINO model of the same weights")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt (default 64)")
     parser.add_argument("--batch", type=int, default=1, help="rows that are written at a time (default 1)")
@@ -248,11 +258,13 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if min(given.prompt, given.batch, given.rounds, given.processes) < 1 or given.new < 4:
         parser.error("--prompt, --batch, --rounds and --processes must be at least 1, and --new at least 4")
-    llama = given.batch == 1 and importlib.util.find_spec("llama_cpp")
-    there = [name for name in BACKENDS if name != LLAMA_CPP or llama]
+    installed = {LLAMA_CPP: importlib.util.find_spec("llama_cpp"), OPENVINO: given.openvino}
+    there = [name for name in BACKENDS if name not in PEERS or (given.batch == 1 and installed[name])]
     backends = given.backends.split(",") if given.backends else there
-    if given.batch > 1 and LLAMA_CPP in backends:
-        parser.error("llama.cpp is run with one row")
+    if given.batch > 1 and not PEERS.isdisjoint(backends):
+        parser.error("llama.cpp and OpenVINO are run with one row")
+    if OPENVINO in backends and given.openvino is None:
+        parser.error("OpenVINO needs --openvino FOLDER: see benchmarks/genai.py on how to write it")
     facts = measure.machine()
     found: list[Any] = []
     if given.processes > 1:
@@ -260,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
         found = [common.in_fresh_process("benchmarks.generate", arguments) for _ in range(given.processes)]
     else:
         setups = [Setup(given.model, dtype, given.rank, layers=given.layers) for dtype in given.dtype]
-        each = [measured(setup, backends, (given.batch, given.prompt), given.new, given.rounds) for setup in setups]
+        shape = (given.batch, given.prompt)
+        each = [measured(setup, backends, shape, given.new, given.rounds, given.openvino) for setup in setups]
         found = [
             {
                 "rows": [row for rows, _ in each for row in rows],

@@ -76,7 +76,9 @@ ARCHITECTURES = {
     "Mistral": decoder("MistralForCausalLM", 7, {**WIDE, "sliding_window": 4}),
     "Qwen3": decoder("Qwen3ForCausalLM", 7, WIDE),
     "Gemma 2": decoder(
-        "Gemma2ForCausalLM", 7, {**WIDE, "sliding_window": 4, "attn_implementation": "eager", "attn_logit_softcapping": 2.0}
+        "Gemma2ForCausalLM",
+        7,
+        {**WIDE, "sliding_window": 4, "attn_implementation": "eager", "attn_logit_softcapping": 2.0},
     ),
     "Gemma 3": decoder("Gemma3ForCausalLM", 7, {**WIDE, "sliding_window": 4}),
     "Phi-3": decoder("Phi3ForCausalLM", 4, {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0}),

@@ -327,5 +327,6 @@ def test_generate(tiny_llama_dir, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     generate.plot(found["rows"], out[2])
     assert out[2].stat().st_size
-    with pytest.raises(SystemExit):
-        generate.main(["--new", "2"])
+    for wrong in (["--new", "2"], ["--backends", "OpenVINO"], ["--backends", "OpenVINO", "--batch", "2"]):
+        with pytest.raises(SystemExit):
+            generate.main(wrong)
