@@ -28,7 +28,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gawscompile.analysis.attention import SDPA, Attention, Refused, number, of_library, written_out
-from gawscompile.analysis.reading import args, aten, dtype, is_call, shape, value
+from gawscompile.analysis.reading import args, aten, dtype, is_call, prims, shape, value
 from gawscompile.codegen import cpp_attention
 from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_sizes
@@ -77,7 +77,7 @@ def _attention(context: Context, node: Node) -> None:
 def _rewrite(context: Context, found: Attention, node: Node, target: Target) -> None:
     q, made = found.q, found.made
     kernel = cpp_attention.Kernel(shape(q)[3], DTYPE_NAMES[dtype(q)], found.causal, found.cap)
-    mask = _mask(context, found.masks, node)
+    mask = _mask(context, found, node)
     given = (q, found.keys, found.values, mask, found.scale, str(kernel), found.sinks)
     as_q = _like(q)
     new = context.insert(attention.ATTEND, given, node, as_q)
@@ -110,7 +110,7 @@ def _refusal(found: Attention, target: Target) -> str | None:
         return f"{dtype(q)}, {dtype(keys)} and {dtype(values)}"
     groups = shape(keys)[1]
     counted = type(groups) is int and type(heads) is int
-    if not counted or heads % groups or shape(values) != shape(keys):
+    if not counted or not groups or heads % groups or shape(values) != shape(keys):
         return f"{heads} heads over {groups}"
     whole = (rows, heads, queries, shape(keys)[2])
     for mask in found.masks:
@@ -119,6 +119,8 @@ def _refusal(found: Attention, target: Target) -> str | None:
         kinds = (torch.float32, dtype(q)) if len(found.masks) > 1 else (torch.bool, torch.float32, dtype(q))
         if not fits or dtype(mask) not in kinds:
             return f"a mask of {tuple(sizes)}, {dtype(mask)}"
+    if found.cap is not None and not cpp_attention.LEAST_CAP <= found.cap <= 1 / cpp_attention.LEAST_CAP:
+        return f"a soft cap of {found.cap}"
     if found.sinks is not None and dtype(found.sinks) not in (torch.float32, dtype(q)):
         return f"sinks of {dtype(found.sinks)}"
     # who reads the library's result may count on how it lies in memory; what is written out is plain, or copied to be
@@ -129,7 +131,7 @@ def _refusal(found: Attention, target: Target) -> str | None:
 def _like(q: Node) -> torch.Tensor:
     fake: torch.Tensor = q.meta["val"]
     with cast(Any, fake).fake_mode:
-        return torch.empty_like(fake)
+        return cpp_attention.result_of(fake)
 
 
 def _laid_alike(one: torch.Tensor, other: Node) -> bool:
@@ -141,16 +143,36 @@ def _laid_alike(one: torch.Tensor, other: Node) -> bool:
     return same_sizes(mine, theirs)
 
 
-def _mask(context: Context, masks: tuple[Node, ...], node: Node) -> Node | None:
+def _mask(context: Context, found: Attention, node: Node) -> Node | None:
     """One mask for all that are added."""
-    if len(masks) < 2:
-        return _seen(masks[0]) if masks else None
+    masks = list(found.masks)
+    if not masks:
+        return None
+    if len(masks) == 1 and (seen := _seen(masks[0])) is not masks[0]:
+        return seen
+    if not is_call(found.made, operator.getitem):
+        masks = [_absorbing(context, mask, node) for mask in masks]
     made, *rest = masks
     for other in rest:
         with made.meta["val"].fake_mode:
             both = made.meta["val"] + other.meta["val"]
         made = context.insert(aten.add.Tensor, (made, other), node, both)
     return made
+
+
+def _absorbing(context: Context, mask: Node, node: Node) -> Node:
+    """A mask in fp16 as one in fp32, whose lowest number takes a score up as that of fp16 does in fp16: a query all of
+    whose keys it hides weighs them alike."""
+    if dtype(mask) != torch.float16:
+        return mask
+    fake, lowest = mask.meta["val"], torch.finfo(torch.float16).min
+    with fake.fake_mode:
+        values = [fake.float(), fake == lowest, torch.empty((), dtype=torch.float32, device=fake.device)]
+    wide = context.insert(prims.convert_element_type.default, (mask, torch.float32), node, values[0])
+    hidden = context.insert(aten.eq.Scalar, (mask, lowest), node, values[1])
+    least = context.insert(aten.full.default, ([], torch.finfo(torch.float32).min), node, values[2])
+    least.kwargs = {"dtype": torch.float32, "device": fake.device}
+    return context.insert(aten.where.self, (hidden, least, wide), node, values[0])
 
 
 def _seen(mask: Node) -> Node:

@@ -15,9 +15,10 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch.fx import Node
 
-from gawscompile.analysis.reading import CASTS, VIEWS, args, aten, is_call, shape, value
+from gawscompile.analysis.reading import VIEWS, args, aten, dtype, is_call, is_cast, shape, value
 from gawscompile.ir.sizes import same_sizes
 
 SDPA = (
@@ -46,6 +47,9 @@ class Attention(NamedTuple):
     sinks: Node | None = None
     """One more score for each head, which weighs no value: ``[heads]``."""
     causal: bool = False
+
+
+PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 
 
 class Refused(NamedTuple):
@@ -143,6 +147,10 @@ def written_out(product: Node, turn: Turn) -> Attention | Refused | None:
     scores = _scores(of, sizes, [])
     if scores is None:
         return Refused("its scores are not a product of queries and keys, capped, and masked by what is added")
+    if not same_sizes(shape(scores.q)[2:], (features,)):
+        return Refused(f"keys of {shape(scores.q)[2]} features, values of {features}")
+    if any(not dtype(mask).is_floating_point for mask, _ in scores.masks):
+        return Refused("what is added to its scores are no floating numbers")
     if sinks is not None and (sinks := _by_head(sinks, heads)) is None:
         return Refused("its sinks are not one number for each head")
     inside += scores.inside
@@ -155,10 +163,10 @@ def written_out(product: Node, turn: Turn) -> Attention | Refused | None:
     return Attention(made, q, *unrepeated(k, v), scores.scale, masks, scores.cap, sinks)
 
 
-def _below(node: Any, sizes: tuple[Any, ...], inside: list[Node]) -> Any:
-    """What `node` views, copies or rounds: `sizes`, or the first two of these in one."""
+def _below(node: Any, sizes: tuple[Any, ...], inside: list[Node], rounded: bool = True) -> Any:
+    """What `node` views or copies, or rounds or widens: `sizes`, or the first two of these in one."""
     folded = (sizes[0] * sizes[1], *sizes[2:])
-    while is_call(node, *VIEWS, *CASTS, aten.expand.default, aten.clone.default):
+    while is_call(node, *VIEWS, aten.expand.default, aten.clone.default) or (rounded and is_cast(node)):
         source = args(node)[0]
         if not same_sizes(shape(source), sizes) and not same_sizes(shape(source), folded):
             break
@@ -173,6 +181,9 @@ def _softmax(node: Any, keys: Any, inside: list[Node]) -> tuple[Node, Node | Non
     if cut:
         inside.append(node)
         node = args(node)[0]
+        while is_cast(node):
+            inside.append(node)
+            node = args(node)[0]
     if not is_call(node, aten.div.Tensor) or not is_call(args(node)[0], aten.exp.default):
         return None
     exp, total = args(node)
@@ -198,7 +209,7 @@ def _softmax(node: Any, keys: Any, inside: list[Node]) -> tuple[Node, Node | Non
 
 def _shifted(node: Any, inside: list[Node]) -> Node | None:
     """x of x - amax(x)."""
-    while is_call(node, *CASTS):
+    while is_cast(node):
         inside.append(node)
         node = args(node)[0]
     if not is_call(node, aten.sub.Tensor) or node.kwargs:
@@ -223,6 +234,8 @@ def _of_last(node: Node) -> bool:
 def _scores(node: Any, sizes: tuple[Any, ...], inside: list[Node]) -> _Scores | None:
     """Scores of `sizes`, whose nodes from the softmax down to here are `inside`."""
     node = _below(node, sizes, inside := list(inside))
+    if is_call(node, *PRODUCTS) and not same_sizes(shape(node), (sizes[0] * sizes[1], *sizes[2:])):
+        return None  # a mask repeats it
     if is_call(node, aten.bmm.default):
         q, turned = args(node)
         return _Scores(q, turned, [*inside, node])
@@ -259,7 +272,7 @@ def number(node: Any) -> float | None:
     """The number that a 0-d tensor was made of, or that an argument is."""
     if is_call(node, aten.scalar_tensor.default, aten.full.default) and not shape(node):
         made = args(node)[0] if node.target is aten.scalar_tensor.default else args(node)[1]
-        return float(made) if isinstance(made, (int, float)) else None
+        return float(torch.tensor(made, dtype=dtype(node))) if isinstance(made, (int, float)) else None
     return float(node) if isinstance(node, (int, float)) else None
 
 
@@ -272,16 +285,15 @@ def _four(node: Node, sizes: tuple[Any, ...], turn: Turn) -> Node:
 def _below_views(node: Node, sizes: tuple[Any, ...]) -> Node:
     """The furthest tensor of four `sizes` that `node` views or copies; itself, where there is none."""
     visited: list[Node] = []
-    last = _below(node, sizes, visited)
-    kinds = [one for one in (*visited, last) if value(one) is not None and len(shape(one)) == 4]
-    same = [one for one in kinds if one.meta["val"].dtype == node.meta["val"].dtype]
-    return same[-1] if same else node
+    last = _below(node, sizes, visited, rounded=False)
+    found = [one for one in (*visited, last) if value(one) is not None and len(shape(one)) == 4]
+    return found[-1] if found else node
 
 
 def _keys(turned: Node, sizes: tuple[Any, ...], turn: Turn) -> Node:
     """Keys, ``[rows, heads, keys, features]``, of their transpose."""
     rows, heads, features, keys = sizes
-    found = _below(turned, sizes, [])
+    found = _below(turned, sizes, [], rounded=False)
     wanted = (rows, heads, keys, features)
     if is_call(found, aten.permute.default) and args(found)[1] in ([0, 1, 3, 2], [0, 2, 1]):
         return _four(args(found)[0], wanted, turn)
@@ -302,9 +314,16 @@ def _broadcast(mask: Node, axes: int, sizes: tuple[Any, ...]) -> tuple[Any, ...]
 
 def _by_head(sinks: Node, heads: Any) -> Node | None:
     """The ``[heads]`` numbers that ``[rows, heads, queries, 1]`` repeat."""
-    found: Any = args(sinks)[0] if is_call(sinks, aten.expand.default) else sinks
+    found: Any = sinks
+    while is_call(found, aten.expand.default) or _widens(found):
+        found = args(found)[0]
     if not same_sizes(shape(found), (1, heads, 1, 1)):
         return None
-    while is_call(found, *VIEWS, *CASTS, aten.clone.default) and len(shape(found)) != 1:
+    while len(shape(found)) != 1 and (is_call(found, *VIEWS, aten.clone.default) or _widens(found)):
         found = args(found)[0]
     return found if same_sizes(shape(found), (heads,)) else None
+
+
+def _widens(node: Any) -> bool:
+    """Whether a cast keeps every number as it is."""
+    return is_cast(node) and dtype(args(node)[0]).itemsize < dtype(node).itemsize

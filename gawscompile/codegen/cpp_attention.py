@@ -11,11 +11,15 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from gawscompile.codegen.cpp_types import CPP_TYPES
 from gawscompile.ir.types import SpecError
 
 _FOLDER = Path(__file__).parent
 MOST_FEATURES = 256
+LEAST_CAP = 1e-30
+"""Of a soft cap; its inverse is the most."""
 FEW = 16
 """Queries of a head that are taken one by one; beyond, tiles of them share turned keys."""
 
@@ -42,7 +46,7 @@ def parse(text: str) -> Kernel:
     if match is None or not 0 < int(match[1]) <= MOST_FEATURES:
         raise SpecError(f"no attention kernel: {text!r}")
     cap = float(match[3]) if match[3] else None
-    if cap is not None and not 0 < cap < float("inf"):
+    if cap is not None and not LEAST_CAP <= cap <= 1 / LEAST_CAP:
         raise SpecError(f"no attention kernel: {text!r}")
     return Kernel(int(match[1]), match[2], match[4] is not None, cap)
 
@@ -59,3 +63,8 @@ def emit(text: str) -> str:
     vectors, prelude, exp, turning = parts
     whole = [f"// gawscompile: {text}", vectors, prelude, exp, "}  // namespace", turning, constants, *bodies]
     return "\n\n".join(whole) + "\n"
+
+
+def result_of(q: torch.Tensor) -> torch.Tensor:
+    """A tensor for what the op returns: it lies in memory as `q` does, unless that has its features apart."""
+    return torch.empty_like(q) if q.stride(3) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gawscompile.codegen.cpp_attention import parse
+from gawscompile.codegen.cpp_attention import parse, result_of
 from gawscompile.codegen.triton import Variant
 from gawscompile.ir.types import DTYPES, SpecError
 
@@ -168,7 +168,7 @@ def launch(
     _check(q, k, v, mask, sinks, features, DTYPES[dtype])
     rows, heads, queries, _ = q.shape
     groups, keys = k.shape[1:3]
-    out = torch.empty_like(q)
+    out = result_of(q)
     if not q.numel():
         return out
     share = heads // groups

@@ -5,9 +5,9 @@
 `q` is ``[rows, heads, queries, features]``; `k` and `v` are ``[rows, groups, keys, features]``, each of their heads for
 ``heads / groups`` of q's. `mask` broadcasts to ``[rows, heads, queries, keys]``: what may be seen (bool), or what is
 added to the scores (fp32, or q's dtype). `sinks` is one more score for each head, which weighs no value: ``[heads]``,
-fp32 or q's dtype (gpt-oss; arXiv 2309.17453). The result has q's shape and lies in memory as q does. `kernel` is the
-text of the generated kernel (`codegen.cpp_attention.Kernel`). On CPUs it is C++, on GPUs Triton
-(`codegen/triton_attention.py`).
+fp32 or q's dtype (gpt-oss; arXiv 2309.17453). The result has q's shape and lies in memory as q does, where q's features
+lie side by side. `kernel` is the text of the generated kernel (`codegen.cpp_attention.Kernel`). On CPUs it is C++, on
+GPUs Triton (`codegen/triton_attention.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ops.LIBRARY.define(
 
 
 def _fake(q: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(q)
+    return cpp_attention.result_of(q)
 
 
 torch.library.register_fake("gaws::attend", _fake, lib=ops.LIBRARY)

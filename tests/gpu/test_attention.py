@@ -41,6 +41,8 @@ def test_any_strides_and_a_mask_that_is_broadcast(device):
     wide[:, :, 2:12, :16] = k
     mask = (torch.rand(2, 1, 10, 3) > 0.3).transpose(2, 3)
     for given in (q.contiguous(), q.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)):
+        arguments = [one.to(device) for one in (given, k, v)]
+        assert torch.ops.gaws.attend(*arguments, None, 1.0, "attend d=16 x=f32").is_contiguous()
         check(given, wide[:, :, 2:12, :16], v, mask, "attend d=16 x=f32", device)
 
 

@@ -200,12 +200,23 @@ def sinks_by_query(q, k, v):
     return torch.matmul(torch.softmax(both, dim=-1)[..., :-1], repeated(v))
 
 
+def narrower_values(q, k, v):
+    """As DeepSeek-V3's."""
+    return written_out(q, k, v[..., :8].contiguous())
+
+
+def what_may_be_seen_added(q, k, v):
+    return written_out(q, k, v, seen(1))
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [
         (weights_too, "something reads its scores or weights"),
         (capped_with_the_mask, "its scores are not a product of queries and keys, capped, and masked"),
         (sinks_by_query, "its sinks are not one number for each head"),
+        (narrower_values, "keys of 16 features, values of 8"),
+        (what_may_be_seen_added, "what is added to its scores are no floating numbers"),
     ],
 )
 def test_what_is_written_out_otherwise_stays_so(function, why):
@@ -215,6 +226,62 @@ def test_what_is_written_out_otherwise_stays_so(function, why):
     (note,) = context.record.notes
     assert note.startswith(Reason.ATTENTION.value) and why in note
     assert count(context, aten.bmm.default) == 2
+
+
+def around(change, of="scores"):
+    """Attention with one step of it changed."""
+
+    def function(q, k, v, mask):
+        q = q.transpose(1, 2)
+        k, v, mask = repeated(k), repeated(v), mask
+        q, k, v, mask = (change(one) if of == name else one for name, one in zip("qkvm", (q, k, v, mask), strict=True))
+        turned = k.transpose(2, 3)
+        scores = torch.matmul(q, change(turned) if of == "turned" else turned) * SCALE
+        scores = (change(scores) if of == "scores" else scores) + mask
+        weights = torch.softmax(scores, dim=-1)
+        return torch.matmul(change(weights) if of == "weights" else weights, v)
+
+    return function
+
+
+@pytest.mark.parametrize("of", ["q", "k", "v", "m", "turned", "scores", "weights"])
+@pytest.mark.parametrize("kind", [torch.int32, torch.float8_e4m3fn, torch.float16], ids=str)
+def test_a_cast_that_loses_something_is_kept(of, kind):
+    """To whole numbers and to float8 for all, to fp16 for what attention is given: its own scores may be more exact."""
+    q, k, v = inputs(3)
+    bound = 3e-3 if kind == torch.float16 and of in ("scores", "weights") else 1e-5
+    captured = capture(around(lambda one: (4 * one).to(kind).float(), of), 2 * q, k, v, slopes(3), kernels=True)
+    context = captured.until()
+    torch.testing.assert_close(captured.run(context), captured.outputs, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
+def test_a_factor_has_its_dtypes_value(dtype):
+    function = around(lambda scores: scores * torch.full((), 2.7, dtype=dtype))
+    assert taken(capture(function, *inputs(3), slopes(3), kernels=True)) is not None
+
+
+def test_scores_that_a_mask_repeats_are_not_those_of_all_rows():
+    def function(q, k, v, mask):
+        scores = torch.bmm(q, k.transpose(1, 2)) + mask
+        return torch.matmul(torch.softmax(scores, dim=-1), v)
+
+    sizes = ((HEADS, 3, FEATURES), (HEADS, KEYS, FEATURES), (ROWS, HEADS, KEYS, FEATURES), (ROWS, 1, 3, KEYS))
+    assert taken(capture(function, *map(torch.randn, sizes), kernels=True)) is None
+
+
+@pytest.mark.parametrize("queries", [3, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_with_sinks_and_rows_that_hide_all(dtype, queries):
+    """gpt-oss is kept in bf16. A query all of whose keys are hidden by the lowest number weighs all alike."""
+    mask = lowest(queries)[:, :, :queries].clamp(min=torch.finfo(dtype).min).to(dtype)
+    mask[:, :, 0] = torch.finfo(dtype).min
+    q, k, v = inputs(queries, dtype=dtype)
+    for sinks in (None, torch.arange(HEADS).to(dtype) / 2 - 1):
+        captured = capture(lambda q, k, v, m, s=sinks: written_out(q, k, v, m, sinks=s), q, k, v, mask, kernels=True)
+        context = captured.until()
+        assert count(context, ATTEND) == 1
+        torch.testing.assert_close(captured.run(context), captured.outputs, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("why", MANY)

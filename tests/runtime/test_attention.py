@@ -195,7 +195,8 @@ def test_nothing_to_attend_to():
 
 def test_its_fake_has_its_strides():
     q, k, v = drawn(torch.float32, 16, 2, 4, 2, 3, 10)
-    for given in (q, q.contiguous(), torch.randn(2, 3, 7, 16)[:, :, 1:5].transpose(1, 2)):
+    apart = torch.randn(2, 4, 16, 3).transpose(2, 3)
+    for given in (q, q.contiguous(), torch.randn(2, 3, 7, 16)[:, :, 1:5].transpose(1, 2), apart):
         real = torch.ops.gaws.attend(given, k, v, None, 1.0, "attend d=16 x=f32")
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(one) for one in (given, k, v)]
@@ -224,7 +225,8 @@ def test_errors_name_what_does_not_fit():
     for settings, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             call(**settings)
-    for text in ("attend", "attend d=257 x=f32", "attend d=16 x=f64", "attend d=16 x=f32 cap=-1.0"):
+    for more in ("", " d=257 x=f32", " d=16 x=f64", " d=16 x=f32 cap=-1.0", " d=16 x=f32 cap=1e40"):
+        text = f"attend{more}"
         with pytest.raises(SpecError, match="no attention kernel"):
             cpp_attention.emit(text)
 
