@@ -97,13 +97,11 @@ def test_decode_with_a_static_cache(name):
     assert sum(bool(entry.adapters) and entry.status == "fused" for entry in report.linears) == architecture.adapted
 
 
-def test_experts_are_named_with_their_reason():
-    """Mixtral's experts are tensors of three dimensions: PEFT's adapters on them are parametrisations, not linears."""
-    model = ARCHITECTURES["Mixtral"].build()
-    report = explain(model, tokens(2, 7), use_cache=False)
-    fused = [entry for entry in report.linears if entry.adapters and entry.status == "fused"]
-    assert len(fused) == 4 * LAYERS
-    assert all(entry.reason for entry in report.linears if entry.status != "fused")
+def test_around_experts_every_linear_is_fused():
+    """Mixtral's experts are tensors of three dimensions, and no linears. Attention, routers and the head are."""
+    linears = capture(ARCHITECTURES["Mixtral"].build(), tokens(2, 7), use_cache=False).until().record.linears
+    assert [entry.status for entry in linears] == ["fused"] * (5 * LAYERS + 1)
+    assert sum(bool(entry.adapters) for entry in linears) == 4 * LAYERS
 
 
 @pytest.mark.slow
