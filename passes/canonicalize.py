@@ -202,13 +202,14 @@ def _one_matrix(graph: Graph, context: Context, node: Node, right: Node) -> Node
         source = args(right)[0]
         fits = same_sizes(shape(source), shape(right)[-2:]) and _weighs(context, source)
         return _transpose(graph, context, source, node) if fits else None
-    return _through_ones(graph, context, node, right) if same_sizes(shape(right)[:1], (1,)) else None
+    ones = shape(right)[:-2]
+    return _through_ones(graph, context, node, right) if same_sizes(ones, (1,) * len(ones)) else None
 
 
 def _through_ones(graph: Graph, context: Context, node: Node, right: Node) -> Node | None:
-    """W for ``W'`` as ``[1, K, N]``, where all between the two is dimensions of size one that come, go and move."""
-    _, k, n = shape(right)
-    kept = [d for d in (1, 2) if not same_size(shape(right)[d], 1)]  # of right's, in the order in which they stand
+    """W for ``W'`` as ``[1, …, K, N]``, where all between the two is dimensions of size one that come, go and move."""
+    *_, k, n = shape(right)
+    kept = [d for d in (-2, -1) if not same_size(shape(right)[d], 1)]  # of right's, in the order in which they stand
     source = right
     while is_call(source, *VIEWS, *ONES, aten.permute.default):
         below = args(source)[0]

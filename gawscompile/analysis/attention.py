@@ -130,13 +130,15 @@ Turn = Callable[[Node, tuple[Any, ...], list[int] | None], Node]
 def written_out(product: Node, turn: Turn) -> Attention | Refused | None:
     """The attention of which `product` is the last one (``aten.bmm``); None where it is of no softmax. Nothing is
     inserted, by `turn`, unless it is an attention."""
-    if len(product.users) != 1 or len(shape(next(iter(product.users)))) != 4:
+    if len(product.users) != 1:
         return None
     (made,) = product.users
+    if not is_call(made, *VIEWS) or len(shape(made)) != 4:
+        return None
     weights, values = args(product)
     rows, heads, queries, features = shape(made)
     keys = shape(weights)[2]
-    if not is_call(made, *VIEWS) or not same_sizes(shape(product), (rows * heads, queries, features)):
+    if not same_sizes(shape(product), (rows * heads, queries, features)):
         return None
     sizes = (rows, heads, queries, keys)
     inside = [product]

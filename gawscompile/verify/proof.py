@@ -98,23 +98,25 @@ class Values:
             elif is_collective(node):
                 result = simulated(node, inputs)
             else:
-                result = node.target(*inputs, **keywords)
+                # what was drawn lies plainly, whatever the graph's own value does
+                target = aten.reshape.default if is_call(node, aten.view.default) else node.target
+                result = target(*inputs, **keywords)
         return result.double() if isinstance(result, torch.Tensor) and result.is_floating_point() else result
-
 
     def join(self) -> None:
         """What known nodes are the parts of is known too: streams that `split_streams` takes apart are whole in the
-        original graph. A part that nobody has drawn yet is drawn.
+        original graph. A part that nobody has drawn yet is what known nodes, and others that are drawn, make it.
         """
         for node in list(self.known):
             split: Any = args(node)[0] if is_call(node, operator.getitem) else None
             if is_call(split, aten.split_with_sizes.default) and args(split)[0] not in self.known:
                 items = {args(user)[1]: user for user in split.users}
-                parts = [
-                    self.known[items[i]] if items.get(i) in self.known else random(fake, self.draw, self.generator)
-                    for i, fake in enumerate(split.meta["val"])
-                ]
-                self.known[args(split)[0]] = torch.cat([part.double() for part in parts], *args(split)[2:])
+                whole, sizes, *axis = args(split)
+                apart = Values(self.draw, self.generator, dict(self.known))
+                apart.run(cone([whole], apart.known.__contains__)[0])
+                made = apart.known[whole].split([_size(size, self.draw) for size in sizes], *axis)
+                parts = [self.known[items[i]] if items.get(i) in self.known else part for i, part in enumerate(made)]
+                self.known[whole] = torch.cat([part.double() for part in parts], *axis)
 
 
 def random(fake: Any, draw: int, generator: torch.Generator, activation: bool = False) -> Any:
@@ -217,10 +219,10 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
                 else:
                     old.run(between)
             old.known[origin] = new.known[node] = old.known[source]
-        old.join()
         wanted = [context.stands_for[node] for node in rewrite.nodes]
-        before, _ = cone(wanted, old.known.__contains__)
         try:
+            old.join()
+            before, _ = cone(wanted, old.known.__contains__)
             old.run(before)
             new.run(after)
             for node, origin in zip(rewrite.nodes, wanted, strict=True):

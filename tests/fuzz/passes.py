@@ -45,7 +45,7 @@ BACKWARD = ("sink_scales", "gather_summands", "turn_products", "join_gradients",
 """Passes over the gradients of a graph, which no block has."""
 MUST_REACH: dict[str, frozenset[str]] = {
     # no block makes these yet
-    "pass": frozenset(STAGES) - {"fuse_attention", "join_banks", "join_collectives", *BACKWARD},
+    "pass": frozenset(STAGES) - {"join_banks", "join_collectives", *BACKWARD},
     "plan": frozenset({"gemv_cpp", *triton.PLANS}),
     "reason": frozenset(
         reason.name
@@ -61,6 +61,7 @@ MUST_REACH: dict[str, frozenset[str]] = {
             Reason.SCALE,
             Reason.FACTOR_SHAPE,
             Reason.LIBRARY,
+            Reason.ATTENTION,
             Reason.DISABLED,
             Reason.FUEL,
         )

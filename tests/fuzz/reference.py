@@ -19,6 +19,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_map_only
 
 from gawscompile.analysis.reading import is_cast
+from gawscompile.codegen import cpp_attention
 from gawscompile.ir.recipe import hoisted, iota
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import operands_of, operator_group, operator_sum, project
@@ -88,7 +89,7 @@ def _call(node: Node, inputs: Any, keywords: Any, exact: bool) -> Any:
     if target is SNAPSHOT:
         return SCHEDULE(*inputs)
     if target is attention.ATTEND:
-        return attention.meaning(*map(_single, inputs)).to(inputs[0].dtype)
+        return cpp_attention.result_of(inputs[0]).copy_(attention.meaning(*map(_single, inputs)))
     return tree_map_only(torch.Tensor, lambda t: _wide(t, exact), target(*inputs, **keywords))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from tests.fuzz.adapters import adapted, adapter, low_rank, scaled
+from tests.fuzz.attentions import attention
 from tests.fuzz.bases import features, projection
 from tests.fuzz.programs import Draft, Program
 
@@ -274,6 +275,7 @@ BLOCKS: list[tuple[Callable[[Draft, str, list[str]], str], float]] = [
     (_reshaped, 1.5),
     (_twice, 1),
     (_added_zero, 0.5),
+    (attention, 3),
 ]
 
 
