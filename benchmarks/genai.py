@@ -47,6 +47,9 @@ class Peer:
             scale = config.lora_alpha / config.r  # OpenVINO multiplies B A by this alone
             mode = genai.AdapterConfig.Mode.MODE_DYNAMIC
             settings["adapters"] = genai.AdapterConfig(genai.Adapter(str(written)), scale, mode)
+        scheduler = genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = False  # the same prompt comes in every round
+        settings["scheduler_config"] = scheduler
         self._pipeline = genai.LLMPipeline(str(folder), "CPU", **settings)
 
     def generate(self, ids: torch.Tensor, new: int) -> tuple[list[int], list[float]]:
