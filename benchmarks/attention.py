@@ -124,7 +124,7 @@ def run(shape: Shape, dtype: torch.dtype, rounds: int) -> list[str]:
 def _row(shape: Shape, dtype: torch.dtype, rounds: int, calls: list[Callable[[], object]]) -> list[str]:
     """What both calls take, in turns."""
     rows, heads, groups, queries, keys, features, sees = shape
-    times = min(1000, max(1, round(2e7 / (rows * heads * queries * keys))))
+    times = min(1000, max(1, round(5e6 / (rows * heads * queries * keys))))
     samples: list[list[float]] = [[], []]
     for turn in range(rounds + 1):  # the first builds and warms up
         for one, call in enumerate(calls):
