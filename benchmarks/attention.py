@@ -54,6 +54,7 @@ SHAPES = (
     Shape(1, 8, 8, 2048, 2048, 40),
     Shape(1, 24, 24, 1100, 1100, 128),
 )
+"""MiniLM, a batch of it, BERT-base, ViT-base, SmolLM2's and LLaMA-1B's prompts, images' cross- and self-attention."""
 WRITTEN_OUT = (
     Shape(1, 8, 4, 1, 1024, 256, "cap"),
     Shape(1, 8, 4, 1, 8192, 256, "cap"),
@@ -64,7 +65,6 @@ WRITTEN_OUT = (
 )
 """Gemma-2-2B and gpt-oss-20B: a token, and prompts."""
 CAP = 50.0
-"""MiniLM, a batch of it, BERT-base, ViT-base, SmolLM2's and LLaMA-1B's prompts, images' cross- and self-attention."""
 
 
 def written_out(

@@ -44,6 +44,8 @@ class Peer:
             model.save_pretrained(self._kept.name, selected_adapters=[name])
             (written,) = Path(self._kept.name).rglob("adapter_model.safetensors")
             config = model.peft_config[name]
+            if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+                raise ValueError("OpenVINO takes one scale for all modules: lora_alpha / r")
             scale = config.lora_alpha / config.r  # OpenVINO multiplies B A by this alone
             mode = genai.AdapterConfig.Mode.MODE_DYNAMIC
             settings["adapters"] = genai.AdapterConfig(genai.Adapter(str(written)), scale, mode)
@@ -56,10 +58,11 @@ class Peer:
         """`new` tokens after a prompt of one row, and the seconds after which each of them was there."""
         import openvino
 
+        genai = self._genai
         times: list[float] = []
         begun = time.perf_counter()
 
-        class Stamps(self._genai.StreamerBase):  # type: ignore[name-defined]
+        class Stamps(genai.StreamerBase):  # type: ignore[name-defined]
             def write(self, tokens: Any) -> Any:
                 times.extend([time.perf_counter() - begun] * (len(tokens) if isinstance(tokens, list) else 1))
                 return genai.StreamingStatus.RUNNING
@@ -67,7 +70,6 @@ class Peer:
             def end(self) -> None:
                 pass
 
-        genai = self._genai
         prompt = (openvino.Tensor(one.numpy()) for one in (ids, torch.ones_like(ids)))
         config = genai.GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, ignore_eos=True)
         found = self._pipeline.generate(genai.TokenizedInputs(*prompt), config, Stamps())

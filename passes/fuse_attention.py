@@ -145,12 +145,12 @@ def _laid_alike(one: torch.Tensor, other: Node) -> bool:
 
 def _mask(context: Context, found: Attention, node: Node) -> Node | None:
     """One mask for all that are added."""
-    masks = list(found.masks)
+    masks = list(map(_unexpanded, found.masks))
     if not masks:
         return None
-    if len(masks) == 1 and (seen := _seen(masks[0])) is not masks[0]:
+    if len(masks) == 1 and dtype(seen := _seen(masks[0])) == torch.bool:
         return seen
-    if not is_call(found.made, operator.getitem):
+    if found.halves:
         masks = [_absorbing(context, mask, node) for mask in masks]
     made, *rest = masks
     for other in rest:
@@ -161,8 +161,8 @@ def _mask(context: Context, found: Attention, node: Node) -> Node | None:
 
 
 def _absorbing(context: Context, mask: Node, node: Node) -> Node:
-    """A mask in fp16 as one in fp32, whose lowest number takes a score up as that of fp16 does in fp16: a query all of
-    whose keys it hides weighs them alike."""
+    """A mask in fp32 for one in fp16: the lowest number of either is so large that a score beside it is lost, but the
+    kernel adds in fp32. So a query all of whose keys are hidden weighs them alike, as it does in fp16."""
     if dtype(mask) != torch.float16:
         return mask
     fake, lowest = mask.meta["val"], torch.finfo(torch.float16).min
@@ -175,10 +175,15 @@ def _absorbing(context: Context, mask: Node, node: Node) -> Node:
     return context.insert(aten.where.self, (hidden, least, wide), node, values[0])
 
 
+def _unexpanded(mask: Node) -> Node:
+    """A mask before it was repeated: the kernel broadcasts."""
+    while is_call(mask, aten.expand.default) and len(shape(args(mask)[0])) == 4:
+        mask = args(mask)[0]
+    return mask
+
+
 def _seen(mask: Node) -> Node:
     """What may be seen (bool), where the mask is made of that: 0 there, and -inf elsewhere."""
-    if is_call(mask, aten.expand.default) and len(shape(args(mask)[0])) == 4:
-        return _seen(args(mask)[0])  # the kernel broadcasts
     if not is_call(mask, aten.where.self):
         return mask
     condition, yes, no = args(mask)

@@ -47,9 +47,8 @@ class Attention(NamedTuple):
     sinks: Node | None = None
     """One more score for each head, which weighs no value: ``[heads]``."""
     causal: bool = False
-
-
-PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
+    halves: bool = False
+    """Masks are added in fp16: a score of less than 16 beside its lowest number, -65504, is lost."""
 
 
 class Refused(NamedTuple):
@@ -121,6 +120,7 @@ class _Scores(NamedTuple):
     masks: tuple[tuple[Node, tuple[Any, ...]], ...] = ()
     """Each with its sizes in four axes."""
     cap: float | None = None
+    halves: bool = False
 
 
 Turn = Callable[[Node, tuple[Any, ...], list[int] | None], Node]
@@ -154,7 +154,7 @@ def written_out(product: Node, turn: Turn) -> Attention | Refused | None:
     if any(not dtype(mask).is_floating_point for mask, _ in scores.masks):
         return Refused("what is added to its scores are no floating numbers")
     if sinks is not None and (sinks := _by_head(sinks, heads)) is None:
-        return Refused("its sinks are not one number for each head")
+        return Refused("its sinks are not one number for each head, as they are kept")
     inside += scores.inside
     if any(reader not in inside for one in inside for reader in one.users if one is not product):
         return Refused("something reads its scores or weights")
@@ -162,7 +162,7 @@ def written_out(product: Node, turn: Turn) -> Attention | Refused | None:
     k = _keys(scores.turned, (rows, heads, features, keys), turn)
     v = _four(values, (rows, heads, keys, features), turn)
     masks = tuple(_four(mask, own, turn) for mask, own in scores.masks)
-    return Attention(made, q, *unrepeated(k, v), scores.scale, masks, scores.cap, sinks)
+    return Attention(made, q, *unrepeated(k, v), scores.scale, masks, scores.cap, sinks, halves=scores.halves)
 
 
 def _below(node: Any, sizes: tuple[Any, ...], inside: list[Node], rounded: bool = True) -> Any:
@@ -236,7 +236,9 @@ def _of_last(node: Node) -> bool:
 def _scores(node: Any, sizes: tuple[Any, ...], inside: list[Node]) -> _Scores | None:
     """Scores of `sizes`, whose nodes from the softmax down to here are `inside`."""
     node = _below(node, sizes, inside := list(inside))
-    if is_call(node, *PRODUCTS) and not same_sizes(shape(node), (sizes[0] * sizes[1], *sizes[2:])):
+    halves = value(node) is not None and dtype(node) == torch.float16
+    product = is_call(node, aten.bmm.default, aten.baddbmm.default)
+    if product and not same_sizes(shape(node), (sizes[0] * sizes[1], *sizes[2:])):
         return None  # a mask repeats it
     if is_call(node, aten.bmm.default):
         q, turned = args(node)
@@ -245,7 +247,7 @@ def _scores(node: Any, sizes: tuple[Any, ...], inside: list[Node]) -> _Scores | 
         bias, q, turned = args(node)
         own = _broadcast(bias, 3, sizes)
         scale = float(node.kwargs.get("alpha", 1))
-        return None if own is None else _Scores(q, turned, [*inside, node], scale, ((bias, own),))
+        return None if own is None else _Scores(q, turned, [*inside, node], scale, ((bias, own),), None, halves)
     if not is_call(node, aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor) or node.kwargs:
         return None
     one, other = args(node)
@@ -255,7 +257,8 @@ def _scores(node: Any, sizes: tuple[Any, ...], inside: list[Node]) -> _Scores | 
             found = _scores(first, sizes, inside) if isinstance(second, Node) else None
             own = _broadcast(second, len(shape(node)), sizes) if found is not None else None
             if found is not None and own is not None:
-                return found._replace(masks=(*found.masks, (second, own)))
+                both = halves and (found.halves or not found.masks)
+                return found._replace(masks=(*found.masks, (second, own)), halves=both)
         return None
     factor = number(other)
     if not factor or not math.isfinite(factor):
@@ -274,7 +277,7 @@ def number(node: Any) -> float | None:
     """The number that a 0-d tensor was made of, or that an argument is."""
     if is_call(node, aten.scalar_tensor.default, aten.full.default) and not shape(node):
         made = args(node)[0] if node.target is aten.scalar_tensor.default else args(node)[1]
-        return float(torch.tensor(made, dtype=dtype(node))) if isinstance(made, (int, float)) else None
+        return float(torch.tensor(made, dtype=dtype(node), device="cpu")) if isinstance(made, (int, float)) else None
     return float(node) if isinstance(node, (int, float)) else None
 
 

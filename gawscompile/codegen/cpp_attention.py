@@ -66,5 +66,8 @@ def emit(text: str) -> str:
 
 
 def result_of(q: torch.Tensor) -> torch.Tensor:
-    """A tensor for what the op returns: it lies in memory as `q` does, unless that has its features apart."""
-    return torch.empty_like(q) if q.stride(3) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """A tensor for what the op returns. It lies in memory as `q` does where both have their features side by side, and
+    plainly otherwise; `runtime/attention.cpp` has the same rule."""
+    out = torch.empty_like(q)
+    apart = q.stride(3) != 1 or out.stride(3) != 1
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device) if apart else out

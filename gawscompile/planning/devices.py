@@ -225,7 +225,8 @@ _ZEN5 = _Core(24e9, 50e-6, _each(175e9, 445e9, 120e9), _each(103e9, 500e9, 120e9
 _ZEN4 = _Core(17e9, 27e-6, _each(86e9, 230e9, 80e9), _each(100e9, 226e9, 80e9), _each(6.7e9, 12.3e9, 12e9))
 _AMX = _Core(11.2e9, 5e-6, _each(145e9, 107e9, 120e9), _each(167e9, 1450e9, 120e9), _each(7.75e9, 5e9, 7.75e9))
 _CONVERTED = 120e9  # operations per second in bf16 where the CPU has nothing for it
-_ONE_BY_ONE, _WIDENED = 20e9, 0.85  # in 16 bits without AVX-512: the library's, and ours as a share of fp32's
+_LOOP = 20e9  # of the library in 16 bits on two threads without AVX-512, where torch multiplies in a loop
+_WIDENED = 0.85  # our rate in 16 bits there, over that in fp32
 _MEMORY_THREADS = 8  # that memory feeds as well as it feeds one
 
 
@@ -237,9 +238,9 @@ def _cpu(threads: int, vendor: str, family: str, capability: str, bf16: str) -> 
         kernel["bf16"], library["bf16"] = _ZEN5.kernel["bf16"], _ZEN5.library["bf16"]
     if not bf16:
         kernel["bf16"] = library["bf16"] = _CONVERTED
-    if "512" not in capability and not bf16:  # oneDNN multiplies 16 bits with AVX-512 alone
+    if capability == "AVX2" and not bf16:  # oneDNN multiplies 16 bits with AVX-512 alone
         for half in ("bf16", "f16"):
-            kernel[half], library[half] = _WIDENED * kernel["f32"], _ONE_BY_ONE
+            kernel[half], library[half] = _WIDENED * kernel["f32"], _LOOP
     vectors = threads * (1.0 if "512" in capability else 0.5)
     streams = min(threads, _MEMORY_THREADS)
     return Device(

@@ -57,9 +57,11 @@ Tensor attend(
   TORCH_CHECK(
       k.size(0) == rows && v.sizes() == k.sizes() && groups > 0 && heads % groups == 0, "gaws::attend: q is ", q.sizes(),
       ", k ", k.sizes(), ", v ", v.sizes());
-  const Tensor out = q.is_non_overlapping_and_dense()
+  Tensor out = q.is_non_overlapping_and_dense()
       ? fresh_strided(q.sizes(), q.strides(), kernel.dtype)
       : at::empty_like(q);
+  // of queries that overlap: `cpp_attention.result_of` has the same rule
+  if (out.stride(3) != 1) out = at::empty_like(q, at::TensorOptions(), at::MemoryFormat::Contiguous);
   AttendCall call{};
   const auto place = [](const Tensor& t, int64_t* strides) {
     for (int d = 0; d < 3; ++d) strides[d] = t.stride(d);

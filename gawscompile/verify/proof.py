@@ -111,12 +111,32 @@ class Values:
             split: Any = args(node)[0] if is_call(node, operator.getitem) else None
             if is_call(split, aten.split_with_sizes.default) and args(split)[0] not in self.known:
                 items = {args(user)[1]: user for user in split.users}
-                whole, sizes, *axis = args(split)
-                apart = Values(self.draw, self.generator, dict(self.known))
-                apart.run(cone([whole], apart.known.__contains__)[0])
-                made = apart.known[whole].split([_size(size, self.draw) for size in sizes], *axis)
-                parts = [self.known[items[i]] if items.get(i) in self.known else part for i, part in enumerate(made)]
-                self.known[whole] = torch.cat([part.double() for part in parts], *axis)
+                fakes = split.meta["val"]
+                missing = [i for i in range(len(fakes)) if items.get(i) not in self.known]
+                made = self._made(split) if missing else None
+                parts = [
+                    self.known[items[i]]
+                    if i not in missing
+                    else made[i]
+                    if made is not None
+                    else random(fake, self.draw, self.generator)
+                    for i, fake in enumerate(fakes)
+                ]
+                self.known[args(split)[0]] = torch.cat([part.double() for part in parts], *args(split)[2:])
+
+    def _made(self, split: Any) -> Any:
+        """The parts of a split by what it is computed of; None where that cannot be run in fp64. Inputs of the graph
+        that are drawn for it keep their numbers."""
+        whole, _, *axis = args(split)
+        apart = Values(self.draw, self.generator, dict(self.known))
+        try:
+            apart.run(cone([whole], apart.known.__contains__)[0])
+            sizes = [_size(fake.shape[axis[0] if axis else 0], self.draw) for fake in split.meta["val"]]
+            found = apart.known[whole].split(sizes, *axis)
+        except Exception:  # an operation of somebody's that takes fp32 alone
+            return None
+        self.known |= {node: value for node, value in apart.known.items() if node.op != "call_function"}
+        return found
 
 
 def random(fake: Any, draw: int, generator: torch.Generator, activation: bool = False) -> Any:

@@ -278,10 +278,31 @@ def test_narrow_dtypes_with_sinks_and_rows_that_hide_all(dtype, queries):
     mask[:, :, 0] = torch.finfo(dtype).min
     q, k, v = inputs(queries, dtype=dtype)
     for sinks in (None, torch.arange(HEADS).to(dtype) / 2 - 1):
-        captured = capture(lambda q, k, v, m, s=sinks: written_out(q, k, v, m, sinks=s), q, k, v, mask, kernels=True)
+
+        def function(q, k, v, m, s=sinks):
+            return written_out(q, k, v, m if s is None else m.expand(ROWS, HEADS, queries, KEYS), sinks=s)
+
+        captured = capture(function, q, k, v, mask[:1], kernels=True)
         context = captured.until()
         assert count(context, ATTEND) == 1
         torch.testing.assert_close(captured.run(context), captured.outputs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_lowest_number_of_fp16_is_lost_on_scores_of_fp32(wide, repeats):
+    def function(q, k, v, m):
+        scores = torch.matmul(q.transpose(1, 2), repeated(k).transpose(2, 3)) * SCALE
+        scores = (scores.float() if wide else scores) + (m.expand(ROWS, HEADS, 3, KEYS) if repeats else m)
+        return torch.matmul(torch.softmax(scores, dim=-1).half(), repeated(v))
+
+    q, k, v = inputs(3, dtype=torch.float16)
+    mask = torch.zeros(1, 1, 3, KEYS, dtype=torch.float16)
+    mask[:, :, 1] = torch.finfo(torch.float16).min
+    captured = capture(function, 3 * q, k, v, mask, kernels=True)
+    context = captured.until()
+    assert count(context, ATTEND) == 1
+    torch.testing.assert_close(captured.run(context), captured.outputs, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("why", MANY)

@@ -9,6 +9,7 @@ from torch import nn
 
 from gawscompile.analysis.reading import aten
 from gawscompile.ir.spec import KernelSpec
+from gawscompile.verify import proof
 from tests.adapters.test_zflora import adapted
 from tests.graphs import capture, count, tokens
 
@@ -145,3 +146,45 @@ def test_a_narrow_activations_product_joins_a_wide_ones(module, z, together):
     assert any("given(" in spec for spec in specs) == together, specs
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if x.dtype == torch.bfloat16 else {}
     torch.testing.assert_close(captured.run(context), captured.outputs, **tolerance)
+
+
+class Parts(nn.Module):
+    """Projections of what is taken apart, by `source`, of x."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.w, self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+        self.source = source
+
+    def forward(self, x):
+        p, q = self.source(x)
+        return self.w(p) + 2 * self.b(self.a(p)), q.sum()
+
+
+@torch.library.custom_op("gaws_tests::only_fp32", mutates_args=())
+def only_fp32(x: torch.Tensor) -> torch.Tensor:
+    assert x.dtype == torch.float32
+    return x.cos()
+
+
+@only_fp32.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+SOURCES = {
+    "sizes that are symbols": lambda x: x.split([x.shape[1] // 2, x.shape[1] - x.shape[1] // 2], 1),
+    "what runs in fp32 alone": lambda x: only_fp32(torch.cat([x, x], -1)).split([64, 64], -1),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_reads_a_part_is_proven(name):
+    """The other part is computed, or drawn where it cannot be."""
+    dynamic = name == "sizes that are symbols"
+    x = torch.randn(2, 7, 64)
+    torch._dynamo.mark_dynamic(x, 1)
+    context = capture(Parts(SOURCES[name]), x, dynamic=dynamic or None, kernels=True).until()
+    context.complain = pytest.fail
+    proof.verify_rewrites(context)
+    assert context.record.passes["verify"] >= 1

@@ -195,13 +195,15 @@ def test_nothing_to_attend_to():
 
 def test_its_fake_has_its_strides():
     q, k, v = drawn(torch.float32, 16, 2, 4, 2, 3, 10)
-    apart = torch.randn(2, 4, 16, 3).transpose(2, 3)
-    for given in (q, q.contiguous(), torch.randn(2, 3, 7, 16)[:, :, 1:5].transpose(1, 2), apart):
+    apart, over = torch.randn(2, 4, 16, 3).transpose(2, 3), torch.randn(30).unfold(-1, 16, 1)[:3].expand(2, 4, 3, 16)
+    every = torch.randn(2, 4, 3, 32)[..., ::2]
+    for given in (q, q.contiguous(), torch.randn(2, 3, 7, 16)[:, :, 1:5].transpose(1, 2), apart, over, every):
         real = torch.ops.gaws.attend(given, k, v, None, 1.0, "attend d=16 x=f32")
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(one) for one in (given, k, v)]
             fake = torch.ops.gaws.attend(*fakes, None, 1.0, "attend d=16 x=f32")
             assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+        assert error(real, given, k, v, None, "attend d=16 x=f32", 1.0) <= BOUNDS[torch.float32]
 
 
 def test_errors_name_what_does_not_fit():
