@@ -11,6 +11,8 @@ operations, which both graphs have and Inductor fuses in both, are left out.
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,15 +79,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(argv)
-    rows = []
+    rows: list[list[str]] = []
     for factors, wide in (("fp32", True), ("bf16", False)):
         found = work(options.gpu, wide)
         moved = [f"{one / 1e6:.0f}" for one in found.bytes]
         rows.append([factors, *map(str, found.launches), *moved, *(f"{share:.2f}" for share in found.shares)])
     heads = ["factors", "launches, traced", "rewritten", "MB, traced", "rewritten", "launches", "bytes"]
     title = f"Planned for {options.gpu}: linears of a LLaMA-3.2-1B layer, forward and backward, {TOKENS} tokens"
-    print(f"{title}\n\n{measure.table(heads, rows)}")
-    common.write(options.markdown, f"# {title}\n\n{measure.table(heads, rows, markdown=True)}")
+    given = argv if argv is not None else sys.argv[1:]
+    report = functools.partial(measure.table, heads, rows)
+    common.publish(title, "training_work", given, options.markdown, report)
 
 
 if __name__ == "__main__":

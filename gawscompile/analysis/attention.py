@@ -121,6 +121,7 @@ class _Scores(NamedTuple):
     """Each with its sizes in four axes."""
     cap: float | None = None
     halves: bool = False
+    """Masks are added in fp16."""
 
 
 Turn = Callable[[Node, tuple[Any, ...], list[int] | None], Node]
@@ -130,16 +131,14 @@ Turn = Callable[[Node, tuple[Any, ...], list[int] | None], Node]
 def written_out(product: Node, turn: Turn) -> Attention | Refused | None:
     """The attention of which `product` is the last one (``aten.bmm``); None where it is of no softmax. Nothing is
     inserted, by `turn`, unless it is an attention."""
-    if len(product.users) != 1:
-        return None
-    (made,) = product.users
-    if not is_call(made, *VIEWS) or len(shape(made)) != 4:
-        return None
+    made, *others = product.users or (product,)
     weights, values = args(product)
-    rows, heads, queries, features = shape(made)
     keys = shape(weights)[2]
-    if not same_sizes(shape(product), (rows * heads, queries, features)):
-        return None
+    shaped = not others and is_call(made, *VIEWS) and len(shape(made)) == 4
+    if not shaped or not same_sizes(shape(product), (shape(made)[0] * shape(made)[1], *shape(made)[2:])):
+        plain = _softmax(_uncast(weights), keys, [])
+        return plain and Refused("its result is not split in rows and heads")
+    rows, heads, queries, features = shape(made)
     sizes = (rows, heads, queries, keys)
     inside = [product]
     softmax = _softmax(_below(weights, sizes, inside), keys, inside)
@@ -174,6 +173,13 @@ def _below(node: Any, sizes: tuple[Any, ...], inside: list[Node], rounded: bool 
             break
         inside.append(node)
         node = source
+    return node
+
+
+def _uncast(node: Any) -> Any:
+    """What `node` views or copies, or rounds or widens, of any sizes."""
+    while is_call(node, *VIEWS, aten.expand.default, aten.clone.default) or is_cast(node):
+        node = args(node)[0]
     return node
 
 

@@ -226,7 +226,7 @@ _ZEN4 = _Core(17e9, 27e-6, _each(86e9, 230e9, 80e9), _each(100e9, 226e9, 80e9), 
 _AMX = _Core(11.2e9, 5e-6, _each(145e9, 107e9, 120e9), _each(167e9, 1450e9, 120e9), _each(7.75e9, 5e9, 7.75e9))
 _CONVERTED = 120e9  # operations per second in bf16 where the CPU has nothing for it
 _LOOP = 20e9  # of the library in 16 bits on two threads without AVX-512, where torch multiplies in a loop
-_WIDENED = 0.85  # our rate in 16 bits there, over that in fp32
+_WIDENED = 0.85  # our rate in bf16 there, over that in fp32; fp16 is taken for bf16
 _MEMORY_THREADS = 8  # that memory feeds as well as it feeds one
 
 

@@ -62,20 +62,12 @@ def meaning(
     return torch.where(whole == float("-inf"), 0.0, scores.softmax(-1)) @ v
 
 
-def on_gpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    kernel: str,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+def on_gpu(q: torch.Tensor, *others: Any) -> torch.Tensor:
     """The CUDA kernel of the op. Raises `ValueError`, naming the tensor, where one does not fit `kernel`."""
     from gawscompile.codegen import triton_attention
 
     with torch.cuda.device_of(q):  # Triton launches on the current device and its current stream
-        return triton_attention.launch(q, k, v, mask, scale, kernel, sinks)
+        return triton_attention.launch(q, *others)
 
 
 ops.LIBRARY.impl("attend", on_gpu, "CUDA")

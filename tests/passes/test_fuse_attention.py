@@ -205,6 +205,10 @@ def narrower_values(q, k, v):
     return written_out(q, k, v[..., :8].contiguous())
 
 
+def without_heads(q, k, v):
+    return torch.bmm(torch.softmax(torch.bmm(q[:, :, 0], k[:, 0].mT) * SCALE, dim=-1), v[:, 0])
+
+
 def what_may_be_seen_added(q, k, v):
     return written_out(q, k, v, seen(1))
 
@@ -215,6 +219,7 @@ def what_may_be_seen_added(q, k, v):
         (weights_too, "something reads its scores or weights"),
         (capped_with_the_mask, "its scores are not a product of queries and keys, capped, and masked"),
         (sinks_by_query, "its sinks are not one number for each head"),
+        (without_heads, "its result is not split in rows and heads"),
         (narrower_values, "keys of 16 features, values of 8"),
         (what_may_be_seen_added, "what is added to its scores are no floating numbers"),
     ],
