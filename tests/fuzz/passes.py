@@ -249,7 +249,9 @@ def _compare(program: Program, traced: graphs.Traced, graph: Graph, config: Conf
     judgement = judge.Judgement()
     # inf - inf is NaN in one order of a sum and inf in another, which a relu, say, tells apart
     bounded = config.way == "inf" and any(BOUNDED.search(step.text) for step in program.steps)
-    spread = bounded or "merge_blocks" in record.passes  # blocks that were merged have zeros beside them: 0 · inf
+    # blocks that were merged have zeros beside them: 0 · inf; the library's attention gives zeros for scores of NaN
+    library = any("scaled_dot_product" in step.text for step in program.steps)
+    spread = bounded or library or "merge_blocks" in record.passes
     for draw in range(judge.DRAWS):
         batch: dict[str, int] = {}
         if traced.symbols and draw % 2 and traced.shape_env and not traced.shape_env.guards:
