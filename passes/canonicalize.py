@@ -93,6 +93,8 @@ def _linear(
     if is_call(activation, prims.convert_element_type.default):
         activation = casts.setdefault((args(activation)[0], dtype(activation)), activation)
     rows = _rows(x)
+    if rows is not None and -1 in rows and shape(weight)[0] == 0:
+        rows = None  # of no numbers no size follows
     if rows is None or not isinstance(shape(weight)[0], int):
         activation = x
     with graph.inserting_before(node):

@@ -23,6 +23,28 @@ def program(inputs: dict[str, tuple[tuple[str, ...], torch.dtype]], steps: str, 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 FOUND: dict[str, tuple[Program, Config]] = {
+    "as many tokens as there are, and no features": (
+        program(
+            {"x0": (("d0", "1", "d1", "16"), F32), "p1": (("16", "d2"), F32), "p2": (("d2",), F32)},
+            """v0 = x0.reshape(-1, 16)
+            v1 = torch.addmm(p2, v0, p1, beta=0.5)""",
+            "v1",
+            d0=2,
+            d1=3,
+            d2=0,
+        ),
+        Config(seed=1, symbolic=("d0", "d1")),
+    ),
+    "heads of one row, folded, are no batch of one": (
+        program(
+            {"x0": (("1", "2", "1", "4"), BF16), "p1": (("1", "1", "1", "4"), BF16), "x2": (("2", "4", "1"), BF16)},
+            """v0 = p1[:, :, None].expand(1, 1, 2, 8, 4).reshape(1, 2, 8, 4).reshape(2, 8, 4)
+            v1 = torch.bmm(torch.bmm(x0.reshape(2, 1, 4), v0.mT), v0)""",
+            "v1",
+            d0=1,
+        ),
+        Config(seed=1),
+    ),
     # beta = 0 reads nothing of c, alpha = 0 nothing of the product: NaN there is no NaN of the sum
     "addmm that takes its product zero times": (
         program(
