@@ -18,7 +18,7 @@ from gawscompile.passes import PIPELINE, choose_plan
 from gawscompile.planning import cost, devices
 from gawscompile.planning.table import PlanTable
 from gawscompile.planning.targets import CPP, TRITON
-from gawscompile.runtime import ops
+from gawscompile.runtime import attention, ops
 from gawscompile.verify import proof
 from tests.fuzz import data, graphs
 from tests.fuzz.programs import Program
@@ -101,7 +101,8 @@ def without_kernels(config: Config) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "prepare", lambda program: None))
         stack.enter_context(mock.patch.object(devices, "of", lambda kind: device))
-        stack.enter_context(mock.patch.object(proof, "_kernel_fault", lambda *_: None))
+        for module, name in ((proof, "_kernel_fault"), (proof, "_attention_fault"), (attention, "start")):
+            stack.enter_context(mock.patch.object(module, name, lambda *_: None))
         if config.plans == "any":
 
             def planned(spec: KernelSpec, device: Any) -> cost.Planned:
