@@ -13,6 +13,7 @@ constexpr int64_t FEWER = 4;        // pieces for each thread suffice where more
 // Tokens that meet a panel, in parts of one size: a short one takes as long to turn. They are fewer where there are too few
 // stripes for all threads.
 inline int64_t part_of(int64_t m, int64_t parts, int64_t most) {
+  if (m == 0) return TALL;  // none are cut in no parts
   const int64_t each = max(FEW, blocks(m, max(parts, blocks(m, most))));
   return blocks(blocks(m, blocks(m, each)), TALL) * TALL;
 }

@@ -173,7 +173,7 @@ def test_gemm(libraries, name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for m in (*TOKENS, 515):  # more than are kept at once
+        for m in (0, *TOKENS, 515):  # none, to more than are kept at once
             problem = Problem.of(SPECS[name], m, seed=m)
             problem.check(run(libraries[name], "gemm", problem, None))
     finally:
