@@ -54,9 +54,16 @@ KERNELS = {
     ),
     "x widened by others read too early": Fault(
         "codegen/cpp.py",
-        "if ranks.width else waits",
+        "if ranks.width else [barrier]",
         "",
         f"{ENTRIES}_gemm_without_active_adapters_waits_for_x",
+        unproven=FEW_TOKENS,
+    ),
+    "tokens after the first in fp32 are not multiplied": Fault(
+        "codegen/cpp.py",
+        '        "    queue.clear(id);",\n',
+        "",
+        f"{ENTRIES}_gemm_of_wide_rows",
         unproven=FEW_TOKENS,
     ),
     "the first row's mixture for all rows": Fault(

@@ -245,19 +245,20 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
 
 
 def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
-    parts, wide = Parts(spec, ranks), spec.x != "f32"
+    parts, wide, barrier = Parts(spec, ranks), spec.x != "f32", "#pragma omp barrier"
     shrink = _shrink(spec, ranks, parts)
     if shrink:
         inner = [line if line.startswith("#") else f"  {line}" for line in shrink]
         shrink = ["    if (!folded) {", *inner, "    }"]
-    body = ["    widen(id, threads, m * K, x, xs);"] * wide + shrink
+    widen = "widen(id, threads, (end - begin) * K, x + begin * K, xs);"
+    body = [f"    {widen}"] * wide + shrink
     if wide:  # threads that compute u wait for each other after it; a bank may have none to compute
-        waits = ["#pragma omp barrier"]
-        body += ["    if (folded) {", *waits, "    }"] if ranks.width else waits
+        body += ["    if (folded) {", barrier, "    }"] if ranks.width else [barrier]
     pieces = [[0, 1]] if spec.swiglu else [[i] for i in range(len(spec.projections))]
     stripes = [f"blocks(N{piece[0]}, STRIPE)" for piece in pieces]
-    sizes = [f"    const int64_t stripes = {' + '.join(stripes)};"]
-    sizes.append("    int64_t each = tokens_at_once<K>(m, stripes, threads);")
+    sizes = [f"    int64_t begin = 0, end = {'chunk' if wide else 'm'};"]
+    sizes.append(f"    const int64_t stripes = {' + '.join(stripes)};")
+    sizes.append("    int64_t each = tokens_at_once<K>(end, stripes, threads);")
     if shrink:
         banks = banks_of(spec)
         delta, factors = map(str, foldable(spec))
@@ -265,15 +266,16 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
             delta, factors = f"{delta} + {bank}.rank() * K * N{end}", f"{factors} + {bank}.rank() * (K + N{end})"
         wanted = " && ".join([*(f"{bank}.plain" for bank in banks), f"folds(m, most, {delta}, {factors})"])
         sizes += [
-            "    const int64_t most = tokens_folded(m, stripes, threads);",
+            "    const int64_t most = tokens_folded(end, stripes, threads);",
             f"    const bool folded = {wanted};",
             "    if (folded) each = most;",
         ]
     body = [*sizes, *body]
+    body += ["    for (;;) {  // x in fp32, a chunk of tokens at a time"] * wide
     body += [
-        "    queue.run(id, threads, stripes * blocks(m, each), [&](int64_t piece) {",
+        "    queue.run(id, threads, stripes * blocks(end - begin, each), [&](int64_t piece) {",
         "      int64_t stripe = piece % stripes;",
-        "      const int64_t lo = piece / stripes * each, hi = min(m, lo + each);",
+        "      const int64_t lo = begin + piece / stripes * each, hi = min(end, lo + each);",
     ]
     for piece, count in zip(pieces, stripes, strict=True):
         i = piece[0]
@@ -293,14 +295,24 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
                     "        };",
                 ]
                 ends = "both"
-            body.append(f"        own.multiply({number}, {weight}, {'xs' if wide else 'x'}, {ends});")
+            body.append(f"        own.multiply({number}, {weight}, {'xs - begin * K' if wide else 'x'}, {ends});")
         body += ["        return;", "      }", f"      stripe -= {count};"]
     body.append("    });")
+    body += [
+        "    if (end == m) break;",
+        barrier,
+        "    queue.clear(id);",
+        "    begin = end, end = min(m, begin + chunk);",
+        f"    {widen}",
+        barrier,
+        "    }",
+    ] * wide
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     memory = [
-        "  static thread_local Buffer kept;  // of the calling thread, unless x is very long",
+        "  static thread_local Buffer kept;  // of the calling thread, unless x is very wide",
         "  Buffer passing;",
-        "  float* xs = aligned((m * K <= 1 << 24 ? kept : passing).of(m * K + 16));",
+        "  const int64_t chunk = tokens_widened<K>(m);",
+        "  float* xs = aligned((chunk * K <= LONG ? kept : passing).of(chunk * K + 16));",
     ] * wide
     return _entry("gemm({})", spec, ranks, True, True, ys, body, ["  Queue queue;", *memory])
 

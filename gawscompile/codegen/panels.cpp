@@ -9,6 +9,8 @@ constexpr int64_t TOGETHER = 48;    // ranks of ΔW that are added at once
 constexpr int64_t FEW = 16 * TALL;  // and at least, as a panel takes time to turn
 constexpr int64_t PIECES = 8;       // of work for each thread: none waits for another longer than a piece takes
 constexpr int64_t FEWER = 4;        // pieces for each thread suffice where more would turn panels for less than FEW tokens
+constexpr int64_t LONG = 1 << 23;   // numbers of x in fp32 at once, 32 MB; more for LEAST tokens, as each time turns all panels
+constexpr int64_t LEAST = 256;
 
 // Tokens that meet a panel, in parts of one size: a short one takes as long to turn. They are fewer where there are too few
 // stripes for all threads.
@@ -26,6 +28,12 @@ inline int64_t tokens_at_once(int64_t m, int64_t stripes, int64_t threads) {
 
 inline int64_t tokens_folded(int64_t m, int64_t stripes, int64_t threads) {
   return part_of(m, blocks(FEWER * threads, stripes), FOLDED);
+}
+
+// Tokens whose x is in fp32 at once, in parts of one size.
+template <int64_t K>
+inline int64_t tokens_widened(int64_t m) {
+  return m == 0 ? 0 : blocks(m, blocks(m, max(LONG / K, LEAST)));
 }
 
 // V numbers of a row, the first `count` of them.
@@ -303,6 +311,7 @@ class Queue {
   Queue() : taken_((int64_t*)memory().of(size_t(omp_get_max_threads()) * LINE_NUMBERS)) {
     std::memset(taken_, 0, size_t(omp_get_max_threads()) * LINE_NUMBERS * sizeof(float));
   }
+  // Calls f(piece), of `total`.
   template <class Fn>
   void run(int64_t id, int64_t threads, int64_t total, Fn&& f) {
     for (int64_t step = 0; step < threads; ++step) {
@@ -311,6 +320,9 @@ class Queue {
       for (int64_t at; (at = lo + __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < hi;) f(at);
     }
   }
+
+  // Before the next run, when no thread is in the last.
+  void clear(int64_t id) { taken_[id * (LINE_NUMBERS / 2)] = 0; }
 
  private:
   static constexpr int64_t LINE_NUMBERS = LINE / sizeof(float);

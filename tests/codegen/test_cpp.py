@@ -180,6 +180,21 @@ def test_gemm(libraries, name, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 7])
+def test_gemm_of_wide_rows(threads):
+    """x is too wide to lie in fp32 at once, and is widened some tokens at a time."""
+    text = "k=40000 x=bf16; n=9 wt=bf16 out=f32 residual=f32 lora(r=3 f32 s=2.0)"
+    library = ctypes.CDLL(str(build.start(cpp.emit(KernelSpec.parse(text))).result()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for m in (5, 256, 257, 515):
+            problem = Problem.of(text, m, seed=m)
+            problem.check(run(library, "gemm", problem, None))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("name", named(name for name in SPECS if name != "plain"))
 def test_accumulate(libraries, name, threads):
