@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 GROUP = 64
-"""Columns that share a scale, in HQQ's weights."""
+"""Columns that share a scale, in HQQ's weights and torchao's of 4 bits."""
 
 
 def _int8(model: nn.Module, wanted: Collection[str]) -> None:
@@ -17,6 +17,15 @@ def _int8(model: nn.Module, wanted: Collection[str]) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name in wanted)
+
+
+def _int4(model: nn.Module, wanted: Collection[str]) -> None:
+    """torchao's weight-only int4 in aten's packing for CPUs, a scale and an offset for each group."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    config = PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
+    quantize_(model, config, lambda _, name: name in wanted)
 
 
 def _replaced(model: nn.Module, wanted: Collection[str], make: Callable[[nn.Linear], nn.Module]) -> None:
@@ -72,6 +81,7 @@ def _hqq(bits: int) -> Callable[[Any, Collection[str]], None]:
 
 KINDS: dict[str, Callable[[Any, Collection[str]], None]] = {
     "int8": _int8,
+    "int4": _int4,
     "bnb-int8": _bnb_int8,
     "nf4": _nf4,
     "hqq8": _hqq(8),
@@ -92,7 +102,8 @@ def bits(module: Any) -> int | None:
     """Of a number in a module's weight, if that is quantised."""
     if hasattr(module, "W_q"):
         return int(module.meta["nbits"])
-    return {"Int8Tensor": 8, "Int8Params": 8, "Params4bit": 4}.get(type(getattr(module, "weight", None)).__name__)
+    known = {"Int8Tensor": 8, "Int4OpaqueTensor": 4, "Int8Params": 8, "Params4bit": 4}
+    return known.get(type(getattr(module, "weight", None)).__name__)
 
 
 @torch.no_grad()
@@ -105,6 +116,10 @@ def dense(module: Any) -> torch.Tensor:
         levels = Quantizer.unpack[kept["packing"]](module.W_q, dtype=torch.float32).double()
         return ((levels - kept["zero"].double()) * kept["scale"].double()).reshape(kept["shape"])
     weight = module.weight
+    if hasattr(weight, "scale_and_zero"):  # the library's product in fp32 with each column alone, which is exact
+        columns, scales = torch.eye(module.in_features), weight.scale_and_zero.float()
+        group = weight.block_size[-1]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(columns, weight.qdata, group, scales).T.double()
     if hasattr(weight, "qdata"):
         return torch.as_tensor(weight.qdata.double() * weight.scale.double())
     if hasattr(weight, "CB"):

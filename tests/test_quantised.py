@@ -27,7 +27,7 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=NAMES)
 GAWS = GAWSConfig(input_splits=4, output_splits=4, target_modules=["q_proj", "v_proj"])
 LAYERS = 2
-PACKED = {"int8": "int8", "bnb-int8": "int8", "nf4": "4", "hqq8": "uint8", "hqq4": "uint4_halves"}
+PACKED = {"int8": "int8", "int4": "int4_tiles", "bnb-int8": "int8", "nf4": "4", "hqq8": "uint8", "hqq4": "uint4_halves"}
 """The codings that kernels read; nf4's layout depends on the CPU."""
 
 CLOSE = {"nf4": 1e-2, "bnb-int8": 2e-2}

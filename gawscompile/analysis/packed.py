@@ -133,6 +133,20 @@ def _gemv_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:
     return x, _weight(codes, n, k, "table4_blocks", group, levels, absmax) if in_blocks else None, None
 
 
+def _int4_product(node: Node) -> tuple[Node, Packed | None, Node | None]:
+    """``_weight_int4pack_mm_for_cpu(x, codes, group, scales)``: torchao's weights of 4 bits, and GPTQ's and AWQ's as
+    gptqmodel lays them out. How codes lie depends on the vectors of the CPU."""
+    x, codes, group, scales = args(node)
+    rows = TILES.get(torch.backends.cpu.get_cpu_capability())
+    n, k = len(shape(codes)) == 2 and shape(codes)[0], shape(x)[-1]
+    settled = rows and isinstance(n, int) and isinstance(k, int)
+    return x, _weight(codes, n, k, f"int4_tiles{rows}", group, None, scales) if settled else None, None
+
+
+TILES = {"AVX2": 32, "AVX512": 64}
+"""Rows that lie together, by the vectors that aten's kernels are built for."""
+
+
 def _int8_product(node: Node) -> tuple[Node, Packed | None, Node | None]:
     """``int8_scaled_mm(codes of x, codes, scales of x, scales, bias, dtype)``, or ``int8_mixed_scaled_mm(x, codes of x,
     codes, scales of x, scales, outliers, bias)``. x's codes round it; W x is what they stand for."""
@@ -174,6 +188,7 @@ _PRODUCTS = {
     "bitsandbytes::gemm_4bit": _gemm_4bit,
     "bitsandbytes::gemv_4bit": _gemv_4bit,
     "bitsandbytes::int8_scaled_mm": _int8_product,
+    "aten::_weight_int4pack_mm_for_cpu": _int4_product,
     MIXED: _int8_product,
 }
 

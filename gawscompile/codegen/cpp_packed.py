@@ -25,7 +25,7 @@ def constants(spec: KernelSpec) -> list[str]:
     """The levels of a group's codes of 4 bits."""
     lines = []
     for kept in dict.fromkeys(term.kept for term in packed_of(spec).values()):
-        if kept.layout in ("pairs", "halves"):
+        if kept.layout in ("pairs", "halves", "tiles"):
             levels = ", ".join(f"{float(level)}f" for level in kept.levels or range(16))
             lines.append(f"constexpr float {kept.name}[16] = {{{levels}}};")
     return lines
@@ -45,8 +45,8 @@ def packed_of(spec: KernelSpec) -> dict[int, Packed]:
 
 
 def in_blocks(term: Packed | None) -> bool:
-    """Whether it lies in blocks of rows, which are summed up together."""
-    return term is not None and term.kept.layout == "blocks"
+    """Whether it lies in blocks or tiles of rows, which are summed up together."""
+    return term is not None and term.kept.by_groups
 
 
 def weights(spec: KernelSpec) -> list[str]:
@@ -55,8 +55,12 @@ def weights(spec: KernelSpec) -> list[str]:
     for i, term in packed_of(spec).items():
         groups, factor = term.k // term.group, f"{term.factor!r}f"
         scales = zeros = "Nothing{}"
-        if in_blocks(term):
+        if term.kept.layout == "blocks":
             lines.append(f"  const auto q{i} = blocks_of<K, N{i}, {term.group}>(w{i}, wt{i}, ws{i});")
+            continue
+        if term.kept.layout == "tiles":
+            sizes = f"K, N{i}, {term.group}, {term.kept.rows}, {term.kept.name}"
+            lines.append(f"  const auto q{i} = tiles_of<{sizes}>(w{i}, ws{i});")
             continue
         if term.levels is not None:
             scales = f"Coded<{groups}>{{ws{i}, wl{i}, wo{i}, *wb{i}, {factor}}}"

@@ -120,7 +120,105 @@ auto blocks_of(const uint8_t* codes, const float* table, const TS* scales) {
   return Blocks<K, N, GROUP, TS>{codes, table, scales};
 }
 
-// A share of a weight that lies in blocks: the rows of some are summed up in z, then f(first, last, z, ldz) expands them.
+// Of four bits, by tiles of ROWS rows: for each column half as many bytes, of rows i and i + ROWS / 2. Scales lie by groups,
+// those of all N rows after each other, each followed by what is added to the group's numbers.
+template <int64_t K_, int64_t N_, int64_t GROUP_, int64_t HIGH_, const float* TABLE, class TS>
+struct Tiles {
+  static constexpr int64_t K = K_, N = N_, GROUP = GROUP_, ROWS_OF_ONE = HIGH_, BYTES = HIGH_ / 2;
+  const uint8_t* codes;
+  const TS* scales;
+
+  const uint8_t* at(int64_t row, int64_t k) const { return codes + row * (K / 2) + k * BYTES; }
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  static constexpr int NEARBY = 4 << 10, C = HIGH_ / V;  // vectors of rows
+
+  // The levels of a column, of all rows.
+  static void column(const uint8_t* p, F (&w)[C]) {
+    for (int c = 0; c < C / 2; ++c) {
+#if defined(CPU_CAPABILITY_AVX512)
+      const F levels = F::loadu(TABLE);
+      const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + c * V)));
+      w[c] = F(_mm512_permutexvar_ps(both, levels)), w[C / 2 + c] = F(_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels));
+#else
+      const auto level = [](__m256i code) { return F(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8)))); };
+      const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + c * V)));
+      w[c] = level(_mm256_and_si256(both, _mm256_set1_epi32(15))), w[C / 2 + c] = level(_mm256_srli_epi32(both, 4));
+#endif
+    }
+  }
+
+  // A group's scales, of all rows, and what is added.
+  void scaled(int64_t row, int64_t g, F (&s)[C], F (&z)[C]) const {
+    const TS* p = scales + (g * N + row) * 2;
+    for (int c = 0; c < C; ++c) {
+      const Pair both = load_pair(p + c * 2 * V);
+#if defined(CPU_CAPABILITY_AVX512)
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+      s[c] = F(_mm512_permutex2var_ps(both.lo, even, both.hi)), z[c] = F(_mm512_permutex2var_ps(both.lo, odd, both.hi));
+#else
+      const auto ordered = [](__m256 lanes) { return F(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(lanes), 0xd8))); };
+      s[c] = ordered(_mm256_shuffle_ps(both.lo, both.hi, 0x88)), z[c] = ordered(_mm256_shuffle_ps(both.lo, both.hi, 0xdd));
+#endif
+    }
+  }
+#endif
+
+  // z[t] = HIGH rows from `row` on times x[t], for T tokens
+  template <int T, class TX>
+  void dot(int64_t row, const TX* x, float* z, int64_t ldz) const {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    F acc[T][C], s[C], added[C];
+    for (int t = 0; t < T; ++t)
+      for (F& a : acc[t]) a = F(0.f);
+    for (int64_t g = 0; g < K / GROUP; ++g) {
+      F part[T][C], w[C];
+      for (int t = 0; t < T; ++t)
+        for (F& p : part[t]) p = F(0.f);
+      for (int64_t k = g * GROUP; k < (g + 1) * GROUP; ++k) {
+        const uint8_t* p = at(row, k);
+        __builtin_prefetch(p + NEARBY, 0, 2);
+        column(p, w);
+        for (int t = 0; t < T; ++t)
+          for (int c = 0; c < C; ++c) part[t][c] = fmadd(w[c], F(float(x[t * K + k])), part[t][c]);
+      }
+      scaled(row, g, s, added);
+      for (int t = 0; t < T; ++t) {
+        Pair all = {F(0.f), F(0.f)};
+        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2 * V) {
+          const Pair xs = load_pair(x + t * K + k);
+          all = {all.lo + xs.lo, all.hi + xs.hi};
+        }
+        const F xs(sum(all.lo + all.hi));
+        for (int c = 0; c < C; ++c) acc[t][c] = fmadd(part[t][c], s[c], fmadd(xs, added[c], acc[t][c]));
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int c = 0; c < C; ++c) acc[t][c].store(z + t * ldz + c * V);
+#else
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < HIGH_; ++r) {
+        float sum = 0;
+        for (int64_t k = 0; k < K; ++k) sum += number(row, r, k) * float(x[t * K + k]);
+        z[t * ldz + r] = sum;
+      }
+#endif
+  }
+
+  float number(int64_t row, int r, int64_t k) const {
+    const uint8_t byte = at(row, k)[r % BYTES];
+    const TS* p = scales + (k / GROUP * N + row + r) * 2;
+    return TABLE[r < BYTES ? byte & 15 : byte >> 4] * float(p[0]) + float(p[1]);
+  }
+};
+
+template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, const float* TABLE, class TS>
+auto tiles_of(const uint8_t* codes, const TS* scales) {
+  return Tiles<K, N, GROUP, HIGH, TABLE, TS>{codes, scales};
+}
+
+// A share of a weight that lies in blocks or tiles: the rows of some are summed up in z, then f(first, last, z, ldz) expands them.
 template <class W, class TX, class Fn>
 inline void by_blocks(Share& share, int64_t cost, int64_t m, const W& w, const TX* x, Fn&& f) {
   constexpr int64_t SIZE = W::ROWS_OF_ONE;
@@ -166,6 +264,33 @@ void unpack(const Blocks<K, N, GROUP, TS>& w, T* out) {
     }
 #else
     for (int r = 0; r < 32; ++r)
+      for (int64_t k = 0; k < K; ++k) out[(row + r) * K + k] = T(w.number(row, r, k));
+#endif
+  }
+}
+
+template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, const float* TABLE, class TS, class T>
+void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < N; row += HIGH) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    constexpr int C = HIGH / V;
+    float columns[2 * V][HIGH];
+    for (int64_t k = 0; k < K; k += 2 * V) {
+      F level[C], s[C], added[C];
+      w.scaled(row, k / GROUP, s, added);
+      for (int i = 0; i < 2 * V; ++i) {
+        w.column(w.at(row, k + i), level);
+        for (int c = 0; c < C; ++c) fmadd(level[c], s[c], added[c]).store(columns[i] + c * V);
+      }
+      for (int r = 0; r < HIGH; ++r) {
+        float line[2 * V];
+        for (int i = 0; i < 2 * V; ++i) line[i] = columns[i][r];
+        store_pair(out + (row + r) * K + k, load_pair(line));
+      }
+    }
+#else
+    for (int r = 0; r < HIGH; ++r)
       for (int64_t k = 0; k < K; ++k) out[(row + r) * K + k] = T(w.number(row, r, k));
 #endif
   }

@@ -35,9 +35,6 @@ FP4 = (
 OUTER = 256
 """Scales that share one of theirs."""
 
-BLOCK = 32
-"""Rows of a block."""
-
 STEP = 32
 """Columns that a kernel takes at a time: a weight's, and those that share a scale, are a multiple."""
 
@@ -52,19 +49,29 @@ class Coding:
     - ``halves``: a byte has the code of a row in its upper half, that of the row n/2 further down in the other (HQQ);
     - ``blocks``: of 32 rows; for two columns that follow each other 32 bytes, of rows i and i + 16 the first column's
       and the second's, that of row i in the lower half (bitsandbytes, laid out for CPUs). Scales lie by groups then,
-      those of all rows after each other.
+      those of all rows after each other;
+    - ``tiles``: of `rows` rows; for each column half as many bytes, of rows i and i + rows / 2, that of row i in the
+      lower half (aten's ``_weight_int4pack_mm_for_cpu``). Scales lie by groups, and each is followed by a number that
+      is added: ``W[i, j] = s level(code) + z``.
     """
 
     name: str
     bits: int
     dtype: str
-    layout: Literal["bytes", "pairs", "halves", "blocks"]
+    layout: Literal["bytes", "pairs", "halves", "blocks", "tiles"]
     levels: tuple[float, ...] = ()
+    rows: int = 1
+    """That lie together."""
 
     @property
     def by_groups(self) -> bool:
         """Whether scales lie ``[groups, n]``, not ``[n, groups]``."""
-        return self.layout == "blocks"
+        return self.layout in ("blocks", "tiles")
+
+    @property
+    def shifted(self) -> bool:
+        """Whether each scale is followed by a number that is added."""
+        return self.layout == "tiles"
 
     def bytes_of(self, count: int) -> int:
         """Of `count` codes."""
@@ -76,8 +83,11 @@ class Coding:
             return codes.reshape(n, k).to(dtype)
         high, low = codes.reshape(-1) >> 4, codes.reshape(-1) & 15
         if self.layout == "blocks":
-            sizes = (n // BLOCK, k // 2, BLOCK // 2, 2)
-            found = torch.cat([low.reshape(sizes), high.reshape(sizes)], 2).permute(0, 2, 1, 3)
+            pairs = (n // self.rows, k // 2, self.rows // 2, 2)
+            found = torch.cat([low.reshape(pairs), high.reshape(pairs)], 2).permute(0, 2, 1, 3)
+        elif self.layout == "tiles":
+            sizes = (n // self.rows, k, self.rows // 2)
+            found = torch.cat([low.reshape(sizes), high.reshape(sizes)], 2).permute(0, 2, 1)
         else:
             found = torch.cat([high, low]) if self.layout == "halves" else torch.stack([high, low], -1)
         found = found.reshape(n, k)
@@ -97,12 +107,14 @@ CODINGS = {
         Coding("uint8", 8, "u8", "bytes"),
         Coding("nf4", 4, "u8", "pairs", NF4),
         Coding("fp4", 4, "u8", "pairs", FP4),
-        Coding("table4_blocks", 4, "u8", "blocks"),
-        Coding("uint4_halves", 4, "u8", "halves"),
+        Coding("table4_blocks", 4, "u8", "blocks", rows=32),
+        Coding("uint4_halves", 4, "u8", "halves", rows=2),
+        Coding("int4_tiles32", 4, "u8", "tiles", tuple(range(-8, 8)), 32),
+        Coding("int4_tiles64", 4, "u8", "tiles", tuple(range(-8, 8)), 64),
     )
 }
 
-READ = {"cpu": ("bytes", "pairs", "halves", "blocks"), "cuda": ("bytes", "pairs")}
+READ = {"cpu": ("bytes", "pairs", "halves", "blocks", "tiles"), "cuda": ("bytes", "pairs")}
 """Layouts that kernels read, by kinds of devices."""
 
 
@@ -127,7 +139,8 @@ class Packed(NamedTuple):
     - `codes`: int8 or uint8, ``n k`` or, of 4 bits, ``n k / 2``;
     - `table`: fp32, the 16 levels of a coding whose levels are an operand;
     - `scales`, ``n k / group``: fp32, bf16, fp16, times the number `factor`; or uint8, which with `levels` (fp32, 256),
-      `outer` (fp32, one for `OUTER` scales) and `offset` (fp32, one) stand for numbers;
+      `outer` (fp32, one for `OUTER` scales) and `offset` (fp32, one) stand for numbers; twice as many where the coding
+      is `shifted`;
     - `zeros`, as many as scales: fp32, bf16, fp16 or int8.
 
     Each may have any shape of as many numbers.
@@ -160,7 +173,11 @@ class Packed(NamedTuple):
         w = self.kept.numbers(self.codes, self.table, self.n, self.k, dtype)
         if self.zeros is not None:
             w = w - spread(self.zeros.to(dtype), self.n, self.k)
-        if self.scales is not None:
+        if self.kept.shifted:
+            each = self.scales.to(dtype).reshape(-1, 2)  # type: ignore[union-attr]
+            scale, added = (spread(part, self.n, self.k, True) for part in (each[:, 0], each[:, 1]))
+            w = w * scale + added
+        elif self.scales is not None:
             scales = plain_scales(self.scales, self.levels, self.outer, self.offset, dtype)
             w = w * spread(scales * self.factor, self.n, self.k, self.kept.by_groups)
         return w
@@ -174,14 +191,14 @@ class Packed(NamedTuple):
 
     def _whole(self) -> bool:
         """Whether rows are whole groups, and groups and rows what kernels take at a time."""
-        rows = {"halves": 2, "blocks": BLOCK}.get(self.kept.layout, 1)
-        return self.group > 0 and self.k % self.group == self.group % STEP == self.n % rows == 0
+        return self.group > 0 and self.k % self.group == self.group % STEP == self.n % self.kept.rows == 0
 
     def _counted(self) -> bool:
         """Whether there are as many numbers of each part as there must be."""
         groups = self.n * self.k // self.group
         wanted = {
-            "codes": self.kept.bytes_of(self.n * self.k), "table": 16, "scales": groups, "zeros": groups,
+            "codes": self.kept.bytes_of(self.n * self.k), "table": 16,
+            "scales": groups * (1 + self.kept.shifted), "zeros": groups,
             "levels": 256, "outer": -(-groups // OUTER), "offset": 1,
         }  # fmt: skip
         parts = {name: getattr(self, name) for name in wanted}
@@ -194,10 +211,10 @@ class Packed(NamedTuple):
         coded = {part is not None for part in (self.levels, self.outer, self.offset)}
         if coded != {self.scales is not None and dtype_of(self.scales) == "u8"}:
             return False
-        blocks, plain = self.kept.layout == "blocks", self.zeros is None and self.factor == 1.0
-        if blocks and (self.scales is None or not plain or coded == {True}):
+        plain = self.zeros is None and self.factor == 1.0
+        if self.kept.by_groups and (self.scales is None or not plain or coded == {True}):
             return False
-        return (self.table is not None) == blocks and (self.scales is not None or plain)
+        return (self.table is not None) == (self.kept.layout == "blocks") and (self.scales is not None or plain)
 
     def multiplications(self, k: int) -> int:
         return self.n * k
@@ -206,7 +223,7 @@ class Packed(NamedTuple):
     def summed_apart(self) -> bool:
         """Whether a C++ kernel sums rows up in memory before adapters join: bytes have codes of rows that do not follow
         each other."""
-        return self.kept.layout == "blocks" or (self.kept.layout == "halves" and self.n % 8 == 0)
+        return self.kept.by_groups or (self.kept.layout == "halves" and self.n % 8 == 0)
 
     @property
     def bytes(self) -> int:

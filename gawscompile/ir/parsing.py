@@ -94,7 +94,7 @@ def _packed(text: str, n: int, k: int) -> Packed:
     codes = TensorType((CODINGS[coding].bytes_of(n * k),), CODINGS[coding].dtype)
     return Packed(
         codes, n, k, coding, int(group), flat("f32" if CODINGS[coding].layout == "blocks" else None, 16),
-        flat(scales, groups), flat(zeros, groups),
+        flat(scales, groups * (1 + CODINGS[coding].shifted)), flat(zeros, groups),
         flat("f32" if coded else None, 256), flat("f32" if coded else None, -(-groups // OUTER)),
         flat("f32" if coded else None, 1), times,
     )  # fmt: skip

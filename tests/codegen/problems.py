@@ -111,7 +111,10 @@ def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     if term.scales is not None:
         parts = [part if part is None else part.abs() for part in (term.levels, term.outer, term.offset)]
         scales = plain_scales(term.scales, *parts, torch.float64).abs() * abs(term.factor)
-        size = size * spread(scales, term.n, term.k, term.kept.by_groups)
+        each = scales.reshape(-1, 1 + term.kept.shifted)
+        size = size * spread(each[:, 0], term.n, term.k, term.kept.by_groups)
+        if term.kept.shifted:
+            size = size + spread(each[:, 1], term.n, term.k, True)
     return size
 
 

@@ -25,7 +25,10 @@ CLOSE = {"f32": 1e-6, "bf16": 4e-3, "f16": 1e-3}
 rounded for it, and the product."""
 
 KINDS = ("s=f32", "s=bf16", "s=f16", "s=u8", "s=f32 z=f32", "s=bf16 z=bf16", "s=f16 z=u8", "s=f32 f=0.0625", "")
-ROWS = {"int8": 13, "uint8": 7, "nf4": 21, "fp4": 6, "uint4_halves": 16, "table4_blocks": 64}
+ROWS = {
+    "int8": 13, "uint8": 7, "nf4": 21, "fp4": 6, "uint4_halves": 16, "table4_blocks": 64, "int4_tiles32": 96,
+    "int4_tiles64": 128,
+}  # fmt: skip
 """Odd ones, where that is allowed; of halves whole tiles, which are summed up apart."""
 
 
@@ -36,7 +39,7 @@ def base(coding, group, kind="s=f32", n=None, out="f32"):
 
 def kinds(coding):
     """The ways in which this coding's scales are kept."""
-    return KINDS[:3] if coding == "table4_blocks" else KINDS
+    return KINDS[:3] if CODINGS[coding].by_groups else KINDS
 
 
 def every_kind(coding, x, k=160):
@@ -77,7 +80,10 @@ BESIDE = {
 # groups of whole steps, which bf16's dot products take
 GRID |= {f"{coding}-bf16-steps": every_kind(coding, "bf16", k=192) for coding in CODINGS}
 SPECS = {**BESIDE, **GRID}
-QUICK = ("int8-f32", "uint4_halves-f32", "table4_blocks-f32", "int8-bf16", "uint4_halves-bf16-steps")
+QUICK = (
+    "int8-f32", "uint4_halves-f32", "table4_blocks-f32", "int4_tiles32-f32", "int4_tiles64-f32", "int8-bf16",
+    "uint4_halves-bf16-steps",
+)  # fmt: skip
 """The fast ones of the grid. "all codings" has each coding with one kind of scale; f16 and other kinds are slow."""
 SLOW = GRID.keys() - set(QUICK)
 NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SPECS]
@@ -167,15 +173,21 @@ def code(term: Packed, row: int, column: int) -> int:
         half = term.n // 2
         byte = lies[row % half * term.k + column]
         return byte >> 4 if row < half else byte & 15
-    start = row // 32 * 32 * term.k // 2 + column // 2 * 32
-    byte = lies[start + row % 16 * 2 + column % 2]
-    return byte >> 4 if row % 32 >= 16 else byte & 15
+    rows = term.kept.rows
+    start, upper, row = row // rows * rows * term.k // 2, row % rows >= rows // 2, row % (rows // 2)
+    if term.kept.layout == "tiles":
+        byte = lies[start + column * rows // 2 + row]
+    else:
+        byte = lies[start + column // 2 * rows + row * 2 + column % 2]
+    return byte >> 4 if upper else byte & 15
 
 
 def scale(term: Packed, row: int, group: int) -> float:
     at = group * term.n + row if term.kept.by_groups else row * (term.k // term.group) + group
     if term.scales is None:
         return 1.0
+    if term.kept.shifted:
+        at *= 2
     number = term.scales.flatten()[at].item()
     if term.levels is not None:
         number = term.levels[number].item() * term.outer[at // OUTER].item() + term.offset.item()
@@ -195,6 +207,8 @@ def test_a_weight_is_what_its_codes_stand_for_one_by_one(coding):
             zero = 0 if term.zeros is None else term.zeros[row * (k // group) + column // group].item()
             number = levels[code(term, row, column) + offset]
             want[row, column] = scale(term, row, column // group) * (number - zero)
+            if term.kept.shifted:
+                want[row, column] += term.scales.flatten()[2 * (column // group * n + row) + 1].item()
         torch.testing.assert_close(term.dense(torch.float64), want, rtol=1e-12, atol=1e-12)
 
 
@@ -235,6 +249,10 @@ MALFORMED = {
     "blocks without scales": "n=32 packed(table4_blocks g=32)",
     "blocks with zeros": "n=32 packed(table4_blocks g=32 s=f32 z=f32)",
     "blocks with a factor": "n=32 packed(table4_blocks g=32 s=f32 f=2.0)",
+    "rows of tiles": "n=32 packed(int4_tiles64 g=32 s=f32)",
+    "tiles without scales": "n=32 packed(int4_tiles32 g=32)",
+    "tiles with zeros": "n=32 packed(int4_tiles32 g=32 s=f32 z=f32)",
+    "tiles with coded scales": "n=32 packed(int4_tiles32 g=32 s=u8)",
     "blocks with coded scales": "n=32 packed(table4_blocks g=32 s=u8)",
     "zeros without scales": "n=32 packed(int8 g=32 z=f32)",
     "factor without scales": "n=32 packed(int8 g=32 f=2.0)",

@@ -91,6 +91,62 @@ def test_4_bits_laid_out_for_the_cpu(kind, caplog):
     same(w, want)
 
 
+def tiled(n, k, group, dtype):
+    """A weight as aten's product for CPUs takes it, and its numbers."""
+    levels = torch.randint(0, 16, (n, k), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    scales = numbers(k // group, n, 2).to(dtype)
+    spread = scales.double().repeat_interleave(group, 0).movedim(0, 1)
+    laid = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+    return laid, scales, (levels - 8) * spread[..., 0] + spread[..., 1]
+
+
+def tiles(x, laid, group, scales):
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    made = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, laid, group, scales)
+    return made.reshape(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_4_bits_in_tiles(dtype, caplog):
+    """torchao's, and gptqmodel's."""
+    rows = analysis.TILES.get(torch.backends.cpu.get_cpu_capability())
+    if rows is None:
+        pytest.skip("aten lays 4 bits out in tiles for AVX2 and AVX-512")
+    n, k, group = 128, 192, 64
+    laid, scales, want = tiled(n, k, group, dtype)
+
+    def function(x, laid, scales, bias, a, b):
+        return tiles(x, laid, group, scales) + bias + delta(x, a, b)
+
+    others = numbers(n, seed=1), numbers(R, k, seed=2) / k**0.5, numbers(n, R, seed=3)
+    others = [other.to(dtype) for other in others]
+    captured = capture(function, numbers(2, 3, k).to(dtype), laid, scales, *others, kernels=True)
+    w, terms = weight(captured)
+    same(w, want)
+    assert [type(term).__name__ for term in terms] == ["Packed", "Bias", "LowRank"]
+    word = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    assert terms[0].text() == f"packed(int4_tiles{rows} g={group} s={word})"
+    close = 1e-4 if dtype == torch.float32 else 1e-2
+    right(captured, close)
+    error, refused = verified(captured, caplog)
+    assert error < close and not refused
+
+
+def test_4_bits_of_rows_that_are_no_whole_tiles_stay_the_library_s():
+    """The last rows lie in another way."""
+    n, group = 48, 32
+    laid, scales, _ = tiled(n, 64, group, torch.float32)
+
+    def function(x, laid, scales, a, b):
+        return tiles(x, laid, group, scales) + delta(x, a, b)
+
+    factors = numbers(R, 64, seed=2) / 8, numbers(n, R, seed=3)
+    captured = capture(function, numbers(2, 3, 64), laid, scales, *factors, kernels=True)
+    (terms,) = terms_of(captured.until("recover_operators"))
+    assert [type(term).__name__ for term in terms] == ["Opaque", "LowRank"]
+    right(captured)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_8_bits_by_rows(mixed, biased, caplog):
