@@ -1,15 +1,15 @@
-"""Bases in other people's formats: how torchao, bitsandbytes and HQQ quantise a model's linears on a CPU."""
+"""Bases in other people's formats: how torchao, bitsandbytes, HQQ and gptqmodel keep a model's linears on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 GROUP = 64
-"""Columns that share a scale, in HQQ's weights and torchao's of 4 bits."""
+"""Columns that share a scale, in HQQ's weights and others of 4 bits."""
 
 
 def _int8(model: nn.Module, wanted: Collection[str]) -> None:
@@ -79,6 +79,47 @@ def _hqq(bits: int) -> Callable[[Any, Collection[str]], None]:
     return quantize
 
 
+def _in_words(codes: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Codes of 4 bits ``[a, 8 b]`` as int32 ``[a, b]``, of each eight the first in order in the lowest bits."""
+    shifts = 4 * torch.tensor(order).argsort()
+    words = (codes.long().unflatten(1, (-1, 8)) << shifts).sum(-1)
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
+
+
+def _gptqmodel(awq: bool) -> Callable[[Any, Collection[str]], None]:
+    """GPTQ (Frantar et al. 2023), whose groups are of columns in a random order, as "act-order" leaves them, or AWQ
+    (Lin et al. 2024), as gptqmodel keeps either on a CPU. Numbers are rounded to the nearest, without calibration."""
+
+    def make(linear: nn.Linear) -> nn.Module:
+        from gptqmodel.nn_modules.qlinear.torch_aten_kernel import TorchAtenLinear
+        from gptqmodel.nn_modules.qlinear.torch_aten_kernel_awq import TorchAtenAwqLinear
+
+        (n, k), bias = linear.weight.shape, linear.bias
+        kind = TorchAtenAwqLinear if awq else TorchAtenLinear
+        module = kind(4, GROUP, False, not awq, k, n, bias=bias is not None)
+        order = torch.arange(k) if awq else torch.randperm(k, generator=torch.Generator().manual_seed(k))
+        groups = linear.weight[:, order].float().unflatten(1, (-1, GROUP))
+        least, most = groups.amin(-1, True), groups.amax(-1, True)
+        scales = ((most - least) / 15).clamp(min=1e-6)
+        zeros = (-least / scales).round().clamp(0, 15)
+        codes = torch.empty(n, k)
+        codes[:, order] = (groups / scales + zeros).round().clamp(0, 15).flatten(1)
+        lies = [0, 2, 4, 6, 1, 3, 5, 7] if awq else range(8)
+        module.qweight = _in_words(codes.T, lies) if awq else _in_words(codes, lies).T.contiguous()
+        module.qzeros, module.scales = _in_words(zeros.squeeze(-1).T, lies), scales.squeeze(-1).T.half().contiguous()
+        if bias is not None:
+            module.bias = bias.data.clone()
+        if not awq:
+            module.g_idx = torch.empty(k, dtype=torch.int32)
+            module.g_idx[order] = torch.arange(k, dtype=torch.int32) // GROUP
+            module.qzero_format(format=2)
+        module.post_init()
+        module.eval()(torch.zeros(1, k, dtype=linear.weight.dtype))  # which lays it out for this CPU
+        return module
+
+    return lambda model, wanted: _replaced(model, wanted, make)
+
+
 KINDS: dict[str, Callable[[Any, Collection[str]], None]] = {
     "int8": _int8,
     "int4": _int4,
@@ -86,6 +127,8 @@ KINDS: dict[str, Callable[[Any, Collection[str]], None]] = {
     "nf4": _nf4,
     "hqq8": _hqq(8),
     "hqq4": _hqq(4),
+    "gptq": _gptqmodel(awq=False),
+    "awq": _gptqmodel(awq=True),
 }
 
 
@@ -102,8 +145,16 @@ def bits(module: Any) -> int | None:
     """Of a number in a module's weight, if that is quantised."""
     if hasattr(module, "W_q"):
         return int(module.meta["nbits"])
+    if hasattr(module, "scales_and_zeros"):  # gptqmodel's
+        return 4
     known = {"Int8Tensor": 8, "Int4OpaqueTensor": 4, "Int8Params": 8, "Params4bit": 4}
     return known.get(type(getattr(module, "weight", None)).__name__)
+
+
+def _columns(x: torch.Tensor, codes: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """By aten's own product in fp32 with each column alone, which is exact."""
+    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, group, scales.float())
+    return found.T.double()
 
 
 @torch.no_grad()
@@ -115,11 +166,12 @@ def dense(module: Any) -> torch.Tensor:
         kept = module.meta
         levels = Quantizer.unpack[kept["packing"]](module.W_q, dtype=torch.float32).double()
         return ((levels - kept["zero"].double()) * kept["scale"].double()).reshape(kept["shape"])
+    if hasattr(module, "scales_and_zeros"):
+        columns = torch.eye(module.in_features)[:, getattr(module, "ret_idx", slice(None))]
+        return _columns(columns, module.qweight, module.group_size, module.scales_and_zeros)
     weight = module.weight
-    if hasattr(weight, "scale_and_zero"):  # the library's product in fp32 with each column alone, which is exact
-        columns, scales = torch.eye(module.in_features), weight.scale_and_zero.float()
-        group = weight.block_size[-1]
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(columns, weight.qdata, group, scales).T.double()
+    if hasattr(weight, "scale_and_zero"):
+        return _columns(torch.eye(module.in_features), weight.qdata, weight.block_size[-1], weight.scale_and_zero)
     if hasattr(weight, "qdata"):
         return torch.as_tensor(weight.qdata.double() * weight.scale.double())
     if hasattr(weight, "CB"):

@@ -32,12 +32,12 @@ NORMAL_STD = 0.02
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a Linear or a Conv1D, whose weight is [inputs, outputs]."""
+    """(inputs, outputs) of a Linear, of what quantises one, or of a Conv1D, whose weight is [inputs, outputs]."""
     if isinstance(layer, Conv1D):
         rows, columns = layer.weight.shape
         return rows, columns
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
+    assert isinstance(layer, nn.Linear) or is_packed(layer)
+    return layer.in_features, layer.out_features  # type: ignore[return-value]
 
 
 class KroneckerLinear(nn.Module, BaseTunerLayer):
@@ -159,7 +159,7 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
     def _base_weight(self) -> nn.Parameter:
         layer = self.get_base_layer()
         if is_packed(layer):
-            kind = type(layer.weight).__name__
+            kind = type(layer.weight if "weight" in layer._parameters else layer).__name__
             raise TypeError(f"a quantised weight ({kind}) takes no adapter into itself: leave it unmerged")
         assert isinstance(layer.weight, nn.Parameter)
         return layer.weight

@@ -21,14 +21,20 @@ def base_layer_of(module: nn.Module) -> nn.Module:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether `layer` multiplies by a weight that it keeps as codes: torchao's tensors, bitsandbytes' linears."""
-    ours = type(getattr(layer, "weight", None)).__module__.partition(".")[0]
-    return ours == "torchao" or (isinstance(layer, nn.Linear) and type(layer).__module__.startswith("bitsandbytes."))
+    """Whether `layer` multiplies by a weight that it keeps as codes: torchao's tensors, bitsandbytes' linears, and the
+    modules that HQQ and gptqmodel put in a linear's place."""
+    library = type(layer).__module__.partition(".")[0]
+    if library in ("hqq", "gptqmodel"):
+        return hasattr(layer, "in_features")
+    kept = type(getattr(layer, "weight", None)).__module__.partition(".")[0]
+    return kept == "torchao" or (isinstance(layer, nn.Linear) and library == "bitsandbytes")
 
 
 def check_supported(name: str, layer: nn.Module, packed: bool = False) -> None:
     """Raises `TypeError` where the module `layer` at `name` cannot carry an adapter. `packed`: one that only adds to
     what the layer makes, and so may stand beside a quantised weight."""
+    if packed and is_packed(layer) and "weight" not in layer._parameters:
+        return
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise TypeError(
             f"{name} is a {type(layer).__name__}: adapters go on torch.nn.Linear and transformers' Conv1D"

@@ -28,6 +28,7 @@ from gawscompile.analysis.reading import (
     value,
 )
 from gawscompile.ir.packed import READ, Packed
+from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.types import DTYPE_NAMES, SpecError
 
 STEPS = 32
@@ -135,12 +136,31 @@ def _gemv_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:
 
 def _int4_product(node: Node) -> tuple[Node, Packed | None, Node | None]:
     """``_weight_int4pack_mm_for_cpu(x, codes, group, scales)``: torchao's weights of 4 bits, and GPTQ's and AWQ's as
-    gptqmodel lays them out. How codes lie depends on the vectors of the CPU."""
+    gptqmodel lays them out, which rounds x to bf16. How codes lie depends on the vectors of the CPU."""
     x, codes, group, scales = args(node)
     rows = TILES.get(torch.backends.cpu.get_cpu_capability())
     n, k = len(shape(codes)) == 2 and shape(codes)[0], shape(x)[-1]
-    settled = rows and isinstance(n, int) and isinstance(k, int)
-    return x, _weight(codes, n, k, f"int4_tiles{rows}", group, None, scales) if settled else None, None
+    if not rows or not isinstance(n, int) or not isinstance(k, int):
+        return x, None, None
+    x, order = _reordered(x)
+    return x, _weight(codes, n, k, f"int4_tiles{rows}", group, None, scales, order=order), None
+
+
+def _reordered(node: Any) -> tuple[Node, Node | None]:
+    """(x, indices) where `node` is x, or ``x[:, indices]``, copied or rounded to bf16 before or after."""
+    x, indices = node, None
+    while True:
+        source = reinterpreted(x)
+        if is_call(x, aten.clone.default) or (is_cast(x) and dtype(x) == torch.bfloat16):
+            x = args(x)[0]
+        elif source is not None and same_sizes(shape(source), shape(x)):
+            x = source
+        elif indices is None and is_call(x, aten.index.Tensor) and len(args(x)[1]) == len(shape(args(x)[0])):
+            x, (*tokens, indices) = args(x)
+            if any(one is not None for one in tokens) or shape(indices) != (shape(x)[-1],) or not _parameter(indices):
+                return node, None
+        else:
+            return x, indices
 
 
 TILES = {"AVX2": 32, "AVX512": 64}
@@ -165,12 +185,15 @@ def _int8_product(node: Node) -> tuple[Node, Packed | None, Node | None]:
     return x, weight, _argument(node, 6 if mixed else 4, "bias")
 
 
-def _weight(codes: Any, n: int, k: int, coding: str, group: int, *parts: Any, factor: float = 1.0) -> Packed | None:
+def _weight(
+    codes: Any, n: int, k: int, coding: str, group: int, *parts: Any, factor: float = 1.0, order: Any = None
+) -> Packed | None:
     """The weight of these parts, if they are parameters and fit together."""
-    found = [part if part is None else _parameter(part) for part in (codes, *parts)]
-    if any(part is not None and one is None for part, one in zip((codes, *parts), found, strict=True)):
+    found = [part if part is None else _parameter(part) for part in (order, codes, *parts)]
+    if any(part is not None and one is None for part, one in zip((order, codes, *parts), found, strict=True)):
         return None
-    weight = Packed(found[0], n, k, coding, group, *found[1:], factor=factor)  # type: ignore[misc,arg-type]
+    order, held, *rest = found
+    weight = Packed(held, n, k, coding, group, *rest, factor=factor, order=order)  # type: ignore[misc,arg-type]
     try:
         weight.features(k)
     except SpecError:

@@ -60,7 +60,8 @@ def weights(spec: KernelSpec) -> list[str]:
             continue
         if term.kept.layout == "tiles":
             sizes = f"K, N{i}, {term.group}, {term.kept.rows}, {term.kept.name}"
-            lines.append(f"  const auto q{i} = tiles_of<{sizes}>(w{i}, ws{i});")
+            order = "nullptr" if term.order is None else f"wi{i}"
+            lines.append(f"  const auto q{i} = tiles_of<{sizes}>(w{i}, ws{i}, {order});")
             continue
         if term.levels is not None:
             scales = f"Coded<{groups}>{{ws{i}, wl{i}, wo{i}, *wb{i}, {factor}}}"
@@ -81,7 +82,8 @@ def activations(spec: KernelSpec) -> list[str]:
 
 def apart(i: int, term: Packed) -> tuple[str, str]:
     """What sums rows of a weight up in memory, and the x that it reads."""
-    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(term))
+    x = "x" if term.order is None else f"gathered<K>(x, m, wi{i})"
+    return ("by_blocks", x) if in_blocks(term) else ("by_halves", _ordered(term))
 
 
 def dot(i: int, term: Packed) -> str:

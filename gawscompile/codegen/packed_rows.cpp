@@ -127,6 +127,7 @@ struct Tiles {
   static constexpr int64_t K = K_, N = N_, GROUP = GROUP_, ROWS_OF_ONE = HIGH_, BYTES = HIGH_ / 2;
   const uint8_t* codes;
   const TS* scales;
+  const int32_t* order;  // of x's features, if they have one
 
   const uint8_t* at(int64_t row, int64_t k) const { return codes + row * (K / 2) + k * BYTES; }
 
@@ -214,8 +215,24 @@ struct Tiles {
 };
 
 template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, const float* TABLE, class TS>
-auto tiles_of(const uint8_t* codes, const TS* scales) {
-  return Tiles<K, N, GROUP, HIGH, TABLE, TS>{codes, scales};
+auto tiles_of(const uint8_t* codes, const TS* scales, const int32_t* order) {
+  return Tiles<K, N, GROUP, HIGH, TABLE, TS>{codes, scales, order};
+}
+
+// The feature that an index means, as aten has it, or -1.
+template <int64_t K>
+inline int64_t feature(int32_t index) { return index < -K || index >= K ? -1 : index < 0 ? index + K : index; }
+
+// x's features in the order of a weight's columns: a thread's own copy, until the next. Features that there are not are NaN.
+template <int64_t K, class TX>
+inline const TX* gathered(const TX* x, int64_t m, const int32_t* order) {
+  static thread_local Buffer own;
+  TX* found = (TX*)own.of((m * K * sizeof(TX) + 3) / 4);
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t from = feature<K>(order[k]);
+    for (int64_t t = 0; t < m; ++t) found[t * K + k] = from < 0 ? TX(__builtin_nanf("")) : x[t * K + from];
+  }
+  return found;
 }
 
 // A share of a weight that lies in blocks or tiles: the rows of some are summed up in z, then f(first, last, z, ldz) expands them.
@@ -269,6 +286,14 @@ void unpack(const Blocks<K, N, GROUP, TS>& w, T* out) {
   }
 }
 
+// Adds a number of column k to the feature that it belongs to; two columns may have the same.
+template <class W, class T>
+inline void put(const W& w, int64_t row, int64_t k, float number, T* out) {
+  const int64_t to = feature<W::K>(w.order[k]);
+  if (to < 0) out[row * W::K] = T(__builtin_nanf(""));
+  else out[row * W::K + to] = T(float(out[row * W::K + to]) + number);
+}
+
 template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, const float* TABLE, class TS, class T>
 void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
 #pragma omp parallel for
@@ -276,6 +301,7 @@ void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
     constexpr int C = HIGH / V;
     float columns[2 * V][HIGH];
+    if (w.order) std::memset((void*)(out + row * K), 0, HIGH * K * sizeof(T));
     for (int64_t k = 0; k < K; k += 2 * V) {
       F level[C], s[C], added[C];
       w.scaled(row, k / GROUP, s, added);
@@ -286,12 +312,19 @@ void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
       for (int r = 0; r < HIGH; ++r) {
         float line[2 * V];
         for (int i = 0; i < 2 * V; ++i) line[i] = columns[i][r];
+        if (w.order) {
+          for (int i = 0; i < 2 * V; ++i) put(w, row + r, k + i, line[i], out);
+          continue;
+        }
         store_pair(out + (row + r) * K + k, load_pair(line));
       }
     }
 #else
+    if (w.order) std::memset((void*)(out + row * K), 0, HIGH * K * sizeof(T));
     for (int r = 0; r < HIGH; ++r)
-      for (int64_t k = 0; k < K; ++k) out[(row + r) * K + k] = T(w.number(row, r, k));
+      for (int64_t k = 0; k < K; ++k)
+        if (w.order) put(w, row + r, k, w.number(row, r, k), out);
+        else out[(row + r) * K + k] = T(w.number(row, r, k));
 #endif
   }
 }

@@ -141,7 +141,9 @@ class Packed(NamedTuple):
     - `scales`, ``n k / group``: fp32, bf16, fp16, times the number `factor`; or uint8, which with `levels` (fp32, 256),
       `outer` (fp32, one for `OUTER` scales) and `offset` (fp32, one) stand for numbers; twice as many where the coding
       is `shifted`;
-    - `zeros`, as many as scales: fp32, bf16, fp16 or int8.
+    - `zeros`, as many as scales: fp32, bf16, fp16 or int8;
+    - `order`, int32, k, of ``tiles``: the feature of x that a column is multiplied by, where that is not the column's
+      own (GPTQ, whose groups may be of columns that are alike: Frantar et al. 2023, "act-order").
 
     Each may have any shape of as many numbers.
     """
@@ -158,6 +160,7 @@ class Packed(NamedTuple):
     outer: Annotated[Leaf | None, Place("outer", "wo", "flat", "base")] = None
     offset: Annotated[Leaf | None, Place("offset", "wb", "flat", "base")] = None
     factor: float = 1.0
+    order: Annotated[Leaf | None, Place("order", "wi", "flat", "base")] = None
 
     @property
     def kept(self) -> Coding:
@@ -180,6 +183,8 @@ class Packed(NamedTuple):
         elif self.scales is not None:
             scales = plain_scales(self.scales, self.levels, self.outer, self.offset, dtype)
             w = w * spread(scales * self.factor, self.n, self.k, self.kept.by_groups)
+        if self.order is not None:
+            w = torch.zeros_like(w).index_add(1, self.order.reshape(-1) % self.k, w)
         return w
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -199,11 +204,12 @@ class Packed(NamedTuple):
         wanted = {
             "codes": self.kept.bytes_of(self.n * self.k), "table": 16,
             "scales": groups * (1 + self.kept.shifted), "zeros": groups,
-            "levels": 256, "outer": -(-groups // OUTER), "offset": 1,
+            "levels": 256, "outer": -(-groups // OUTER), "offset": 1, "order": self.k,
         }  # fmt: skip
         parts = {name: getattr(self, name) for name in wanted}
         counted = all(math.prod(shape_of(part)) == wanted[name] for name, part in parts.items() if part is not None)
         coded = [part for part in (self.table, self.levels, self.outer, self.offset) if part is not None]
+        counted = counted and (self.order is None or (self.kept.shifted and dtype_of(self.order) == "i32"))
         return counted and dtype_of(self.codes) == self.kept.dtype and all(dtype_of(part) == "f32" for part in coded)
 
     def _scaled(self) -> bool:
@@ -241,6 +247,6 @@ class Packed(NamedTuple):
         words = [self.coding, f"g={self.group}"]
         given = (("s", self.scales), ("z", self.zeros))
         words += [f"{name}={dtype_of(leaf)}" for name, leaf in given if leaf is not None]
-        words += [f"f={self.factor!r}"] * (self.factor != 1.0)
+        words += [f"f={self.factor!r}"] * (self.factor != 1.0) + ["ordered"] * (self.order is not None)
         return f"packed({' '.join(words)})"
 

@@ -77,8 +77,8 @@ def _bank(text: str, n: int, k: int) -> Banked:
 
 
 def _packed(text: str, n: int, k: int) -> Packed:
-    found = _words("packed", r"(\w+) g=(\d+)(?: s=(\w+))?(?: z=(\w+))?(?: f=(\S+))?", text)
-    coding, group, scales, zeros, factor = found.groups()
+    found = _words("packed", r"(\w+) g=(\d+)(?: s=(\w+))?(?: z=(\w+))?(?: f=(\S+))?( ordered)?", text)
+    coding, group, scales, zeros, factor, ordered = found.groups()
     try:
         times = 1.0 if factor is None else float(factor)
     except ValueError:
@@ -96,7 +96,7 @@ def _packed(text: str, n: int, k: int) -> Packed:
         codes, n, k, coding, int(group), flat("f32" if CODINGS[coding].layout == "blocks" else None, 16),
         flat(scales, groups * (1 + CODINGS[coding].shifted)), flat(zeros, groups),
         flat("f32" if coded else None, 256), flat("f32" if coded else None, -(-groups // OUTER)),
-        flat("f32" if coded else None, 1), times,
+        flat("f32" if coded else None, 1), times, TensorType((k,), "i32") if ordered else None,
     )  # fmt: skip
 
 

@@ -299,8 +299,11 @@ def _base(node: Node) -> Node:
 
 def _narrower(a: Any, b: Any) -> Any:
     """Of two values that are views and casts of each other, the first with numbers that both can hold."""
-    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    return a.to(b.dtype) if both and b.dtype.itemsize < a.dtype.itemsize else a
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return a
+    if a.is_floating_point() and b.is_floating_point():  # of 16 bits, bf16's have fewer digits
+        return a.to(b.dtype) if torch.finfo(b.dtype).eps > torch.finfo(a.dtype).eps else a
+    return a.to(b.dtype) if b.dtype.itemsize < a.dtype.itemsize else a
 
 
 def _difference(what: str, got: Any, want: Any, tolerance: float) -> str | None:

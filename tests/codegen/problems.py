@@ -44,6 +44,8 @@ class Problem:
         def make(shape: tuple[int, ...], dtype: str) -> Tensor:
             if dtype in ("i8", "u8"):
                 return guarded(torch.randint(0, 256, shape, generator=generator).to(torch.uint8).view(TORCH[dtype]))
+            if dtype == "i32":  # features, some of them twice, some from the end
+                return guarded(torch.randint(-spec.k, spec.k, shape, generator=generator, dtype=torch.int32))
             return guarded(torch.randn(shape, generator=generator, dtype=torch.float64).to(TORCH[dtype]))
 
         leading = (m,) if leading is None else leading
@@ -115,6 +117,8 @@ def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
         size = size * spread(each[:, 0], term.n, term.k, term.kept.by_groups)
         if term.kept.shifted:
             size = size + spread(each[:, 1], term.n, term.k, True)
+    if term.order is not None:
+        size = torch.zeros_like(size).index_add(1, term.order % term.k, size)
     return size
 
 

@@ -73,6 +73,9 @@ BESIDE = {
     f"{base('nf4', 32, n=9)} {LORA} bank(f32); {base('table4_blocks', 64, n=64)} bank(f32)",
     "beside dense ones": f"k=160 x=f32; n=11 w=f32 out=f32 bias=f32 {LORA}; {base('int8', 160)} {LORA}; "
     f"n=24 wt=f32 out=f32 {LORA}; {base('nf4', 32)}; n=9 opaque=f32 out=f32 {LORA}; {base('uint4_halves', 160)}",
+    "ordered": f"k=96 x=bf16; {base('int4_tiles32', 32, 's=bf16 ordered', out='bf16')} bias=bf16 {LORA}; "
+    f"{base('int4_tiles64', 96, 's=f32 ordered', out='bf16')} residual=bf16; "
+    f"{base('int4_tiles32', 96, 's=bf16', n=32, out='bf16')} {LORA}",
     "swiglu": f"k=160 x=f32 swiglu; {base('int8', 160, n=21)} {LORA}; {base('nf4', 32, n=21)} bias=f32",
     "swiglu bf16": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}; "
     f"{base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}",
@@ -212,6 +215,15 @@ def test_a_weight_is_what_its_codes_stand_for_one_by_one(coding):
         torch.testing.assert_close(term.dense(torch.float64), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("plan", [GEMV, GEMM], ids=["gemv", "gemm"])
+def test_features_that_there_are_not_are_nan(plan):
+    """aten raises an error; a kernel reads nothing that lies outside of x."""
+    problem = Problem.of(f"k=64 x=f32; {base('int4_tiles32', 32, 's=f32 ordered')}", 2)
+    for index in (64, -65, 1 << 30):
+        problem.operands["wi0"][5] = index
+        assert call(problem, plan)[0].isnan().all()
+
+
 def test_the_second_level_of_scales_has_more_than_one_block():
     assert OUTER < 21 * 576 // 32
     close(f"k=576 x=f32; {base('nf4', 32, 's=u8')}; {base('int8', 32, 's=u8 z=f32', n=30)}", 3, GEMV)
@@ -249,6 +261,7 @@ MALFORMED = {
     "blocks without scales": "n=32 packed(table4_blocks g=32)",
     "blocks with zeros": "n=32 packed(table4_blocks g=32 s=f32 z=f32)",
     "blocks with a factor": "n=32 packed(table4_blocks g=32 s=f32 f=2.0)",
+    "bytes in an order": "n=32 packed(int8 g=32 s=f32 ordered)",
     "rows of tiles": "n=32 packed(int4_tiles64 g=32 s=f32)",
     "tiles without scales": "n=32 packed(int4_tiles32 g=32)",
     "tiles with zeros": "n=32 packed(int4_tiles32 g=32 s=f32 z=f32)",

@@ -132,6 +132,35 @@ def test_4_bits_in_tiles(dtype, caplog):
     assert error < close and not refused
 
 
+@pytest.mark.parametrize("index", ["int32", "int64", "of the activation", "of rows"])
+def test_features_in_another_order(index, caplog):
+    """gptqmodel's GPTQ: x is in bf16, its features in the order of groups. Adapters read x as it is."""
+    n, k, group = 128, 96, 32
+    laid, scales, want = tiled(n, k, group, torch.bfloat16)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(1))
+    order = order if index == "int64" else order.int()
+
+    def function(x, order, laid, scales, a, b):
+        flat = x.reshape(-1, k)
+        if index == "of the activation":
+            order = order + (flat[0, 0] > 9).int()
+        at = flat[order % 3][:, order % 3] if index == "of rows" else flat[:, order]
+        made = tiles(at.contiguous().to(torch.bfloat16), laid, group, scales).to(x.dtype)
+        return made if index == "of rows" else made.reshape(*x.shape[:-1], n) + delta(x, a, b)
+
+    factors = [factor.half() for factor in (numbers(R, k, seed=2) / k**0.5, numbers(n, R, seed=3))]
+    captured = capture(function, numbers(2, 3, k).half(), order, laid, scales, *factors, kernels=True)
+    if index == "int32":
+        w, terms = weight(captured)
+        assert [type(term).__name__ for term in terms] == ["Packed", "LowRank"]
+        ordered = torch.zeros(n, k, dtype=torch.float64)
+        ordered[:, order.long()] = want
+        same(w, ordered)
+    right(captured, 1e-2)
+    error, refused = verified(captured, caplog)
+    assert error < 1e-2 and not refused
+
+
 def test_4_bits_of_rows_that_are_no_whole_tiles_stay_the_library_s():
     """The last rows lie in another way."""
     n, group = 48, 32
