@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common, limits
+from gawscompile.analysis import packed
 from gawscompile.calibration import measure
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES, OPERAND_DTYPES
@@ -36,6 +37,7 @@ GROUPS: dict[str, tuple[int, dict[int, list[tuple[int, ...]]]]] = {
 """Layers, and of each: features in → the features out of each group that reads them. Factors: u = A x, as training has
 them."""
 PLANS = tuple(CPP.kinds)
+LORA = ("", " lora(r=16 f32 s=2.0)")
 NAMES = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -47,6 +49,7 @@ WEIGHTS = {
     "nf4-blocks": "packed(table4_blocks g=64 s=bf16)",
     "hqq8": "packed(uint8 g=64 s=bf16 z=bf16)",
     "hqq4": "packed(uint4_halves g=64 s=bf16 z=bf16)",
+    "int4": f"packed(int4_tiles{packed.TILES.get(torch.backends.cpu.get_cpu_capability(), 32)} g=64 s=bf16)",
 }
 
 
@@ -73,7 +76,7 @@ def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
     name = NAMES[dtype]
     variants: dict[tuple[str, str], Callable[[], None]] = {}
     for plan in PLANS:
-        for lora in ("", " lora(r=16 f32 s=2.0)"):
+        for lora in LORA:
             calls = []
             layers, features = GROUPS[model]
             for k, groups in features.items():
@@ -81,8 +84,12 @@ def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
                     kept = WEIGHTS[weights].format(x=name, k=k)
                     parts = [f"n={n} {kept} out={name}{lora}" for n in widths]
                     spec = KernelSpec.parse("; ".join([f"k={k} x={name}", *parts]))
+                    if not CPP.kinds[plan].plans(spec):
+                        continue
                     x = torch.randn(m, k).to(DTYPES[name])
                     calls += [(x, operands(spec, m), f"{plan} | {spec}") for _ in range(layers)]
+            if not calls:  # panels are of plain weights
+                continue
             tensors = [tensor for _, given, _ in calls for tensor in given]
             pages.enlarge(tensors)
             variants[plan, lora] = functools.partial(forward, calls)
@@ -95,7 +102,8 @@ def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
             taken = measure.timed(call)
             if turn:
                 samples[key].append(taken)
-    return [dtype, weights, str(m), *(f"{statistics.median(values):.2f}" for values in samples.values())]
+    columns = [(plan, lora) for plan in PLANS for lora in LORA] + [("reading", "alone")]
+    return [dtype, weights, str(m), *(f"{statistics.median(samples[c]):.2f}" if c in samples else "" for c in columns)]
 
 
 def main() -> None:

@@ -60,8 +60,7 @@ def weights(spec: KernelSpec) -> list[str]:
             continue
         if term.kept.layout == "tiles":
             sizes = f"K, N{i}, {term.group}, {term.kept.rows}, {term.kept.name}"
-            order = "nullptr" if term.order is None else f"wi{i}"
-            lines.append(f"  const auto q{i} = tiles_of<{sizes}>(w{i}, ws{i}, {order});")
+            lines.append(f"  const auto q{i} = tiles_of<{sizes}>(w{i}, ws{i}, {_order(i, term)});")
             continue
         if term.levels is not None:
             scales = f"Coded<{groups}>{{ws{i}, wl{i}, wo{i}, *wb{i}, {factor}}}"
@@ -74,6 +73,10 @@ def weights(spec: KernelSpec) -> list[str]:
     return lines
 
 
+def _order(i: int, term: Packed) -> str:
+    return "nullptr" if term.order is None else f"wi{i}"
+
+
 def activations(spec: KernelSpec) -> list[str]:
     """x in the orders in which the group's codes are read: a thread's own."""
     kinds = {_ordered(term): term for term in packed_of(spec).values() if not in_blocks(term)}
@@ -82,8 +85,9 @@ def activations(spec: KernelSpec) -> list[str]:
 
 def apart(i: int, term: Packed) -> tuple[str, str]:
     """What sums rows of a weight up in memory, and the x that it reads."""
-    x = "x" if term.order is None else f"gathered<K>(x, m, wi{i})"
-    return ("by_blocks", x) if in_blocks(term) else ("by_halves", _ordered(term))
+    if term.kept.layout == "tiles":
+        return "by_blocks", f"gathered<K>(x, m, {_order(i, term)})"
+    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(term))
 
 
 def dot(i: int, term: Packed) -> str:

@@ -134,20 +134,73 @@ struct Tiles {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   static constexpr int NEARBY = 4 << 10, C = HIGH_ / V;  // vectors of rows
 
-  // The levels of a column, of all rows.
+  // The lower halves of a column's bytes, and the bytes: what is made of either is taken apart by `upper` once a group.
   static void column(const uint8_t* p, F (&w)[C]) {
     for (int c = 0; c < C / 2; ++c) {
 #if defined(CPU_CAPABILITY_AVX512)
-      const F levels = F::loadu(TABLE);
       const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + c * V)));
-      w[c] = F(_mm512_permutexvar_ps(both, levels)), w[C / 2 + c] = F(_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels));
+      w[c] = F(_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)))), w[C / 2 + c] = F(_mm512_cvtepi32_ps(both));
 #else
-      const auto level = [](__m256i code) { return F(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8)))); };
       const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + c * V)));
-      w[c] = level(_mm256_and_si256(both, _mm256_set1_epi32(15))), w[C / 2 + c] = level(_mm256_srli_epi32(both, 4));
+      w[c] = F(_mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)))), w[C / 2 + c] = F(_mm256_cvtepi32_ps(both));
 #endif
     }
   }
+
+  static F upper(F both, F lower) { return fmadd(both, F(1 / 16.f), lower * F(-1 / 16.f)); }
+
+  // Sums of a group's codes times T tokens of x.
+  template <int T>
+  void columns(F (&part)[T][C], int64_t row, const float* x, int64_t g) const {
+    F w[C];
+    for (F (&p)[C] : part)
+      for (F& one : p) one = F(0.f);
+    for (int64_t k = g * GROUP; k < (g + 1) * GROUP; ++k) {
+      const uint8_t* p = at(row, k);
+      __builtin_prefetch(p + NEARBY, 0, 2);
+      column(p, w);
+      for (int t = 0; t < T; ++t)
+        for (int c = 0; c < C; ++c) part[t][c] = fmadd(w[c], F(x[t * K + k]), part[t][c]);
+    }
+    for (F (&p)[C] : part)
+      for (int c = 0; c < C / 2; ++c) p[C / 2 + c] = upper(p[C / 2 + c], p[c]);
+  }
+
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr bool PAIRED_COLUMNS = false;
+#else
+  static constexpr bool PAIRED_COLUMNS = BYTES == 16;
+  // The same of one token, two columns at a time and without a shuffle: lanes are words of four bytes, whose halves are
+  // masked where they lie, so that half j is 16^j times its code. Lane i of the lower or upper four has rows 4i and on.
+  void pairs(F (&part)[C], int64_t row, const float* x, int64_t g) const {
+    const __m256i each = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    __m256 sums[8];
+    for (__m256& one : sums) one = _mm256_setzero_ps();
+    for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2) {
+      const uint8_t* p = at(row, k);
+      __builtin_prefetch(p + NEARBY, 0, 2);
+      const __m256i words = _mm256_loadu_si256((const __m256i*)p);
+      double two;
+      std::memcpy(&two, x + k, sizeof two);
+      const __m256 xs = _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), each);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        const __m256i half = j < 7 ? _mm256_and_si256(words, _mm256_set1_epi32(15 << 4 * j)) : _mm256_srli_epi32(words, 28);
+        sums[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(half), xs, sums[j]);
+      }
+    }
+    __m128 rows[2][4];  // of lower halves, and of upper ones
+    for (int j = 0; j < 8; ++j) {
+      const __m128 both = _mm_add_ps(_mm256_castps256_ps128(sums[j]), _mm256_extractf128_ps(sums[j], 1));
+      rows[j % 2][j / 2] = _mm_mul_ps(both, _mm_set1_ps(j < 7 ? 1.f / float(1 << 4 * j) : 1.f));
+    }
+    for (int half = 0; half < 2; ++half) {
+      auto& r = rows[half];
+      _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+      for (int i = 0; i < 2; ++i) part[2 * half + i] = F(_mm256_set_m128(r[2 * i + 1], r[2 * i]));
+    }
+  }
+#endif
 
   // A group's scales, of all rows, and what is added.
   void scaled(int64_t row, int64_t g, F (&s)[C], F (&z)[C]) const {
@@ -167,32 +220,29 @@ struct Tiles {
 #endif
 
   // z[t] = HIGH rows from `row` on times x[t], for T tokens
-  template <int T, class TX>
-  void dot(int64_t row, const TX* x, float* z, int64_t ldz) const {
+  template <int T>
+  void dot(int64_t row, const float* x, float* z, int64_t ldz) const {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
     F acc[T][C], s[C], added[C];
     for (int t = 0; t < T; ++t)
       for (F& a : acc[t]) a = F(0.f);
     for (int64_t g = 0; g < K / GROUP; ++g) {
-      F part[T][C], w[C];
-      for (int t = 0; t < T; ++t)
-        for (F& p : part[t]) p = F(0.f);
-      for (int64_t k = g * GROUP; k < (g + 1) * GROUP; ++k) {
-        const uint8_t* p = at(row, k);
-        __builtin_prefetch(p + NEARBY, 0, 2);
-        column(p, w);
-        for (int t = 0; t < T; ++t)
-          for (int c = 0; c < C; ++c) part[t][c] = fmadd(w[c], F(float(x[t * K + k])), part[t][c]);
-      }
-      scaled(row, g, s, added);
+      float totals[T];
       for (int t = 0; t < T; ++t) {
         Pair all = {F(0.f), F(0.f)};
         for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2 * V) {
           const Pair xs = load_pair(x + t * K + k);
           all = {all.lo + xs.lo, all.hi + xs.hi};
         }
-        const F xs(sum(all.lo + all.hi));
-        for (int c = 0; c < C; ++c) acc[t][c] = fmadd(part[t][c], s[c], fmadd(xs, added[c], acc[t][c]));
+        totals[t] = sum(all.lo + all.hi);
+      }
+      F part[T][C];
+      if constexpr (T == 1 && PAIRED_COLUMNS) pairs(part[0], row, x, g);
+      else columns(part, row, x, g);
+      scaled(row, g, s, added);
+      for (int c = 0; c < C; ++c) {
+        added[c] = fmadd(F(-8.f), s[c], added[c]);
+        for (int t = 0; t < T; ++t) acc[t][c] = fmadd(part[t][c], s[c], fmadd(F(totals[t]), added[c], acc[t][c]));
       }
     }
     for (int t = 0; t < T; ++t)
@@ -201,7 +251,7 @@ struct Tiles {
     for (int t = 0; t < T; ++t)
       for (int r = 0; r < HIGH_; ++r) {
         float sum = 0;
-        for (int64_t k = 0; k < K; ++k) sum += number(row, r, k) * float(x[t * K + k]);
+        for (int64_t k = 0; k < K; ++k) sum += number(row, r, k) * x[t * K + k];
         z[t * ldz + r] = sum;
       }
 #endif
@@ -223,15 +273,21 @@ auto tiles_of(const uint8_t* codes, const TS* scales, const int32_t* order) {
 template <int64_t K>
 inline int64_t feature(int32_t index) { return index < -K || index >= K ? -1 : index < 0 ? index + K : index; }
 
-// x's features in the order of a weight's columns: a thread's own copy, until the next. Features that there are not are NaN.
+// x's features in fp32, in the order of a weight's columns if they have one: a thread's own copy, until the next. Features
+// that there are not are NaN.
 template <int64_t K, class TX>
-inline const TX* gathered(const TX* x, int64_t m, const int32_t* order) {
+inline const float* gathered(const TX* x, int64_t m, const int32_t* order) {
+  if constexpr (std::is_same_v<TX, float>)
+    if (!order) return x;
   static thread_local Buffer own;
-  TX* found = (TX*)own.of((m * K * sizeof(TX) + 3) / 4);
-  for (int64_t k = 0; k < K; ++k) {
-    const int64_t from = feature<K>(order[k]);
-    for (int64_t t = 0; t < m; ++t) found[t * K + k] = from < 0 ? TX(__builtin_nanf("")) : x[t * K + from];
-  }
+  float* found = own.of(m * K);
+  if (!order)
+    for (int64_t at = 0; at < m * K; at += 2 * V) store_pair(found + at, load_pair(x + at));
+  else
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t from = feature<K>(order[k]);
+      for (int64_t t = 0; t < m; ++t) found[t * K + k] = from < 0 ? __builtin_nanf("") : float(x[t * K + from]);
+    }
   return found;
 }
 
@@ -307,7 +363,8 @@ void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
       w.scaled(row, k / GROUP, s, added);
       for (int i = 0; i < 2 * V; ++i) {
         w.column(w.at(row, k + i), level);
-        for (int c = 0; c < C; ++c) fmadd(level[c], s[c], added[c]).store(columns[i] + c * V);
+        for (int c = 0; c < C / 2; ++c) level[C / 2 + c] = w.upper(level[C / 2 + c], level[c]);
+        for (int c = 0; c < C; ++c) fmadd(level[c] + F(-8.f), s[c], added[c]).store(columns[i] + c * V);
       }
       for (int r = 0; r < HIGH; ++r) {
         float line[2 * V];
