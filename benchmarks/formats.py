@@ -41,7 +41,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="as benchmarks.runtime takes it")
     parser.add_argument("--layers", type=int, help="cut a shape to its first N layers")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--formats", nargs="+", default=list(quantized.KINDS), choices=list(quantized.KINDS))
+    parser.add_argument("--formats", nargs="+", default=quantized.installed(), choices=list(quantized.KINDS))
     parser.add_argument("--backends", nargs="+", default=["inductor", "gaws"])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
@@ -114,7 +114,7 @@ def tensor_bytes(model: Any) -> int:
     seen = {}
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            inner = [getattr(tensor, name) for name in ("qdata", "scale") if hasattr(tensor, name)] or [tensor]
+            inner = [getattr(tensor, name) for name in ("qdata", "scale", "scale_and_zero") if hasattr(tensor, name)] or [tensor]
             state = getattr(tensor, "quant_state", None)
             inner += [state.absmax] if state is not None else []
             seen.update({id(one): one.nbytes for one in inner if isinstance(one, torch.Tensor)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -130,6 +131,12 @@ KINDS: dict[str, Callable[[Any, Collection[str]], None]] = {
     "gptq": _gptqmodel(awq=False),
     "awq": _gptqmodel(awq=True),
 }
+
+
+def installed() -> list[str]:
+    """The kinds whose libraries are here, but for those of ``gawscompile[quant]``, which must be."""
+    missing = ("gptq", "awq") if importlib.util.find_spec("gptqmodel") is None else ()
+    return [kind for kind in KINDS if kind not in missing]
 
 
 @torch.no_grad()

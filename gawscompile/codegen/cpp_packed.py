@@ -25,7 +25,7 @@ def constants(spec: KernelSpec) -> list[str]:
     """The levels of a group's codes of 4 bits."""
     lines = []
     for kept in dict.fromkeys(term.kept for term in packed_of(spec).values()):
-        if kept.layout in ("pairs", "halves", "tiles"):
+        if kept.layout in ("pairs", "halves"):
             levels = ", ".join(f"{float(level)}f" for level in kept.levels or range(16))
             lines.append(f"constexpr float {kept.name}[16] = {{{levels}}};")
     return lines
@@ -59,7 +59,8 @@ def weights(spec: KernelSpec) -> list[str]:
             lines.append(f"  const auto q{i} = blocks_of<K, N{i}, {term.group}>(w{i}, wt{i}, ws{i});")
             continue
         if term.kept.layout == "tiles":
-            sizes = f"K, N{i}, {term.group}, {term.kept.rows}, {term.kept.name}"
+            full = str(spec.x == "f32").lower()
+            sizes = f"K, N{i}, {term.group}, {term.kept.rows}, {full}"
             lines.append(f"  const auto q{i} = tiles_of<{sizes}>(w{i}, ws{i}, {_order(i, term)});")
             continue
         if term.levels is not None:

@@ -216,6 +216,26 @@ struct Halved : FourBits<TABLE> {
   static const uint8_t* of(const uint8_t* codes, int64_t row, int64_t k, int64_t n, int64_t size) {
     return codes + (row < n / 2 ? row : row - n / 2) * size + k;
   }
+  // The lower halves of 2V bytes: codes are what they stand for.
+  static Pair halves(const uint8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const auto some = [](const uint8_t* q) {
+      const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)q));
+      return F(_mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15))));
+    };
+    return {some(p), some(p + V)};
+#elif defined(CPU_CAPABILITY_AVX2)
+    const auto some = [](const uint8_t* q) {
+      const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)q));
+      return F(_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15))));
+    };
+    return {some(p), some(p + V)};
+#else
+    float numbers[2 * V];
+    for (int i = 0; i < 2 * V; ++i) numbers[i] = float(p[i] & 15);
+    return load_pair(numbers);
+#endif
+  }
   template <bool>
   Pair get(const uint8_t* p, int64_t upper) const {
     const int shift = upper ? 4 : 0;
@@ -264,6 +284,16 @@ struct Packed {
     if constexpr (!SCALES || LATE) return Codes(1.f);
     else if constexpr (ZEROS) return Codes(scales.at(row, g), zeros.at(row, g));
     else return Codes(scales.at(row, g));
+  }
+  // A group's numbers are `scale` times its codes, plus `added`.
+  struct Line {
+    float scale, added;
+  };
+  Line line(int64_t row, int64_t g) const {
+    float s = 1, z = 0;
+    if constexpr (SCALES) s = scales.at(row, g);
+    if constexpr (ZEROS) z = -s * zeros.at(row, g);
+    return {s, z};
   }
   const typename Codes::Code* at(int64_t row, int64_t k) const { return Codes::of(codes, row, k, N, K); }
   Pair get(const Codes& group, int64_t row, int64_t k) const {

@@ -1,8 +1,8 @@
 // What multiplies packed weights (`packed.cpp`): dot products by two kinds of vectors, and a dense copy for the library.
 namespace {
 
-// x in fp32, in the order in which codes are read.
-template <int64_t K>
+// x in fp32, in the order in which codes are read; FULL: it has all of fp32's digits.
+template <int64_t K, bool FULL>
 struct Ordered {
   const float* numbers;
   Ordered from(int64_t t) const { return {numbers + t * K}; }
@@ -41,7 +41,7 @@ inline auto ordered(const TX* x, int64_t m) {
 #endif
     return Paired<K, GROUP>{words, groups};
   } else if constexpr (std::is_same_v<TX, float> && !Codes::PAIRS) {
-    return Ordered<K>{x};
+    return Ordered<K, true>{x};
   } else {
     static thread_local Buffer numbers;
     float* found = numbers.of(m * K);
@@ -62,13 +62,13 @@ inline auto ordered(const TX* x, int64_t m) {
         for (int i = 0; i < V; ++i) found[at + i] = line[2 * i], found[at + V + i] = line[2 * i + 1];
       }
     }
-    return Ordered<K>{found};
+    return Ordered<K, std::is_same_v<TX, float>>{found};
   }
 }
 
 // acc[r][t] = W x for R rows and T tokens: nothing has joined the sums before.
-template <int R, int T, class W>
-[[gnu::always_inline]] inline void unpack_dot(F (&acc)[R][T], const W& w, int64_t row, Ordered<W::K> x) {
+template <int R, int T, class W, bool FULL>
+[[gnu::always_inline]] inline void unpack_dot(F (&acc)[R][T], const W& w, int64_t row, Ordered<W::K, FULL> x) {
   constexpr int64_t K = W::K, G = W::GROUP, BYTES = 2 * V * W::Codes::BITS / 8;
   for (int64_t g = 0; g < K / G; ++g) {
     typename W::Codes groups[R];

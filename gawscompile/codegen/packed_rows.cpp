@@ -7,6 +7,7 @@ namespace {
 template <int64_t K_, int64_t N_, int64_t GROUP_, class TS>
 struct Blocks {
   static constexpr int64_t K = K_, N = N_, GROUP = GROUP_, ROWS_OF_ONE = 32;
+  static constexpr int AT_ONCE = TOKENS;
   const uint8_t* codes;
   const float* table;
   const TS* scales;
@@ -122,9 +123,13 @@ auto blocks_of(const uint8_t* codes, const float* table, const TS* scales) {
 
 // Of four bits, by tiles of ROWS rows: for each column half as many bytes, of rows i and i + ROWS / 2. Scales lie by groups,
 // those of all N rows after each other, each followed by what is added to the group's numbers.
-template <int64_t K_, int64_t N_, int64_t GROUP_, int64_t HIGH_, const float* TABLE, class TS>
+// FULL: x has all of fp32's digits, and codes get their sign before they are summed up. Else sums are of codes as they
+// are, which takes less, and costs a digit of fp32.
+template <int64_t K_, int64_t N_, int64_t GROUP_, int64_t HIGH_, bool FULL_, class TS>
 struct Tiles {
   static constexpr int64_t K = K_, N = N_, GROUP = GROUP_, ROWS_OF_ONE = HIGH_, BYTES = HIGH_ / 2;
+  static constexpr bool FULL = FULL_;
+  static constexpr int AT_ONCE = V == 16 ? 4 : 2;  // tokens whose sums stay in registers
   const uint8_t* codes;
   const TS* scales;
   const int32_t* order;  // of x's features, if they have one
@@ -134,20 +139,31 @@ struct Tiles {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   static constexpr int NEARBY = 4 << 10, C = HIGH_ / V;  // vectors of rows
 
-  // The lower halves of a column's bytes, and the bytes: what is made of either is taken apart by `upper` once a group.
+  // A column's codes: those of lower halves, then, if FULL, those of upper ones, all less 8, else the bytes.
   static void column(const uint8_t* p, F (&w)[C]) {
     for (int c = 0; c < C / 2; ++c) {
 #if defined(CPU_CAPABILITY_AVX512)
+      const auto number = [](__m512i code) {
+        return F(_mm512_cvtepi32_ps(FULL ? _mm512_sub_epi32(code, _mm512_set1_epi32(8)) : code));
+      };
       const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + c * V)));
-      w[c] = F(_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)))), w[C / 2 + c] = F(_mm512_cvtepi32_ps(both));
+      w[c] = number(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+      w[C / 2 + c] = number(FULL ? _mm512_srli_epi32(both, 4) : both);
 #else
+      const auto number = [](__m256i code) {
+        return F(_mm256_cvtepi32_ps(FULL ? _mm256_sub_epi32(code, _mm256_set1_epi32(8)) : code));
+      };
       const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + c * V)));
-      w[c] = F(_mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)))), w[C / 2 + c] = F(_mm256_cvtepi32_ps(both));
+      w[c] = number(_mm256_and_si256(both, _mm256_set1_epi32(15)));
+      w[C / 2 + c] = number(FULL ? _mm256_srli_epi32(both, 4) : both);
 #endif
     }
   }
 
-  static F upper(F both, F lower) { return fmadd(both, F(1 / 16.f), lower * F(-1 / 16.f)); }
+  // What was made of bytes, or of their sums, is taken apart.
+  static void halve(F (&w)[C]) {
+    for (int c = 0; c < C / 2 && !FULL; ++c) w[C / 2 + c] = fmadd(w[C / 2 + c], F(1 / 16.f), w[c] * F(-1 / 16.f));
+  }
 
   // Sums of a group's codes times T tokens of x.
   template <int T>
@@ -162,14 +178,13 @@ struct Tiles {
       for (int t = 0; t < T; ++t)
         for (int c = 0; c < C; ++c) part[t][c] = fmadd(w[c], F(x[t * K + k]), part[t][c]);
     }
-    for (F (&p)[C] : part)
-      for (int c = 0; c < C / 2; ++c) p[C / 2 + c] = upper(p[C / 2 + c], p[c]);
+    for (F (&p)[C] : part) halve(p);
   }
 
 #if defined(CPU_CAPABILITY_AVX512)
   static constexpr bool PAIRED_COLUMNS = false;
 #else
-  static constexpr bool PAIRED_COLUMNS = BYTES == 16;
+  static constexpr bool PAIRED_COLUMNS = BYTES == 16 && !FULL;
   // The same of one token, two columns at a time and without a shuffle: lanes are words of four bytes, whose halves are
   // masked where they lie, so that half j is 16^j times its code. Lane i of the lower or upper four has rows 4i and on.
   void pairs(F (&part)[C], int64_t row, const float* x, int64_t g) const {
@@ -241,7 +256,7 @@ struct Tiles {
       else columns(part, row, x, g);
       scaled(row, g, s, added);
       for (int c = 0; c < C; ++c) {
-        added[c] = fmadd(F(-8.f), s[c], added[c]);
+        if (!FULL) added[c] = fmadd(F(-8.f), s[c], added[c]);
         for (int t = 0; t < T; ++t) acc[t][c] = fmadd(part[t][c], s[c], fmadd(F(totals[t]), added[c], acc[t][c]));
       }
     }
@@ -260,13 +275,13 @@ struct Tiles {
   float number(int64_t row, int r, int64_t k) const {
     const uint8_t byte = at(row, k)[r % BYTES];
     const TS* p = scales + (k / GROUP * N + row + r) * 2;
-    return TABLE[r < BYTES ? byte & 15 : byte >> 4] * float(p[0]) + float(p[1]);
+    return float((r < BYTES ? byte & 15 : byte >> 4) - 8) * float(p[0]) + float(p[1]);
   }
 };
 
-template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, const float* TABLE, class TS>
+template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, bool FULL, class TS>
 auto tiles_of(const uint8_t* codes, const TS* scales, const int32_t* order) {
-  return Tiles<K, N, GROUP, HIGH, TABLE, TS>{codes, scales, order};
+  return Tiles<K, N, GROUP, HIGH, FULL, TS>{codes, scales, order};
 }
 
 // The feature that an index means, as aten has it, or -1.
@@ -301,10 +316,15 @@ inline void by_blocks(Share& share, int64_t cost, int64_t m, const W& w, const T
     for (int64_t at = first * SIZE; at < last * SIZE; at += ldz) {
       const int64_t count = min(ldz, last * SIZE - at);
       float* z = sums.of(m * ldz);
-      for_tokens(0, m, [&](auto width, int64_t t0) {
-        for (int64_t row = 0; row < count; row += SIZE)
-          w.template dot<decltype(width)::value>(at + row, x + t0 * W::K, z + t0 * ldz + row, ldz);
-      });
+      int64_t t = 0;
+      const auto some = [&](auto width) {
+        for (constexpr int T = decltype(width)::value; t + T <= m; t += T)
+          for (int64_t row = 0; row < count; row += SIZE)
+            w.template dot<T>(at + row, x + t * W::K, z + t * ldz + row, ldz);
+      };
+      some(Int<W::AT_ONCE>{});
+      if constexpr (W::AT_ONCE > 4) some(Int<4>{});
+      some(Int<2>{}), some(Int<1>{});
       f(at / ROWS, (at + count) / ROWS, z - at, ldz);
     }
   });
@@ -350,8 +370,8 @@ inline void put(const W& w, int64_t row, int64_t k, float number, T* out) {
   else out[row * W::K + to] = T(float(out[row * W::K + to]) + number);
 }
 
-template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, const float* TABLE, class TS, class T>
-void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
+template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, bool FULL, class TS, class T>
+void unpack(const Tiles<K, N, GROUP, HIGH, FULL, TS>& w, T* out) {
 #pragma omp parallel for
   for (int64_t row = 0; row < N; row += HIGH) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -363,8 +383,8 @@ void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
       w.scaled(row, k / GROUP, s, added);
       for (int i = 0; i < 2 * V; ++i) {
         w.column(w.at(row, k + i), level);
-        for (int c = 0; c < C / 2; ++c) level[C / 2 + c] = w.upper(level[C / 2 + c], level[c]);
-        for (int c = 0; c < C; ++c) fmadd(level[c] + F(-8.f), s[c], added[c]).store(columns[i] + c * V);
+        w.halve(level);
+        for (int c = 0; c < C; ++c) fmadd(FULL ? level[c] : level[c] + F(-8.f), s[c], added[c]).store(columns[i] + c * V);
       }
       for (int r = 0; r < HIGH; ++r) {
         float line[2 * V];
@@ -386,12 +406,74 @@ void unpack(const Tiles<K, N, GROUP, HIGH, TABLE, TS>& w, T* out) {
   }
 }
 
+// Rows from `row` on and those N/2 further down, whose codes the same bytes have, times T tokens of x.
+template <int R, int T, class W>
+[[gnu::always_inline]] inline void halves_dot(
+    F (&upper)[R][T], F (&lower)[R][T], const W& w, int64_t row, const float* x) {
+  constexpr int64_t K = W::K, G = W::GROUP, HALF = W::N / 2;
+  for (int64_t g = 0; g < K / G; ++g) {
+    typename W::Codes high[R], low[R];
+    for (int i = 0; i < R; ++i) high[i] = w.group(row + i, g), low[i] = w.group(HALF + row + i, g);
+    for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
+      Pair xs[T];
+      for (int t = 0; t < T; ++t) xs[t] = load_pair(x + t * K + k);
+      const char* ahead = (const char*)w.at(row, 0) + R * k + AHEAD;
+      for (int i = 0; i < R * 2 * V; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
+      for (int i = 0; i < R; ++i) {
+        const Pair a = w.get(high[i], row + i, k), b = w.get(low[i], HALF + row + i, k);
+        for (int t = 0; t < T; ++t) {
+          upper[i][t] = fmadd(a.hi, xs[t].hi, fmadd(a.lo, xs[t].lo, upper[i][t]));
+          lower[i][t] = fmadd(b.hi, xs[t].hi, fmadd(b.lo, xs[t].lo, lower[i][t]));
+        }
+      }
+    }
+  }
+}
+
+// The same for an x of 16 bits, in half the time: codes are summed up as they are, without sign and zero, which costs a
+// digit of fp32. An upper half is a sixteenth of what is between the sums of bytes and of their lower halves.
+template <int R, int T, class W>
+[[gnu::always_inline]] inline void halves_sums(
+    F (&upper)[R][T], F (&lower)[R][T], const W& w, int64_t row, const float* x) {
+  constexpr int64_t K = W::K, G = W::GROUP, HALF = W::N / 2;
+  for (int64_t g = 0; g < K / G; ++g) {
+    F bytes[R][T], halves[R][T], totals[T];
+    clear(bytes), clear(halves);
+    for (F& total : totals) total = F(0.f);
+    for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
+      Pair xs[T];
+      for (int t = 0; t < T; ++t) {
+        xs[t] = load_pair(x + t * K + k);
+        totals[t] = totals[t] + (xs[t].lo + xs[t].hi);
+      }
+      const char* ahead = (const char*)w.at(row, 0) + R * k + AHEAD;
+      for (int i = 0; i < R * 2 * V; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
+      for (int i = 0; i < R; ++i) {
+        const Pair all = Byte<uint8_t>::raw(w.at(row + i, k)), low = W::Codes::halves(w.at(row + i, k));
+        for (int t = 0; t < T; ++t) {
+          bytes[i][t] = fmadd(all.hi, xs[t].hi, fmadd(all.lo, xs[t].lo, bytes[i][t]));
+          halves[i][t] = fmadd(low.hi, xs[t].hi, fmadd(low.lo, xs[t].lo, halves[i][t]));
+        }
+      }
+    }
+    for (int i = 0; i < R; ++i) {
+      const auto [s, added] = w.line(row + i, g);
+      const auto [s1, added1] = w.line(HALF + row + i, g);
+      for (int t = 0; t < T; ++t) {
+        const F high = fmadd(bytes[i][t], F(1 / 16.f), halves[i][t] * F(-1 / 16.f));
+        upper[i][t] = fmadd(high, F(s), fmadd(totals[t], F(added), upper[i][t]));
+        lower[i][t] = fmadd(halves[i][t], F(s1), fmadd(totals[t], F(added1), lower[i][t]));
+      }
+    }
+  }
+}
+
 // A share of a weight whose bytes have codes of rows n/2 apart: both rows are summed up while a byte is at hand. `f` is
 // by_blocks' and is called for the upper rows, then for the lower.
 template <class W, class X, class Fn>
 inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, X x, Fn&& f) {
   constexpr int64_t K = W::K, G = W::GROUP, HALF = W::N / 2, LDZ = 256;
-  constexpr bool WIDE = std::is_same_v<X, Ordered<K>>;  // x in fp32
+  constexpr bool FULL = std::is_same_v<X, Ordered<K, true>>, WIDE = FULL || std::is_same_v<X, Ordered<K, false>>;
   static_assert(HALF % ROWS == 0 && !W::Codes::PAIRS);
   static thread_local Buffer sums;
   share.range(HALF / ROWS, 2 * cost, [&](int64_t first, int64_t last) {
@@ -404,22 +486,10 @@ inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, X x, Fn
         clear(upper), clear(lower);
         if constexpr (!WIDE) {
           unpack_dot(upper, w, at + r, x.from(t0)), unpack_dot(lower, w, HALF + at + r, x.from(t0));
-        } else for (int64_t g = 0; g < K / G; ++g) {
-          typename W::Codes high[R], low[R];
-          for (int i = 0; i < R; ++i) high[i] = w.group(at + r + i, g), low[i] = w.group(HALF + at + r + i, g);
-          for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
-            Pair xs[T];
-            for (int t = 0; t < T; ++t) xs[t] = load_pair(x.numbers + (t0 + t) * K + k);
-            const char* ahead = (const char*)w.at(at + r, 0) + R * k + AHEAD;
-            for (int i = 0; i < R * 2 * V; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
-            for (int i = 0; i < R; ++i) {
-              const Pair a = w.get(high[i], at + r + i, k), b = w.get(low[i], HALF + at + r + i, k);
-              for (int t = 0; t < T; ++t) {
-                upper[i][t] = fmadd(a.hi, xs[t].hi, fmadd(a.lo, xs[t].lo, upper[i][t]));
-                lower[i][t] = fmadd(b.hi, xs[t].hi, fmadd(b.lo, xs[t].lo, lower[i][t]));
-              }
-            }
-          }
+        } else if constexpr (FULL) {
+          halves_dot(upper, lower, w, at + r, x.from(t0).numbers);
+        } else {
+          halves_sums(upper, lower, w, at + r, x.from(t0).numbers);
         }
         for (int t = 0; t < T; ++t)
           for (int i = 0; i < R; ++i) {
@@ -428,7 +498,8 @@ inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, X x, Fn
           }
       };
       for_tokens(0, m, [&](auto width, int64_t t0) {  // as many accumulators as there are registers for
-        constexpr int R = !WIDE || decltype(width)::value <= 2 ? ROWS : 2;
+        constexpr int T = decltype(width)::value, FEWER = T == 2 || FULL || V == 16 ? 2 : 1;
+        constexpr int R = !WIDE || T == 1 || (FULL && T == 2) ? ROWS : FEWER;
         for (int64_t r = 0; r < count; r += R) some(Int<R>{}, width, r, t0);
       });
       f(at / ROWS, (at + count) / ROWS, z - at, LDZ);
