@@ -114,7 +114,8 @@ def tensor_bytes(model: Any) -> int:
     seen = {}
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            inner = [getattr(tensor, name) for name in ("qdata", "scale", "scale_and_zero") if hasattr(tensor, name)] or [tensor]
+            names = ("qdata", "scale", "scale_and_zero")
+            inner = [getattr(tensor, name) for name in names if hasattr(tensor, name)] or [tensor]
             state = getattr(tensor, "quant_state", None)
             inner += [state.absmax] if state is not None else []
             seen.update({id(one): one.nbytes for one in inner if isinstance(one, torch.Tensor)})

@@ -200,7 +200,8 @@ struct Tiles {
       const __m256 xs = _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), each);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-        const __m256i half = j < 7 ? _mm256_and_si256(words, _mm256_set1_epi32(15 << 4 * j)) : _mm256_srli_epi32(words, 28);
+        const __m256i mask = _mm256_set1_epi32(15 << 4 * j);
+        const __m256i half = j < 7 ? _mm256_and_si256(words, mask) : _mm256_srli_epi32(words, 28);
         sums[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(half), xs, sums[j]);
       }
     }
@@ -227,7 +228,9 @@ struct Tiles {
       const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
       s[c] = F(_mm512_permutex2var_ps(both.lo, even, both.hi)), z[c] = F(_mm512_permutex2var_ps(both.lo, odd, both.hi));
 #else
-      const auto ordered = [](__m256 lanes) { return F(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(lanes), 0xd8))); };
+      const auto ordered = [](__m256 lanes) {
+        return F(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(lanes), 0xd8)));
+      };
       s[c] = ordered(_mm256_shuffle_ps(both.lo, both.hi, 0x88)), z[c] = ordered(_mm256_shuffle_ps(both.lo, both.hi, 0xdd));
 #endif
     }
@@ -384,7 +387,10 @@ void unpack(const Tiles<K, N, GROUP, HIGH, FULL, TS>& w, T* out) {
       for (int i = 0; i < 2 * V; ++i) {
         w.column(w.at(row, k + i), level);
         w.halve(level);
-        for (int c = 0; c < C; ++c) fmadd(FULL ? level[c] : level[c] + F(-8.f), s[c], added[c]).store(columns[i] + c * V);
+        for (int c = 0; c < C; ++c) {
+          if (!FULL) level[c] = level[c] + F(-8.f);
+          fmadd(level[c], s[c], added[c]).store(columns[i] + c * V);
+        }
       }
       for (int r = 0; r < HIGH; ++r) {
         float line[2 * V];
