@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gawscompile.analysis.packed import int4_weight
+
 GROUP = 64
 """Columns that share a scale, in HQQ's weights and others of 4 bits."""
 
@@ -134,7 +136,7 @@ KINDS: dict[str, Callable[[Any, Collection[str]], None]] = {
 
 
 def installed() -> list[str]:
-    """The kinds whose libraries are here, but for those of ``gawscompile[quant]``, which must be."""
+    """All kinds, without gptqmodel's where that is not installed. ``gawscompile[quant]`` brings the other libraries."""
     missing = ("gptq", "awq") if importlib.util.find_spec("gptqmodel") is None else ()
     return [kind for kind in KINDS if kind not in missing]
 
@@ -158,12 +160,6 @@ def bits(module: Any) -> int | None:
     return known.get(type(getattr(module, "weight", None)).__name__)
 
 
-def _columns(x: torch.Tensor, codes: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
-    """By aten's own product in fp32 with each column alone, which is exact."""
-    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, group, scales.float())
-    return found.T.double()
-
-
 @torch.no_grad()
 def dense(module: Any) -> torch.Tensor:
     """The numbers that a quantised weight holds, ``[n, k]``, in fp64 (bitsandbytes' 4 bits: its library's own)."""
@@ -174,11 +170,12 @@ def dense(module: Any) -> torch.Tensor:
         levels = Quantizer.unpack[kept["packing"]](module.W_q, dtype=torch.float32).double()
         return ((levels - kept["zero"].double()) * kept["scale"].double()).reshape(kept["shape"])
     if hasattr(module, "scales_and_zeros"):
-        columns = torch.eye(module.in_features)[:, getattr(module, "ret_idx", slice(None))]
-        return _columns(columns, module.qweight, module.group_size, module.scales_and_zeros)
+        found = int4_weight(module.qweight, module.group_size, module.scales_and_zeros)
+        order = getattr(module, "ret_idx", None)
+        return found if order is None else torch.zeros_like(found).index_add(1, order, found)
     weight = module.weight
     if hasattr(weight, "scale_and_zero"):
-        return _columns(torch.eye(module.in_features), weight.qdata, weight.block_size[-1], weight.scale_and_zero)
+        return int4_weight(weight.qdata, weight.block_size[-1], weight.scale_and_zero)
     if hasattr(weight, "qdata"):
         return torch.as_tensor(weight.qdata.double() * weight.scale.double())
     if hasattr(weight, "CB"):

@@ -9,6 +9,7 @@ from collections import Counter
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8Tensor
 
@@ -132,6 +133,22 @@ def test_no_further_from_fp64_than_eager(kind, adapters, dtype):
     (record,) = RECORDS.since(len(RECORDS) - 1)
     fused = [entry.operators for entry in record.linears if entry.status == "fused" and "Packed[" in entry.operators]
     assert len(fused) == 7 * LAYERS and sum(operator in operators for operators in fused) == adapted * LAYERS
+
+
+def test_gaws_comes_off_linears_that_have_no_weight_of_that_name(tmp_path):
+    """HQQ's, as gptqmodel's. What cannot be is told by name."""
+    model = quantised("hqq8", config=GAWS)
+    with pytest.raises(TypeError, match=r"a quantised weight \(HQQLinear\) takes no adapter into itself"):
+        model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[f"{name}.other"] = tensors.pop(name)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="nothing was loaded, the weights do not fit"):
+        model.load_adapter(tmp_path, "other")
+    linear = model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer()
+    assert model.unload().model.layers[0].self_attn.q_proj is linear
 
 
 @pytest.mark.slow

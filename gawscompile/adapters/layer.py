@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gawscompile.adapters.config import KroneckerConfig
 from gawscompile.adapters.splits import Kind, Splits
-from gawscompile.adapters.tuner import is_packed
+from gawscompile.adapters.tuner import is_packed, replaces_linear
 
 BASE = "__base__"
 """Stands for "no adapter" in a mixed batch's `adapter_names`, as in PEFT."""
@@ -36,7 +36,7 @@ def features(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         rows, columns = layer.weight.shape
         return rows, columns
-    assert isinstance(layer, nn.Linear) or is_packed(layer)
+    assert isinstance(layer, nn.Linear) or replaces_linear(layer)
     return layer.in_features, layer.out_features  # type: ignore[return-value]
 
 
@@ -78,7 +78,7 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
         """ΔW x for ``[..., K]`` in the adapter's dtype, as ``[..., N]``."""
 
     def update_layer(self, adapter: str, config: KroneckerConfig, splits: Splits) -> None:
-        """Adds an adapter, in the device and dtype of the base weight."""
+        """Adds an adapter, on the base weight's device, in its dtype if that is one of floats, else in fp32."""
         if adapter == BASE:
             raise ValueError(f"an adapter cannot be called {BASE!r}, which stands for no adapter in a mixed batch")
         rows, columns = splits.shape(self.kind, self.in_features, self.out_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -23,17 +24,20 @@ def base_layer_of(module: nn.Module) -> nn.Module:
 def is_packed(layer: nn.Module) -> bool:
     """Whether `layer` multiplies by a weight that it keeps as codes: torchao's tensors, bitsandbytes' linears, and the
     modules that HQQ and gptqmodel put in a linear's place."""
-    library = type(layer).__module__.partition(".")[0]
-    if library in ("hqq", "gptqmodel"):
-        return hasattr(layer, "in_features")
     kept = type(getattr(layer, "weight", None)).__module__.partition(".")[0]
-    return kept == "torchao" or (isinstance(layer, nn.Linear) and library == "bitsandbytes")
+    own = isinstance(layer, nn.Linear) and type(layer).__module__.startswith("bitsandbytes.")
+    return kept == "torchao" or own or replaces_linear(layer)
+
+
+def replaces_linear(layer: nn.Module) -> bool:
+    """Whether `layer` is one of HQQ's or gptqmodel's, which are no `nn.Linear` and have no weight of that name."""
+    return type(layer).__module__.partition(".")[0] in ("hqq", "gptqmodel") and hasattr(layer, "in_features")
 
 
 def check_supported(name: str, layer: nn.Module, packed: bool = False) -> None:
     """Raises `TypeError` where the module `layer` at `name` cannot carry an adapter. `packed`: one that only adds to
     what the layer makes, and so may stand beside a quantised weight."""
-    if packed and is_packed(layer) and "weight" not in layer._parameters:
+    if packed and replaces_linear(layer):
         return
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise TypeError(
@@ -55,6 +59,13 @@ class Tuner(BaseTuner):
     """A tuner whose adapted modules are `layer_type`."""
 
     layer_type: ClassVar[type[BaseTunerLayer]]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT gives a layer that it unwraps the weight that it has, and asks it for one."""
+        if base_layer_of(child) is new_module:
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's cast makes new parameters, and those of a ParameterDict forget that they were frozen."""
@@ -114,7 +125,8 @@ class Tuner(BaseTuner):
         """Zeros for what waits on the meta device (``low_cpu_mem_usage``): its memory could hold anything."""
         for module in model.modules():
             if isinstance(module, cls.layer_type):
-                device = module.get_base_weight().device
+                base = module.get_base_layer()
+                device = next(itertools.chain(base.parameters(), base.buffers())).device
                 for held in (getattr(module, leaf) for leaf in module.adapter_layer_names):
                     if adapter not in held:
                         continue

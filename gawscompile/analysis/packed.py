@@ -1,8 +1,8 @@
 """Quantised weights: which parameters hold a matrix as codes, scales and zeros, read from how a graph makes it.
 
 No list of libraries: a matrix is traced back through views, casts, products with numbers that groups of its columns
-share, and differences to such, down to a parameter of bytes. Only what has no spelling in aten is known by name:
-bitsandbytes' product with a weight of 4 bits, and HQQ's way to take bytes apart.
+share, and differences to such, down to a parameter of bytes. Known by name are operators that are a product with such
+a matrix (bitsandbytes', and aten's with a weight of 4 bits on a CPU), and HQQ's way to take bytes apart.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _traced(node: Any) -> Packed | None:
 
 
 def product_of(node: Any) -> tuple[Node, Packed, Node | None] | None:
-    """(x, W, bias) where `node` is the product with a packed weight by an operator of bitsandbytes' own."""
+    """(x, W, bias) where `node` is the product with a packed weight by one operator that knows how it is kept."""
     if is_call(node, operator.getitem) and args(node)[1] == 0 and _name(args(node)[0]) == MIXED:
         node = args(node)[0]
     elif _name(node) == MIXED:  # a tuple, whose first part is the product
@@ -161,6 +161,15 @@ def _reordered(node: Any) -> tuple[Node, Node | None]:
                 return node, None
         else:
             return x, indices
+
+
+def int4_weight(codes: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """W ``[n, k]`` in fp64 as aten's product on this CPU reads it: with scales of one its numbers are the codes."""
+    n, k = len(codes), scales.shape[0] * group
+    plain = torch.tensor([1.0, 0.0]).expand(k // group, n, 2).contiguous()
+    levels = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(k), codes, group, plain).double()
+    scale, added = scales.double().repeat_interleave(group, 0).unbind(-1)
+    return (levels * scale + added).T
 
 
 TILES = {"AVX2": 32, "AVX512": 64}

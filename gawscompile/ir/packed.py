@@ -3,8 +3,9 @@
     W[i, j] = s[i, j / group] * (level(code[i, j]) - z[i, j / group])
 
 `Coding` says what a code's level is and where codes lie. Scales s (and zeros z, where there are any) come one for each
-row, or one for each `group` of a row's columns, rows after each other. They may be coded once more (QLoRA: Dettmers et
-al. 2023, "double quantisation"): then they are bytes, and a scale is ``levels[byte] * outer[number / 256] + offset``.
+row, or one for each `group` of a row's columns, rows after each other; ``blocks`` and ``tiles`` have them by groups,
+and tiles are ``s * level + z``. They may be coded once more (QLoRA: Dettmers et al. 2023, "double quantisation"): then
+they are bytes, and a scale is ``levels[byte] * outer[number / 256] + offset``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gawscompile.analysis.collectives import is_collective
 from gawscompile.analysis.identity import reinterpreted, through_casts
-from gawscompile.analysis.packed import product_of, rounds_activation
+from gawscompile.analysis.packed import int4_weight, product_of, rounds_activation
 from gawscompile.analysis.reading import CASTS, ROUNDING, args, aten, dtype, is_call, is_cast
 from gawscompile.ir import banked, recipe
 from gawscompile.ir.records import Reason, plain
@@ -83,6 +83,9 @@ class Values:
                 result = inputs[0]
             elif is_call(node, *CASTS) and inputs[0].dtype in (torch.int8, torch.uint8) and dtype(node) in ROUNDING:
                 result = inputs[0].double()
+            elif is_call(node, aten._weight_int4pack_mm_for_cpu.default):  # in fp64, by what its kernel makes of codes
+                x, codes, group, scales = inputs
+                result = x @ int4_weight(codes, group, scales).T
             elif (found := product_of(node)) is not None:  # whose own kernel knows no fp64
                 x, weight, bias = cast(Any, map_arg(found, self.known.__getitem__))
                 result = weight.apply(x, bias)
@@ -216,7 +219,9 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
     for draw in range(len(SIZES)):
         generator = torch.Generator().manual_seed(draw)
         old, new = Values(draw, generator), Values(draw, generator)
-        _draw_banks(map(context.stands_for.__getitem__, rewrite.nodes), set(map(context.original, edge)), old)
+        wanted = [context.stands_for[node] for node in rewrite.nodes]
+        _draw_banks(wanted, set(map(context.original, edge)), old)
+        _draw_indices(wanted, old)
         narrowest: dict[Node, Any] = {}  # casts of one value must be one number, which all of them can hold
         for node in edge:
             origin = context.original(node)
@@ -239,7 +244,6 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
                 else:
                     old.run(between)
             old.known[origin] = new.known[node] = old.known[source]
-        wanted = [context.stands_for[node] for node in rewrite.nodes]
         try:
             old.join()
             before, _ = cone(wanted, old.known.__contains__)
@@ -278,6 +282,19 @@ def _draw_banks(wanted: Iterable[Node], ends: Container[Node | None], values: Va
         if known is None or len(known) < len(numbers):
             values.known[pool] = numbers
         values.known[entries] = schedule
+
+
+def _draw_indices(wanted: Iterable[Node], values: Values) -> None:
+    """Any features, from either end, for parameters that `wanted` are computed with by indexing activations."""
+    for node in cone(wanted, lambda _: False)[0]:
+        if is_call(node, aten.index.Tensor) and isinstance(args(node)[1][-1], Node):
+            indices: Node = _base(args(node)[1][-1])
+            fake: Any = indices.meta.get("val")
+            plain = indices.op == "placeholder" and isinstance(fake, torch.Tensor) and fake.dim() == 1
+            if plain and fake.dtype in (torch.int32, torch.int64):
+                count, size = (_size(n, values.draw) for n in (args(node)[0].meta["val"].shape[-1], fake.shape[0]))
+                drawn = torch.randint(-count, count, (size,), generator=values.generator)
+                values.known.setdefault(indices, drawn.to(fake.dtype))
 
 
 def _determined(source: Node, values: Values) -> list[Node] | None:

@@ -161,6 +161,27 @@ def test_features_in_another_order(index, caplog):
     assert error < 1e-2 and not refused
 
 
+@pytest.mark.parametrize("wrong", ["order", "tiles"])
+def test_a_wrong_reading_of_tiles_is_refused(wrong, caplog):
+    """A proof reads aten's product by aten's own kernel."""
+    n, k, group = 128, 96, 32
+    laid, scales, _ = tiled(n, k, group, torch.float32)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(1)).int()
+
+    def function(x, order, laid, scales):
+        return tiles(x.reshape(-1, k)[:, order], laid, group, scales)
+
+    captured = capture(function, numbers(6, k), order, laid, scales)
+    reordered, swapped = analysis._reordered, {kind: 96 - rows for kind, rows in analysis.TILES.items()}
+    faults = {
+        "order": mock.patch.object(analysis, "_reordered", lambda node: (reordered(node)[0], None)),
+        "tiles": mock.patch.object(analysis, "TILES", swapped),
+    }
+    with faults[wrong]:
+        error, refused = verified(captured, caplog)
+    assert len(refused) == 1 and error < 1e-5
+
+
 def test_4_bits_of_rows_that_are_no_whole_tiles_stay_the_library_s():
     """The last rows lie in another way."""
     n, group = 48, 32
