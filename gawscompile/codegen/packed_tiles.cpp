@@ -1,0 +1,240 @@
+// Packed weights that lie in tiles of rows, as aten keeps 4 bits on CPUs (`ir/packed.py`). Stands behind `packed_rows.cpp`,
+// which sums rows up before adapters join them.
+namespace {
+
+// Of four bits, by tiles of ROWS rows: for each column half as many bytes, of rows i and i + ROWS / 2. Scales lie by groups,
+// those of all N rows after each other, each followed by what is added to the group's numbers.
+// FULL: x has all of fp32's digits, and codes get their sign before they are summed up. Else sums are of codes as they
+// are, which takes less, and costs a digit of fp32.
+template <int64_t K_, int64_t N_, int64_t GROUP_, int64_t HIGH_, bool FULL_, class TS>
+struct Tiles {
+  static constexpr int64_t K = K_, N = N_, GROUP = GROUP_, ROWS_OF_ONE = HIGH_, BYTES = HIGH_ / 2;
+  static constexpr bool FULL = FULL_;
+  static constexpr int AT_ONCE = V == 16 ? 4 : 2;  // tokens whose sums stay in registers
+  const uint8_t* codes;
+  const TS* scales;
+  const int32_t* order;  // of x's features, if they have one
+
+  const uint8_t* at(int64_t row, int64_t k) const { return codes + row * (K / 2) + k * BYTES; }
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  static constexpr int NEARBY = 4 << 10, C = HIGH_ / V;  // vectors of rows
+
+  // A column's codes: those of lower halves, then, if FULL, those of upper ones, all less 8, else the bytes.
+  static void column(const uint8_t* p, F (&w)[C]) {
+    for (int c = 0; c < C / 2; ++c) {
+#if defined(CPU_CAPABILITY_AVX512)
+      const auto number = [](__m512i code) {
+        return F(_mm512_cvtepi32_ps(FULL ? _mm512_sub_epi32(code, _mm512_set1_epi32(8)) : code));
+      };
+      const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + c * V)));
+      w[c] = number(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+      w[C / 2 + c] = number(FULL ? _mm512_srli_epi32(both, 4) : both);
+#else
+      const auto number = [](__m256i code) {
+        return F(_mm256_cvtepi32_ps(FULL ? _mm256_sub_epi32(code, _mm256_set1_epi32(8)) : code));
+      };
+      const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + c * V)));
+      w[c] = number(_mm256_and_si256(both, _mm256_set1_epi32(15)));
+      w[C / 2 + c] = number(FULL ? _mm256_srli_epi32(both, 4) : both);
+#endif
+    }
+  }
+
+  // What was made of bytes, or of their sums, is taken apart.
+  static void halve(F (&w)[C]) {
+    for (int c = 0; c < C / 2 && !FULL; ++c) w[C / 2 + c] = fmadd(w[C / 2 + c], F(1 / 16.f), w[c] * F(-1 / 16.f));
+  }
+
+  // Sums of a group's codes times T tokens of x.
+  template <int T>
+  void columns(F (&part)[T][C], int64_t row, const float* x, int64_t g) const {
+    F w[C];
+    for (F (&p)[C] : part)
+      for (F& one : p) one = F(0.f);
+    for (int64_t k = g * GROUP; k < (g + 1) * GROUP; ++k) {
+      const uint8_t* p = at(row, k);
+      __builtin_prefetch(p + NEARBY, 0, 2);
+      column(p, w);
+      for (int t = 0; t < T; ++t)
+        for (int c = 0; c < C; ++c) part[t][c] = fmadd(w[c], F(x[t * K + k]), part[t][c]);
+    }
+    for (F (&p)[C] : part) halve(p);
+  }
+
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr bool PAIRED_COLUMNS = false;
+#else
+  static constexpr bool PAIRED_COLUMNS = BYTES == 16 && !FULL;
+  // The same of one token, two columns at a time and without a shuffle: lanes are words of four bytes, whose halves are
+  // masked where they lie, so that half j is 16^j times its code. Lane i of the lower or upper four has rows 4i and on.
+  void pairs(F (&part)[C], int64_t row, const float* x, int64_t g) const {
+    const __m256i each = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    __m256 sums[8];
+    for (__m256& one : sums) one = _mm256_setzero_ps();
+    for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2) {
+      const uint8_t* p = at(row, k);
+      __builtin_prefetch(p + NEARBY, 0, 2);
+      const __m256i words = _mm256_loadu_si256((const __m256i*)p);
+      double two;
+      std::memcpy(&two, x + k, sizeof two);
+      const __m256 xs = _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), each);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        const __m256i mask = _mm256_set1_epi32(15 << 4 * j);
+        const __m256i half = j < 7 ? _mm256_and_si256(words, mask) : _mm256_srli_epi32(words, 28);
+        sums[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(half), xs, sums[j]);
+      }
+    }
+    __m128 rows[2][4];  // of lower halves, and of upper ones
+    for (int j = 0; j < 8; ++j) {
+      const __m128 both = _mm_add_ps(_mm256_castps256_ps128(sums[j]), _mm256_extractf128_ps(sums[j], 1));
+      rows[j % 2][j / 2] = _mm_mul_ps(both, _mm_set1_ps(j < 7 ? 1.f / float(1 << 4 * j) : 1.f));
+    }
+    for (int half = 0; half < 2; ++half) {
+      auto& r = rows[half];
+      _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+      for (int i = 0; i < 2; ++i) part[2 * half + i] = F(_mm256_set_m128(r[2 * i + 1], r[2 * i]));
+    }
+  }
+#endif
+
+  // A group's scales, of all rows, and what is added.
+  void scaled(int64_t row, int64_t g, F (&s)[C], F (&z)[C]) const {
+    const TS* p = scales + (g * N + row) * 2;
+    for (int c = 0; c < C; ++c) {
+      const Pair both = load_pair(p + c * 2 * V);
+#if defined(CPU_CAPABILITY_AVX512)
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+      s[c] = F(_mm512_permutex2var_ps(both.lo, even, both.hi)), z[c] = F(_mm512_permutex2var_ps(both.lo, odd, both.hi));
+#else
+      const auto ordered = [](__m256 lanes) {
+        return F(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(lanes), 0xd8)));
+      };
+      s[c] = ordered(_mm256_shuffle_ps(both.lo, both.hi, 0x88)), z[c] = ordered(_mm256_shuffle_ps(both.lo, both.hi, 0xdd));
+#endif
+    }
+  }
+#endif
+
+  // z[t] = HIGH rows from `row` on times x[t], for T tokens
+  template <int T>
+  void dot(int64_t row, const float* x, float* z, int64_t ldz) const {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    F acc[T][C], s[C], added[C];
+    for (int t = 0; t < T; ++t)
+      for (F& a : acc[t]) a = F(0.f);
+    for (int64_t g = 0; g < K / GROUP; ++g) {
+      float totals[T];
+      for (int t = 0; t < T; ++t) {
+        Pair all = {F(0.f), F(0.f)};
+        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2 * V) {
+          const Pair xs = load_pair(x + t * K + k);
+          all = {all.lo + xs.lo, all.hi + xs.hi};
+        }
+        totals[t] = sum(all.lo + all.hi);
+      }
+      F part[T][C];
+      if constexpr (T == 1 && PAIRED_COLUMNS) pairs(part[0], row, x, g);
+      else columns(part, row, x, g);
+      scaled(row, g, s, added);
+      for (int c = 0; c < C; ++c) {
+        if (!FULL) added[c] = fmadd(F(-8.f), s[c], added[c]);
+        for (int t = 0; t < T; ++t) acc[t][c] = fmadd(part[t][c], s[c], fmadd(F(totals[t]), added[c], acc[t][c]));
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int c = 0; c < C; ++c) acc[t][c].store(z + t * ldz + c * V);
+#else
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < HIGH_; ++r) {
+        float sum = 0;
+        for (int64_t k = 0; k < K; ++k) sum += number(row, r, k) * x[t * K + k];
+        z[t * ldz + r] = sum;
+      }
+#endif
+  }
+
+  float number(int64_t row, int r, int64_t k) const {
+    const uint8_t byte = at(row, k)[r % BYTES];
+    const TS* p = scales + (k / GROUP * N + row + r) * 2;
+    return float((r < BYTES ? byte & 15 : byte >> 4) - 8) * float(p[0]) + float(p[1]);
+  }
+};
+
+template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, bool FULL, class TS>
+auto tiles_of(const uint8_t* codes, const TS* scales, const int32_t* order) {
+  return Tiles<K, N, GROUP, HIGH, FULL, TS>{codes, scales, order};
+}
+
+// The feature that an index means, as aten has it, or -1.
+template <int64_t K>
+inline int64_t feature(int32_t index) { return index < -K || index >= K ? -1 : index < 0 ? index + K : index; }
+
+// x's features in fp32, in the order of a weight's columns if they have one: a thread's own copy, until the next. Features
+// that there are not are NaN.
+template <int64_t K, class TX>
+inline const float* gathered(const TX* x, int64_t m, const int32_t* order) {
+  if constexpr (std::is_same_v<TX, float>)
+    if (!order) return x;
+  static thread_local Buffer own;
+  float* found = own.of(m * K);
+  if (!order)
+    for (int64_t at = 0; at < m * K; at += 2 * V) store_pair(found + at, load_pair(x + at));
+  else
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t from = feature<K>(order[k]);
+      for (int64_t t = 0; t < m; ++t) found[t * K + k] = from < 0 ? __builtin_nanf("") : float(x[t * K + from]);
+    }
+  return found;
+}
+
+// Adds a number of column k to the feature that it belongs to; two columns may have the same.
+template <class W, class T>
+inline void put(const W& w, int64_t row, int64_t k, float number, T* out) {
+  const int64_t to = feature<W::K>(w.order[k]);
+  if (to < 0) out[row * W::K] = T(__builtin_nanf(""));
+  else out[row * W::K + to] = T(float(out[row * W::K + to]) + number);
+}
+
+template <int64_t K, int64_t N, int64_t GROUP, int64_t HIGH, bool FULL, class TS, class T>
+void unpack(const Tiles<K, N, GROUP, HIGH, FULL, TS>& w, T* out) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < N; row += HIGH) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    constexpr int C = HIGH / V;
+    float columns[2 * V][HIGH];
+    if (w.order) std::memset((void*)(out + row * K), 0, HIGH * K * sizeof(T));
+    for (int64_t k = 0; k < K; k += 2 * V) {
+      F level[C], s[C], added[C];
+      w.scaled(row, k / GROUP, s, added);
+      for (int i = 0; i < 2 * V; ++i) {
+        w.column(w.at(row, k + i), level);
+        w.halve(level);
+        for (int c = 0; c < C; ++c) {
+          if (!FULL) level[c] = level[c] + F(-8.f);
+          fmadd(level[c], s[c], added[c]).store(columns[i] + c * V);
+        }
+      }
+      for (int r = 0; r < HIGH; ++r) {
+        float line[2 * V];
+        for (int i = 0; i < 2 * V; ++i) line[i] = columns[i][r];
+        if (w.order) {
+          for (int i = 0; i < 2 * V; ++i) put(w, row + r, k + i, line[i], out);
+          continue;
+        }
+        store_pair(out + (row + r) * K + k, load_pair(line));
+      }
+    }
+#else
+    if (w.order) std::memset((void*)(out + row * K), 0, HIGH * K * sizeof(T));
+    for (int r = 0; r < HIGH; ++r)
+      for (int64_t k = 0; k < K; ++k)
+        if (w.order) put(w, row + r, k, w.number(row, r, k), out);
+        else out[(row + r) * K + k] = T(w.number(row, r, k));
+#endif
+  }
+}
+
+}  // namespace
