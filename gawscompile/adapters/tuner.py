@@ -61,7 +61,7 @@ class Tuner(BaseTuner):
     layer_type: ClassVar[type[BaseTunerLayer]]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """PEFT gives a layer that it unwraps the weight that it has, and asks it for one."""
+        """Puts a base layer back as it is: PEFT would read its ``weight``, which HQQ's and gptqmodel's linears lack."""
         if base_layer_of(child) is new_module:
             setattr(parent, child_name, new_module)
         else:

@@ -55,6 +55,40 @@ constexpr bool PAIRED = true;
 constexpr bool PAIRED = false;
 #endif
 
+// V bytes as numbers.
+template <class T>
+inline F bytes_of(const T* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+  return F(_mm512_cvtepi32_ps(std::is_signed_v<T> ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i codes = _mm_loadl_epi64((const __m128i*)p);
+  return F(_mm256_cvtepi32_ps(std::is_signed_v<T> ? _mm256_cvtepi8_epi32(codes) : _mm256_cvtepu8_epi32(codes)));
+#else
+  float numbers[V];
+  for (int i = 0; i < V; ++i) numbers[i] = float(p[i]);
+  return F::loadu(numbers);
+#endif
+}
+
+// The lower halves of V bytes as numbers.
+inline F lower_of(const uint8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  return F(_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  return F(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))));
+#else
+  float numbers[V];
+  for (int i = 0; i < V; ++i) numbers[i] = float(p[i] & 15);
+  return F::loadu(numbers);
+#endif
+}
+
+// The upper halves of bytes, or sums of them, of those of the bytes and of their lower halves.
+inline F upper_of(F bytes, F lower) { return fmadd(bytes, F(1 / 16.f), lower * F(-1 / 16.f)); }
+
 // ---- codes: 2V numbers from where a row's codes lie, and the order in which x's meet them. `InBf16` makes the numbers
 // of 64 columns in bf16, less OFFSET: those of even columns are a sum of PARTS, and so are those of odd ones -----
 
@@ -72,25 +106,7 @@ struct Byte {
   Byte() = default;
   static const T* of(const T* codes, int64_t row, int64_t k, int64_t, int64_t size) { return codes + row * size + k; }
 
-  static Pair raw(const T* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-    const auto wide = [](const T* q) {
-      const __m128i codes = _mm_loadu_si128((const __m128i*)q);
-      return F(_mm512_cvtepi32_ps(std::is_signed_v<T> ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes)));
-    };
-    return {wide(p), wide(p + V)};
-#elif defined(CPU_CAPABILITY_AVX2)
-    const auto wide = [](const T* q) {
-      const __m128i codes = _mm_loadl_epi64((const __m128i*)q);
-      return F(_mm256_cvtepi32_ps(std::is_signed_v<T> ? _mm256_cvtepi8_epi32(codes) : _mm256_cvtepu8_epi32(codes)));
-    };
-    return {wide(p), wide(p + V)};
-#else
-    float numbers[2 * V];
-    for (int i = 0; i < 2 * V; ++i) numbers[i] = float(p[i]);
-    return load_pair(numbers);
-#endif
-  }
+  static Pair raw(const T* p) { return {bytes_of(p), bytes_of(p + V)}; }
   template <bool ZEROS>
   Pair get(const T* p, int64_t) const {
     const Pair q = raw(p);
@@ -215,26 +231,6 @@ struct Halved : FourBits<TABLE> {
   using FourBits<TABLE>::levels;
   static const uint8_t* of(const uint8_t* codes, int64_t row, int64_t k, int64_t n, int64_t size) {
     return codes + (row < n / 2 ? row : row - n / 2) * size + k;
-  }
-  // The lower halves of 2V bytes: codes are what they stand for.
-  static Pair halves(const uint8_t* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-    const auto some = [](const uint8_t* q) {
-      const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)q));
-      return F(_mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15))));
-    };
-    return {some(p), some(p + V)};
-#elif defined(CPU_CAPABILITY_AVX2)
-    const auto some = [](const uint8_t* q) {
-      const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)q));
-      return F(_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15))));
-    };
-    return {some(p), some(p + V)};
-#else
-    float numbers[2 * V];
-    for (int i = 0; i < 2 * V; ++i) numbers[i] = float(p[i] & 15);
-    return load_pair(numbers);
-#endif
   }
   template <bool>
   Pair get(const uint8_t* p, int64_t upper) const {

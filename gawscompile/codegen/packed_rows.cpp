@@ -202,7 +202,7 @@ template <int R, int T, class W>
 }
 
 // The same for an x of 16 bits, in half the time: codes are summed up as they are, without sign and zero, which costs a
-// digit of fp32. An upper half is a sixteenth of what is between the sums of bytes and of their lower halves.
+// digit of fp32.
 template <int R, int T, class W>
 [[gnu::always_inline]] inline void halves_sums(
     F (&upper)[R][T], F (&lower)[R][T], const W& w, int64_t row, const float* x) {
@@ -220,7 +220,8 @@ template <int R, int T, class W>
       const char* ahead = (const char*)w.at(row, 0) + R * k + AHEAD;
       for (int i = 0; i < R * 2 * V; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
       for (int i = 0; i < R; ++i) {
-        const Pair all = Byte<uint8_t>::raw(w.at(row + i, k)), low = W::Codes::halves(w.at(row + i, k));
+        const uint8_t* p = w.at(row + i, k);
+        const Pair all = Byte<uint8_t>::raw(p), low = {lower_of(p), lower_of(p + V)};
         for (int t = 0; t < T; ++t) {
           bytes[i][t] = fmadd(all.hi, xs[t].hi, fmadd(all.lo, xs[t].lo, bytes[i][t]));
           halves[i][t] = fmadd(low.hi, xs[t].hi, fmadd(low.lo, xs[t].lo, halves[i][t]));
@@ -231,8 +232,7 @@ template <int R, int T, class W>
       const auto [s, added] = w.line(row + i, g);
       const auto [s1, added1] = w.line(HALF + row + i, g);
       for (int t = 0; t < T; ++t) {
-        const F high = fmadd(bytes[i][t], F(1 / 16.f), halves[i][t] * F(-1 / 16.f));
-        upper[i][t] = fmadd(high, F(s), fmadd(totals[t], F(added), upper[i][t]));
+        upper[i][t] = fmadd(upper_of(bytes[i][t], halves[i][t]), F(s), fmadd(totals[t], F(added), upper[i][t]));
         lower[i][t] = fmadd(halves[i][t], F(s1), fmadd(totals[t], F(added1), lower[i][t]));
       }
     }

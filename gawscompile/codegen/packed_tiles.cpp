@@ -20,30 +20,17 @@ struct Tiles {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   static constexpr int NEARBY = 4 << 10, C = HIGH_ / V;  // vectors of rows
 
-  // A column's codes: those of lower halves, then, if FULL, those of upper ones, all less 8, else the bytes.
+  // A column's bytes and their lower halves; if FULL, what the codes of both halves stand for.
   static void column(const uint8_t* p, F (&w)[C]) {
-    for (int c = 0; c < C / 2; ++c) {
-#if defined(CPU_CAPABILITY_AVX512)
-      const auto number = [](__m512i code) {
-        return F(_mm512_cvtepi32_ps(FULL ? _mm512_sub_epi32(code, _mm512_set1_epi32(8)) : code));
-      };
-      const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + c * V)));
-      w[c] = number(_mm512_and_si512(both, _mm512_set1_epi32(15)));
-      w[C / 2 + c] = number(FULL ? _mm512_srli_epi32(both, 4) : both);
-#else
-      const auto number = [](__m256i code) {
-        return F(_mm256_cvtepi32_ps(FULL ? _mm256_sub_epi32(code, _mm256_set1_epi32(8)) : code));
-      };
-      const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + c * V)));
-      w[c] = number(_mm256_and_si256(both, _mm256_set1_epi32(15)));
-      w[C / 2 + c] = number(FULL ? _mm256_srli_epi32(both, 4) : both);
-#endif
-    }
+    for (int c = 0; c < C / 2; ++c) w[c] = lower_of(p + c * V), w[C / 2 + c] = bytes_of(p + c * V);
+    if (!FULL) return;
+    halve(w);
+    for (F& number : w) number = number + F(-8.f);
   }
 
-  // What was made of bytes, or of their sums, is taken apart.
+  // Upper halves in the place of bytes.
   static void halve(F (&w)[C]) {
-    for (int c = 0; c < C / 2 && !FULL; ++c) w[C / 2 + c] = fmadd(w[C / 2 + c], F(1 / 16.f), w[c] * F(-1 / 16.f));
+    for (int c = 0; c < C / 2; ++c) w[C / 2 + c] = upper_of(w[C / 2 + c], w[c]);
   }
 
   // Sums of a group's codes times T tokens of x.
@@ -59,7 +46,8 @@ struct Tiles {
       for (int t = 0; t < T; ++t)
         for (int c = 0; c < C; ++c) part[t][c] = fmadd(w[c], F(x[t * K + k]), part[t][c]);
     }
-    for (F (&p)[C] : part) halve(p);
+    if (!FULL)
+      for (F (&p)[C] : part) halve(p);
   }
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -211,7 +199,7 @@ void unpack(const Tiles<K, N, GROUP, HIGH, FULL, TS>& w, T* out) {
       w.scaled(row, k / GROUP, s, added);
       for (int i = 0; i < 2 * V; ++i) {
         w.column(w.at(row, k + i), level);
-        w.halve(level);
+        if (!FULL) w.halve(level);
         for (int c = 0; c < C; ++c) {
           if (!FULL) level[c] = level[c] + F(-8.f);
           fmadd(level[c], s[c], added[c]).store(columns[i] + c * V);

@@ -220,8 +220,9 @@ def _fault(context: Context, rewrite: Rewrite) -> str | None:
         generator = torch.Generator().manual_seed(draw)
         old, new = Values(draw, generator), Values(draw, generator)
         wanted = [context.stands_for[node] for node in rewrite.nodes]
-        _draw_banks(wanted, set(map(context.original, edge)), old)
-        _draw_indices(wanted, old)
+        ends = set(map(context.original, edge))
+        _draw_banks(wanted, ends, old)
+        _draw_indices(wanted, ends, old)
         narrowest: dict[Node, Any] = {}  # casts of one value must be one number, which all of them can hold
         for node in edge:
             origin = context.original(node)
@@ -284,9 +285,9 @@ def _draw_banks(wanted: Iterable[Node], ends: Container[Node | None], values: Va
         values.known[entries] = schedule
 
 
-def _draw_indices(wanted: Iterable[Node], values: Values) -> None:
-    """Any features, from either end, for parameters that `wanted` are computed with by indexing activations."""
-    for node in cone(wanted, lambda _: False)[0]:
+def _draw_indices(wanted: Iterable[Node], ends: Container[Node | None], values: Values) -> None:
+    """Any features, from either end, for parameters that index activations between `ends` and `wanted`."""
+    for node in cone(wanted, ends.__contains__)[0]:
         if is_call(node, aten.index.Tensor) and isinstance(args(node)[1][-1], Node):
             indices: Node = _base(args(node)[1][-1])
             fake: Any = indices.meta.get("val")

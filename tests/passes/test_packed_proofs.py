@@ -106,12 +106,16 @@ def tiles(x, laid, group, scales):
     return made.reshape(*x.shape[:-1], -1)
 
 
+in_tiles = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in analysis.TILES, reason="aten's tiles are for AVX2 and AVX-512"
+)
+
+
+@in_tiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_4_bits_in_tiles(dtype, caplog):
     """torchao's, and gptqmodel's."""
-    rows = analysis.TILES.get(torch.backends.cpu.get_cpu_capability())
-    if rows is None:
-        pytest.skip("aten lays 4 bits out in tiles for AVX2 and AVX-512")
+    rows = analysis.TILES[torch.backends.cpu.get_cpu_capability()]
     n, k, group = 128, 192, 64
     laid, scales, want = tiled(n, k, group, dtype)
 
@@ -132,6 +136,7 @@ def test_4_bits_in_tiles(dtype, caplog):
     assert error < close and not refused
 
 
+@in_tiles
 @pytest.mark.parametrize("index", ["int32", "int64", "of the activation", "of rows"])
 def test_features_in_another_order(index, caplog):
     """gptqmodel's GPTQ: x is in bf16, its features in the order of groups. Adapters read x as it is."""
@@ -161,6 +166,7 @@ def test_features_in_another_order(index, caplog):
     assert error < 1e-2 and not refused
 
 
+@in_tiles
 @pytest.mark.parametrize("wrong", ["order", "tiles"])
 def test_a_wrong_reading_of_tiles_is_refused(wrong, caplog):
     """A proof reads aten's product by aten's own kernel."""
