@@ -22,13 +22,18 @@ class Fault:
     """Why ``options={"verify": True}`` cannot refuse what it makes of a model; "" where it must."""
     by: Literal["fast", "slow", "fuzz"] = "fast"
     """Which tests these are; for the fuzzer, `tests` are its arguments."""
-    needs: Literal["", "avx512", "avx512_bf16"] = ""
-    """What a CPU must have to run the code that is wrong."""
+    needs: Literal["", "avx2 alone", "avx512", "avx512_bf16"] = ""
+    """What a CPU must have to run the code that is wrong; "avx2 alone": and no more."""
 
     @property
     def shows_here(self) -> bool:
-        has = {"avx512": torch.cpu._is_avx512_supported, "avx512_bf16": torch.cpu._is_avx512_bf16_supported}
-        return not self.needs or has[self.needs]()
+        has = {
+            "": True,
+            "avx2 alone": torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported(),
+            "avx512": torch.cpu._is_avx512_supported(),
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        }
+        return has[self.needs]
 
 
 FEW_TOKENS = "the zoo has no attention of many queries, and too few tokens for panels"

@@ -324,7 +324,7 @@ def main(names: list[str]) -> int:
     for name in names or FAULTS:
         fault, start = FAULTS[name], time.monotonic()
         if not fault.shows_here:
-            print(f"{name:<58}{'':>5}  — this CPU has no {fault.needs}", flush=True)
+            print(f"{name:<58}{'':>5}  — shows on CPUs with {fault.needs}", flush=True)
             continue
         with tempfile.TemporaryDirectory(prefix="gaws-fault-") as place:
             folder = planted(name, Path(place))

@@ -82,7 +82,10 @@ def _order(i: int, term: Packed) -> str:
 def activations(spec: KernelSpec) -> list[str]:
     """x in the orders in which the group's codes are read: a thread's own."""
     kinds = {_ordered(term): term for term in packed_of(spec).values() if not in_blocks(term)}
-    return [f"    const auto {name} = ordered<{_codes(t)}, K, {t.group}>(x, m);" for name, t in kinds.items()]
+    return [
+        f"    const auto {name} = {'halved' if t.summed_apart else 'ordered'}<{_codes(t)}, K, {t.group}>(x, m);"
+        for name, t in kinds.items()
+    ]
 
 
 def apart(i: int, term: Packed) -> tuple[str, str]:
@@ -99,7 +102,7 @@ def dot(i: int, term: Packed) -> str:
 
 def _ordered(term: Packed) -> str:
     """x, as this weight reads it."""
-    return f"x_{term.kept.name}_{term.group}"
+    return f"x_{term.kept.name}_{term.group}{'_apart' * term.summed_apart}"
 
 
 def row_bytes(term: Packed) -> int:

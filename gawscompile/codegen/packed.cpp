@@ -10,20 +10,25 @@ inline __mmask16 some(int count) { return (__mmask16)((1u << count) - 1); }
 inline __m512i bytes(const uint8_t* p, int count) {
   return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some(count), p));
 }
+inline F numbers_of(const uint8_t* p, int count) { return F(_mm512_cvtepi32_ps(bytes(p, count))); }
+template <class T>
+inline F numbers_of(const T* p, int count) { return widened(p, count); }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline __m256i bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline F numbers_of(const uint8_t* p, int) { return F(_mm256_cvtepi32_ps(bytes(p))); }
+inline F numbers_of(const float* p, int) { return F::loadu(p); }
+template <class T>
+inline F numbers_of(const T* p, int) { return widened(p); }
 #endif
 
-// A scale, or a zero, for each GROUP of a row's columns; V of them, or `count`, where there are such vectors.
+// A scale, or a zero, for each GROUP of a row's columns; V of them where there are such vectors, or with AVX-512 `count`.
 template <int64_t GROUPS, class T>
 struct Plain {
   const T* numbers;
   float factor;
   float at(int64_t row, int64_t g) const { return factor * float(numbers[row * GROUPS + g]); }
-#if defined(CPU_CAPABILITY_AVX512)
-  F at(int64_t row, int64_t g, int count) const {
-    const T* p = numbers + row * GROUPS + g;
-    if constexpr (std::is_same_v<T, uint8_t>) return F(factor) * F(_mm512_cvtepi32_ps(bytes(p, count)));
-    else return F(factor) * widened(p, count);
-  }
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  F at(int64_t row, int64_t g, int count) const { return F(factor) * numbers_of(numbers + row * GROUPS + g, count); }
 #endif
 };
 
@@ -45,6 +50,15 @@ struct Coded {
     const F wide(_mm512_mask_i32gather_ps(
         _mm512_setzero_ps(), some(count), _mm512_srli_epi32(places, 8), outer + i / 256, 4));
     return F(factor) * fmadd(level, wide, F(offset));
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  F at(int64_t row, int64_t g, int) const {
+    const int64_t i = row * GROUPS + g;
+    float level[V], wide[V];  // gathers are slower on half of these CPUs
+    for (int j = 0; j < V; ++j) level[j] = levels[codes[i + j]];
+    if (i % 256 <= 256 - V) return F(factor) * fmadd(F::loadu(level), F(outer[i / 256]), F(offset));
+    for (int j = 0; j < V; ++j) wide[j] = outer[(i + j) / 256];
+    return F(factor) * fmadd(F::loadu(level), F::loadu(wide), F(offset));
   }
 #endif
 };
@@ -89,6 +103,94 @@ inline F lower_of(const uint8_t* p) {
 // The upper halves of bytes, or sums of them, of those of the bytes and of their lower halves.
 inline F upper_of(F bytes, F lower) { return fmadd(bytes, F(1 / 16.f), lower * F(-1 / 16.f)); }
 
+// ---- orders of x in which codes of four bits are met without a shuffle of x -----------------------------------
+
+#if defined(CPU_CAPABILITY_AVX512)
+using Words = __m512i;
+inline F half_of(Words words, int j) {
+  return F(_mm512_cvtepi32_ps(
+      j < 7 ? _mm512_and_si512(words, _mm512_set1_epi32(15 << 4 * j)) : _mm512_srli_epi32(words, 28)));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+using Words = __m256i;
+// Half j of V words of four bytes, masked where it lies: 16^j times its code, or the code where j is 7.
+inline F half_of(Words words, int j) {
+  return F(_mm256_cvtepi32_ps(
+      j < 7 ? _mm256_and_si256(words, _mm256_set1_epi32(15 << 4 * j)) : _mm256_srli_epi32(words, 28)));
+}
+#endif
+
+struct AsItLies {
+  static constexpr bool KNOWN = false;
+};
+
+// Of 4V columns with a byte each, for each half of V words of bytes V numbers of x, which undo the half's factor.
+struct ByWords {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  static constexpr bool KNOWN = true;
+#else
+  static constexpr bool KNOWN = false;
+#endif
+  static constexpr int STEP = 4 * V, NUMBERS = 8 * V;
+  static constexpr int column(int i) { return 4 * (i % V) + i / V / 2; }
+  static constexpr float factor(int i) { return i / V < 7 ? 1.f / float(1 << 4 * (i / V)) : 1.f; }
+};
+
+// Of 64 columns, whose codes are looked up 32 at a time, byte by byte of the numbers that they stand for: fp32's four, or
+// the upper two, rounded. Even columns come first.
+template <const float* TABLE, int BYTES>
+struct ByBytes {
+  static constexpr int STEP = 64, NUMBERS = 64;
+#if defined(CPU_CAPABILITY_AVX2)
+  static constexpr bool KNOWN = true;
+  static constexpr int column(int i) {
+    const int lane = i % V, vector = i / V % 4, within = BYTES == 2 ? 2 * (lane % 4) + vector % 2 : 4 * (vector % 2) + lane % 4;
+    return 2 * (lane / 4 * 16 + vector / 2 * 8 + within) + i / 32;
+  }
+  static constexpr float factor(int) { return 1; }
+
+  struct Tables {
+    alignas(32) uint8_t bytes[BYTES][32];
+  };
+  static constexpr Tables tables() {
+    Tables found = {};
+    for (int b = 0; b < BYTES; ++b)
+      for (int i = 0; i < 32; ++i) {
+        uint32_t bits = __builtin_bit_cast(uint32_t, TABLE[i % 16]);
+        if (BYTES == 2) bits += 0x7fff + (bits >> 16 & 1);
+        found.bytes[b][i] = uint8_t(bits >> 8 * (4 - BYTES + b));
+      }
+    return found;
+  }
+  static constexpr Tables TABLES = tables();
+
+  // Of the even columns that 32 bytes have, or of the odd ones, four vectors.
+  static void get(F (&w)[4], __m256i codes, bool odd) {
+    const __m256i halves = _mm256_and_si256(odd ? codes : _mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
+    __m256i bytes[BYTES];
+    for (int b = 0; b < BYTES; ++b)
+      bytes[b] = _mm256_shuffle_epi8(_mm256_load_si256((const __m256i*)TABLES.bytes[b]), halves);
+    const auto lanes = [](__m256i v) { return F(_mm256_castsi256_ps(v)); };
+    if constexpr (BYTES == 2) {
+      const __m256i words[2] = {_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[0], bytes[1])};
+      for (int i = 0; i < 2; ++i) {
+        w[2 * i] = lanes(_mm256_slli_epi32(words[i], 16));
+        w[2 * i + 1] = lanes(_mm256_and_si256(words[i], _mm256_set1_epi32(0xffff0000)));
+      }
+    } else {
+      const __m256i low[2] = {_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[0], bytes[1])};
+      const __m256i high[2] = {_mm256_unpacklo_epi8(bytes[2], bytes[3]), _mm256_unpackhi_epi8(bytes[2], bytes[3])};
+      for (int i = 0; i < 2; ++i) {
+        w[2 * i] = lanes(_mm256_unpacklo_epi16(low[i], high[i]));
+        w[2 * i + 1] = lanes(_mm256_unpackhi_epi16(low[i], high[i]));
+      }
+    }
+  }
+#else
+  static constexpr bool KNOWN = false;
+#endif
+};
+
 // ---- codes: 2V numbers from where a row's codes lie, and the order in which x's meet them. `InBf16` makes the numbers
 // of 64 columns in bf16, less OFFSET: those of even columns are a sum of PARTS, and so are those of odd ones -----
 
@@ -96,6 +198,8 @@ inline F upper_of(F bytes, F lower) { return fmadd(bytes, F(1 / 16.f), lower * F
 template <class T>
 struct Byte {
   using Code = T;
+  template <class>
+  using Order = AsItLies;
   static constexpr bool PAIRS = false;
   static constexpr int64_t BITS = 8;
   F scale, shift;
@@ -192,6 +296,8 @@ struct FourBits {
 // the odd ones, of every 2V.
 template <const float* TABLE>
 struct Pairs : FourBits<TABLE> {
+  template <class TX>
+  using Order = ByBytes<TABLE, std::is_same_v<TX, bf16> ? 2 : 4>;
   static constexpr bool PAIRS = true;
   using FourBits<TABLE>::FourBits;
   using FourBits<TABLE>::levels;
@@ -226,6 +332,8 @@ struct Pairs : FourBits<TABLE> {
 // A byte has the codes of a row in its upper half and of the row n/2 further down in the other.
 template <const float* TABLE>
 struct Halved : FourBits<TABLE> {
+  template <class>
+  using Order = AsItLies;
   static constexpr bool PAIRS = false;
   using FourBits<TABLE>::FourBits;
   using FourBits<TABLE>::levels;
@@ -281,16 +389,30 @@ struct Packed {
     else if constexpr (ZEROS) return Codes(scales.at(row, g), zeros.at(row, g));
     else return Codes(scales.at(row, g));
   }
-  // A group's numbers are `scale` times its codes, plus `added`.
-  struct Line {
-    float scale, added;
+  // Numbers of R rows' groups are `scale` times their codes, plus `added` times 1 / V: to each lane of a sum.
+  template <int R>
+  struct Lines {
+    float scale[R][K / GROUP], added[R][ZEROS ? K / GROUP : 1];
+    Lines(const Packed& w, int64_t row) {
+      constexpr int64_t GROUPS = K / GROUP;
+      for (int r = 0; r < R; ++r) {
+        int64_t g = 0;
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+        for (; g + V <= GROUPS; g += V) {
+          F s(1.f);
+          if constexpr (SCALES) s = w.scales.at(row + r, g, V);
+          s.store(scale[r] + g);
+          if constexpr (ZEROS) (s * w.zeros.at(row + r, g, V) * F(-1.f / V)).store(added[r] + g);
+        }
+#endif
+        for (; g < GROUPS; ++g) {
+          scale[r][g] = 1;
+          if constexpr (SCALES) scale[r][g] = w.scales.at(row + r, g);
+          if constexpr (ZEROS) added[r][g] = scale[r][g] * w.zeros.at(row + r, g) * (-1.f / V);
+        }
+      }
+    }
   };
-  Line line(int64_t row, int64_t g) const {
-    float s = 1, z = 0;
-    if constexpr (SCALES) s = scales.at(row, g);
-    if constexpr (ZEROS) z = -s * zeros.at(row, g);
-    return {s, z};
-  }
   const typename Codes::Code* at(int64_t row, int64_t k) const { return Codes::of(codes, row, k, N, K); }
   Pair get(const Codes& group, int64_t row, int64_t k) const {
     if constexpr ((!SCALES || LATE) && Codes::BITS == 8) return Codes::raw(at(row, k));

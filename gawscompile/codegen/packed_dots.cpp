@@ -16,6 +16,43 @@ struct Paired {
   Paired from(int64_t t) const { return {numbers + t * K, sums + t * (K / GROUP)}; }
 };
 
+// x in fp32, in one of the orders of `packed.cpp`, and each group's sum.
+template <class Order, int64_t K, int64_t GROUP>
+struct Spread {
+  static constexpr int64_t NUMBERS = K / Order::STEP * Order::NUMBERS;
+  const float *numbers, *sums;
+  Spread from(int64_t t) const { return {numbers + t * NUMBERS, sums + t * (K / GROUP)}; }
+  const float* at(int64_t t, int64_t k) const { return numbers + t * NUMBERS + k / Order::STEP * Order::NUMBERS; }
+};
+
+// Whether there is such an order on this CPU, of groups of that many columns.
+template <class Order>
+constexpr bool fits(int64_t group) {
+  if constexpr (Order::KNOWN) return group % Order::STEP == 0;
+  else return false;
+}
+
+template <class Order, int64_t K, int64_t GROUP, class TX>
+inline Spread<Order, K, GROUP> spread(const TX* x, int64_t m) {
+  using X = Spread<Order, K, GROUP>;
+  static thread_local Buffer numbers, sums;
+  float *to = numbers.of(m * X::NUMBERS), *groups = sums.of(m * (K / GROUP));
+  for (int64_t g = 0; g < m * (K / GROUP); ++g) {
+    Pair total = {F(0.f), F(0.f)};
+    for (int64_t at = g * GROUP; at < (g + 1) * GROUP; at += Order::STEP) {
+      float line[Order::STEP];
+      for (int i = 0; i < Order::STEP; i += 2 * V) {
+        const Pair v = load_pair(x + at + i);
+        store_pair(line + i, v);
+        total = {total.lo + v.lo, total.hi + v.hi};
+      }
+      for (int i = 0; i < Order::NUMBERS; ++i) *to++ = line[Order::column(i)] * Order::factor(i);
+    }
+    groups[g] = sum(total.lo + total.hi);
+  }
+  return {numbers.of(0), sums.of(0)};
+}
+
 // Either, as a weight needs it: a thread's own copy, unless x lies so already.
 template <class Codes, int64_t K, int64_t GROUP, class TX>
 inline auto ordered(const TX* x, int64_t m) {
@@ -40,6 +77,8 @@ inline auto ordered(const TX* x, int64_t m) {
     }
 #endif
     return Paired<K, GROUP>{words, groups};
+  } else if constexpr (fits<typename Codes::template Order<TX>>(GROUP)) {
+    return spread<typename Codes::template Order<TX>, K, GROUP>(x, m);
   } else if constexpr (std::is_same_v<TX, float> && !Codes::PAIRS) {
     return Ordered<K, true>{x};
   } else {
@@ -64,6 +103,14 @@ inline auto ordered(const TX* x, int64_t m) {
     }
     return Ordered<K, std::is_same_v<TX, float>>{found};
   }
+}
+
+// The same where a byte has the codes of two rows, which are met together.
+template <class Codes, int64_t K, int64_t GROUP, class TX>
+inline auto halved(const TX* x, int64_t m) {
+  constexpr bool PAIRED_X = PAIRED && std::is_same_v<TX, bf16> && GROUP % 64 == 0;
+  if constexpr (!PAIRED_X && !std::is_same_v<TX, float> && fits<ByWords>(GROUP)) return spread<ByWords, K, GROUP>(x, m);
+  else return ordered<Codes, K, GROUP>(x, m);
 }
 
 // acc[r][t] = W x for R rows and T tokens: nothing has joined the sums before.
@@ -91,6 +138,47 @@ template <int R, int T, class W, bool FULL>
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t) acc[r][t] = acc[r][t] * F(w.scales.at(row + r, 0));
 }
+
+#if defined(CPU_CAPABILITY_AVX2)
+// The same, by bytes: scales meet the sum of a group. Rows share what is loaded of x.
+template <int R, int T, class W, const float* TABLE, int BYTES>
+[[gnu::always_inline]] inline void unpack_dot(
+    F (&acc)[R][T], const W& w, int64_t row, Spread<ByBytes<TABLE, BYTES>, W::K, W::GROUP> x) {
+  constexpr int64_t K = W::K, G = W::GROUP, PART = 64;
+  constexpr int ABREAST = min(R, 2);  // as many rows as there are registers for
+  const typename W::template Lines<R> lines(w, row);  // before the loop over numbers, whose steps are short
+  for (int64_t at = 0; at < K; at += PART) {
+    for (int64_t line = 0; line < R * PART / 2; line += LINE)
+      __builtin_prefetch((const char*)w.at(row, 0) + R * at / 2 + line + AHEAD, 0, 2);
+    const float* xs = x.at(0, at);
+#pragma GCC unroll 4
+    for (int first = 0; first < R; first += ABREAST) {
+      asm("" : "+r"(xs));  // x is read again, not kept: all registers are taken
+      F sums[ABREAST][T];
+      clear(sums);
+      __m256i codes[ABREAST];
+      for (int r = 0; r < ABREAST; ++r) codes[r] = _mm256_loadu_si256((const __m256i*)w.at(row + first + r, at));
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        F numbers[ABREAST][4];
+        for (int r = 0; r < ABREAST; ++r) ByBytes<TABLE, BYTES>::get(numbers[r], codes[r], odd);
+        for (int i = 0; i < 4; ++i)
+          for (int t = 0; t < T; ++t) {
+            const F v = F::loadu(xs + t * K + (4 * odd + i) * V);
+            for (int r = 0; r < ABREAST; ++r) sums[r][t] = fmadd(numbers[r][i], v, sums[r][t]);
+          }
+      }
+      const int64_t g = at / G;
+      for (int r = 0; r < ABREAST; ++r)
+        for (int t = 0; t < T; ++t) {
+          F& a = acc[first + r][t];
+          a = fmadd(sums[r][t], F(lines.scale[first + r][g]), a);
+          if (W::ZEROS && at % G == 0) a = fmadd(F(x.sums[t * (K / G) + g]), F(lines.added[first + r][g]), a);
+        }
+    }
+  }
+}
+#endif
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 // The same, by vdpbf16ps: scales and zeros meet the sum of a group, not its numbers.

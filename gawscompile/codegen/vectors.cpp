@@ -20,24 +20,25 @@ constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T>
 constexpr T max(T a, T b) { return a < b ? b : a; }
 
-// A thread's own memory. It only grows, and loses what it held when it does.
+// A thread's own memory, from a line of the cache on. It only grows, and loses what it held when it does.
 class Buffer {
  public:
   Buffer() = default;
   Buffer(const Buffer&) = delete;
-  ~Buffer() { delete[] numbers_; }
+  ~Buffer() { delete[] memory_; }
   float* of(size_t count) {
     if (count > size_) {
-      delete[] numbers_;
-      numbers_ = nullptr, size_ = 0;  // as it is if there is no memory
-      numbers_ = new float[count];
+      delete[] memory_;
+      memory_ = nullptr, size_ = 0;  // as it is if there is no memory
+      memory_ = new float[count + LINE];
       size_ = count;
     }
-    return numbers_;
+    return memory_ + (LINE - uintptr_t(memory_) / sizeof(float) % LINE) % LINE;
   }
 
  private:
-  float* numbers_ = nullptr;
+  static constexpr size_t LINE = 64 / sizeof(float);
+  float* memory_ = nullptr;
   size_t size_ = 0;
 };
 
