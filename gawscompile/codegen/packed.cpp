@@ -10,15 +10,38 @@ inline __mmask16 some(int count) { return (__mmask16)((1u << count) - 1); }
 inline __m512i bytes(const uint8_t* p, int count) {
   return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some(count), p));
 }
-inline F numbers_of(const uint8_t* p, int count) { return F(_mm512_cvtepi32_ps(bytes(p, count))); }
+#endif
+
+// V bytes as numbers.
 template <class T>
-inline F numbers_of(const T* p, int count) { return widened(p, count); }
+inline F bytes_of(const T* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+  return F(_mm512_cvtepi32_ps(std::is_signed_v<T> ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes)));
 #elif defined(CPU_CAPABILITY_AVX2)
-inline __m256i bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-inline F numbers_of(const uint8_t* p, int) { return F(_mm256_cvtepi32_ps(bytes(p))); }
-inline F numbers_of(const float* p, int) { return F::loadu(p); }
+  const __m128i codes = _mm_loadl_epi64((const __m128i*)p);
+  return F(_mm256_cvtepi32_ps(std::is_signed_v<T> ? _mm256_cvtepi8_epi32(codes) : _mm256_cvtepu8_epi32(codes)));
+#else
+  float numbers[V];
+  for (int i = 0; i < V; ++i) numbers[i] = float(p[i]);
+  return F::loadu(numbers);
+#endif
+}
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// V numbers of any dtype, or with AVX-512 the first `count`.
 template <class T>
-inline F numbers_of(const T* p, int) { return widened(p); }
+inline F numbers_of(const T* p, [[maybe_unused]] int count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(T) > 1) return widened(p, count);
+  else if constexpr (!std::is_signed_v<T>) return F(_mm512_cvtepi32_ps(bytes(p, count)));
+  else return F(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some(count), p))));
+#else
+  if constexpr (sizeof(T) == 1) return bytes_of(p);
+  else if constexpr (std::is_same_v<T, float>) return F::loadu(p);
+  else return widened(p);
+#endif
+}
 #endif
 
 // A scale, or a zero, for each GROUP of a row's columns; V of them where there are such vectors, or with AVX-512 `count`.
@@ -68,22 +91,6 @@ constexpr bool PAIRED = true;
 #else
 constexpr bool PAIRED = false;
 #endif
-
-// V bytes as numbers.
-template <class T>
-inline F bytes_of(const T* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
-  return F(_mm512_cvtepi32_ps(std::is_signed_v<T> ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes)));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m128i codes = _mm_loadl_epi64((const __m128i*)p);
-  return F(_mm256_cvtepi32_ps(std::is_signed_v<T> ? _mm256_cvtepi8_epi32(codes) : _mm256_cvtepu8_epi32(codes)));
-#else
-  float numbers[V];
-  for (int i = 0; i < V; ++i) numbers[i] = float(p[i]);
-  return F::loadu(numbers);
-#endif
-}
 
 // The lower halves of V bytes as numbers.
 inline F lower_of(const uint8_t* p) {

@@ -77,8 +77,8 @@ BESIDE = {
     f"{base('int4_tiles64', 96, 's=f32 ordered', out='bf16')} residual=bf16; "
     f"{base('int4_tiles32', 96, 's=bf16', n=32, out='bf16')} {LORA}",
     "groups": f"k=576 x=bf16; {base('nf4', 64, 's=u8', n=64, out='bf16')} {LORA}; "
-    f"{base('nf4', 64, 's=f16 z=u8', out='bf16')}; {base('uint4_halves', 64, 's=bf16 z=bf16', out='bf16')}; "
-    f"{base('uint4_halves', 32, 's=f16 z=u8', out='bf16')}; {base('uint4_halves', 192, 's=f32 f=0.0625', out='bf16')}",
+    f"{base('nf4', 64, 's=f16 z=i8', out='bf16')}; {base('uint4_halves', 64, 's=bf16 z=bf16', out='bf16')}; "
+    f"{base('uint4_halves', 64, 's=f16 z=i8', out='bf16')}; {base('uint4_halves', 192, 's=f32 f=0.0625', out='bf16')}",
     "groups-f16": f"k=576 x=f16; {base('nf4', 64, 's=f32', out='f16')}; "
     f"{base('nf4', 192, 's=f32 z=f32', out='f16')}; {base('uint4_halves', 64, 's=u8', out='f16')}",
     "swiglu": f"k=160 x=f32 swiglu; {base('int8', 160, n=21)} {LORA}; {base('nf4', 32, n=21)} bias=f32",
