@@ -10,8 +10,8 @@ Four tables, everything in one of them in turns, on SmolLM2:
   adapter for all; beside it, for decode, PEFT's ``adapter_names`` in eager mode and under Inductor, and a merged model
   for each adapter under Inductor, called with its rows one after the other;
 - *residency*: a token with an adapter drawn among many on disk, in a bank of 64 MB;
-- *switches* among resident adapters of rank 4 to 64: ``activate`` alone, what making the schedule for it adds to the
-  next forward, and the step itself, switched each time and not.
+- *switches* among resident adapters of rank 4 to 64: ``activate`` alone, what the schedule for it adds to the
+  next forward, and a step after each switch over the next steps of the same adapter, pair by pair.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,40 +231,39 @@ def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
             bank.load(name, state, config=config(rank))
     names = [info.name for info in bank]
     step = decoder(base, "gawscompile.compile")
-    at = [0]
-    spent: dict[str, list[float]] = {"activate": [], "schedule": []}
-
-    def switched() -> float:
-        at[0] += 7  # from rank to rank
-        began = time.perf_counter()
-        bank.activate(names[at[0] % len(names)])
-        spent["activate"].append(1e6 * (time.perf_counter() - began))
-        began = time.perf_counter()
-        bank.snapshot(1)
-        spent["schedule"].append(1e6 * (time.perf_counter() - began))
-        bank.activate(names[at[0] % len(names)])  # the step makes a schedule of its own
-        return step()
-
-    def steady() -> float:
-        bank.activate(names[at[0] % len(names)])
+    for _ in range(3):
         step()
-        return step()
+    first = []
+    for name in names:
+        bank.activate(name)
+        first.append(step())
 
-    times = in_turns({"switched": switched, "steady": steady}, rounds)
-    alone = []
-    for number in range(500):
-        began = time.perf_counter()
-        bank.activate(names[number * 7 % len(names)])
-        alone.append(1e6 * (time.perf_counter() - began))
+    # ranks cost differently: a step after a switch is compared with steps of the same adapter, which follow it
+    found: dict[str, list[float]] = {"switched": [], "steady": [], "ratio": []}
+    spent: dict[str, list[float]] = {"activate": [], "schedule": []}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(8 * rounds):
+            name = names[number * 7 % len(names)]  # from rank to rank
+            spent["activate"].append(_micros(partial(bank.activate, name)))
+            times = [step()]
+            for _ in range(2):
+                bank.activate(name)
+                times.append(step())
+            again = statistics.median(times[1:])
+            for kind, time_ in (("switched", times[0]), ("steady", again), ("ratio", times[0] / again)):
+                found[kind].append(time_)
+            bank.activate(names[(number * 7 + 3) % len(names)])
+            spent["schedule"].append(_micros(lambda: bank.snapshot(1)))
     resident = sum(info.bytes for info in bank) / 2**20
+    ratio = Timing.of(found["ratio"])
     return [
         [f"activate, {len(names)} adapters of rank 4 to 64 ({resident:.0f} MB)", _median(spent["activate"], "µs")],
-        ["the same, in a loop of its own", _median(alone, "µs")],
         ["a new schedule, in the next forward", _median(spent["schedule"], "µs")],
         ["PEFT's hotswap_adapter, rank 16", f"{swap:.0f} µs"],
-        ["decode step after a switch", f"{times['switched'].median:.2f} ms"],
-        ["decode step, the same adapter as before", f"{times['steady'].median:.2f} ms"],
-        ["ratio", f"{times['switched'].median / times['steady'].median:.3f}"],
+        ["decode step after the first switch to an adapter", _median(first, "ms")],
+        ["decode step after a later switch", f"{statistics.median(found['switched']):.2f} ms"],
+        ["the next, with the same adapter", f"{statistics.median(found['steady']):.2f} ms"],
+        ["ratio of two such steps, median (quartiles)", f"{ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"],
     ]
 
 
@@ -325,6 +325,12 @@ def plot(tables: dict[str, list[list[str]]], file: Path) -> None:
     axes.set_title("A bank of 64 MB, another adapter for every token")
     axes.legend()
     common.save(figure, file)
+
+
+def _micros(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - began)
 
 
 def _median(samples: list[float], unit: str) -> str:
