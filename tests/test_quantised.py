@@ -9,13 +9,14 @@ from collections import Counter
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
-from torchao.quantization import Int8Tensor
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 
 from benchmarks import quantized
 from benchmarks.common import linear_sizes
-from gawscompile import ahead, explain
+from gawscompile import ahead, cli, explain
 from gawscompile.adapters import GAWSConfig
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.observe.store import RECORDS
@@ -217,3 +218,27 @@ def test_without_adapters_a_quantised_base_is_fused_too():
     report = explain(base, tokens(1, 1), use_cache=False)
     assert {entry.operators for entry in report.linears if "q_proj" in entry.path} == {"Packed[int8 64x64]"}
     assert {entry.reason for entry in report.linears if "lm_head" not in entry.path} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "coding"), [("nf4", "packed(nf4 g=64"), ("int8", "packed(int8 ")])
+def test_kernels_of_a_quantised_checkpoint_are_written_for_a_gpu(kind, coding, tmp_path, capsys):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    how = {
+        "nf4": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+        "int8": transformers.TorchAoConfig(Int8WeightOnlyConfig()),
+    }[kind]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "packed")
+    command = ["emit", "--model", str(tmp_path / "packed"), "--adapter", "lora", "--dtype", "bfloat16"]
+    assert cli.main([*command, "--tokens", "1", "--out", str(tmp_path / "out")]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "layers.0." in line]
+    assert len(rows) == 4, "q, k and v; o; gate and up; down"
+    kernels = [(folder / "kernel.py").read_text() for folder in (tmp_path / "out").iterdir() if folder.is_dir()]
+    assert all(coding in text and "lora(r=16" in text for text in kernels)

@@ -147,8 +147,8 @@ def gemv(term: Packed, rows: Cut, steps: Cut, range_: Code, x: str) -> list[Code
         features = v.x + v.at[None, :, :] * (2 if _pairs(term) else 1) + i
         value = made - v.zero[:, :, None] if term.zeros is not None else made
         products += [
-            *v[f"xs{i}"].load(fn("tl.broadcast_to", features, tile), pieces_ok, x),
-            v.products.let(value * v[f"xs{i}"], "+=" if i else "="),
+            *v[f"x{i}"].load(fn("tl.broadcast_to", features, tile), pieces_ok, x),
+            v.products.let(value * v[f"x{i}"], "+=" if i else "="),
         ]
     sums = fn("tl.sum", v.products, axis=2)
     step = [

@@ -51,6 +51,7 @@ LLAMA = llama(*["lora(r=16 bf16 s=2.0)"] * 3)
 LLAMA_WIDE = llama(*["lora(r=64 bf16 s=2.0)"] * 3)
 SINGLE, REDUNDANT, TWO = (Plan(name, 8) for name in ("single_launch", "redundant_shrink", "two_launch"))
 KRON = Plan("kron_epilogue", 8)
+SHORT = KernelSpec.parse("k=512 x=bf16; n=256 packed(nf4 g=64 s=f32) out=bf16 residual=bf16 lora(r=16 f32 s=2.0)")
 STREAM = Plan("stream", 8)
 TILE, GEMM = Plan("fused_tile"), Plan("gemm_accumulate")
 
@@ -112,6 +113,20 @@ def test_packed_weights_on_every_target(spec: KernelSpec, plan: Plan, target: st
         _checked(compiled, None if hip else 128)
         widths = compiled.loads.get("w", {16: 1})
         assert min(widths) >= least, f"{compiled.name} loads codes by {widths}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "plan"),
+    [
+        (SHORT, REDUNDANT),
+        *(pytest.param(spec, plan, marks=pytest.mark.slow) for spec in (NF4, INT8) for plan in (REDUNDANT, TWO)),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_packed_weights_by_other_plans(spec: KernelSpec, plan: Plan):
+    """SHORT: one step is all of W's columns, and half of A's. A name of W's step is seen in A's loop, in one shape."""
+    for compiled in ahead.compile_plan(spec, plan, "cuda:90"):
+        _checked(compiled, None)
 
 
 @pytest.mark.parametrize(
