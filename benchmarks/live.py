@@ -11,7 +11,7 @@ Four tables, everything in one of them in turns, on SmolLM2:
   for each adapter under Inductor, called with its rows one after the other;
 - *residency*: a token with an adapter drawn among many on disk, in a bank of 64 MB;
 - *switches* among resident adapters of rank 4 to 64: ``activate`` alone, what the schedule for it adds to the
-  next forward, and a step after each switch over the next steps of the same adapter, pair by pair.
+  next forward, and a step after each switch over the next of the same adapter, pair by pair.
 """
 
 from __future__ import annotations
@@ -231,26 +231,21 @@ def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
             bank.load(name, state, config=config(rank))
     names = [info.name for info in bank]
     step = decoder(base, "gawscompile.compile")
-    for _ in range(3):
-        step()
+    bank.activate(names[0])
+    step()
     first = []
-    for name in names:
-        bank.activate(name)
-        first.append(step())
-
-    # ranks cost differently: a step after a switch is compared with steps of the same adapter, which follow it
+    # ranks cost differently: a step after a switch is compared with the next, of the same adapter
     found: dict[str, list[float]] = {"switched": [], "steady": [], "ratio": []}
     spent: dict[str, list[float]] = {"activate": [], "schedule": []}
     with torch._dynamo.config.patch(error_on_recompile=True):
+        for name in names:
+            bank.activate(name)
+            first.append(step())
         for number in range(8 * rounds):
             name = names[number * 7 % len(names)]  # from rank to rank
             spent["activate"].append(_micros(partial(bank.activate, name)))
-            times = [step()]
-            for _ in range(2):
-                bank.activate(name)
-                times.append(step())
-            again = statistics.median(times[1:])
-            for kind, time_ in (("switched", times[0]), ("steady", again), ("ratio", times[0] / again)):
+            switched, again = step(), step()
+            for kind, time_ in (("switched", switched), ("steady", again), ("ratio", switched / again)):
                 found[kind].append(time_)
             bank.activate(names[(number * 7 + 3) % len(names)])
             spent["schedule"].append(_micros(lambda: bank.snapshot(1)))

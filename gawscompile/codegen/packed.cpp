@@ -139,8 +139,15 @@ struct ByWords {
   static constexpr bool KNOWN = false;
 #endif
   static constexpr int STEP = 4 * V, NUMBERS = 8 * V;
-  static constexpr int column(int i) { return 4 * (i % V) + i / V / 2; }
-  static constexpr float factor(int i) { return i / V < 7 ? 1.f / float(1 << 4 * (i / V)) : 1.f; }
+  static constexpr float factor(int half) { return half < 7 ? 1.f / float(1 << 4 * half) : 1.f; }
+  static void lay(const float* x, float* to) {
+    for (int byte = 0; byte < 4; ++byte) {
+      float numbers[V];
+      for (int i = 0; i < V; ++i) numbers[i] = x[4 * i + byte];
+      const F all = F::loadu(numbers);
+      for (int half = 2 * byte; half < 2 * byte + 2; ++half) (all * F(factor(half))).store(to + half * V);
+    }
+  }
 };
 
 // Of 64 columns, whose codes are looked up 32 at a time, byte by byte of the numbers that they stand for: fp32's four, or
@@ -154,7 +161,16 @@ struct ByBytes {
     const int lane = i % V, vector = i / V % 4, within = BYTES == 2 ? 2 * (lane % 4) + vector % 2 : 4 * (vector % 2) + lane % 4;
     return 2 * (lane / 4 * 16 + vector / 2 * 8 + within) + i / 32;
   }
-  static constexpr float factor(int) { return 1; }
+  struct Places {
+    uint8_t of[NUMBERS] = {};
+    constexpr Places() {
+      for (int i = 0; i < NUMBERS; ++i) of[i] = uint8_t(column(i));
+    }
+  };
+  static void lay(const float* x, float* to) {
+    static constexpr Places PLACES;
+    for (int i = 0; i < NUMBERS; ++i) to[i] = x[PLACES.of[i]];
+  }
 
   struct Tables {
     alignas(32) uint8_t bytes[BYTES][32];
@@ -396,7 +412,7 @@ struct Packed {
     else if constexpr (ZEROS) return Codes(scales.at(row, g), zeros.at(row, g));
     else return Codes(scales.at(row, g));
   }
-  // Numbers of R rows' groups are `scale` times their codes, plus `added` times 1 / V: to each lane of a sum.
+  // Numbers of R rows' groups are `scale` times what their codes stand for, plus `added` in each lane of a sum of V.
   template <int R>
   struct Lines {
     float scale[R][K / GROUP], added[R][ZEROS ? K / GROUP : 1];

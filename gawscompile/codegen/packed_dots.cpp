@@ -32,21 +32,10 @@ constexpr bool fits(int64_t group) {
   else return false;
 }
 
-// Of each number the column that it comes from, and its factor.
-template <class Order>
-struct Places {
-  uint8_t column[Order::NUMBERS] = {};
-  float factor[Order::NUMBERS] = {};
-  constexpr Places() {
-    for (int i = 0; i < Order::NUMBERS; ++i) column[i] = uint8_t(Order::column(i)), factor[i] = Order::factor(i);
-  }
-};
-
 template <class Order, int64_t K, int64_t GROUP, class TX>
 inline Spread<Order, K, GROUP> spread(const TX* x, int64_t m) {
   using X = Spread<Order, K, GROUP>;
   static thread_local Buffer numbers, sums;
-  static constexpr Places<Order> PLACES;
   float *to = numbers.of(m * X::NUMBERS), *groups = sums.of(m * (K / GROUP));
   for (int64_t g = 0; g < m * (K / GROUP); ++g) {
     Pair total = {F(0.f), F(0.f)};
@@ -57,7 +46,8 @@ inline Spread<Order, K, GROUP> spread(const TX* x, int64_t m) {
         store_pair(line + i, v);
         total = {total.lo + v.lo, total.hi + v.hi};
       }
-      for (int i = 0; i < Order::NUMBERS; ++i) *to++ = line[PLACES.column[i]] * PLACES.factor[i];
+      Order::lay(line, to);
+      to += Order::NUMBERS;
     }
     groups[g] = sum(total.lo + total.hi);
   }

@@ -79,9 +79,9 @@ BESIDE = {
     "groups": f"k=576 x=bf16; {base('nf4', 64, 's=u8', n=64, out='bf16')} {LORA}; "
     f"{base('nf4', 64, 's=f16 z=i8', out='bf16')}; {base('uint4_halves', 64, 's=bf16 z=bf16', out='bf16')}; "
     f"{base('uint4_halves', 64, 's=f16 z=i8', out='bf16')}; {base('uint4_halves', 192, 's=f32 f=0.0625', out='bf16')}",
-    "groups-f16": f"k=576 x=f16; {base('nf4', 64, 's=f32', out='f16')}; "
-    f"{base('nf4', 192, 's=f32 z=f32', out='f16')}; {base('uint4_halves', 64, 's=u8', out='f16')}",
-    "swiglu": f"k=160 x=f32 swiglu; {base('int8', 160, n=21)} {LORA}; {base('nf4', 32, n=21)} bias=f32",
+    "groups-f16": f"k=1088 x=f16; {base('nf4', 64, 's=f32', out='f16')}; "
+    f"{base('nf4', 1088, 's=f32 z=f32', out='f16')}; {base('uint4_halves', 64, 's=f32 z=f32', out='f16')}",
+    "swiglu": f"k=192 x=f32 swiglu; {base('int8', 192, n=21)} {LORA}; {base('nf4', 64, n=21)} bias=f32",
     "swiglu bf16": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}; "
     f"{base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}",
 }
@@ -118,6 +118,7 @@ def close(text, m, plan, seed=0):
     for i, (got, want) in enumerate(zip(outputs, problem.want, strict=True)):
         error = ((got.double() - want).norm() / want.norm()).item()
         allowed = CLOSE[problem.spec.outputs[i][1]] * (1 if plan == GEMV else 2)
+        allowed *= 1.5 if problem.spec.x == "bf16" else 1  # levels may be rounded to it
         assert error <= allowed, f"projection {i} of {text}, m = {m}, {plan}: {error:.2g}"
     if plan == GEMV or problem.spec.x == "f32":  # the library's weight is rounded to x's dtype
         problem.check(outputs)
