@@ -283,7 +283,9 @@ class RedundantShrink(Gemv):
             return super()._vector(narrow, ranks)
         j = narrow.j
         cols = cut(self.spec.k, [block for block in GEMV_COLUMNS if block <= GEMV_ELEMENTS // ranks.block])
-        at, col_ok, xs, factors, products = v[f"cols{j}"], v[f"col{j}_ok"], v[f"xs{j}"], v[f"as{j}"], v[f"products{j}"]
+        # names that no other loop of a program has: where one runs once, Triton sees what it leaves in the next
+        at, col_ok, xs = v[f"a{j}_cols"], v[f"a{j}_ok"], v[f"a{j}_xs"]
+        factors, products = v[f"as{j}"], v[f"a{j}_products"]
         block = shape(ranks.block, cols.block)
         a = v[f"a{j}"] + narrow.columns[:, None] * v.K + at[None, :]
         ok = [ranks.mask(narrow.ok[:, None]), cols.mask(col_ok[None, :])]

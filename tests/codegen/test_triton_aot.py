@@ -52,6 +52,9 @@ LLAMA_WIDE = llama(*["lora(r=64 bf16 s=2.0)"] * 3)
 SINGLE, REDUNDANT, TWO = (Plan(name, 8) for name in ("single_launch", "redundant_shrink", "two_launch"))
 KRON = Plan("kron_epilogue", 8)
 SHORT = KernelSpec.parse("k=512 x=bf16; n=256 packed(nf4 g=64 s=f32) out=bf16 residual=bf16 lora(r=16 f32 s=2.0)")
+SHORT_GAWS = KernelSpec.parse(
+    "k=512 x=bf16; n=512 w=bf16 out=bf16 residual=bf16 lora(r=16 bf16 s=2.0) kron(4*128x128*1 f32 s=1.0)"
+)
 STREAM = Plan("stream", 8)
 TILE, GEMM = Plan("fused_tile"), Plan("gemm_accumulate")
 
@@ -119,12 +122,13 @@ def test_packed_weights_on_every_target(spec: KernelSpec, plan: Plan, target: st
     ("spec", "plan"),
     [
         (SHORT, REDUNDANT),
+        (SHORT_GAWS, REDUNDANT),
         *(pytest.param(spec, plan, marks=pytest.mark.slow) for spec in (NF4, INT8) for plan in (REDUNDANT, TWO)),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_packed_weights_by_other_plans(spec: KernelSpec, plan: Plan):
-    """SHORT: one step is all of W's columns, and half of A's. A name of W's step is seen in A's loop, in one shape."""
+def test_no_loop_has_a_name_of_another(spec: KernelSpec, plan: Plan):
+    """Where one step is all of W's columns, or G's, and half of A's, names of that step are seen in A's loop."""
     for compiled in ahead.compile_plan(spec, plan, "cuda:90"):
         _checked(compiled, None)
 
