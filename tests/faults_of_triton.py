@@ -11,6 +11,13 @@ NUMBERS = "tests/codegen/test_triton.py::test_numbers"
 ORDER = "tests/codegen/test_triton_aot.py::test_all_threads_wait_before_u_is_told_and_before_it_is_read"
 
 TRITON = {
+    "Triton: two loops of a kernel that share a name": Fault(
+        GEMV,
+        'v[f"a{j}_cols"]',
+        'v[f"cols{j}"]',
+        "tests/codegen/test_triton_aot.py::test_no_loop_has_a_name_of_another",
+        unproven=ON_GPUS,
+    ),
     "Triton: u told before it is written": Fault(
         GEMV,
         "'tl.atomic_add(flag, 1, sem=\"release\")'",
