@@ -15,7 +15,7 @@ TRITON = {
         GEMV,
         'v[f"a{j}_cols"]',
         'v[f"cols{j}"]',
-        "tests/codegen/test_triton_aot.py::test_no_loop_has_a_name_of_another",
+        "tests/codegen/test_triton_loops.py::test_loops_share_no_names[plain-gaws]",
         unproven=ON_GPUS,
     ),
     "Triton: u told before it is written": Fault(
