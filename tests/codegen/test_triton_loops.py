@@ -1,5 +1,5 @@
 """Names in loops of Triton kernels. A name that is known before a loop is carried into it, where it must keep its type,
-which the interpreter does not mind. So what a loop writes before it reads it, nothing before the loop may have written."""
+which the interpreter does not mind. So a loop may not write first what something before it has written."""
 
 from __future__ import annotations
 
