@@ -225,14 +225,14 @@ KERNELS = {
         unproven="the zoo has no halves for an x of 16 bits",
     ),
     "halves of a word in each other's place": Fault(
-        "codegen/packed.cpp",
+        "codegen/packed_orders.cpp",
         "numbers[i] = x[4 * i + byte];",
         "numbers[i] = x[4 * i + 3 - byte];",
         f"{PACKED}_kernels_against_fp64[groups-f16-gemv]",
         unproven="the zoo has no halves for an x of 16 bits",
     ),
     "odd columns for even ones where levels are looked up by bytes": Fault(
-        "codegen/packed.cpp",
+        "codegen/packed_orders.cpp",
         "vector / 2 * 8 + within) + i / 32;",
         "vector / 2 * 8 + within) + 1 - i / 32;",
         f"{PACKED}_kernels_against_fp64[groups-gemv]",

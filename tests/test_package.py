@@ -41,7 +41,7 @@ def test_the_wheel_brings_every_pass_into_a_clean_environment(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     inside = zipfile.ZipFile(wheel).namelist()
     names = ("vectors", "prelude", "modes", "projections", "checksum", "sums")
-    packed = ("packed", "packed_dots", "packed_rows", "packed_tiles")
+    packed = ("packed_orders", "packed", "packed_dots", "packed_rows", "packed_tiles")
     kernels = [f"codegen/{name}.cpp" for name in (*names, *packed)]
     runtime = [f"runtime/{name}.cpp" for name in ("dispatch", "hoisted", "unchanged")]
     sources = ("passes/lower.py", *runtime, *kernels)

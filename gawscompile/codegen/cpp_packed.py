@@ -10,15 +10,16 @@ from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import dtype_of
 
 _HERE = Path(__file__).parent
-_PACKED, _DOTS, _ROWS, _TILES = (
-    (_HERE / f"{name}.cpp").read_text().strip() for name in ("packed", "packed_dots", "packed_rows", "packed_tiles")
+_ORDERS, _PACKED, _DOTS, _ROWS, _TILES = (
+    (_HERE / f"{name}.cpp").read_text().strip()
+    for name in ("packed_orders", "packed", "packed_dots", "packed_rows", "packed_tiles")
 )
 
 
 def prelude(spec: KernelSpec) -> list[str]:
     """What kernels of a group with packed weights build on."""
     terms = packed_of(spec).values()
-    parts = [_PACKED, _DOTS] * bool(terms) + [_ROWS] * any(term.summed_apart for term in terms)
+    parts = [_ORDERS, _PACKED, _DOTS] * bool(terms) + [_ROWS] * any(term.summed_apart for term in terms)
     return parts + [_TILES] * any(term.kept.layout == "tiles" for term in terms)
 
 

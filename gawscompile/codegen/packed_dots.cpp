@@ -54,10 +54,16 @@ inline Spread<Order, K, GROUP> spread(const TX* x, int64_t m) {
   return {numbers.of(0), sums.of(0)};
 }
 
+// Whether products of bf16 multiply x, in groups of so many columns.
+template <class TX>
+constexpr bool in_pairs(int64_t group) {
+  return PAIRED && std::is_same_v<TX, bf16> && group % 64 == 0;
+}
+
 // Either, as a weight needs it: a thread's own copy, unless x lies so already.
 template <class Codes, int64_t K, int64_t GROUP, class TX>
 inline auto ordered(const TX* x, int64_t m) {
-  if constexpr (PAIRED && std::is_same_v<TX, bf16> && GROUP % 64 == 0) {
+  if constexpr (in_pairs<TX>(GROUP)) {
     static thread_local Buffer numbers, sums;
     bf16* words = (bf16*)numbers.of(m * K / 2);
     float* groups = sums.of(m * (K / GROUP));
@@ -109,8 +115,8 @@ inline auto ordered(const TX* x, int64_t m) {
 // The same where a byte has the codes of two rows, which are met together.
 template <class Codes, int64_t K, int64_t GROUP, class TX>
 inline auto halved(const TX* x, int64_t m) {
-  constexpr bool PAIRED_X = PAIRED && std::is_same_v<TX, bf16> && GROUP % 64 == 0;
-  if constexpr (!PAIRED_X && !std::is_same_v<TX, float> && fits<ByWords>(GROUP)) return spread<ByWords, K, GROUP>(x, m);
+  constexpr bool WORDS = !in_pairs<TX>(GROUP) && !std::is_same_v<TX, float> && fits<ByWords>(GROUP);
+  if constexpr (WORDS) return spread<ByWords, K, GROUP>(x, m);
   else return ordered<Codes, K, GROUP>(x, m);
 }
 

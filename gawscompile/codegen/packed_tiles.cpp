@@ -54,8 +54,8 @@ struct Tiles {
   static constexpr bool PAIRED_COLUMNS = false;
 #else
   static constexpr bool PAIRED_COLUMNS = BYTES == 16 && !FULL;
-  // The same of one token, two columns at a time and without a shuffle: lanes are words of four bytes, whose halves are
-  // masked where they lie, so that half j is 16^j times its code. Lane i of the lower or upper four has rows 4i and on.
+  // The same of one token, two columns at a time and without a shuffle: lanes are words of four bytes, whose halves
+  // `half_of` makes numbers. Lane i of the lower or upper four has rows 4i and on.
   void pairs(F (&part)[C], int64_t row, const float* x, int64_t g) const {
     const __m256i each = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
     __m256 sums[8];
@@ -69,15 +69,13 @@ struct Tiles {
       const __m256 xs = _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)), each);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-        const __m256i mask = _mm256_set1_epi32(15 << 4 * j);
-        const __m256i half = j < 7 ? _mm256_and_si256(words, mask) : _mm256_srli_epi32(words, 28);
-        sums[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(half), xs, sums[j]);
+        sums[j] = fmadd(half_of(words, j), F(xs), F(sums[j]));
       }
     }
     __m128 rows[2][4];  // of lower halves, and of upper ones
     for (int j = 0; j < 8; ++j) {
       const __m128 both = _mm_add_ps(_mm256_castps256_ps128(sums[j]), _mm256_extractf128_ps(sums[j], 1));
-      rows[j % 2][j / 2] = _mm_mul_ps(both, _mm_set1_ps(j < 7 ? 1.f / float(1 << 4 * j) : 1.f));
+      rows[j % 2][j / 2] = _mm_mul_ps(both, _mm_set1_ps(factor_of(j)));
     }
     for (int half = 0; half < 2; ++half) {
       auto& r = rows[half];

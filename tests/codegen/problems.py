@@ -99,7 +99,7 @@ def packed(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Packed:
     return found
 
 
-def _in_bf16(term: Packed) -> bool:
+def in_bf16(term: Packed) -> bool:
     """Whether what codes stand for is rounded for an x of bf16, in groups of whole 64 columns: by the CPU's dot
     products of bf16, in blocks too, and where AVX2 looks levels of pairs up by their bytes."""
     whole = term.group % 64 == 0
@@ -116,7 +116,7 @@ def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
         return weight(spec, i, operands).abs()
     term = packed(spec, i, operands)
     size = term.kept.numbers(term.codes, term.table, term.n, term.k, torch.float64).abs()
-    if spec.x == "bf16" and _in_bf16(term):
+    if spec.x == "bf16" and in_bf16(term):
         size = size + 512 if term.kept.layout == "bytes" else size * (1 + 2**14 / 6)
     elif spec.x != "f32" and term.kept.layout in ("halves", "tiles"):
         size = size + 32  # bytes, a sixteenth of them, and what comes off
