@@ -29,9 +29,9 @@ KINDS: dict[str, dict[str, Any]] = {
 LAYERS = 2
 
 
-def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def llama(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "vocab_size": 128}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "vocab_size": 128}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -104,7 +104,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
 
 
-def in_kernels(records: list[GraphRecord], term: str = "bank(f32)") -> bool:
+def in_kernels(records: list[GraphRecord], term: str = "bank(f32)", layers: int = LAYERS) -> bool:
     """Whether what the bank adds runs in the kernels of all linears of a Llama but the head, in one graph."""
     (record,) = records
-    return sum(group.spec.count(term) for group in record.groups) == 7 * LAYERS
+    return sum(group.spec.count(term) for group in record.groups) == 7 * layers

@@ -24,13 +24,15 @@ from gawscompile.ir.records import GraphRecord
 from gawscompile.verify import proof
 from tests.banks import common
 from tests.banks.checkpoints import base, linears
-from tests.banks.common import KINDS, close, in_kernels, llama, with_bank
+from tests.banks.common import KINDS, close, with_bank
 from tests.graphs import capture, rewriting
 
 DORA: dict[str, dict[str, Any]] = {
     "m": {"r": 6, "lora_alpha": 9, "target_modules": "all-linear", "use_dora": True},
     "n": {"r": 19, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "use_dora": True, "use_rslora": True},
 }
+llama = functools.partial(common.llama, layers=1)  # `test_bank.py` has two
+in_kernels = functools.partial(common.in_kernels, layers=1)
 CHOICES = ["m", "a", "n", None, {"m": 0.5, "a": 2.0}, {"m": 1.0, "n": -0.5}, {"a": 1.0, "n": 0.25, "m": 2.0}]
 ROWS = [["m", None, "a", "n"], [None, {"m": 0.5, "a": 2.0}, "m", "m"], ["n", "a"], ["a"] * 4]
 
@@ -128,10 +130,10 @@ def test_all_is_fused_and_proven(dora, ids):
     bank.activate(["m", "a", None, "n"])
     context = capture(model, ids, kernels=True).until()
     layers = [linear for linear in context.record.linears if linear.adapters]
-    assert len(layers) == 14 and all(linear.status == "fused" and "Banked" in linear.operators for linear in layers)
+    assert len(layers) == 7 and all(linear.status == "fused" and "Banked" in linear.operators for linear in layers)
     context.complain = pytest.fail
     proof.verify_rewrites(context)
-    assert context.record.passes["verify"] >= 9
+    assert context.record.passes["verify"] >= 5
 
 
 @pytest.mark.slow  # test_bank has LoRA in 16 bits
@@ -155,7 +157,7 @@ def test_16_bits(ids, tmp_path):
 
 def gpt2(**settings: Any) -> peft.PeftModel:
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 32}
     inner = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     for name, parameter in inner.named_parameters():
         if name.endswith("bias"):
@@ -185,7 +187,7 @@ def test_biases_are_not_scaled(bias, tmp_path):
             got = run(ids).logits
             for row, name in enumerate(rows):
                 close(got[row], (want if name else without)[row])
-    assert sum(group.spec.count("bank(f32)") for group in records[0].groups) == 8
+    assert sum(group.spec.count("bank(f32)") for group in records[0].groups) == 4
     bank.save("x", tmp_path / "two")
     again = peft.PeftModel.from_pretrained(gpt2().unload(), tmp_path / "two").eval()
     close(again(ids).logits, want)
@@ -243,7 +245,7 @@ def test_rows_that_vanish_are_saved_too(ids, tmp_path):
 
 def test_those_that_leave_the_pool_come_back(dora, ids, tmp_path):
     sizes = {info.name: info.bytes for info in with_bank(dora)[1]}
-    model, bank = with_bank(dora, memory=sizes["m"] + sizes["n"] + sizes["a"] // 2)
+    model, bank = with_bank(dora, memory=sizes["m"] + sizes["n"] + sizes["a"] * 3 // 4)
     for name in "mnamn":
         bank.activate(name)
         close(model(ids).logits, logits(dora, ids, name))

@@ -10,7 +10,7 @@ from tests.graphs import small_llama, tokens
 
 
 def test_regions_are_told_as_in_the_whole():
-    model = small_llama(layers=3)
+    model = small_llama(layers=2)
     whole = explain(model, tokens(1, 3), use_cache=False)
     layers = model.get_base_model().model.layers
     for layer in layers:
@@ -18,23 +18,23 @@ def test_regions_are_told_as_in_the_whole():
     kept = [layer._compiled_call_impl for layer in layers]
     report = explain(model, tokens(1, 3), use_cache=False)
     assert [layer._compiled_call_impl for layer in layers] == kept
-    assert list(regions(model)) == [f"base_model.model.model.layers.{number}" for number in range(3)]
+    assert list(regions(model)) == [f"base_model.model.model.layers.{number}" for number in range(2)]
 
-    assert report.graphs == 1 and "3 regions are compiled one by one and share 1 graph(s)" in report.notes
+    assert report.graphs == 1 and "2 regions are compiled one by one and share 1 graph(s)" in report.notes
     fates = {entry.path: entry.reason for entry in report.linears if entry.status != "fused"}
     assert fates == {"base_model.model.lm_head": "NOT_TRACED"}
     of = {entry.path: entry for entry in whole.linears}
-    assert len(report.fused) == 21 and len({entry.path for entry in report.fused}) == 21
+    assert len(report.fused) == 14 and len({entry.path for entry in report.fused}) == 14
     for entry in report.fused:
         one = of[entry.path]
         assert (entry.shape, entry.adapters, entry.operators) == (one.shape, one.adapters, one.operators)
         assert entry.path in report.groups[entry.group].members
     layered = [group for group in whole.groups if not group.members[0].endswith("lm_head")]
     assert sum(group.after.launches for group in report.groups) == sum(group.after.launches for group in layered)
-    assert "21 of 21" in report.summary()
+    assert "14 of 14" in report.summary()
 
     inlined = explain(torch.compile(model, backend="eager"), tokens(1, 3), use_cache=False)
-    assert inlined.graphs == 1 and len(inlined.fused) == 22
+    assert inlined.graphs == 1 and len(inlined.fused) == 15
 
 
 def test_modules_that_torch_compile_put_in_place():
