@@ -2,7 +2,7 @@
 
 No list of libraries: a matrix is traced back through views, casts, products with numbers that groups of its columns
 share, and differences to such, down to a parameter of bytes. Known by name are operators that are a product with such
-a matrix (bitsandbytes', and aten's with a weight of 4 bits on a CPU), and HQQ's way to take bytes apart.
+a matrix (bitsandbytes', and aten's with a weight of 4 bits on a CPU) or make it, and HQQ's way to take bytes apart.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gawscompile.analysis.reading import (
     transposed,
     value,
 )
-from gawscompile.ir.packed import READ, Packed
+from gawscompile.ir.packed import OUTER, READ, Packed
 from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.types import DTYPE_NAMES, SpecError
 
@@ -75,6 +75,8 @@ def _traced(node: Any) -> Packed | None:
             return _settled(node, n, k, coding, group or k, scales, zeros) if coding else None
         elif turned:
             return None
+        elif _name(node) == WHOLE_4BIT:
+            return dequantized(node) if scales is None and zeros is None else None
         elif (source := reinterpreted(node)) is not None:
             node = source
         elif is_call(node, aten.mul.Tensor, aten.sub.Tensor) and not node.kwargs and not _wraps(node):
@@ -124,6 +126,24 @@ def _gemm_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:
     coded, levels, offset = (_argument(node, at, name) for at, name in places)
     scales = (absmax, None, None, None, None) if coded is None else (coded, None, levels, absmax, offset)
     return x, _weight(codes, n, k, coding, group, None, *scales), _argument(node, 6, "bias")
+
+
+def dequantized(node: Any) -> Packed | None:
+    """What ``dequantize_4bit(codes, absmax, blocksize, type, [n, k], dtype)`` is the matrix of: bitsandbytes makes
+    one for several tokens on a GPU, up to version 0.49."""
+    if _name(node) != WHOLE_4BIT or len(args(node)[4]) != 2:
+        return None
+    codes, absmax, group, coding, (n, k) = args(node)[:5]
+    scales = (absmax, None, None, None, None)
+    if is_call(absmax, aten.add.Tensor) and _name(args(absmax)[0]) == WHOLE_8BIT:
+        made, offset = args(absmax)
+        coded, shared, levels, columns = args(made)[:4]
+        if columns != OUTER:
+            return None
+        scales = (coded, None, levels, shared, offset)
+    if (source := transposed(codes)) is not None and 1 in shape(source):
+        codes = source
+    return _weight(codes, n, k, coding, group, None, *scales)
 
 
 def _gemv_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:
@@ -212,6 +232,9 @@ def _weight(
 
 VECTORWISE = "bitsandbytes::int8_vectorwise_quant"
 """Rounds an activation to codes."""
+
+WHOLE_4BIT, WHOLE_8BIT = "bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise"
+"""Make a matrix of codes, and the scales of one whose scales are coded."""
 
 MIXED = "bitsandbytes::int8_mixed_scaled_mm"
 """Leaves columns of large numbers as they are, and returns those beside its product."""

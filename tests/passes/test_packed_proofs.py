@@ -64,6 +64,38 @@ def test_4_bits_in_pairs(kind, group, twice, caplog):
     assert error < 1e-5 and not refused
 
 
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("how", ["as it is", "turned twice", "scaled", "turned once"])
+def test_4_bits_made_a_matrix_first(how, twice, caplog):
+    """As versions up to 0.49 multiply several tokens on a GPU."""
+    functional = library().functional
+    n, k = 128, 128
+    packed, state = functional.quantize_4bit(numbers(n, k), blocksize=64, quant_type="nf4", compress_statistics=twice)
+    more = (state.state2.absmax, state.state2.code, state.offset) if twice else ()
+
+    def function(x, packed, absmax, a, b, *more):
+        if twice:
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, *more[:2], 256, torch.float32) + more[2]
+        codes = packed.t() if how == "turned twice" else packed
+        w = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", [n, k], torch.float32).to(x.dtype)
+        if how == "scaled":
+            w = w * b[:, :1]
+        return x @ (w if how == "turned once" else w.t()) + delta(x, a, b)
+
+    factors = numbers(R, k, seed=2) / k**0.5, numbers(n, R, seed=3)
+    captured = capture(function, numbers(2, 3, k), packed, state.absmax, *factors, *more, kernels=True)
+    if how in ("scaled", "turned once"):  # by no scales of groups; x W is no product with the rows of W
+        sums = terms_of(captured.until("recover_operators"))
+        assert "Packed" not in [type(term).__name__ for terms in sums for term in terms]
+    else:
+        w, terms = weight(captured)
+        same(w, functional.dequantize_4bit(packed, state))
+        assert terms[0].text() == f"packed(nf4 g=64 s={'u8' if twice else 'f32'})"
+    right(captured)
+    error, refused = verified(captured, caplog)
+    assert error < 1e-5 and not refused
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_4_bits_laid_out_for_the_cpu(kind, caplog):
     bnb = library()
