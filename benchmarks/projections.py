@@ -96,13 +96,9 @@ def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
             if (plan, lora) == (PLANS[0], ""):
                 reads = limits.reading(tensors)
     variants["reading", "alone"] = reads
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
-    for turn in range(rounds + 1):  # the first builds and warms up
-        for key, call in variants.items():
-            taken = measure.timed(call)
-            if turn:
-                samples[key].append(taken)
-    columns = [(plan, lora) for plan in PLANS for lora in LORA] + [("reading", "alone")]
+    steps = {" ".join(key): functools.partial(measure.timed, call) for key, call in variants.items()}
+    samples, _ = measure.interleave(steps, rounds, 1)
+    columns = [" ".join((plan, lora)) for plan in PLANS for lora in LORA] + ["reading alone"]
     return [dtype, weights, str(m), *(f"{statistics.median(samples[c]):.2f}" if c in samples else "" for c in columns)]
 
 

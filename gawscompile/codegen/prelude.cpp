@@ -70,6 +70,22 @@ struct Step<bf16, bf16> {
   }
   static void dot(F& acc, const Chunk& w, const Chunk& x) { acc = F(_mm512_dpbf16_ps(acc, w, x)); }
 };
+#elif defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+template <>
+struct Step<bf16, bf16> {
+  static constexpr int N = 2 * V;
+  using Chunk = Pair;
+  static Chunk get(const bf16* p) { return apart(p); }
+  static Chunk get(const bf16* p, int count) {
+    bf16 padded[N] = {};
+    std::memcpy(padded, p, count * sizeof(bf16));
+    return apart(padded);
+  }
+  static void dot(F& acc, const Chunk& w, const Chunk& x) {
+    acc = fmadd(w.lo, x.lo, acc);
+    acc = fmadd(w.hi, x.hi, acc);
+  }
+};
 #endif
 
 // Bytes ahead of the reader that are asked for, into the second cache: a few rows of most weights. Four rows in flight are

@@ -195,6 +195,18 @@ inline void store_pair(T* p, const Pair& v) {
   narrowed(p + F::size(), v.hi);
 }
 
+// Numbers at even places, and those at odd ones: a bitwise step each, where to widen those that lie side by side crosses
+// lanes first. For sums, whose order is nobody's matter.
+inline Pair apart(const bf16* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i words = _mm512_loadu_si512(p), high = _mm512_and_si512(words, _mm512_set1_epi32(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), _mm512_castsi512_ps(high)};
+#else
+  const __m256i words = _mm256_loadu_si256((const __m256i*)p), high = _mm256_and_si256(words, _mm256_set1_epi32(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(high)};
+#endif
+}
+
 #else
 
 using bf16 = c10::BFloat16;
