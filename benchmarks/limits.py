@@ -81,11 +81,12 @@ def machine(rounds: int = 5) -> Machine:
     pages.enlarge([data])  # as weights are
     reads = [reading([data], streams) for streams in (1, 4, 8)]
     taken = min(measure.timed(read) for _ in range(rounds) for read in reads) / 1e3
-    rates = {}
-    for dtype in ("float32", "bfloat16"):
+    rates: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16"):  # bf16 may be widened: where torch multiplies it in a loop, fp32 is the limit
         a = torch.ones(SQUARE, SQUARE, dtype=getattr(torch, dtype))
         multiply = functools.partial(torch.mm, a, a)
-        rates[dtype] = 2 * SQUARE**3 / (min(measure.timed(multiply) for _ in range(rounds)) / 1e3)
+        found = 2 * SQUARE**3 / (min(measure.timed(multiply) for _ in range(rounds)) / 1e3)
+        rates[dtype] = max(found, rates.get("float32", 0.0))
     return Machine(BUFFER / taken, rates)
 
 
