@@ -5,7 +5,8 @@
 
 Each layer has weights of its own, on huge pages, so no call finds them in a cache, as in a model. Columns: ms
 for all projections of a forward pass, without and with a LoRA of rank 16 in fp32, and for reading the weights of the
-bare ones and no more; medians over `--rounds` in turns. `--weights`: as they are kept, see docs/quantised.md.
+bare ones and no more; medians over `--rounds` in turns. A pass comes right after one of its own: a cache that holds a
+whole model's weights keeps them. `--weights`: as they are kept, see docs/quantised.md.
 """
 
 from __future__ import annotations

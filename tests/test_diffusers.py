@@ -227,7 +227,7 @@ def test_hot_swapping(tmp_path):
     assert graphs_compiled() - before == graphs
 
 
-@pytest.mark.slow  # tests/banks mix adapters of many tokens, and kernels of mixtures have tests of their own
+@pytest.mark.slow  # tests/banks cover mixtures over many tokens, and kernels have tests of their own
 def test_ten_adapters_of_a_bank_mixed_by_weight():
     """One graph, whatever is mixed: weights and the set of adapters change, and nothing is compiled."""
     name, names = MODELS[2], [f"style {i}" for i in range(10)]

@@ -39,11 +39,13 @@ def test_variants_take_turns_and_the_first_step_of_a_turn_is_not_counted():
         calls.append(name)
         return float(len(calls))
 
-    samples, bare = measure.interleave({"a": lambda: variant("a"), "b": lambda: variant("b")}, 2, 2, ["b"])
-    assert "".join(calls) == "aaabbb" + "bbb" + "bbb" + "bbb" + "aaa"
-    assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4}
-    assert list(bare) == ["b"] and len(bare["b"]) == 4
-    assert samples["a"][:2] == [2.0, 3.0]
+    samples, bare = measure.interleave({"a": lambda: variant("a"), "b": lambda: variant("b")}, 8, 2, ["b"])
+    turns = ["".join(calls[at : at + 9]) for at in range(0, 72, 9)]
+    assert set(turns) == {"aaabbbbbb", "bbbbbbaaa"}
+    assert {name: len(values) for name, values in samples.items()} == {"a": 16, "b": 16}
+    assert list(bare) == ["b"] and len(bare["b"]) == 16
+    first = calls.index("a") + 1
+    assert samples["a"][:2] == [first + 1, first + 2]
 
 
 def test_a_sharing_copy_has_modules_of_its_own_and_the_same_weights():

@@ -27,7 +27,7 @@ from gawscompile.analysis.reading import (
     transposed,
     value,
 )
-from gawscompile.ir.packed import OUTER, READ, Packed
+from gawscompile.ir.packed import CODINGS, READ, Packed
 from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.types import DTYPE_NAMES, SpecError
 
@@ -76,7 +76,8 @@ def _traced(node: Any) -> Packed | None:
         elif turned:
             return None
         elif _name(node) == WHOLE_4BIT:
-            return dequantized(node) if scales is None and zeros is None else None
+            made = _dequantized(node)
+            return made if made is not None and made.sizes == (n, k) and scales is None and zeros is None else None
         elif (source := reinterpreted(node)) is not None:
             node = source
         elif is_call(node, aten.mul.Tensor, aten.sub.Tensor) and not node.kwargs and not _wraps(node):
@@ -128,22 +129,34 @@ def _gemm_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:
     return x, _weight(codes, n, k, coding, group, None, *scales), _argument(node, 6, "bias")
 
 
-def dequantized(node: Any) -> Packed | None:
-    """What ``dequantize_4bit(codes, absmax, blocksize, type, [n, k], dtype)`` is the matrix of: bitsandbytes makes
-    one for several tokens on a GPU, up to version 0.49."""
-    if _name(node) != WHOLE_4BIT or len(args(node)[4]) != 2:
+def _dequantized(node: Node) -> Packed | None:
+    """The packed weight that ``dequantize_4bit(codes, absmax, blocksize, type, [n, k], dtype)`` makes a matrix of:
+    bitsandbytes does so for several tokens on a GPU, up to version 0.49."""
+    codes, absmax, group, coding, sizes = args(node)[:5]
+    if len(sizes) != 2:
         return None
-    codes, absmax, group, coding, (n, k) = args(node)[:5]
     scales = (absmax, None, None, None, None)
-    if is_call(absmax, aten.add.Tensor) and _name(args(absmax)[0]) == WHOLE_8BIT:
+    if is_call(absmax, aten.add.Tensor) and not absmax.kwargs and _name(args(absmax)[0]) == WHOLE_8BIT:
         made, offset = args(absmax)
-        coded, shared, levels, columns = args(made)[:4]
-        if columns != OUTER:
+        coded, shared, levels = args(made)[:3]  # how many scales share one of theirs is seen by its sizes
+        if dtype(made) != torch.float32:
             return None
         scales = (coded, None, levels, shared, offset)
-    if (source := transposed(codes)) is not None and 1 in shape(source):
-        codes = source
-    return _weight(codes, n, k, coding, group, None, *scales)
+    return _weight(codes, *sizes, coding, group, None, *scales)
+
+
+def numbers_of_codes(node: Any, inputs: Any) -> torch.Tensor | None:
+    """What bitsandbytes' operator that `node` is makes of its `inputs`, in fp64, which it does not know itself."""
+    if _name(node) not in (WHOLE_4BIT, WHOLE_8BIT) or inputs[0].dtype != torch.uint8:
+        return None
+    codes, scales = inputs[0].reshape(-1), inputs[1].double().reshape(-1)
+    if _name(node) == WHOLE_8BIT:
+        levels, group, sizes = inputs[2], inputs[3], inputs[0].shape
+        found = levels.double()[codes.long()]
+    else:
+        group, coding, sizes = inputs[2:5]
+        found = CODINGS[coding].numbers(codes, None, 1, 2 * len(codes), torch.float64)[0, : math.prod(sizes)]
+    return (found * scales.repeat_interleave(group)[: len(found)]).reshape(sizes)
 
 
 def _gemv_4bit(node: Node) -> tuple[Node, Packed | None, Node | None]:

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -174,7 +175,7 @@ def timed(action: Callable[[], object]) -> float:
 def interleave(
     variants: Mapping[str, Callable[[], float]], rounds: int, steps: int, without_guards: Iterable[str] = ()
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Samples of every variant, taken in turns: each round, `steps` of each, in an order that moves on every round.
+    """Samples of every variant, taken in turns: each round, `steps` of each, in an order that is drawn anew.
 
     A variant is a callable that prepares and runs one step and returns its milliseconds. The first step of each turn is
     not counted, since it finds the others' data in the caches. Variants named in `without_guards` run a second turn in
@@ -188,8 +189,7 @@ def interleave(
     gc.disable()
     try:
         for turn in range(rounds):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
+            for name in random.Random(turn).sample(names, len(names)):
                 _turn(variants[name], steps, normal[name])
                 if name in bare:
                     with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):

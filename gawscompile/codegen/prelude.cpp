@@ -75,12 +75,8 @@ template <>
 struct Step<bf16, bf16> {
   static constexpr int N = 2 * V;
   using Chunk = Pair;
-  static Chunk get(const bf16* p) { return apart(p); }
-  static Chunk get(const bf16* p, int count) {
-    bf16 padded[N] = {};
-    std::memcpy(padded, p, count * sizeof(bf16));
-    return apart(padded);
-  }
+  template <class... Count>
+  static Chunk get(const bf16* p, Count... count) { return apart(p, count...); }
   static void dot(F& acc, const Chunk& w, const Chunk& x) {
     acc = fmadd(w.lo, x.lo, acc);
     acc = fmadd(w.hi, x.hi, acc);

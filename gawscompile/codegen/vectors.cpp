@@ -196,16 +196,27 @@ inline void store_pair(T* p, const Pair& v) {
 }
 
 // Numbers at even places, and those at odd ones: a bitwise step each, where to widen those that lie side by side crosses
-// lanes first. For sums, whose order is nobody's matter.
-inline Pair apart(const bf16* p) {
+// lanes first. Only for sums of products, whose order does not matter; both factors must be read so.
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m512i words = _mm512_loadu_si512(p), high = _mm512_and_si512(words, _mm512_set1_epi32(0xffff0000));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), _mm512_castsi512_ps(high)};
-#else
-  const __m256i words = _mm256_loadu_si256((const __m256i*)p), high = _mm256_and_si256(words, _mm256_set1_epi32(0xffff0000));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(high)};
-#endif
+inline Pair apart(__m512i words) {
+  const __m512i odd = _mm512_and_si512(words, _mm512_set1_epi32(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), _mm512_castsi512_ps(odd)};
 }
+inline Pair apart(const bf16* p) { return apart(_mm512_loadu_si512(p)); }
+inline Pair apart(const bf16* p, int count) {
+  return apart(_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p));
+}
+#else
+inline Pair apart(const bf16* p) {
+  const __m256i words = _mm256_loadu_si256((const __m256i*)p), odd = _mm256_and_si256(words, _mm256_set1_epi32(0xffff0000));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(odd)};
+}
+inline Pair apart(const bf16* p, int count) {
+  bf16 padded[2 * F::size()] = {};
+  std::memcpy(padded, p, count * sizeof(bf16));
+  return apart(padded);
+}
+#endif
 
 #else
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gawscompile.analysis.collectives import is_collective
 from gawscompile.analysis.identity import reinterpreted, through_casts
-from gawscompile.analysis.packed import dequantized, int4_weight, product_of, rounds_activation
+from gawscompile.analysis.packed import int4_weight, numbers_of_codes, product_of, rounds_activation
 from gawscompile.analysis.reading import CASTS, ROUNDING, args, aten, dtype, is_call, is_cast
 from gawscompile.ir import banked, recipe
 from gawscompile.ir.records import Reason, plain
@@ -89,8 +89,8 @@ class Values:
             elif (found := product_of(node)) is not None:  # whose own kernel knows no fp64
                 x, weight, bias = cast(Any, map_arg(found, self.known.__getitem__))
                 result = weight.apply(x, bias)
-            elif (weight := dequantized(node)) is not None:
-                result = cast(Any, map_arg(weight, self.known.__getitem__)).dense(torch.float64)
+            elif (made := numbers_of_codes(node, inputs)) is not None:
+                result = made
             elif rounds_activation(node):  # what its product makes of it is known
                 result = inputs[0], None, None
             elif is_call(node, *OPS):
