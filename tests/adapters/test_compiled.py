@@ -16,12 +16,9 @@ from tests.numerics import error_ratio
 OPTIONS = {"strict": True, "verify": True}
 
 
-# GAWS-D's passes and kernels have tests of their own: its whole models are for the slow ones
-COMPILED = [kind if kind == "gaws" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-
-
-@pytest.mark.parametrize("kind", COMPILED)
-@pytest.mark.parametrize("diag", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow  # `test_fuse_kronecker.py` has every adapter of a Llama, and single linears are compiled below
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("diag", [False, True])
 def test_compiled_equals_eager_and_a_base_with_the_dense_product(kind, diag):
     model = adapted(kind, diag=diag)
     dense = copy.deepcopy(model).merge_and_unload()
@@ -35,7 +32,7 @@ def test_compiled_equals_eager_and_a_base_with_the_dense_product(kind, diag):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_new_numbers_and_other_adapters_show_in_the_next_call(kind):
     model = adapted(kind)
     model.add_adapter("other", config(kind, diag=True))
