@@ -4,10 +4,10 @@
 
 The floor of a call is what its weights, adapters and cached keys take to be read once at the machine's bandwidth, or
 what its multiplications take at the machine's best matrix rate, whichever is longer. Both are measured here, before
-each of the processes: a threaded sum over half a gigabyte, and the vendor library's matmul of large squares (numbers of
-bf16 may be multiplied as bf16 or as fp32). Variants:
-the bare model, PEFT's LoRA on every linear, and the same LoRA merged; the models' own times are those of
-`benchmarks.runtime`, medians over the processes. llama.cpp takes part where it is installed (`benchmarks.ggml`).
+each of the processes: a threaded sum over half a gigabyte, and the vendor library's matmul of large squares, of which
+bf16 takes the better of its own rate and that of fp32. Variants: the bare model, PEFT's LoRA on every linear, and the
+same LoRA merged; the models' own times are those of `benchmarks.runtime`, medians over the processes. llama.cpp takes
+part where it is installed (`benchmarks.ggml`).
 """
 
 from __future__ import annotations
