@@ -163,8 +163,8 @@ def _no_swiglu(node: Node, gate: Node, up: object, product: Node, sums: tuple[Su
         return "others read up too"
     if product.kwargs or not same_value(value(product), value(up)) or not same_value(value(gate), value(up)):
         return "gate, up and their product differ in shape or dtype"
-    if any(total.summed_apart for total in sums):
-        return "their weights are kept as [k, n] or in blocks"
+    if len({total.summed_apart for total in sums}) > 1:
+        return "the rows of one weight lie together in another way than the other's"
     if any(total.opaque is not None or total.residual is not None for total in sums):
         return "one has an opaque base or a residual"
     return None

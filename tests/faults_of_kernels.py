@@ -212,10 +212,17 @@ KERNELS = {
         needs="avx2 alone",
     ),
     "the lower rows of halves written as upper ones": Fault(
-        "codegen/packed_rows.cpp",
-        "z + m * LDZ - HALF - at, LDZ);",
-        "z - HALF - at, LDZ);",
+        "codegen/projections.cpp",
+        "one += m * ldz - W::LENGTH;",
+        "one -= W::LENGTH;",
         f"{PACKED}_kernels_against_fp64[uint4_halves-f32-gemv]",
+    ),
+    "a gate let through by itself": Fault(
+        "codegen/cpp.py",
+        "z[0] + row, z[1] + row, ldz",
+        "z[0] + row, z[0] + row, ldz",
+        SWIGLU,
+        unproven="the zoo's gate is kept by rows",
     ),
     "a zero's sign beside the sums of halves": Fault(
         "codegen/packed.cpp",

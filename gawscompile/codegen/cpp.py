@@ -80,10 +80,10 @@ def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Oper
 
     With `summed`, ``gemv`` has one more argument, ``uint64_t* sums``: to each it adds the checksum of that operand.
 
-    Raises `SpecError` for SwiGLU over weights that are `summed_apart`.
+    Raises `SpecError` for SwiGLU over weights that are not `summed_apart` in one way.
     """
-    if spec.swiglu and any(p.summed_apart for p in spec.projections):
-        raise SpecError(f"no C++ for swiglu over weights that are transposed or in blocks: {spec}")
+    if spec.swiglu and len({p.summed_apart for p in spec.projections}) > 1:
+        raise SpecError(f"no C++ for swiglu over a weight whose rows are summed apart beside another: {spec}")
     ranks = Scratch(spec)
     whole, turned, added = (plan in plans for plan in PLANS)
     turned = turned and takes_panels(spec)
@@ -194,31 +194,44 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
         costs[i] += sum(4 * e.mode.columns for e in endings if e.mode)
     units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
-    total = f"blocks(N0, ROWS) * {sum(costs)}" if spec.swiglu else total
+    total = f"{units[0].format(0)} * {sum(costs)}" if spec.swiglu else total
     parts = Parts(spec, ranks, summed)
     body = [*begin(summed), *packed.activations(spec), *_shrink(spec, ranks, parts)]
     body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
-    if spec.swiglu:
+    if spec.swiglu and spec.projections[0].summed_apart:
+        body += _summed(spec, parts, sum(costs), [0, 1])
+    elif spec.swiglu:
         halves = [*parts.expanded(0), *parts.expanded(1), *parts.hashes(0), *parts.hashes(1)]
         body.append(f"    gated<even(N0), PANEL>(rows, {sum(costs)}, N0, m, y, {', '.join(halves)});")
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
-        reads = ", ".join([*parts.expanded(i, "plus(z, ldz)" if p.summed_apart else None), *parts.hashes(i)])
         if p.summed_apart:
-            way = f"by_columns<K>(rows, {cost}, N{i}, m, w{i}, x"
-            if p.packed:
-                sums, x = packed.apart(i, p.packed)
-                way = f"{sums}(rows, {cost}, m, q{i}, {x}"
-            body += [
-                f"    {way}, [&](auto first, auto last, auto z, auto ldz) {{",
-                f"      expand<even(N{i})>(first, last, N{i}, m, y{i}, {reads});",
-                f"    }}{parts.seen(f'w{i}')});",
-            ]
+            body += _summed(spec, parts, cost, [i])
         else:
             panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
+            reads = ", ".join([*parts.expanded(i), *parts.hashes(i)])
             body.append(f"    by_panels<even(N{i})>(rows, {cost}, {panel}, N{i}, m, y{i}, {reads});")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     name = "gemv({}, uint64_t* sums)" if summed else "gemv({})"
     return _entry(name, spec, ranks, True, True, ys, [*body, *finish(summed)])
+
+
+def _summed(spec: KernelSpec, parts: Parts, cost: int, together: list[int]) -> list[str]:
+    """A share of the rows of a projection whose weight is `summed_apart`, or of gate and up `together`: these replace
+    their sums, and then their product is taken."""
+    lines, weights = [], []
+    for at, i in enumerate(together):
+        p, to = spec.projections[i], f"z[{at}], ldz" if spec.swiglu else f"y{i}, N{i}"
+        reads = ", ".join([*parts.expanded(i, f"plus(z[{at}], ldz)"), *parts.hashes(i)])
+        lines.append(f"      expand<even(N{i})>(first, last, N{i}, m, {to}, {reads});")
+        weights.append(
+            packed.apart(i, p.packed) if p.packed else f"by_columns<K, N{i}>(w{i}, x{parts.seen(f'w{i}')})"
+        )
+    if spec.swiglu:
+        halves = "z[0] + row, z[1] + row, ldz, y + row, N0"
+        lines.append("      const int64_t row = first * ROWS;")
+        lines.append(f"      multiply(m, min(N0, last * ROWS) - row, {halves});")
+    call = f"    summed(rows, {cost}, m, [&](int64_t first, int64_t last, auto z, int64_t ldz) {{"
+    return [call, *lines, f"    }}, {', '.join(weights)});"]
 
 
 def _panel(spec: KernelSpec) -> int:
@@ -341,7 +354,7 @@ def _added(spec: KernelSpec, i: int, parts: Parts) -> str:
         return f"      add<N{i}>({', '.join(['b * 2 * V', 'm', f'y{i}', base, *parts.added(i, 'b * 2 * V')])});"
     ends = f"b * 2 * V / ROWS, min(blocks(N{i}, ROWS), (b + 1) * 2 * V / ROWS)"
     reads = parts.expanded(i, f"plus(y{i}, Int<N{i}>{{}})" if p.opaque is None else None, weight=False)
-    return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, {', '.join(reads)});"
+    return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, N{i}, {', '.join(reads)});"
 
 
 def _entry(

@@ -82,18 +82,23 @@ def _order(i: int, term: Packed) -> str:
 
 def activations(spec: KernelSpec) -> list[str]:
     """x in the orders in which the group's codes are read: a thread's own."""
-    kinds = {_ordered(term): term for term in packed_of(spec).values() if not in_blocks(term)}
+    terms = packed_of(spec)
+    kinds = {_ordered(term): term for term in terms.values() if not in_blocks(term)}
     return [
         f"    const auto {name} = {'halved' if t.summed_apart else 'ordered'}<{_codes(t)}, K, {t.group}>(x, m);"
         for name, t in kinds.items()
+    ] + [
+        f"    const float* x{i} = gathered<K, {i}>(x, m, {_order(i, t)});"
+        for i, t in terms.items()
+        if t.kept.layout == "tiles"
     ]
 
 
-def apart(i: int, term: Packed) -> tuple[str, str]:
-    """What sums rows of a weight up in memory, and the x that it reads."""
+def apart(i: int, term: Packed) -> str:
+    """What sums rows of a weight up in memory."""
     if term.kept.layout == "tiles":
-        return "by_blocks", f"gathered<K>(x, m, {_order(i, term)})"
-    return ("by_blocks", "x") if in_blocks(term) else ("by_halves", _ordered(term))
+        return f"by_blocks(q{i}, x{i})"
+    return f"by_blocks(q{i}, x)" if in_blocks(term) else f"by_halves(q{i}, {_ordered(term)})"
 
 
 def dot(i: int, term: Packed) -> str:

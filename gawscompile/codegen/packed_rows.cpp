@@ -121,29 +121,28 @@ auto blocks_of(const uint8_t* codes, const float* table, const TS* scales) {
   return Blocks<K, N, GROUP, TS>{codes, table, scales};
 }
 
-// A share of a weight that lies in blocks or tiles: the rows of some are summed up in z, then f(first, last, z, ldz) expands them.
-template <class W, class TX, class Fn>
-inline void by_blocks(Share& share, int64_t cost, int64_t m, const W& w, const TX* x, Fn&& f) {
-  constexpr int64_t SIZE = W::ROWS_OF_ONE;
-  static thread_local Buffer sums;
-  share.range(W::N / SIZE, SIZE / ROWS * cost, [&](int64_t first, int64_t last) {
-    const int64_t ldz = 8 * SIZE;
-    for (int64_t at = first * SIZE; at < last * SIZE; at += ldz) {
-      const int64_t count = min(ldz, last * SIZE - at);
-      float* z = sums.of(m * ldz);
-      int64_t t = 0;
-      const auto some = [&](auto width) {
-        for (constexpr int T = decltype(width)::value; t + T <= m; t += T)
-          for (int64_t row = 0; row < count; row += SIZE)
-            w.template dot<T>(at + row, x + t * W::K, z + t * ldz + row, ldz);
-      };
-      some(Int<W::AT_ONCE>{});
-      if constexpr (W::AT_ONCE > 4) some(Int<4>{});
-      some(Int<2>{}), some(Int<1>{});
-      f(at / ROWS, (at + count) / ROWS, z - at, ldz);
-    }
-  });
-}
+// One that lies in blocks or tiles (`summed`).
+template <class W, class TX>
+struct ByBlocks {
+  static constexpr int64_t UNIT = W::ROWS_OF_ONE, LENGTH = W::N, PARTS = 1;
+  W w;
+  const TX* x;
+  static int64_t at_once(int64_t) { return 8 * UNIT; }
+  void sums(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
+    int64_t t = 0;
+    const auto some = [&](auto width) {
+      for (constexpr int T = decltype(width)::value; t + T <= m; t += T)
+        for (int64_t row = 0; row < count; row += UNIT)
+          w.template dot<T>(at + row, x + t * W::K, z + t * ldz + row, ldz);
+    };
+    some(Int<W::AT_ONCE>{});
+    if constexpr (W::AT_ONCE > 4) some(Int<4>{});
+    some(Int<2>{}), some(Int<1>{});
+  }
+};
+
+template <class W, class TX>
+inline auto by_blocks(const W& w, const TX* x) { return ByBlocks<W, TX>{w, x}; }
 
 // W as a matrix, for the library.
 template <int64_t K, int64_t N, int64_t GROUP, class TS, class T>
@@ -255,38 +254,36 @@ template <int R, int T, class W>
   unpack_dot(upper, w, row, x), unpack_dot(lower, w, W::N / 2 + row, x);
 }
 
-// A share of a weight whose bytes have codes of rows n/2 apart: both rows are summed up while a byte is at hand. `f` is
-// by_blocks' and is called for the upper rows, then for the lower.
-template <class W, class X, class Fn>
-inline void by_halves(Share& share, int64_t cost, int64_t m, const W& w, X x, Fn&& f) {
-  constexpr int64_t K = W::K, HALF = W::N / 2, LDZ = 256;
-  constexpr bool AS_IT_LIES = std::is_same_v<X, Ordered<K, true>> || std::is_same_v<X, Ordered<K, false>>;
-  constexpr bool PAIRED_X = std::is_same_v<X, Paired<K, W::GROUP>>;
-  static_assert(HALF % ROWS == 0 && !W::Codes::PAIRS);
-  static thread_local Buffer sums;
-  share.range(HALF / ROWS, 2 * cost, [&](int64_t first, int64_t last) {
-    for (int64_t at = first * ROWS; at < last * ROWS; at += LDZ) {
-      const int64_t count = min(LDZ, last * ROWS - at);
-      float* z = sums.of(2 * m * LDZ);
-      const auto some = [&](auto rows, auto width, int64_t r, int64_t t0) {
-        constexpr int R = decltype(rows)::value, T = decltype(width)::value;
-        F upper[R][T], lower[R][T];
-        clear(upper), clear(lower);
-        halves_dot(upper, lower, w, at + r, x.from(t0));
-        for (int t = 0; t < T; ++t)
-          for (int i = 0; i < R; ++i) {
-            z[(t0 + t) * LDZ + r + i] = sum(upper[i][t]);
-            z[(m + t0 + t) * LDZ + r + i] = sum(lower[i][t]);
-          }
-      };
-      for_tokens(0, m, [&](auto width, int64_t t0) {  // as many accumulators as there are registers for
-        constexpr int T = decltype(width)::value, R = PAIRED_X || (AS_IT_LIES && T <= 2) ? ROWS : 2;
-        for (int64_t r = 0; r < count; r += R) some(Int<R>{}, width, r, t0);
-      });
-      f(at / ROWS, (at + count) / ROWS, z - at, LDZ);
-      f((HALF + at) / ROWS, (HALF + at + count) / ROWS, z + m * LDZ - HALF - at, LDZ);
-    }
-  });
-}
+// One whose bytes have codes of rows n/2 apart (`summed`): both rows are summed up while a byte is at hand.
+template <class W, class X>
+struct ByHalves {
+  static constexpr int64_t K = W::K, UNIT = ROWS, LENGTH = W::N / 2, PARTS = 2;
+  static constexpr bool AS_IT_LIES = std::is_same_v<X, Ordered<K, true>> || std::is_same_v<X, Ordered<K, false>>;
+  static constexpr bool PAIRED_X = std::is_same_v<X, Paired<K, W::GROUP>>;
+  static_assert(LENGTH % ROWS == 0 && !W::Codes::PAIRS);
+  W w;
+  X x;
+  static int64_t at_once(int64_t) { return 256; }
+  void sums(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
+    const auto some = [&](auto rows, auto width, int64_t r, int64_t t0) {
+      constexpr int R = decltype(rows)::value, T = decltype(width)::value;
+      F upper[R][T], lower[R][T];
+      clear(upper), clear(lower);
+      halves_dot(upper, lower, w, at + r, x.from(t0));
+      for (int t = 0; t < T; ++t)
+        for (int i = 0; i < R; ++i) {
+          z[(t0 + t) * ldz + r + i] = sum(upper[i][t]);
+          z[(m + t0 + t) * ldz + r + i] = sum(lower[i][t]);
+        }
+    };
+    for_tokens(0, m, [&](auto width, int64_t t0) {  // as many accumulators as there are registers for
+      constexpr int T = decltype(width)::value, R = PAIRED_X || (AS_IT_LIES && T <= 2) ? ROWS : 2;
+      for (int64_t r = 0; r < count; r += R) some(Int<R>{}, width, r, t0);
+    });
+  }
+};
+
+template <class W, class X>
+inline auto by_halves(const W& w, const X& x) { return ByHalves<W, X>{w, x}; }
 
 }  // namespace

@@ -158,9 +158,9 @@ auto tiles_of(const uint8_t* codes, const TS* scales, const int32_t* order) {
 template <int64_t K>
 inline int64_t feature(int32_t index) { return index < -K || index >= K ? -1 : index < 0 ? index + K : index; }
 
-// x's features in fp32, in the order of a weight's columns if they have one: a thread's own copy, until the next. Features
+// x's features in fp32, in the order of a weight's columns if they have one: a thread's own copy for weight number I. Features
 // that there are not are NaN.
-template <int64_t K, class TX>
+template <int64_t K, int I, class TX>
 inline const float* gathered(const TX* x, int64_t m, const int32_t* order) {
   if constexpr (std::is_same_v<TX, float>)
     if (!order) return x;

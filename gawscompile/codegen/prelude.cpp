@@ -340,15 +340,13 @@ inline void for_rows(int64_t n, int64_t block, Fn&& f) {
   }
 }
 
-// z[t, c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while tile
+// z[t * ldz + c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while tile
 // after tile of tokens meets them. `sum` takes their checksums (`sums.cpp`), if there is one.
 template <int64_t K, class TW, class TX, class Sum = NoSum>
-[[gnu::noinline]] const float* columns(
-    const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, int64_t ldz, Sum sum = {}) {
+[[gnu::noinline]] void columns(
+    float* z, int64_t ldz, const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, Sum sum = {}) {
   using O = Outer<TW, TX>;
   const int64_t rows = max<int64_t>(16, (int64_t(1) << 17) / int64_t(ldz * sizeof(TW)) / 16 * 16);
-  static thread_local Buffer sums;
-  float* z = sums.of(m * ldz);
   std::memset(z, 0, m * ldz * sizeof(float));
   for (int64_t panel = 0; panel < K; panel += rows) {
     const int64_t end = min<int64_t>(K, panel + rows);
@@ -367,7 +365,6 @@ template <int64_t K, class TW, class TX, class Sum = NoSum>
   }
   for (int64_t t = 0; t < m; ++t)
     for (int64_t c = 0; c < count; c += 2 * V) O::settle(z + t * ldz + c);
-  return z;
 }
 
 constexpr int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }

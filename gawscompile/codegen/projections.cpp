@@ -106,14 +106,14 @@ inline void tile(int64_t row, int64_t t0, TY* y, int64_t ldy, const Dots& dots, 
   }
 }
 
-// All rows of the blocks [first, last), for all tokens. `hashes` take checksums of blocks that were just read.
+// All rows of the blocks [first, last), for all tokens, whose lines of y are `ldy` apart. `hashes` take checksums of blocks that were just read.
 template <bool EVEN, class TY, class Dots, class Lines, class... Hashes>
 [[gnu::noinline]] void expand(
-    int64_t first, int64_t last, int64_t n, int64_t m, TY* y, Dots dots, Lines lines, Hashes... hashes) {
+    int64_t first, int64_t last, int64_t n, int64_t m, TY* y, int64_t ldy, Dots dots, Lines lines, Hashes... hashes) {
   for_tokens(0, m, [&](auto width, int64_t t0) {
     for (int64_t block = first; block < last; ++block) {
       for_rows<EVEN>(n, block, [&](auto rows, int64_t row) {
-        tile<decltype(rows)::value, decltype(width)::value>(row, t0, y + t0 * n, n, dots, lines);
+        tile<decltype(rows)::value, decltype(width)::value>(row, t0, y + t0 * ldy, ldy, dots, lines);
       });
       if (t0 == 0) (hashes(n, block), ...);
     }
@@ -125,20 +125,51 @@ template <bool EVEN, class TY, class... Parts>
 inline void by_panels(
     Share& share, int64_t cost, int64_t panel, int64_t n, int64_t m, TY* y, const Parts&... parts) {
   share.range(blocks(n, ROWS), cost, [&](int64_t first, int64_t last) {
-    for (; first < last; first += panel) expand<EVEN>(first, min(last, first + panel), n, m, y, parts...);
+    for (; first < last; first += panel) expand<EVEN>(first, min(last, first + panel), n, m, y, n, parts...);
   });
 }
 
-// A share of a weight kept as [k, n]: blocks of columns are added up in z, then f(first, last, z, ldz) expands their rows.
-template <int64_t K, class TW, class TX, class Fn, class Sum = NoSum>
-inline void by_columns(
-    Share& share, int64_t cost, int64_t n, int64_t m, const TW* w, const TX* x, Fn&& f, Sum seen = {}) {
-  share.range(blocks(n, 2 * V), V / 2 * cost, [&](int64_t first, int64_t last) {
-    const int64_t end = min<int64_t>(n, last * 2 * V), ldz = columns_for(m);
-    for (int64_t at = first * 2 * V; at < end; at += ldz) {
+// ---- weights whose rows are summed up in memory before adapters join them: of rows that begin at a multiple of UNIT, some
+// of the first LENGTH at a time, and of as many of each next LENGTH ----------------------------------------------
+
+// One kept as [k, n].
+template <int64_t K, int64_t N, class TW, class TX, class Sum>
+struct ByColumns {
+  static constexpr int64_t UNIT = 2 * V, LENGTH = N, PARTS = 1;
+  const TW* w;
+  const TX* x;
+  Sum seen;
+  static int64_t at_once(int64_t m) { return columns_for(m); }
+  void sums(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
+    columns<K>(z, ldz, w + at, N, count, x, m, seen.from(at));
+  }
+};
+
+template <int64_t K, int64_t N, class TW, class TX, class Sum = NoSum>
+inline auto by_columns(const TW* w, const TX* x, Sum seen = {}) {
+  return ByColumns<K, N, TW, TX, Sum>{w, x, seen};
+}
+
+// A share of the rows of some weights of one kind: f(first, last, z, ldz) expands blocks of which `z` has each weight's sums.
+template <class Fn, class W, class... Others>
+inline void summed(Share& share, int64_t cost, int64_t m, Fn&& f, const W& weight, const Others&... others) {
+  static thread_local Buffer buffers[1 + sizeof...(others)];
+  share.range(blocks(W::LENGTH, W::UNIT), W::UNIT * W::PARTS / ROWS * cost, [&](int64_t first, int64_t last) {
+    const int64_t end = min<int64_t>(W::LENGTH, last * W::UNIT), ldz = W::at_once(m);
+    for (int64_t at = first * W::UNIT; at < end; at += ldz) {
       const int64_t count = min(ldz, end - at);
-      const float* z = columns<K>(w + at, n, count, x, m, ldz, seen.from(at));
-      f(at / ROWS, blocks(at + count, ROWS), z - at, ldz);
+      Buffer* buffer = buffers;
+      const auto sums = [&](const auto& one) {
+        float* z = (buffer++)->of(W::PARTS * m * ldz);
+        one.sums(z, ldz, m, at, count);
+        return z - at;
+      };
+      std::array<float*, 1 + sizeof...(others)> z{sums(weight), sums(others)...};
+      for (int64_t part = 0; part < W::PARTS; ++part) {
+        const int64_t row = part * W::LENGTH + at;
+        f(row / ROWS, blocks(row + count, ROWS), z, ldz);
+        for (float*& one : z) one += m * ldz - W::LENGTH;
+      }
     }
   });
 }

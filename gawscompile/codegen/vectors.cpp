@@ -8,6 +8,7 @@
 #endif
 #include <omp.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

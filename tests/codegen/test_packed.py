@@ -84,6 +84,14 @@ BESIDE = {
     "swiglu": f"k=192 x=f32 swiglu; {base('int8', 192, n=21)} {LORA}; {base('nf4', 64, n=21)} bias=f32",
     "swiglu bf16": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}; "
     f"{base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}",
+    "swiglu of blocks": f"k=192 x=f32 swiglu; {base('table4_blocks', 64, n=320)} {LORA}; "
+    f"{base('table4_blocks', 192, n=320)} bias=f32 rowscale=f32 {LORA}",
+    "swiglu of halves": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=1040, out='bf16')} {LORA}; "
+    f"{base('uint4_halves', 96, 's=bf16', n=1040, out='bf16')} bias=bf16",
+    "swiglu of tiles": f"k=96 x=bf16 swiglu; {base('int4_tiles32', 32, 's=bf16 ordered', n=576, out='bf16')} {LORA}; "
+    f"{base('int4_tiles32', 96, 's=f32 ordered', n=576, out='bf16')} kron(6*96x16*1 f32 s=1.5)",
+    "swiglu of a bank": f"k=64 x=f32 swiglu; {base('table4_blocks', 64, n=64)} bank(f32); "
+    f"{base('table4_blocks', 32, n=64)} {LORA} bank(f32)",
 }
 # groups of whole steps, which bf16's dot products take
 GRID |= {f"{coding}-bf16-steps": every_kind(coding, "bf16", k=192) for coding in CODINGS}
@@ -292,7 +300,7 @@ def test_k_is_a_multiple_of_32():
         KernelSpec.parse("k=48 x=f32; n=32 packed(int8 g=48 s=f32) out=f32")
 
 
-def test_swiglu_is_not_emitted_over_blocks():
-    text = f"k=64 x=f32 swiglu; {base('table4_blocks', 64)}; {base('table4_blocks', 64)}"
-    with pytest.raises(SpecError, match="in blocks"):
+def test_gate_and_up_are_summed_apart_in_one_way():
+    text = f"k=64 x=f32 swiglu; {base('table4_blocks', 64)}; {base('uint4_halves', 64, n=64)}"
+    with pytest.raises(SpecError, match="summed apart"):
         cpp.emit(KernelSpec.parse(text))

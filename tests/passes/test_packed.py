@@ -169,6 +169,22 @@ def test_a_gate_and_what_it_lets_through():
     assert KernelSpec.parse(record.spec).swiglu
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_gate_whose_bytes_have_codes_of_two_rows(alike):
+    """Its rows are summed up in memory, and so are those of what it lets through."""
+
+    def function(x, b, s, z, other, q, t, lora_a, lora_b):
+        up = halves(x, other, s, z) if alike else by_rows(x, q, t)
+        return F.silu(halves(x, b, s, z) + delta(x, lora_a, lora_b)) * up
+
+    captured = capture(function, X, *HALVES, HALVES[0].flip(0), Q, S, *FACTORS, kernels=True)
+    context = right(captured)
+    (record,) = context.record.groups
+    assert KernelSpec.parse(record.spec).swiglu is alike
+    told = "the rows of one weight lie together in another way than the other's"
+    assert any(told in note for note in context.record.notes) is not alike
+
+
 BESIDE = {
     "merged into the weight": lambda x, q, s, a, b, v: F.linear(x, q.float() * s + b @ a),
     "bias": lambda x, q, s, a, b, v: F.linear(x, q.float() * s, v) + delta(x, a, b),
