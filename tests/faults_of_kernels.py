@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.fault import A_RACE, FEW_TOKENS, Fault
 
-CPP, PARTS, MODES = "codegen/cpp.py", "codegen/cpp_parts.py", "codegen/cpp_modes.py"
+ENTRY, PARTS, MODES = "codegen/cpp_entry.py", "codegen/cpp_parts.py", "codegen/cpp_modes.py"
 
 PACKED = "tests/codegen/test_packed.py::test"
 STEPS = "the zoo has no packed weight with groups of 64 columns for an x of bf16"
@@ -137,7 +137,7 @@ KERNELS = {
         by="slow",
     ),
     "a chain of a bank that waits for nobody": Fault(
-        CPP,
+        ENTRY,
         """        *(f"      chain<K>(modes, {bank}, x, stage);" for bank in banks),
         "#pragma omp barrier",
 """,
@@ -391,7 +391,7 @@ KERNELS = {
         f"{ENTRIES}_gemv[rowscale-1]",
     ),
     "nobody waits for u": Fault(
-        CPP,
+        ENTRY,
         '        lines.append("#pragma omp barrier")\n',
         "",
         f"{ENTRIES}_everyone_waits_between_a_stage_and_what_reads_it",

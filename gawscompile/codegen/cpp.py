@@ -32,8 +32,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from gawscompile.codegen import cpp_packed as packed
-from gawscompile.codegen.cpp_modes import Scratch, step_code, work
-from gawscompile.codegen.cpp_parts import Parts, scale_of
+from gawscompile.codegen.cpp_entry import argument, banks_of, entry, shrunk
+from gawscompile.codegen.cpp_modes import Scratch
+from gawscompile.codegen.cpp_parts import Parts
 from gawscompile.codegen.cpp_sums import CHECKSUM, SUMS, begin, finish
 from gawscompile.codegen.cpp_types import CPP_TYPES
 from gawscompile.ir.banked import USUAL_RANK
@@ -118,72 +119,6 @@ def _constants(spec: KernelSpec, ranks: Scratch) -> list[str]:
     return [*lines, *packed.constants(spec)]
 
 
-def _shrink(spec: KernelSpec, ranks: Scratch, parts: Parts) -> list[str]:
-    """u = s A x and first mode products, split over all threads by blocks of rows times tiles of tokens; then everyone
-    waits; then second mode products, and so on."""
-    banks = banks_of(spec)
-    if not ranks.width and not banks:
-        return []
-    lines = []
-    for number in range(max(1, len(ranks.phases))):
-        steps = ranks.phases[number] if number < len(ranks.phases) else []
-        terms = [(i, j, t) for i, p in enumerate(spec.projections) for j, t in enumerate(p.lowrank) if number == 0]
-        # costs in multiplications of a block of rows
-        unit = "K" if steps or banks else "1"
-        costs = [f"blocks({t.rank}, ROWS) * {unit}" if unit == "K" else f"blocks({t.rank}, ROWS)" for _, _, t in terms]
-        costs += ["{} * {}".format(*work(step)) for step in steps]
-        name = f"phase{number}"
-        total = f"({' + '.join(costs)}) * blocks(m, TILE)" if costs else ""
-        if number == 0 and banks:
-            total = " + ".join([*[total] * bool(total), *(f"{bank}.cost(K)" for bank in banks)])
-        lines.append(f"    Share {name}({total}, id, threads);")
-        for i, j, term in terms:
-            scale = scale_of(term, i, j)
-            own = f"{term.rank}, a{i}_{j}, x, {scale}, u + {ranks.offsets[i, j]}{parts.seen(f'a{i}_{j}')}"
-            lines.append(f"    low_rank<even({term.rank}), K, LDU>({name}, {unit}, m, {own});")
-        first = banks if number == 0 else {}
-        lines += [f"    shrink<K>({name}, {bank}, x);" for bank in first]
-        lines += [f"    chain<K>({name}, {bank}, x, 0);" for bank in first]
-        lines += [step_code(step, name) for step in steps]
-        lines.append("#pragma omp barrier")
-    lines += _later_modes(banks)
-    if not ranks.width:  # a bank may have nothing to add
-        lines = [f"    if ({' || '.join(f'{bank}.adds()' for bank in banks)}) {{", *lines, "    }"]
-    return lines
-
-
-def _later_modes(banks: Collection[str]) -> list[str]:
-    """What is left of the chains of modes in banks: how long they are, a call's schedule says."""
-    if not banks:
-        return []
-    return [
-        f"    for (int64_t stage = 1; {' || '.join(f'stage < {bank}.stages' for bank in banks)}; ++stage) {{",
-        f"      Share modes({' + '.join(f'{bank}.chained(stage)' for bank in banks)}, id, threads);",
-        *(f"      chain<K>(modes, {bank}, x, stage);" for bank in banks),
-        "#pragma omp barrier",
-        "    }",
-    ]
-
-
-def banks_of(spec: KernelSpec) -> dict[str, str]:
-    """The names of a group's banks, with what the names of their operands end with."""
-    return {f"bank{i}": str(i) for i, p in enumerate(spec.projections) if p.banked}
-
-
-def _resident(spec: KernelSpec) -> list[str]:
-    """Each bank's part of the call: its schedule as it is now, and memory for u = A x."""
-    banks = banks_of(spec)
-    lines = [f"  Bank {bank}(pool{end}, schedule{end}, m);" for bank, end in banks.items()]
-    numbers, integers = (" + ".join(f"{bank}.{what}(m)" for bank in banks) for what in ("numbers", "integers"))
-    lines += [
-        "  static thread_local Buffer products, tokens;  // of the calling thread",
-        f"  float* numbers = products.of({numbers});",
-        f"  int32_t* integers = (int32_t*)tokens.of({integers});",
-    ]
-    lines += [f"  {bank}.place(numbers, integers, m);" for bank in banks]
-    return lines if banks else []
-
-
 def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[str]:
     costs = [
         _base(spec, p) + sum(t.rank * _SIZE[t.dtype] for t in p.lowrank) + sum(t.rank * _SIZE[t.dtype] for t in p.given)
@@ -196,7 +131,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
     total = f"{units[0].format(0)} * {sum(costs)}" if spec.swiglu else total
     parts = Parts(spec, ranks, summed)
-    body = [*begin(summed), *packed.activations(spec), *_shrink(spec, ranks, parts)]
+    body = [*begin(summed), *packed.activations(spec), *shrunk(spec, ranks, parts)]
     body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
     if spec.swiglu and spec.projections[0].summed_apart:
         body += _summed(spec, parts, sum(costs), [0, 1])
@@ -212,7 +147,7 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
             body.append(f"    by_panels<even(N{i})>(rows, {cost}, {panel}, N{i}, m, y{i}, {reads});")
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     name = "gemv({}, uint64_t* sums)" if summed else "gemv({})"
-    return _entry(name, spec, ranks, True, True, ys, [*body, *finish(summed)])
+    return entry(name, spec, ranks, True, True, ys, [*body, *finish(summed)])
 
 
 def _summed(spec: KernelSpec, parts: Parts, cost: int, together: list[int]) -> list[str]:
@@ -249,17 +184,17 @@ def _accumulate(spec: KernelSpec, ranks: Scratch) -> list[str]:
         product = f"      multiply(m, min<int64_t>(2 * V, N0 - {at}), y0 + {at}, y1 + {at}, N0, y + {at}, N0);"
         pieces = [(0, [*(line for _, lines in pieces for line in lines), product])]
     total = " + ".join(f"blocks(N{i}, 2 * V)" for i, _ in pieces)
-    body = [*_shrink(spec, ranks, parts), f"    Share columns({total}, id, threads);"]
+    body = [*shrunk(spec, ranks, parts), f"    Share columns({total}, id, threads);"]
     for i, lines in pieces:
         body += [f"    columns.piece(blocks(N{i}, 2 * V), 1, [&](int64_t b) {{", *lines, "    });"]
     reads = bool(ranks.width or banks_of(spec)) or any(e.source.pointer == "x" for i in added for e in ranks.endings[i])
     ys = [f"y{i}" for i in range(len(spec.projections))] + ["y"] * spec.swiglu
-    return _entry("accumulate({})", spec, ranks, reads, False, ys, body)
+    return entry("accumulate({})", spec, ranks, reads, False, ys, body)
 
 
 def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
     parts, wide, barrier = Parts(spec, ranks), spec.x != "f32", "#pragma omp barrier"
-    shrink = _shrink(spec, ranks, parts)
+    shrink = shrunk(spec, ranks, parts)
     if shrink:
         inner = [line if line.startswith("#") else f"  {line}" for line in shrink]
         shrink = ["    if (!folded) {", *inner, "    }"]
@@ -327,7 +262,7 @@ def _gemm(spec: KernelSpec, ranks: Scratch) -> list[str]:
         "  const int64_t chunk = tokens_widened<K>(m);",
         "  float* xs = aligned((chunk * K <= LONG ? kept : passing).of(chunk * K + 16));",
     ] * wide
-    return _entry("gemm({})", spec, ranks, True, True, ys, body, ["  Queue queue;", *memory])
+    return entry("gemm({})", spec, ranks, True, True, ys, body, ["  Queue queue;", *memory])
 
 
 def _ended(spec: KernelSpec, parts: Parts, at: int, number: int) -> list[str]:
@@ -357,52 +292,14 @@ def _added(spec: KernelSpec, i: int, parts: Parts) -> str:
     return f"      expand<even(N{i})>({ends}, N{i}, m, y{i}, N{i}, {', '.join(reads)});"
 
 
-def _entry(
-    name: str,
-    spec: KernelSpec,
-    ranks: Scratch,
-    x: bool,
-    bases: bool,
-    ys: list[str],
-    body: list[str],
-    memory: Sequence[str] = (),
-) -> list[str]:
-    """An entry point, whose threads all run `body`. It reads `x`, if so, and all
-    operands, the `bases` if so; it writes `ys`, and has `memory` of its own."""
-    types = [CPP_TYPES[p.out] for p in (*spec.projections, spec.projections[0])]
-    read = [(at, o) for at, o in enumerate(spec.operands()) if bases or not o.of_base]
-    return [
-        f'extern "C" void {name.format("int64_t m, const void* x_, const void* const* in, void* const* out")} {{',
-        *["  const X* x = (const X*)x_;"] * x,
-        *[_operand(at, o) for at, o in read],
-        *(packed.weights(spec) if bases else []),
-        *[f"  {dtype}* {y} = ({dtype}*)out[{at}];" for at, (dtype, y) in enumerate(zip(types, ys, strict=False))],
-        *["  static thread_local Buffer scratch;  // of the calling thread"] * bool(ranks.width),
-        *["  float* u = scratch.of(m * LDU);"] * bool(ranks.width),
-        *_resident(spec),
-        *memory,
-        "#pragma omp parallel",
-        "  {",
-        "    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();",
-        *body,
-        "  }",
-        "}",
-    ]
-
-
 def _unpack(spec: KernelSpec) -> list[str]:
     """An entry point: the packed weight of one projection as a matrix of x's dtype."""
     lines = ['extern "C" void unpack(int64_t projection, const void* const* in, void* out) {']
     own = packed.packed_of(spec)
-    lines += [_operand(at, o) for at, o in enumerate(spec.operands()) if o.of_base and o.projection in own]
+    lines += [argument(at, o) for at, o in enumerate(spec.operands()) if o.of_base and o.projection in own]
     lines += packed.weights(spec)
     lines += [f"  if (projection == {i}) unpack(q{i}, (X*)out);" for i in own]
     return [*lines, "}"]
-
-
-def _operand(at: int, operand: Operand) -> str:
-    dtype = CPP_TYPES[operand.dtype]
-    return f"  const {dtype}* {operand.name} = (const {dtype}*)in[{at}];"
 
 
 def _base(spec: KernelSpec, p: Sum) -> int:
