@@ -187,7 +187,10 @@ RUNTIME: dict[str, Fault] = {
         unproven="no model of the zoo repeats keys so",
     ),
     "a mask of what may be seen lost": Fault(
-        "passes/fuse_attention.py", "    return condition\n", "    return None\n", "tests/passes/test_fuse_attention.py"
+        "passes/fuse_attention.py",
+        "        return seen\n",
+        "        return None\n",
+        "tests/passes/test_fuse_attention.py",
     ),
     "a bank joined with a projection of something else": Fault(
         "passes/join_banks.py",
