@@ -38,6 +38,8 @@ from gawscompile.ir.records import Reason
 from gawscompile.ir.sizes import same_sizes
 from gawscompile.ir.sums import Sum, project
 from gawscompile.passes.context import Context
+from gawscompile.planning import devices
+from gawscompile.planning.targets import target_of
 
 
 def run(graph: Graph, context: Context) -> None:
@@ -163,11 +165,9 @@ def _no_swiglu(node: Node, gate: Node, up: object, product: Node, sums: tuple[Su
         return "others read up too"
     if product.kwargs or not same_value(value(product), value(up)) or not same_value(value(gate), value(up)):
         return "gate, up and their product differ in shape or dtype"
-    if len({total.summed_apart for total in sums}) > 1:
-        return "the rows of one weight lie together in another way than the other's"
     if any(total.opaque is not None or total.residual is not None for total in sums):
         return "one has an opaque base or a residual"
-    return None
+    return target_of(devices.of(node.meta["val"][0].device.type)).no_swiglu(sums)
 
 
 def _silu(gate: Node) -> Node | None:

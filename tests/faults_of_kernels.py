@@ -213,15 +213,15 @@ KERNELS = {
     ),
     "the lower rows of halves written as upper ones": Fault(
         "codegen/projections.cpp",
-        "one += m * ldz - W::LENGTH;",
-        "one -= W::LENGTH;",
+        "line += part * m * ldz - row;",
+        "line -= row;",
         f"{PACKED}_kernels_against_fp64[uint4_halves-f32-gemv]",
     ),
     "a gate let through by itself": Fault(
         "codegen/cpp.py",
         "z[0] + row, z[1] + row, ldz",
         "z[0] + row, z[0] + row, ldz",
-        SWIGLU,
+        f"{PACKED}_kernels_against_fp64[swiglu-blocks-gemv]",
         unproven="the zoo's gate is kept by rows",
     ),
     "a zero's sign beside the sums of halves": Fault(

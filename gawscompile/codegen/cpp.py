@@ -76,15 +76,23 @@ def foldable(spec: KernelSpec) -> tuple[int, int]:
     return delta, sum(term.multiplications(spec.k) for _, term in terms)
 
 
+def no_swiglu(sums: Sequence[Sum]) -> str | None:
+    """Why a kernel forms no product of this gate and its partner, if it does not."""
+    if any(p.transposed for p in sums):  # as long lines of both would take turns, it takes longer than by itself
+        return "a weight is kept as [k, n]"
+    apart = {p.packed.coding if p.packed and p.packed.summed_apart else "" for p in sums}
+    return "gate's weight and up's are kept in different ways" if len(apart) > 1 else None
+
+
 def emit(spec: KernelSpec, plans: Collection[str] = PLANS, summed: Sequence[Operand] = ()) -> str:
     """The C++ source of a group's kernels, as far as `plans` need them. Equal specs give equal text.
 
     With `summed`, ``gemv`` has one more argument, ``uint64_t* sums``: to each it adds the checksum of that operand.
 
-    Raises `SpecError` for SwiGLU over weights that are not `summed_apart` in one way.
+    Raises `SpecError` for SwiGLU that `no_swiglu` refuses.
     """
-    if spec.swiglu and len({p.summed_apart for p in spec.projections}) > 1:
-        raise SpecError(f"no C++ for swiglu over a weight whose rows are summed apart beside another: {spec}")
+    if spec.swiglu and (why := no_swiglu(spec.projections)) is not None:
+        raise SpecError(f"no C++ for swiglu: {why}: {spec}")
     ranks = Scratch(spec)
     whole, turned, added = (plan in plans for plan in PLANS)
     turned = turned and takes_panels(spec)
@@ -129,18 +137,18 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
         costs[i] += sum(4 * e.mode.columns for e in endings if e.mode)
     units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
-    total = f"{units[0].format(0)} * {sum(costs)}" if spec.swiglu else total
+    total = f"blocks(N0, ROWS) * {sum(costs)}" if spec.swiglu else total
     parts = Parts(spec, ranks, summed)
     body = [*begin(summed), *packed.activations(spec), *shrunk(spec, ranks, parts)]
     body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
     if spec.swiglu and spec.projections[0].summed_apart:
-        body += _summed(spec, parts, sum(costs), [0, 1])
+        body += _apart(spec, parts, sum(costs), [0, 1])
     elif spec.swiglu:
         halves = [*parts.expanded(0), *parts.expanded(1), *parts.hashes(0), *parts.hashes(1)]
         body.append(f"    gated<even(N0), PANEL>(rows, {sum(costs)}, N0, m, y, {', '.join(halves)});")
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
         if p.summed_apart:
-            body += _summed(spec, parts, cost, [i])
+            body += _apart(spec, parts, cost, [i])
         else:
             panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
             reads = ", ".join([*parts.expanded(i), *parts.hashes(i)])
@@ -150,9 +158,9 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
     return entry(name, spec, ranks, True, True, ys, [*body, *finish(summed)])
 
 
-def _summed(spec: KernelSpec, parts: Parts, cost: int, together: list[int]) -> list[str]:
-    """A share of the rows of a projection whose weight is `summed_apart`, or of gate and up `together`: these replace
-    their sums, and then their product is taken."""
+def _apart(spec: KernelSpec, parts: Parts, cost: int, together: list[int]) -> list[str]:
+    """A share of the rows of a projection whose weight is `summed_apart`, or of gate and up `together`, which share a
+    range of rows: adapters and epilogues join their sums where these lie, and then their product is taken."""
     lines, weights = [], []
     for at, i in enumerate(together):
         p, to = spec.projections[i], f"z[{at}], ldz" if spec.swiglu else f"y{i}, N{i}"
@@ -165,7 +173,7 @@ def _summed(spec: KernelSpec, parts: Parts, cost: int, together: list[int]) -> l
         halves = "z[0] + row, z[1] + row, ldz, y + row, N0"
         lines.append("      const int64_t row = first * ROWS;")
         lines.append(f"      multiply(m, min(N0, last * ROWS) - row, {halves});")
-    call = f"    summed(rows, {cost}, m, [&](int64_t first, int64_t last, auto z, int64_t ldz) {{"
+    call = f"    rows_apart(rows, {cost}, m, [&](int64_t first, int64_t last, auto z, int64_t ldz) {{"
     return [call, *lines, f"    }}, {', '.join(weights)});"]
 
 

@@ -121,14 +121,14 @@ auto blocks_of(const uint8_t* codes, const float* table, const TS* scales) {
   return Blocks<K, N, GROUP, TS>{codes, table, scales};
 }
 
-// One that lies in blocks or tiles (`summed`).
+// A weight that lies in blocks or tiles, for `rows_apart`.
 template <class W, class TX>
 struct ByBlocks {
   static constexpr int64_t UNIT = W::ROWS_OF_ONE, LENGTH = W::N, PARTS = 1;
   W w;
   const TX* x;
   static int64_t at_once(int64_t) { return 8 * UNIT; }
-  void sums(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
+  void fill(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
     int64_t t = 0;
     const auto some = [&](auto width) {
       for (constexpr int T = decltype(width)::value; t + T <= m; t += T)
@@ -254,7 +254,7 @@ template <int R, int T, class W>
   unpack_dot(upper, w, row, x), unpack_dot(lower, w, W::N / 2 + row, x);
 }
 
-// One whose bytes have codes of rows n/2 apart (`summed`): both rows are summed up while a byte is at hand.
+// A weight whose bytes have codes of rows n/2 apart, for `rows_apart`: both rows are summed up while a byte is at hand.
 template <class W, class X>
 struct ByHalves {
   static constexpr int64_t K = W::K, UNIT = ROWS, LENGTH = W::N / 2, PARTS = 2;
@@ -264,7 +264,7 @@ struct ByHalves {
   W w;
   X x;
   static int64_t at_once(int64_t) { return 256; }
-  void sums(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
+  void fill(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
     const auto some = [&](auto rows, auto width, int64_t r, int64_t t0) {
       constexpr int R = decltype(rows)::value, T = decltype(width)::value;
       F upper[R][T], lower[R][T];

@@ -158,7 +158,7 @@ auto tiles_of(const uint8_t* codes, const TS* scales, const int32_t* order) {
 template <int64_t K>
 inline int64_t feature(int32_t index) { return index < -K || index >= K ? -1 : index < 0 ? index + K : index; }
 
-// x's features in fp32, in the order of a weight's columns if they have one: a thread's own copy for weight number I. Features
+// x's features in fp32, in the order of the columns of weight number I if they have one: a thread's own copy. Features
 // that there are not are NaN.
 template <int64_t K, int I, class TX>
 inline const float* gathered(const TX* x, int64_t m, const int32_t* order) {

@@ -129,10 +129,11 @@ inline void by_panels(
   });
 }
 
-// ---- weights whose rows are summed up in memory before adapters join them: of rows that begin at a multiple of UNIT, some
-// of the first LENGTH at a time, and of as many of each next LENGTH ----------------------------------------------
+// ---- weights whose rows are summed up in memory before adapters join them. `fill` makes the sums of some of the first
+// LENGTH rows, whole UNITs of them. Where a byte has codes of rows LENGTH apart, there are two PARTS of as many rows, and
+// `fill` makes those of the second too, m lines further on -----------------------------------------------------
 
-// One kept as [k, n].
+// A weight kept as [k, n].
 template <int64_t K, int64_t N, class TW, class TX, class Sum>
 struct ByColumns {
   static constexpr int64_t UNIT = 2 * V, LENGTH = N, PARTS = 1;
@@ -140,7 +141,7 @@ struct ByColumns {
   const TX* x;
   Sum seen;
   static int64_t at_once(int64_t m) { return columns_for(m); }
-  void sums(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
+  void fill(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
     columns<K>(z, ldz, w + at, N, count, x, m, seen.from(at));
   }
 };
@@ -150,25 +151,34 @@ inline auto by_columns(const TW* w, const TX* x, Sum seen = {}) {
   return ByColumns<K, N, TW, TX, Sum>{w, x, seen};
 }
 
-// A share of the rows of some weights of one kind: f(first, last, z, ldz) expands blocks of which `z` has each weight's sums.
+// A thread's memory for the sums of a gate, and of its partner.
+inline Buffer& sums_of(int number) {
+  static thread_local Buffer buffers[2];
+  return buffers[number];
+}
+
+// A share of the rows of a weight, or of a gate's and its partner's, which are of one kind. f(first, last, z, ldz) takes the
+// blocks [first, last) of each part: z[i] + row has the sum of that row of weight i for the first token, and `ldz` numbers
+// further on that for the next.
 template <class Fn, class W, class... Others>
-inline void summed(Share& share, int64_t cost, int64_t m, Fn&& f, const W& weight, const Others&... others) {
-  static thread_local Buffer buffers[1 + sizeof...(others)];
+inline void rows_apart(Share& share, int64_t cost, int64_t m, Fn&& f, const W& weight, const Others&... others) {
+  static_assert(((Others::UNIT == W::UNIT && Others::LENGTH == W::LENGTH && Others::PARTS == W::PARTS) && ...));
   share.range(blocks(W::LENGTH, W::UNIT), W::UNIT * W::PARTS / ROWS * cost, [&](int64_t first, int64_t last) {
     const int64_t end = min<int64_t>(W::LENGTH, last * W::UNIT), ldz = W::at_once(m);
     for (int64_t at = first * W::UNIT; at < end; at += ldz) {
       const int64_t count = min(ldz, end - at);
-      Buffer* buffer = buffers;
-      const auto sums = [&](const auto& one) {
-        float* z = (buffer++)->of(W::PARTS * m * ldz);
-        one.sums(z, ldz, m, at, count);
-        return z - at;
+      int number = 0;
+      const auto filled = [&](const auto& one) {
+        float* z = sums_of(number++).of(W::PARTS * m * ldz);
+        one.fill(z, ldz, m, at, count);
+        return z;
       };
-      std::array<float*, 1 + sizeof...(others)> z{sums(weight), sums(others)...};
+      const std::array<float*, 1 + sizeof...(others)> sums{filled(weight), filled(others)...};
       for (int64_t part = 0; part < W::PARTS; ++part) {
         const int64_t row = part * W::LENGTH + at;
+        auto z = sums;
+        for (float*& line : z) line += part * m * ldz - row;
         f(row / ROWS, blocks(row + count, ROWS), z, ldz);
-        for (float*& one : z) one += m * ldz - W::LENGTH;
       }
     }
   });

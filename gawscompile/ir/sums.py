@@ -81,12 +81,10 @@ class Sum(NamedTuple):
         return self.dense is not None and self.dense.transposed
 
     @property
-    def summed_apart(self) -> str:
-        """Why a C++ kernel makes sums of W's rows in memory before adapters join them, if it does: W is transposed, or
-        its coding keeps several rows together."""
-        if self.transposed:
-            return "columns"
-        return self.packed.coding if self.packed is not None and self.packed.summed_apart else ""
+    def summed_apart(self) -> bool:
+        """Whether a C++ kernel makes sums of W's rows in memory before adapters join them: W is transposed, or packed
+        by several rows."""
+        return self.transposed or (self.packed is not None and self.packed.summed_apart)
 
     def _value(self, kind: type) -> Leaf | None:
         term = self._only(kind)

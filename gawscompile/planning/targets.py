@@ -16,6 +16,7 @@ import sympy
 from gawscompile.codegen import build, cpp, triton
 from gawscompile.codegen.triton_kernels import Style
 from gawscompile.ir.spec import KernelSpec, Operand
+from gawscompile.ir.sums import Sum
 from gawscompile.ir.types import SpecError
 from gawscompile.planning import cpu_cost, gpu_cost
 from gawscompile.planning.devices import Device, Gpu
@@ -73,6 +74,10 @@ class Target(ABC):
         kind = self.kind(plan)
         return kind.kernels(spec, plan) + kind.uses_library * sum(p.opaque is None for p in spec.projections)
 
+    def no_swiglu(self, sums: Sequence[Sum]) -> str | None:
+        """Why no kernel forms the product of this gate and its partner, if none does."""
+        return None
+
     @abstractmethod
     def sources(self, spec: KernelSpec, plans: Sequence[str], summed: Sequence[Operand], tuned: bool) -> dict[str, str]:
         """The generated code of `plans`, by file name."""
@@ -106,6 +111,9 @@ class Cpp(Target):
                 uses_library=True,
             ),
         }
+
+    def no_swiglu(self, sums: Sequence[Sum]) -> str | None:
+        return cpp.no_swiglu(sums)
 
     def sources(self, spec: KernelSpec, plans: Sequence[str], summed: Sequence[Operand], tuned: bool) -> dict[str, str]:
         return {"kernel.cpp": cpp.emit(spec, plans, summed)}

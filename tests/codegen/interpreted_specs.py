@@ -53,6 +53,7 @@ SWIGLU = {
     "swiglu_plain": "k=64 x=f32 swiglu; n=48 w=f32 out=f32; n=48 w=f32 out=f32",
     "swiglu_odd": f"k=37 x=f16 swiglu; n=45 w=f16 out=f16 bias=f32{_lora(3)}; n=45 w=bf16 out=f16{_lora(17)}",
     "swiglu_half": f"k=50 x=f32 swiglu; n=21 wt=f32 out=f32; n=21 w=f32 out=f32 bias=f32{_lora(4, scale='tensor.f64')}",
+    "swiglu_transposed": f"k=50 x=f32 swiglu; n=37 wt=f32 out=f32{_lora(3)}; n=37 wt=f32 out=f32 bias=f32",
     "swiglu_gaws": "k=60 x=bf16 swiglu; n=66 w=bf16 out=bf16 kron(3*22x20*1 f32 s=1.0);"
     " n=66 w=bf16 out=bf16 kron(1*11x10*6 f32 s=1.0)",
     "swiglu_lokr": "k=60 x=f32 swiglu; n=66 w=f32 out=f32 kron(1*6x5*12 6*4x12*1 6*11x4*1 f32 s=2.0);"

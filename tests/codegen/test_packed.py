@@ -84,13 +84,15 @@ BESIDE = {
     "swiglu": f"k=192 x=f32 swiglu; {base('int8', 192, n=21)} {LORA}; {base('nf4', 64, n=21)} bias=f32",
     "swiglu bf16": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}; "
     f"{base('uint4_halves', 32, 's=f32 z=f32', n=50, out='bf16')} {LORA}",
-    "swiglu of blocks": f"k=192 x=f32 swiglu; {base('table4_blocks', 64, n=320)} {LORA}; "
+    "swiglu-blocks": f"k=192 x=f32 swiglu; {base('table4_blocks', 64, n=320)} {LORA}; "
     f"{base('table4_blocks', 192, n=320)} bias=f32 rowscale=f32 {LORA}",
-    "swiglu of halves": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=1040, out='bf16')} {LORA}; "
+    "swiglu-halves": f"k=96 x=f32 swiglu; {base('uint4_halves', 96, 's=f16 z=u8', n=264)} {LORA}; "
+    f"{base('uint4_halves', 32, n=264)} rowscale=f32",
+    "swiglu-halves-bf16": f"k=96 x=bf16 swiglu; {base('uint4_halves', 32, 's=f32 z=f32', n=1040, out='bf16')} {LORA}; "
     f"{base('uint4_halves', 96, 's=bf16', n=1040, out='bf16')} bias=bf16",
-    "swiglu of tiles": f"k=96 x=bf16 swiglu; {base('int4_tiles32', 32, 's=bf16 ordered', n=576, out='bf16')} {LORA}; "
+    "swiglu-tiles": f"k=96 x=bf16 swiglu; {base('int4_tiles32', 32, 's=bf16 ordered', n=576, out='bf16')} {LORA}; "
     f"{base('int4_tiles32', 96, 's=f32 ordered', n=576, out='bf16')} kron(6*96x16*1 f32 s=1.5)",
-    "swiglu of a bank": f"k=64 x=f32 swiglu; {base('table4_blocks', 64, n=64)} bank(f32); "
+    "swiglu-bank": f"k=64 x=f32 swiglu; {base('table4_blocks', 64, n=64)} bank(f32); "
     f"{base('table4_blocks', 32, n=64)} {LORA} bank(f32)",
 }
 # groups of whole steps, which bf16's dot products take
@@ -302,5 +304,5 @@ def test_k_is_a_multiple_of_32():
 
 def test_gate_and_up_are_summed_apart_in_one_way():
     text = f"k=64 x=f32 swiglu; {base('table4_blocks', 64)}; {base('uint4_halves', 64, n=64)}"
-    with pytest.raises(SpecError, match="summed apart"):
+    with pytest.raises(SpecError, match="kept in different ways"):
         cpp.emit(KernelSpec.parse(text))

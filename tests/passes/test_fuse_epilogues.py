@@ -126,6 +126,18 @@ def test_what_is_not_swiglu_keeps_its_product(function):
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, gate, up: F.silu(x @ gate.T) * (x @ up.T), lambda x, gate, up: F.silu(x @ gate.T) * F.linear(x, up)],
+)
+def test_a_weight_kept_as_k_n_keeps_its_product(function):
+    captured = capture(lambda x, gate, up: function(x, gate.T, up), X, GATE.T.contiguous(), UP)
+    context = captured.until("fuse_epilogues")
+    assert gated(context) == 0 and count(context, project) == 1
+    assert any("a weight is kept as [k, n]" in note for note in context.record.notes)
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
 def test_gate_of_three_siblings_keeps_its_product():
     captured = capture(
         lambda x, gate, up, other: (F.silu(F.linear(x, gate)) * F.linear(x, up), F.linear(x, other)),

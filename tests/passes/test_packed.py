@@ -181,7 +181,7 @@ def test_a_gate_whose_bytes_have_codes_of_two_rows(alike):
     context = right(captured)
     (record,) = context.record.groups
     assert KernelSpec.parse(record.spec).swiglu is alike
-    told = "the rows of one weight lie together in another way than the other's"
+    told = "gate's weight and up's are kept in different ways"
     assert any(told in note for note in context.record.notes) is not alike
 
 
