@@ -103,7 +103,7 @@ QUICK = (
     "uint4_halves-bf16-steps",
 )  # fmt: skip
 """The fast ones of the grid. "all codings" has each coding with one kind of scale; f16 and other kinds are slow."""
-SLOW = GRID.keys() - set(QUICK)
+SLOW = GRID.keys() - set(QUICK) | {"swiglu-halves-bf16", "swiglu-bank"}
 NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SPECS]
 
 
