@@ -168,7 +168,7 @@ def deleted(record, monkeypatch, forget=False):
         monkeypatch.setattr(RECORDS, "_kept", {})
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_records_deleted_while_the_process_runs(monkeypatch, tmp_path, dynamic):
     model, x, mark = Pair(width=24).eval(), torch.randn(1, 6 + dynamic, 24), len(RECORDS)
     said = []

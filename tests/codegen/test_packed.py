@@ -214,7 +214,9 @@ def scale(term: Packed, row: int, group: int) -> float:
     return number * term.factor
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize(
+    "coding", [pytest.param(one, marks=[pytest.mark.slow] * (one == "int4_tiles64")) for one in CODINGS]
+)
 def test_a_weight_is_what_its_codes_stand_for_one_by_one(coding):
     n, k = ROWS[coding], 96
     for kind, group in itertools.product(kinds(coding), (32, 96)):

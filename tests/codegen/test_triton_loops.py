@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,12 @@ def test_a_name_that_is_carried_is_found():
     assert carried(function) == ["f: b, line 8"]
 
 
-@pytest.mark.parametrize(("base", "added"), itertools.product(BASES, ADDED))
+def pair(base: str, added: str) -> Any:
+    few = base == "plain" or added == "gaws"  # each loop over a weight, and each over what is added
+    return pytest.param(base, added, marks=() if few else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("base", "added"), itertools.starmap(pair, itertools.product(BASES, ADDED)))
 def test_loops_share_no_names(base: str, added: str):
     for text in texts(base, added):
         spec = KernelSpec.parse(text)

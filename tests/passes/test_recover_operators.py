@@ -160,7 +160,7 @@ def test_fp64_is_refused():
     assert {(entry.status, entry.reason) for entry in entries} == {("rejected", "DTYPE")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_every_adapter_of_a_model_is_recovered(dtype):
     layers = 2
     for captured, adapted in ((llama_graph(layers, dtype), 7 * layers), (bert_graph(layers, dtype), 6 * layers + 1)):

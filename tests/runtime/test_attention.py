@@ -87,7 +87,10 @@ def test_causal(dtype, features):
             check(q, k, v, mask, causal=True)
 
 
-@pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 5), (torch.bfloat16, 64), (torch.float16, 80)])
+@pytest.mark.parametrize(
+    ("dtype", "features"),
+    [(torch.float32, 5), pytest.param(torch.bfloat16, 64, marks=pytest.mark.slow), (torch.float16, 80)],
+)
 @pytest.mark.parametrize("causal", [False, True])
 def test_soft_caps_and_sinks(dtype, features, causal):
     """Scores that a cap bends, and one more for each head: of the queries' dtype, or every other number of fp32."""
