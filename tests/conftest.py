@@ -24,7 +24,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 # have it spin until the others, which wait for a core, are done. Read when OpenMP is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Dynamo would collect garbage after each of a thousand compiles.
+# Dynamo would collect garbage after each compile.
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 

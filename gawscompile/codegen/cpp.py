@@ -78,7 +78,7 @@ def foldable(spec: KernelSpec) -> tuple[int, int]:
 
 def no_swiglu(sums: Sequence[Sum]) -> str | None:
     """Why a kernel forms no product of this gate and its partner, if it does not."""
-    if any(p.transposed for p in sums):  # as long lines of both would take turns, it takes longer than by itself
+    if any(p.transposed for p in sums):  # a trial with both was no faster than Inductor's product behind them
         return "a weight is kept as [k, n]"
     apart = {p.packed.coding if p.packed and p.packed.summed_apart else "" for p in sums}
     return "gate's weight and up's are kept in different ways" if len(apart) > 1 else None

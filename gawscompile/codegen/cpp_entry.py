@@ -21,8 +21,8 @@ def entry(
     body: list[str],
     memory: Sequence[str] = (),
 ) -> list[str]:
-    """An entry point, whose threads all run `body`. It reads `x`, if so, and all
-    operands, the `bases` if so; it writes `ys`, and has `memory` of its own."""
+    """An entry point, whose threads all run `body`. It reads x where `x` says so, and all operands, those of bases
+    where `bases` says so. It writes `ys`, and `memory` are the lines that reserve what else it needs."""
     types = [CPP_TYPES[p.out] for p in (*spec.projections, spec.projections[0])]
     read = [(at, o) for at, o in enumerate(spec.operands()) if bases or not o.of_base]
     return [
@@ -45,6 +45,7 @@ def entry(
 
 
 def argument(at: int, operand: Operand) -> str:
+    """The pointer to `operand`, the entry point's input number `at`."""
     dtype = CPP_TYPES[operand.dtype]
     return f"  const {dtype}* {operand.name} = (const {dtype}*)in[{at}];"
 

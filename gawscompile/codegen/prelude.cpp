@@ -340,8 +340,8 @@ inline void for_rows(int64_t n, int64_t block, Fn&& f) {
   }
 }
 
-// z[t * ldz + c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while tile
-// after tile of tokens meets them. `sum` takes their checksums (`sums.cpp`), if there is one.
+// z[t * ldz + c] = sum over k < K of x[t, k] * w[k, c] for c < count <= ldz. Panels of w stay in the second cache while
+// tile after tile of tokens meets them. `sum` takes their checksums (`sums.cpp`), if there is one.
 template <int64_t K, class TW, class TX, class Sum = NoSum>
 [[gnu::noinline]] void columns(
     float* z, int64_t ldz, const TW* w, int64_t ldw, int64_t count, const TX* x, int64_t m, Sum sum = {}) {

@@ -106,7 +106,8 @@ inline void tile(int64_t row, int64_t t0, TY* y, int64_t ldy, const Dots& dots, 
   }
 }
 
-// All rows of the blocks [first, last), for all tokens, whose lines of y are `ldy` apart. `hashes` take checksums of blocks that were just read.
+// All rows of the blocks [first, last), for all tokens, whose lines of y are `ldy` numbers apart. `hashes` take checksums
+// of blocks that were just read.
 template <bool EVEN, class TY, class Dots, class Lines, class... Hashes>
 [[gnu::noinline]] void expand(
     int64_t first, int64_t last, int64_t n, int64_t m, TY* y, int64_t ldy, Dots dots, Lines lines, Hashes... hashes) {

@@ -3,11 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gawscompile.analysis.reading import aten
 from gawscompile.ir.records import Reason
 from gawscompile.ir.sums import project
-from tests.graphs import bert_graph, capture, count, llama_graph
+from gawscompile.planning import devices
+from tests.graphs import Captured, bert_graph, capture, count, llama_graph
 from tests.passes.test_fuse_zflora import specs
 
 
@@ -136,6 +140,17 @@ def test_a_weight_kept_as_k_n_keeps_its_product(function):
     assert gated(context) == 0 and count(context, project) == 1
     assert any("a weight is kept as [k, n]" in note for note in context.record.notes)
     torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+def test_on_a_gpu_a_weight_kept_as_k_n_is_gated():
+    """Traced and planned without one."""
+    with FakeTensorMode() as mode, torch.device("cuda"):
+        inputs = torch.empty(3, 64), torch.empty(64, 48), torch.empty(64, 48)
+    with mode:
+        traced = make_fx(lambda x, gate, up: F.silu(x @ gate) * (x @ up), select_decomp_table())(*inputs)
+    with devices.planning_for(devices.GPUS["H100"]):
+        context = Captured(traced.graph, traced, [], [], frozenset((1, 2))).until("fuse_epilogues")
+    assert gated(context) == 1
 
 
 def test_gate_of_three_siblings_keeps_its_product():
