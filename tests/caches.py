@@ -1,6 +1,6 @@
-"""Caches of their own for processes that tests start: empty, but for the op.
+"""Caches of their own for processes that tests start: empty, but for the op and the headers of kernels.
 
-The op takes the longest of all to build, and no test is about what its build takes: it comes from this process's cache.
+No test is about what their builds take, of which the op's is the longest of all: both come from this process's cache.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from gawscompile.runtime import ops
 
 
 def seeded(folder: Path) -> Path:
-    """`folder` as a cache of ours that holds the op and nothing else."""
-    op = build.start(ops._op_source()).result()
+    """`folder` as a cache of ours that holds the op and headers, and nothing else."""
+    made = [build.start(ops._op_source()).result(), build._headers()]
     (kernels := folder / "kernels").mkdir(mode=0o700, parents=True)
     folder.chmod(0o700)
-    for path in op.parent.glob(f"{op.stem}*"):
-        shutil.copy(path, kernels)
+    for path in filter(None, made):
+        for part in path.parent.glob(f"{path.stem}*"):
+            shutil.copy(part, kernels)
     return folder
 
 

@@ -82,6 +82,7 @@ def test_disabling(pair):
     same(compiled, model)
 
 
+@pytest.mark.slow  # rows of test_guarantees
 def test_merging(pair):
     model, compiled = pair
     model.merge_adapter()
@@ -120,6 +121,7 @@ def test_a_factor_that_does_not_fit_is_eagers_error_and_not_an_answer(pair):
     same(compiled, model)
 
 
+@pytest.mark.slow  # rows of test_guarantees
 def test_an_adapter_that_came_later_and_one_that_went(pair):
     model, compiled = pair
     model.add_adapter("late", peft.LoraConfig(r=5, target_modules=["q_proj"]))

@@ -6,6 +6,7 @@ them. Builds run on a small thread pool while Inductor goes on compiling; whoeve
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler
+from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_compiler, is_gcc
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from gawscompile import cache
@@ -68,6 +69,9 @@ def _command(source: Path, target: Path) -> list[str]:
         words = [word for word in words if not word.startswith("-ltorch")]
     words[words.index("gaws_source.cpp")] = str(source)
     words[words.index("-o") + 1] = str(target)
+    if target.suffix == ".gch":
+        words[1:1] = ["-x", "c++-header"]
+        words = [word for word in words if word != "-shared" and not word.startswith("-l")]  # nothing is linked
     return [*words, "-w"]
 
 
@@ -78,17 +82,42 @@ def fingerprint() -> str:
     return "\n".join([torch.__version__, *_flags()])
 
 
-def _compile(source: Path, target: Path) -> None:
+def _compile(source: Path, target: Path, *options: str) -> None:
     """Compiles `source` and makes an entry of it. Raises `BuildError`."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
     os.close(handle)
     try:
-        done = subprocess.run(_command(source, Path(temporary)), capture_output=True, text=True)
+        command, *words = _command(source, Path(temporary))
+        done = subprocess.run([command, *options, *words], capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"{compiler()} failed on {source}:\n{done.stderr[-4000:]}")
         cache.put(target, Path(temporary).read_bytes())
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+HEADERS = (Path(__file__).parent / "headers.cpp").read_text(encoding="utf-8")
+HEADERS_NEED = 256 << 20
+"""Read once, headers take 41 MB of the cache. A small one has better uses for them."""
+
+
+@functools.cache
+def _headers() -> Path | None:
+    """A file of `HEADERS` beside which g++ finds them as it has read them before; read anew they take a third of an
+    average kernel's build. None where that is not to be had.
+
+    Only g++ is asked: it passes over what no longer fits (another g++, other flags), where clang stops.
+    """
+    if not is_gcc() or cache.limit_bytes() < HEADERS_NEED:
+        return None
+    path = cache.folder("kernels") / f"{cache.digest(HEADERS, fingerprint())}.h"
+    read = path.with_suffix(".h.gch")
+    with cache.locked(path.stem), contextlib.suppress(BuildError):
+        cache.write_atomic(path, HEADERS)
+        if cache.get(read) is None:
+            _compile(path, read)
+        return path
+    return None
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -132,6 +161,7 @@ def load(source: str) -> ctypes.CDLL:
 def _build(source: str, path: Path) -> Path:
     if cache.get(path) is not None:
         return path
+    headers = _headers()  # its lock may be this kernel's
     with cache.locked(path.stem):
         if cache.get(path) is not None:  # by the process that held the lock before
             return path
@@ -139,6 +169,11 @@ def _build(source: str, path: Path) -> Path:
             counters["gaws"]["built"] += 1
         text = path.with_suffix(".cpp")
         cache.write_atomic(text, source)
-        _compile(text, path)
+        try:
+            _compile(text, path, *(["-include", str(headers)] if headers else []))
+        except BuildError:  # or was it the headers, which have been cleared away?
+            if not headers:
+                raise
+            _compile(text, path)
     cache.trim(spare=path)
     return path

@@ -44,7 +44,7 @@ from gawscompile.ir.types import SpecError, dtype_of
 
 PANEL_BYTES = 1 << 18  # of weights that stay in the second cache while tile after tile of tokens meets them
 
-_FILES = ("vectors", "prelude", "modes", "projections")  # one after the other
+_FILES = ("headers", "vectors", "prelude", "modes", "projections")  # one after the other
 PRELUDE = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in _FILES)
 SWIGLU = "\n\n".join((Path(__file__).parent / f"{name}.cpp").read_text().strip() for name in ("exp", "swiglu"))
 BANKS = (Path(__file__).parent / "banks.cpp").read_text().strip()

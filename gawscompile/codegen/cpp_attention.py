@@ -54,14 +54,15 @@ def parse(text: str) -> Kernel:
 def emit(text: str) -> str:
     """The C++ source of a `Kernel`'s text. Raises `SpecError`."""
     features, dtype, causal, cap = parse(text)
-    parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("vectors", "prelude", "exp", "turning")]
+    names = ("headers", "vectors", "prelude", "exp", "turning")
+    parts = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in names]
     given = [f"using T = {CPP_TYPES[dtype]};", f"constexpr int D = {features};"]
     given += [f"constexpr bool CAUSAL = {str(causal).lower()};", f"constexpr int64_t FEW = {FEW};"]
     given += [f"constexpr float CAP = {cap or 0.0!r};  // 0: none"]
     constants = "\n".join(["namespace {\n", *given, "\n}  // namespace"])
     bodies = [(_FOLDER / f"{name}.cpp").read_text().strip() for name in ("attention", "attention_tiles")]
-    vectors, prelude, exp, turning = parts
-    whole = [f"// gawscompile: {text}", vectors, prelude, exp, "}  // namespace", turning, constants, *bodies]
+    headers, vectors, prelude, exp, turning = parts
+    whole = [f"// gawscompile: {text}", headers, vectors, prelude, exp, "}  // namespace", turning, constants, *bodies]
     return "\n\n".join(whole) + "\n"
 
 

@@ -1,18 +1,4 @@
-// The vectors of fp32 that kernels are written in: on x86 intrinsics and no more, on other machines ATen's. Each header
-// is read again for every kernel, so torch's numbers of 16 bits, <vector> and <algorithm> stay out.
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-#include <immintrin.h>
-#else
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#endif
-#include <omp.h>
-
-#include <array>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
+// The vectors of fp32 that kernels are written in: on x86 intrinsics and no more, on other machines ATen's.
 namespace {
 
 template <class T>

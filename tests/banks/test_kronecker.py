@@ -132,7 +132,8 @@ def test_as_peft(judges, folders, ids, how):
     assert how == "eager" or in_kernels(records)
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 100])
+@pytest.mark.slow  # by kernel: test_cpp's banks with modes, of many tokens too; by model: test_as_peft
+@pytest.mark.parametrize("tokens", [1, 100])
 def test_few_tokens_and_many(judges, folders, tokens):
     """The plan of few tokens, and that of many, which adds to what the library has made."""
     bank = loaded(folders)
