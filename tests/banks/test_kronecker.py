@@ -154,7 +154,7 @@ def test_all_is_fused_and_proven(folders, ids):
     assert context.record.passes["verify"] >= 9
 
 
-@pytest.mark.slow  # test_bank has LoRA in 16 bits
+@pytest.mark.slow
 def test_16_bits(ids, tmp_path):
     names = ["gaws", "gawsd", "lokr_low", "lokr_both", "a"]
     judges = {name: judged(name, torch.bfloat16) for name in names}

@@ -1,11 +1,12 @@
 """fuse_zflora: a group becomes one fused projection with a spec."""
 
 import torch
+import torch.nn.functional as F
 
 from gawscompile.ir.operators import LowRank
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.sums import Sum, operands_of, operator_group, project
-from tests.graphs import bert_graph, count, llama_graph
+from tests.graphs import bert_graph, capture, count, llama_graph
 
 
 def specs(context):
@@ -30,6 +31,23 @@ def test_operands_come_in_the_order_of_the_spec():
         for operand, given in zip(spec.operands(), operands_of(node.args[1]), strict=True):
             assert tuple(given.meta["val"].shape) == operand.shape, operand.name
         assert all(p.bias.dtype == "bf16" for p in spec.projections)
+    torch.testing.assert_close(captured.run(context), captured.outputs)
+
+
+@torch.no_grad()
+def test_each_adapter_brings_factors_of_its_own():
+    """Of one rank, so that only numbers tell them apart."""
+    w, x = torch.randn(24, 64), torch.randn(5, 64)
+    factors = [(torch.randn(4, 64), torch.randn(24, 4)) for _ in range(2)]
+
+    def function(x):
+        one, two = (F.linear(F.linear(x, a), b) for a, b in factors)
+        return F.linear(x, w) + 2 * one + two
+
+    captured = capture(function, x)
+    context = captured.until("fuse_zflora")
+    (node,) = context.graph.find_nodes(op="call_function", target=project)
+    assert len(set(operands_of(node.args[1]))) == 5
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 
