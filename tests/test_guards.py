@@ -82,7 +82,7 @@ def test_disabling(pair):
     same(compiled, model)
 
 
-@pytest.mark.slow  # rows of test_guarantees
+@pytest.mark.slow  # test_guarantees has a merged adapter, and one unmerged where another is active
 def test_merging(pair):
     model, compiled = pair
     model.merge_adapter()

@@ -71,7 +71,7 @@ def test_a_hundred_hostile_names(named, tmp_path, monkeypatch):
     data = json.loads(json.dumps(report.to_dict()))
     assert len(data["linears"]) == len(report.linears)
     for path in (tmp_path / "cache").rglob("*"):
-        entry = r"\.?[0-9a-f]{32}\.(so|cpp|json)(\.sha256)?|kernels|records|triton|locks|\d\d"
+        entry = r"\.?[0-9a-f]{32}\.(so|cpp|json|h|h\.gch)(\.sha256)?|kernels|records|triton|locks|\d\d"
         assert re.fullmatch(entry, path.name), path
     source = cpp.emit(KernelSpec.parse(report.groups[0].spec))
     assert all(name not in source for name in named if name not in cpp.PRELUDE and len(name) > 9)

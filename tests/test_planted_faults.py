@@ -28,7 +28,7 @@ def test_what_is_planted_is_python():
             ast.parse((ROOT / "gawscompile" / fault.file).read_text().replace(fault.old, fault.new), name)
 
 
-@pytest.mark.slow  # what the faults below are compared with
+@pytest.mark.slow  # test_partial has its numbers; the faults below are compared with it
 def test_the_zoo():
     model, x = Zoo().eval(), torch.randn(1, 3, 64)
     report = explain(model, x, options={"verify": True, "strict": True})

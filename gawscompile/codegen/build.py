@@ -6,7 +6,6 @@ them. Builds run on a small thread pool while Inductor goes on compiling; whoeve
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -100,24 +99,55 @@ HEADERS = (Path(__file__).parent / "headers.cpp").read_text(encoding="utf-8")
 HEADERS_NEED = 256 << 20
 """Read once, headers take 41 MB of the cache. A small one has better uses for them."""
 
+_reading = threading.Lock()
+_known: Path | None = None
+"""Where this process has found headers before."""
 
-@functools.cache
+
 def _headers() -> Path | None:
-    """A file of `HEADERS` beside which g++ finds them as it has read them before; read anew they take a third of an
-    average kernel's build. None where that is not to be had.
+    """A file of `HEADERS` beside which g++ finds them as it has read them before: reading them anew is half of a small
+    kernel's build. None where that is not to be had, or while another thread is at it. It never fails a build.
 
-    Only g++ is asked: it passes over what no longer fits (another g++, other flags), where clang stops.
+    Only g++ is asked: it passes over what no longer fits (another g++, other flags), where clang stops. Without AVX
+    headers are ATen's, which would take 117 MB.
     """
-    if not is_gcc() or cache.limit_bytes() < HEADERS_NEED:
+    global _known
+    flags, version = _flags()
+    unfit = not is_gcc() or "clang" in version.lower() or "CPU_CAPABILITY_AVX" not in flags
+    if unfit or cache.limit_bytes() < HEADERS_NEED or not _reading.acquire(blocking=False):
         return None
-    path = cache.folder("kernels") / f"{cache.digest(HEADERS, fingerprint())}.h"
-    read = path.with_suffix(".h.gch")
-    with cache.locked(path.stem), contextlib.suppress(BuildError):
-        cache.write_atomic(path, HEADERS)
-        if cache.get(read) is None:
-            _compile(path, read)
-        return path
-    return None
+    try:
+        if _known is None or not _read(_known).exists():
+            _known = cache.folder("kernels") / f"{cache.digest(HEADERS, fingerprint())}.h"
+            with cache.locked(_known.stem):
+                if not _read(_known).exists():
+                    for left in _known.parent.glob(f".{_known.name}.*"):  # by a process that was killed
+                        left.unlink(missing_ok=True)
+                    cache.write_atomic(_known, HEADERS)
+                    _compile(_known, _read(_known))
+        os.utime(_read(_known))  # used: not the next to go
+        return _known
+    except (BuildError, OSError):
+        return None
+    finally:
+        _reading.release()
+
+
+def _read(headers: Path) -> Path:
+    """What g++ has made of a file of headers, where it looks for it."""
+    return headers.with_suffix(".h.gch")
+
+
+def _compile_with(headers: Path | None, source: Path, target: Path) -> None:
+    """As `_compile`. What is wrong with `headers` alone is made up for, and they are read again another time."""
+    if headers is not None:
+        try:
+            return _compile(source, target, "-include", str(headers))
+        except BuildError as error:
+            if not any(word in str(error) for word in (headers.name, "PCH", "precompiled", "internal compiler error")):
+                raise
+            _read(headers).unlink(missing_ok=True)
+    _compile(source, target)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -127,8 +157,8 @@ _lock = threading.Lock()
 
 def _forget_pool() -> None:
     """After a fork the pool's threads are gone; a new one is made at need."""
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    global _pool, _lock, _reading
+    _pool, _lock, _reading = None, threading.Lock(), threading.Lock()
     _pending.clear()
 
 
@@ -169,11 +199,6 @@ def _build(source: str, path: Path) -> Path:
             counters["gaws"]["built"] += 1
         text = path.with_suffix(".cpp")
         cache.write_atomic(text, source)
-        try:
-            _compile(text, path, *(["-include", str(headers)] if headers else []))
-        except BuildError:  # or was it the headers, which have been cleared away?
-            if not headers:
-                raise
-            _compile(text, path)
+        _compile_with(headers, text, path)
     cache.trim(spare=path)
     return path

@@ -221,7 +221,6 @@ def test_a_batch_of_other_rows(judge, ids):
         model(ids)
 
 
-@pytest.mark.slow  # by kernel: test_cpp's bank_panels; by model: test_compiled_once_for_all, in fp32
 def test_16_bits(ids):
     judge = adapted("ac", torch.bfloat16)
     model, bank = with_bank(judge)

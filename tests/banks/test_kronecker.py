@@ -132,7 +132,7 @@ def test_as_peft(judges, folders, ids, how):
     assert how == "eager" or in_kernels(records)
 
 
-@pytest.mark.slow  # by kernel: test_cpp's banks with modes, of many tokens too; by model: test_as_peft
+@pytest.mark.slow  # kernels: test_cpp's banks have modes; models: test_as_peft, of few tokens
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_few_tokens_and_many(judges, folders, tokens):
     """The plan of few tokens, and that of many, which adds to what the library has made."""
@@ -154,7 +154,7 @@ def test_all_is_fused_and_proven(folders, ids):
     assert context.record.passes["verify"] >= 9
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_bank has LoRA in 16 bits
 def test_16_bits(ids, tmp_path):
     names = ["gaws", "gawsd", "lokr_low", "lokr_both", "a"]
     judges = {name: judged(name, torch.bfloat16) for name in names}

@@ -1,66 +1,142 @@
 """The headers that g++ reads once for all kernels, and what happens where it cannot."""
 
+from __future__ import annotations
+
 import ctypes
+import os
+import shutil
 import subprocess
+import threading
+from pathlib import Path
 
 import pytest
-from torch._inductor.cpp_builder import is_gcc
 
 from gawscompile import cache
 from gawscompile.codegen import build
 
-pytestmark = pytest.mark.skipif(not is_gcc(), reason="only g++ is asked")
+FLAGS, VERSION = build._flags()
+pytestmark = pytest.mark.skipif(
+    "g++" not in VERSION or "CPU_CAPABILITY_AVX" not in FLAGS, reason="g++ alone is asked, for vectors of our own"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds headers and nothing else."""
+    folder = tmp_path_factory.mktemp("made") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GAWS_CACHE_DIR", str(folder))
+        patch.setattr(build, "_known", None)
+        assert build._headers() is not None
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAWS_CACHE_DIR", str(tmp_path / "cache"))
-    build._headers.cache_clear()
-    yield
-    build._headers.cache_clear()
+    monkeypatch.setattr(build, "_known", None)
 
 
-def library(number):
-    """Builds a kernel that gives `number`, and loads it."""
-    source = f'{build.HEADERS}\nextern "C" int number() {{ return std::array<int, 1>{{{number}}}[0]; }}\n'
-    return ctypes.CDLL(str(build.start(source).result()))
+@pytest.fixture
+def headers(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "cache")
+    found = build._headers()
+    assert found is not None and found.is_relative_to(tmp_path)
+    return found
 
 
-def reads(tmp_path):
-    """What g++ reads for a source that begins with the headers, by its own list (`-H`: `!` are read once for all)."""
-    source = tmp_path / "kernel.cpp"
-    source.write_text(build.HEADERS)
-    options = ["-include", str(build._headers()), "-H", "-fsyntax-only"]
-    done = subprocess.run([*build._command(source, tmp_path / "k.so"), *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+def source(number: int) -> str:
+    return f'{build.HEADERS}\nextern "C" int number() {{ return std::array<int, 1>{{{number}}}[0]; }}\n'
 
 
-def test_headers_are_read_once_for_all_kernels(tmp_path):
-    listed = reads(tmp_path)
-    assert f"! {build._headers()}.gch" in listed and "xmmintrin.h" not in listed
-    assert library(3).number() == 3
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The options of every g++ that is run."""
+    found, real = [], build._compile
+
+    def compile(source: Path, target: Path, *options: str) -> None:
+        found.append(options)
+        real(source, target, *options)
+
+    monkeypatch.setattr(build, "_compile", compile)
+    return found
 
 
-@pytest.mark.parametrize("harm", ["another g++'s", "cut off", "cleared away"])
-def test_without_them_kernels_are_built_all_the_same(tmp_path, harm):
-    header = build._headers()
-    read = header.with_suffix(".h.gch")
-    if harm == "cleared away":
-        cache.clear()
-    else:
-        cache.put(read, b"gpch.014" + bytes(4096) if harm == "another g++'s" else read.read_bytes()[:4096])
-    assert library(len(harm)).number() == len(harm)
+def right(number: int) -> bool:
+    return ctypes.CDLL(str(build.start(source(number)).result())).number() == number
 
 
-def test_what_is_not_as_it_was_put_is_read_again(tmp_path):
-    read = build._headers().with_suffix(".h.gch")
-    read.write_bytes(read.read_bytes()[:4096])
-    build._headers.cache_clear()
-    assert f"! {read}" in reads(tmp_path)
+def test_headers_are_read_once_for_all_kernels(headers, tmp_path, builds):
+    """By g++'s own list of what it reads (`-H`), in which those of before have a `!`."""
+    (tmp_path / "kernel.cpp").write_text(build.HEADERS)
+    command = build._command(tmp_path / "kernel.cpp", tmp_path / "kernel.so")
+    listed = subprocess.run(
+        [*command, "-include", str(headers), "-H", "-fsyntax-only"], capture_output=True, text=True, check=True
+    ).stderr
+    assert f"! {headers}.gch" in listed and "xmmintrin.h" not in listed
+    assert right(3) and right(4) and builds == [("-include", str(headers))] * 2
 
 
-def test_a_small_cache_is_left_to_kernels(monkeypatch):
+@pytest.mark.parametrize("harm", ["cut off", "spoilt"])
+def test_harm_to_them_is_made_up_for(headers, builds, harm):
+    whole = (read := build._read(headers)).read_bytes()
+    read.write_bytes(whole[:4096] if harm == "cut off" else whole[:20_000_000] + bytes(len(whole) - 20_000_000))
+    assert right(1) and builds == [("-include", str(headers)), ()]
+    assert right(2) and builds[2:] == [(), ("-include", str(headers))]  # read again, and used
+
+
+def test_others_are_passed_over(headers, builds):
+    """As another g++ has written them."""
+    build._read(headers).write_bytes(b"gpch+000" + bytes(4096))
+    assert right(3) and builds == [("-include", str(headers))]
+
+
+def test_cleared_away_they_are_read_again(headers, builds):
+    cache.clear()
+    assert right(3) and builds == [(), ("-include", str(headers))]
+
+
+def test_a_source_that_is_wrong_is_compiled_once(headers, builds):
+    with pytest.raises(build.BuildError, match="no_such_type"):
+        build.start("no_such_type x;").result()
+    assert builds == [("-include", str(headers))]
+
+
+def test_what_a_killed_process_leaves_goes(headers):
+    build._read(headers).unlink()
+    (left := headers.with_name(f".{headers.name}.abc.gch")).write_bytes(bytes(10))
+    assert build._headers() == headers and not left.exists()
+
+
+def test_a_kernel_waits_for_no_other_thread_that_reads_them(headers, builds):
+    with build._reading:
+        assert right(5) and builds == [()]
+
+
+def test_a_disk_that_is_full_of_them_fails_no_build(monkeypatch, builds):
+    real = cache.put
+
+    def put(path, content):
+        if path.suffix == ".gch":
+            raise OSError(28, os.strerror(28))
+        real(path, content)
+
+    monkeypatch.setattr(cache, "put", put)
+    assert right(6) and builds == [(), ()]
+
+
+def test_a_small_cache_is_left_to_kernels(monkeypatch, builds):
     monkeypatch.setenv("GAWS_CACHE_MB", "255")
-    assert build._headers() is None
-    assert library(5).number() == 5 and not list(cache.folder("kernels").glob("*.gch"))
+    assert right(7) and builds == [()] and not list(cache.folder("kernels").glob("*.gch"))
+
+
+def test_after_a_fork_they_can_be_asked_for(headers):
+    with build._reading:  # by a thread that the child does not have
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if build._headers() == headers else 1)
+    ended: list[int] = []
+    waiting = threading.Thread(target=lambda: ended.append(os.waitpid(child, 0)[1]))
+    waiting.start()
+    waiting.join(60)
+    assert ended == [0]

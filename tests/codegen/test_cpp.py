@@ -76,7 +76,7 @@ SPECS = {
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
-REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_beside_all", "bank_wide_modes", "conv1d_bf16")
+REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_wide_modes", "conv1d_bf16")
 """What the others would show too, but for sizes: kernels that take long to build or to judge."""
 
 
