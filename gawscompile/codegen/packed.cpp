@@ -216,7 +216,7 @@ struct FourBits {
 template <const float* TABLE>
 struct Pairs : FourBits<TABLE> {
   template <class TX>
-  using Order = ByBytes<TABLE, std::is_same_v<TX, bf16> ? 2 : 4>;
+  using Order = std::conditional_t<std::is_same_v<TX, bf16>, AsWholes<TABLE>, ByBytes<TABLE>>;
   static constexpr bool PAIRS = true;
   using FourBits<TABLE>::FourBits;
   using FourBits<TABLE>::levels;

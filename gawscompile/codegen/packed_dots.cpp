@@ -54,6 +54,64 @@ inline Spread<Order, K, GROUP> spread(const TX* x, int64_t m) {
   return {numbers.of(0), sums.of(0)};
 }
 
+#if defined(CPU_CAPABILITY_AVX2)
+// x as whole numbers, for each 64 columns what one of a product stands for, and each group's sum. Where the largest leaves
+// too few digits to the others, `rests` has what is left, and `finer` what one of its products stands for, else 0. A group
+// in which x is no number, or none that sums up, makes NaN.
+template <class Order, int64_t K, int64_t GROUP>
+struct Wholes {
+  const int16_t *numbers, *rests;
+  const float *units, *finer, *sums;
+  bool any;  // whether there are rests
+  Wholes from(int64_t t) const {
+    return {numbers + t * K, rests + t * K, units + t * (K / 64), finer + t * (K / 64), sums + t * (K / GROUP), any};
+  }
+};
+
+template <class Order, int64_t K, int64_t GROUP, class TX>
+inline Wholes<Order, K, GROUP> wholes(const TX* x, int64_t m) {
+  static thread_local Buffer numbers, rests, units, finer, sums;
+  int16_t *to = (int16_t*)numbers.of(m * K / 2), *rest = (int16_t*)rests.of(m * K / 2);
+  float *unit = units.of(m * (K / 64)), *fine = finer.of(m * (K / 64)), *groups = sums.of(m * (K / GROUP));
+  bool any = false;
+  const auto size = [](F v) { return F(_mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)))); };
+  for (int64_t g = 0; g < m * (K / GROUP); ++g) {
+    F total(0.f);
+    for (int64_t at = g * GROUP; at < (g + 1) * GROUP; at += 64, to += 64, rest += 64) {
+      float line[64], lanes[V], most = 0;
+      F largest(0.f), capped(0.f);
+      for (int i = 0; i < 64; i += 2 * V) {
+        const Pair v = load_pair(x + at + i);
+        store_pair(line + i, v);
+        total = total + (v.lo + v.hi);
+        largest = F(_mm256_max_ps(largest, _mm256_max_ps(size(v.lo), size(v.hi))));
+      }
+      largest.store(lanes);
+      for (float lane : lanes) most = max(most, lane);
+      const F by(most > 1e-34f ? Order::X_MOST / most : 0.f), cap(Order::X_MOST / 64);
+      for (int i = 0; i < 64; i += V) {
+        const F v = F::loadu(line + i) * by;
+        capped = capped + F(_mm256_min_ps(size(v), cap));
+        v.store(line + i);
+      }
+      Order::lay(line, to);
+      *unit++ = most / Order::X_MOST * (Order::LARGEST / Order::LEVEL_MOST);
+      *fine++ = 0;
+      if (sum(capped) < 32 * (Order::X_MOST / 64)) {  // half of them are less than a hundredth of the largest
+        for (int i = 0; i < 64; i += V) (F::loadu(line + i) * F(Order::STEPS)).store(line + i);
+        Order::lay(line, rest);
+        fine[-1] = unit[-1] / Order::STEPS;
+        any = true;
+      }
+    }
+    groups[g] = sum(total);
+    const float none = groups[g] - groups[g];  // 0 or NaN
+    for (int64_t i = 1; i <= GROUP / 64; ++i) unit[-i] += none;
+  }
+  return {(const int16_t*)numbers.of(0), (const int16_t*)rests.of(0), units.of(0), finer.of(0), sums.of(0), any};
+}
+#endif
+
 // Whether products of bf16 multiply x, in groups of so many columns.
 template <class TX>
 constexpr bool in_pairs(int64_t group) {
@@ -84,6 +142,10 @@ inline auto ordered(const TX* x, int64_t m) {
     }
 #endif
     return Paired<K, GROUP>{words, groups};
+#if defined(CPU_CAPABILITY_AVX2)
+  } else if constexpr (Codes::template Order<TX>::WHOLE && fits<typename Codes::template Order<TX>>(GROUP)) {
+    return wholes<typename Codes::template Order<TX>, K, GROUP>(x, m);
+#endif
   } else if constexpr (fits<typename Codes::template Order<TX>>(GROUP)) {
     return spread<typename Codes::template Order<TX>, K, GROUP>(x, m);
   } else if constexpr (std::is_same_v<TX, float> && !Codes::PAIRS) {
@@ -148,9 +210,9 @@ template <int R, int T, class W, bool FULL>
 
 #if defined(CPU_CAPABILITY_AVX2)
 // The same, by bytes: scales meet the sum of a group. Rows share what is loaded of x.
-template <int R, int T, class W, const float* TABLE, int BYTES>
+template <int R, int T, class W, const float* TABLE>
 [[gnu::always_inline]] inline void unpack_dot(
-    F (&acc)[R][T], const W& w, int64_t row, Spread<ByBytes<TABLE, BYTES>, W::K, W::GROUP> x) {
+    F (&acc)[R][T], const W& w, int64_t row, Spread<ByBytes<TABLE>, W::K, W::GROUP> x) {
   constexpr int64_t K = W::K, G = W::GROUP, PART = 64;
   constexpr int ABREAST = min(R, 2);  // as many rows as there are registers for
   const typename W::template Lines<R> lines(w, row);  // before the loop over numbers, whose steps are short
@@ -168,7 +230,7 @@ template <int R, int T, class W, const float* TABLE, int BYTES>
 #pragma GCC unroll 2
       for (int odd = 0; odd < 2; ++odd) {
         F numbers[ABREAST][4];
-        for (int r = 0; r < ABREAST; ++r) ByBytes<TABLE, BYTES>::get(numbers[r], codes[r], odd);
+        for (int r = 0; r < ABREAST; ++r) ByBytes<TABLE>::get(numbers[r], codes[r], odd);
         for (int i = 0; i < 4; ++i)
           for (int t = 0; t < T; ++t) {
             const F v = F::loadu(xs + t * K + (4 * odd + i) * V);
@@ -184,6 +246,49 @@ template <int R, int T, class W, const float* TABLE, int BYTES>
         }
     }
   }
+}
+
+// The same, by whole numbers: units of x and scales meet their sum.
+template <int R, int T, class W, class Order>
+[[gnu::always_inline]] inline void unpack_dot(
+    F (&acc)[R][T], const W& w, int64_t row, Wholes<Order, W::K, W::GROUP> x) {
+  constexpr int64_t K = W::K, G = W::GROUP, PART = 64;
+  const typename W::template Lines<R> lines(w, row);
+  const uint8_t* codes = w.at(row, 0);
+  for (int64_t at = 0; at < K; at += PART) {
+    for (int64_t line = 0; line < R * PART / 2; line += LINE)
+      __builtin_prefetch(codes + R * (at >> 1) + line + AHEAD, 0, 2);
+    const int64_t g = at / G;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m256i some = _mm256_loadu_si256((const __m256i*)(codes + r * (K / 2) + (at >> 1)));
+      __m256i sums[T];
+      for (auto& s : sums) s = _mm256_setzero_si256();
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        __m256i levels[2];
+        Order::get(levels, some, odd);
+        for (int t = 0; t < T; ++t)
+          for (int i = 0; i < 2; ++i) {
+            const __m256i v = _mm256_loadu_si256((const __m256i*)(x.numbers + t * K + at) + 2 * odd + i);
+            sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(levels[i], v));
+          }
+      }
+      for (int t = 0; t < T; ++t) {
+        F& a = acc[r][t];
+        a = fmadd(F(_mm256_cvtepi32_ps(sums[t])), F(lines.scale[r][g] * x.units[t * (K / PART) + at / PART]), a);
+        if (W::ZEROS && at % G == 0) a = fmadd(F(x.sums[t * (K / G) + g]), F(lines.added[r][g]), a);
+      }
+    }
+  }
+  if (x.any) [[unlikely]]
+    for (int64_t at = 0; at < K; at += PART)
+      for (int t = 0; t < T; ++t)
+        if (const float by = x.finer[t * (K / PART) + at / PART]; by != 0)
+          for (int r = 0; r < R; ++r) {
+            const __m256i sum = Order::dot(codes + r * (K / 2) + (at >> 1), x.rests + t * K + at);
+            acc[r][t] = fmadd(F(_mm256_cvtepi32_ps(sum)), F(lines.scale[r][at / G] * by), acc[r][t]);
+          }
 }
 #endif
 

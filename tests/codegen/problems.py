@@ -100,24 +100,31 @@ def packed(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Packed:
 
 
 def in_bf16(term: Packed) -> bool:
-    """Whether what codes stand for is rounded for an x of bf16, in groups of whole 64 columns: by the CPU's dot
-    products of bf16, in blocks too, and where AVX2 looks levels of pairs up by their bytes."""
-    whole = term.group % 64 == 0
-    if torch.cpu._is_avx512_bf16_supported():
-        return (whole or term.kept.layout == "blocks") and term.kept.layout != "tiles"
-    return whole and term.kept.layout == "pairs" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """Whether what codes stand for is rounded to bf16 for such an x: for the CPU's dot products, in groups of whole 64
+    columns, and in blocks."""
+    whole = term.group % 64 == 0 or term.kept.layout == "blocks"
+    return torch.cpu._is_avx512_bf16_supported() and whole and term.kept.layout != "tiles"
+
+
+def in_wholes(term: Packed) -> bool:
+    """Whether AVX2 makes whole numbers of levels and an x of bf16."""
+    capable = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return capable and term.group % 64 == 0 and term.kept.layout == "pairs"
 
 
 def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     """What the rounding of W x is measured by: |W|, or |scale| (|level| + |zero|), and a coded scale's two parts. Dot
     products in bf16 round levels of 4 bits to bf16, and sum codes of 8 bits up as two numbers of 256 at most each.
-    Other sums of 16 bits are of codes without sign, and of whole bytes."""
+    Whole numbers are off by 2^-14 of the largest level, and by 2^-16 of the largest of 64 numbers of x, here four times
+    the others. Other sums of 16 bits are of codes without sign, and of whole bytes."""
     if spec.projections[i].packed is None:
         return weight(spec, i, operands).abs()
     term = packed(spec, i, operands)
     size = term.kept.numbers(term.codes, term.table, term.n, term.k, torch.float64).abs()
     if spec.x == "bf16" and in_bf16(term):
         size = size + 512 if term.kept.layout == "bytes" else size * (1 + 2**14 / 6)
+    elif spec.x == "bf16" and in_wholes(term):
+        size = size * (1 + 2**9 / 6) + size.max() * 2**9 / 6
     elif spec.x != "f32" and term.kept.layout in ("halves", "tiles"):
         size = size + 32  # bytes, a sixteenth of them, and what comes off
     if term.zeros is not None:

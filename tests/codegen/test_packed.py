@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from gawscompile.codegen import build, cpp
-from gawscompile.ir.packed import CODINGS, OUTER, Packed
+from gawscompile.ir.packed import CODINGS, FP4, NF4, OUTER, Packed
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import SpecError
 from gawscompile.planning.table import Program
 from gawscompile.runtime import ops
-from tests.codegen.problems import Problem, in_bf16, packed
+from tests.codegen.problems import Problem, in_bf16, packed, weight
 from tests.codegen.test_cpp import run
 
 GEMV, GEMM = "gemv_cpp<=40, gemm_accumulate", "gemv_cpp<=0, gemm_accumulate"
@@ -241,6 +241,38 @@ def test_features_that_there_are_not_are_nan(plan):
     for index in (64, -65, 1 << 30):
         problem.operands["wi0"][5] = index
         assert call(problem, plan)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_x_that_is_no_number_makes_none(dtype):
+    """Its row alone. The last has numbers too small for their inverse."""
+    problem = Problem.of(f"k=192 x={dtype}; {base('nf4', 64)}", 5)
+    x = problem.x.clone()
+    x[0, 70], x[1, 130], x[3], x[4] = float("nan"), -float("inf"), 0, x[4] * 1e-30
+    (got,) = call(Problem.with_operands(problem.spec, x, problem.operands), GEMV)
+    assert got[0].isnan().all() and not got[1].isfinite().any() and (got[3] == 0).all()
+    want = (x[4].double() @ weight(problem.spec, 0, problem.operands).T) * 1e30
+    torch.testing.assert_close(got[4].double() * 1e30, want, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(got[2], call(problem, GEMV)[0][2])
+
+
+@pytest.mark.parametrize("large", [0, 1e2, 1e4, 1e6])
+def test_an_x_of_16_bits_loses_little_beside_a_large_number(large):
+    """By AVX2's whole numbers too. Where a row has a zero for x's large numbers, only the others count."""
+    bases = [("nf4", 64, "s=f32"), ("fp4", 64, "s=f32"), ("nf4", 128, "s=u8")]
+    bases += [("nf4", 768, "s=f32 z=f32"), ("fp4", 384, "s=f32")]
+    problem = Problem.of(f"k=768 x=bf16; {'; '.join(base(*each, out='f32') for each in bases)}", 7)
+    x = problem.x.clone()
+    if large:
+        x[:, 70], x[:, 333] = large, -large
+        for i, levels in enumerate((NF4, FP4)):
+            codes, zero = problem.operands[f"w{i}"].view(-1, 384), levels.index(0)
+            codes[:, 35], codes[:, 166] = codes[:, 35] & 15 | zero << 4, codes[:, 166] & 240 | zero
+    problem = Problem.with_operands(problem.spec, x, problem.operands)
+    rounded = in_bf16(packed(problem.spec, 0, problem.operands))
+    for i, got in enumerate(call(problem, GEMV)[:2] if large else call(problem, GEMV)):
+        want = x.double() @ weight(problem.spec, i, problem.operands).T
+        assert (got - want).norm() <= (4e-3 if rounded else 1e-3 if large else 3e-4) * want.norm(), i
 
 
 def test_the_second_level_of_scales_has_more_than_one_block():
