@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import shlex
 import shutil
@@ -23,6 +24,8 @@ from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, get_cpp_com
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from gawscompile import cache
+
+log = logging.getLogger("gawscompile")
 
 
 class CompilerMissing(RuntimeError):
@@ -106,7 +109,8 @@ _known: Path | None = None
 
 def _headers() -> Path | None:
     """A file of `HEADERS` beside which g++ finds them as it has read them before: reading them anew is half of a small
-    kernel's build. None where that is not to be had, or while another thread is at it. It never fails a build.
+    kernel's build. None where that is not to be had, or while another thread is at it. It fails no build: what is in
+    its way is logged.
 
     Only g++ is asked: it passes over what no longer fits (another g++, other flags), where clang stops. Without AVX
     headers are ATen's, which would take 117 MB.
@@ -127,7 +131,8 @@ def _headers() -> Path | None:
                     _compile(_known, _read(_known))
         os.utime(_read(_known))  # used: not the next to go
         return _known
-    except (BuildError, OSError):
+    except (BuildError, OSError) as error:
+        log.info("each kernel reads its headers anew: %s", error)
         return None
     finally:
         _reading.release()
@@ -146,6 +151,7 @@ def _compile_with(headers: Path | None, source: Path, target: Path) -> None:
         except BuildError as error:
             if not any(word in str(error) for word in (headers.name, "PCH", "precompiled", "internal compiler error")):
                 raise
+            log.info("headers that were read before are of no use, and go: %s", error)
             _read(headers).unlink(missing_ok=True)
     _compile(source, target)
 

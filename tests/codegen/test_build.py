@@ -78,10 +78,11 @@ def test_headers_are_read_once_for_all_kernels(headers, tmp_path, builds):
 
 
 @pytest.mark.parametrize("harm", ["cut off", "spoilt"])
-def test_harm_to_them_is_made_up_for(headers, builds, harm):
+def test_harm_to_them_is_made_up_for(headers, builds, harm, caplog):
+    caplog.set_level("INFO", "gawscompile")
     whole = (read := build._read(headers)).read_bytes()
     read.write_bytes(whole[:4096] if harm == "cut off" else whole[:20_000_000] + bytes(len(whole) - 20_000_000))
-    assert right(1) and builds == [("-include", str(headers)), ()]
+    assert right(1) and builds == [("-include", str(headers)), ()] and "are of no use" in caplog.text
     assert right(2) and builds[2:] == [(), ("-include", str(headers))]  # read again, and used
 
 
@@ -113,7 +114,8 @@ def test_a_kernel_waits_for_no_other_thread_that_reads_them(headers, builds):
         assert right(5) and builds == [()]
 
 
-def test_a_disk_that_is_full_of_them_fails_no_build(monkeypatch, builds):
+def test_a_disk_that_is_full_of_them_fails_no_build(monkeypatch, builds, caplog):
+    caplog.set_level("INFO", "gawscompile")
     real = cache.put
 
     def put(path, content):
@@ -122,7 +124,7 @@ def test_a_disk_that_is_full_of_them_fails_no_build(monkeypatch, builds):
         real(path, content)
 
     monkeypatch.setattr(cache, "put", put)
-    assert right(6) and builds == [(), ()]
+    assert right(6) and builds == [(), ()] and "reads its headers anew" in caplog.text
 
 
 def test_a_small_cache_is_left_to_kernels(monkeypatch, builds):

@@ -391,10 +391,9 @@ ONCE |= {"lokr_low", "packed_uint8", "packed_fp4_coded", "packed_nf4_coded", "ba
 def takes_long(case: str) -> bool:
     """Whether the interpreter is long at it, and others try what it does."""
     spec, _, tokens = case.rpartition("-m")
-    if tokens == "2" and spec in ("bank_odd", "packed_int8", "packed_swiglu"):  # bank and packed_nf4 have two rows
-        return True
+    repeats = case in ("bank_odd-m2", "packed_int8-m2", "packed_swiglu-m2")  # bank and packed_nf4 have two rows
     once = "17" if f"{spec}-m17" in CASES else "2"
-    return tokens in ("3", "5", "70") or (spec not in CORE and (spec not in ONCE or tokens != once))
+    return repeats or tokens in ("3", "5", "70") or (spec not in CORE and (spec not in ONCE or tokens != once))
 
 
 @pytest.mark.parametrize("case", [pytest.param(one, marks=[pytest.mark.slow] * takes_long(one)) for one in CASES])
