@@ -6,7 +6,7 @@ One compiled decode step of SmolLM2, bare and with adapters, is taken apart by l
 call it; with Dynamo's guards skipped; the compiled graph called with the arguments that it was given before, which
 leaves out the bytecode that fetches them; and our ops alone, called in turn with their own arguments. What lies between
 the last two is Inductor's wrapper with attention, norms and everything else that is not ours. Parameters are fetched in
-every step, under ``gawscompile.compile`` too (``bind`` is off), so that guards can be told from bytecode.
+every step (``bind`` is off), so that guards can be told from bytecode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from benchmarks.common import PAST, Setup
 from gawscompile.backend import gaws
 from gawscompile.calibration import measure
 from gawscompile.demo.decoding import Decoder
-from gawscompile.serving import guards
 
 PARTS = ("guards", "Dynamo's bytecode", "Inductor: wrapper, attention, norms", "our projections")
 
@@ -34,12 +33,13 @@ PARTS = ("guards", "Dynamo's bytecode", "Inductor: wrapper, attention, norms", "
 class Spy:
     """A backend: ours, and what the compiled graph was last called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: bool) -> None:
+        self.options = {"watch": watch, "bind": False}
         self.call: Callable[..., Any] | None = None
         self.arguments: tuple[Any, ...] = ()
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = gaws(gm, example_inputs)
+        compiled: Callable[..., Any] = gaws(gm, example_inputs, options=self.options)
 
         def run(*arguments: Any) -> Any:
             self.call, self.arguments = compiled, arguments
@@ -71,11 +71,10 @@ class Projections(TorchDispatchMode):
             torch.ops.gaws.project(*arguments)
 
 
-def variants(model: Any, fewer_guards: bool) -> tuple[dict[str, Callable[[], float]], int]:
+def variants(model: Any, watch: bool) -> tuple[dict[str, Callable[[], float]], int]:
     """Timed steps by name, each with less in it than the one before; and the number of our calls."""
-    spy = Spy()
-    options: Any = {"guard_filter_fn": guards.inference_guards} if fewer_guards else None
-    run = torch.compile(model, backend=spy, dynamic=False, options=options)
+    spy = Spy(watch)
+    run = torch.compile(model, backend=spy, dynamic=False)
     decoder = Decoder(model, run, 2 * PAST)
     decoder.fill(common._ids(model, PAST)[0].tolist())
     decoder.timed_step()
@@ -125,15 +124,15 @@ def main(argv: list[str] | None = None) -> None:
         setup = Setup(given.model, dtype, given.rank)
         base = common.load_base(setup)
         models = {"base": base} | {kind: common.with_adapter(base, setup, kind) for kind in given.adapters}
-        kinds = [(kind, fewer) for kind in models for fewer in (False, True)]
-        found = {(kind, fewer): variants(models[kind], fewer) for kind, fewer in kinds}
-        flat = {f"{kind} {fewer} {name}": step for (kind, fewer), (v, _) in found.items() for name, step in v.items()}
+        kinds = [(kind, watch) for kind in models for watch in (False, True)]
+        found = {(kind, watch): variants(models[kind], watch) for kind, watch in kinds}
+        flat = {f"{kind} {watch} {name}": step for (kind, watch), (v, _) in found.items() for name, step in v.items()}
         samples, _ = measure.interleave(flat, given.rounds, given.steps)
-        for (kind, fewer), (steps, calls) in found.items():
-            medians = {name: measure.Timing.of(samples[f"{kind} {fewer} {name}"]).median for name in steps}
+        for (kind, watch), (steps, calls) in found.items():
+            medians = {name: measure.Timing.of(samples[f"{kind} {watch} {name}"]).median for name in steps}
             floor = next(iter(limits.work(setup, kind).values())).floor(machine)
             numbers = [medians["step"], *parts(medians), floor]
-            name = f"{dtype}, {kind}" + ", gawscompile.compile" * fewer
+            name = f"{dtype}, {kind}" + ", watch=False" * (not watch)
             rows.append([name, *(f"{number:.2f}" for number in numbers), str(calls)])
         torch.compiler.reset()
     heads = ["", "step ms", *PARTS, "floor of the bytes", "our calls"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gawscompile.banks.checkpoints import BankError
     from gawscompile.debug.explain import Report, explain
     from gawscompile.runtime.pages import own_memory
-    from gawscompile.serving.guards import compile
+    from gawscompile.serving.entry import compile
 
 __version__ = "0.1.0"
 __all__ = ["AdapterBank", "BankError", "Report", "__version__", "compile", "explain", "own_memory"]
@@ -28,9 +28,9 @@ def __getattr__(name: str) -> Any:
 
         return getattr(bank, name)
     if name == "compile":
-        from gawscompile.serving import guards
+        from gawscompile.serving import entry
 
-        return guards.compile
+        return entry.compile
     if name == "own_memory":
         from gawscompile.runtime import pages
 

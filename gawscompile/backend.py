@@ -35,7 +35,6 @@ from gawscompile.passes import INFERENCE, PIPELINE
 from gawscompile.passes.context import Context, Rewrite, VerifierError, inputs_of, trains, verify
 from gawscompile.planning import devices
 from gawscompile.runtime import (
-    bound,
     eager_generate,
     executor,
     forks,
@@ -52,6 +51,7 @@ from gawscompile.verify import unfinished
 from gawscompile.verify.containment import Attempts, said
 from gawscompile.verify.proof import verify_rewrites
 from gawscompile.verify.work import account
+from gawscompile.watch.guards import watch_frame
 
 log = logging.getLogger("gawscompile")
 
@@ -86,7 +86,7 @@ def gaws(
     if inductor.get("max_autotune"):
         ours = dataclasses.replace(ours, autotune=True)
     kind = _kind(example_inputs)
-    bound.want(ours.bind)
+    watch_frame(ours.watch, ours.bind)
     ranks = Ranks.of(gm, example_inputs, kind)
     with devices.planning_for(ranks.machine(devices.of(kind) if kind in ("cpu", "cuda") else None)):
         compiled, record, failure = _compile(gm, example_inputs, ours, inductor, kind)

@@ -42,9 +42,13 @@ class Options:
     """Take graphs that need gradients too, forward and backward (docs/training.md). None: on CPUs. ``GAWS_TRAINING=0``
     and ``1`` set the default."""
 
-    bind: bool = False
-    """Gather a graph's parameters once, and again only where something changed (`gawscompile.serving.bound`).
-    ``gawscompile.compile`` sets it, whose guards know."""
+    watch: bool = True
+    """Check Dynamo's guards on a model only after something changed (`gawscompile.watch.guards`). False: before every
+    call. ``GAWS_WATCH=0`` sets the default."""
+
+    bind: bool = True
+    """Where guards are checked only after a change, gather a graph's parameters only then, too
+    (`gawscompile.runtime.bound`)."""
 
     dump: str = ""
     """A folder for what the compiler did (`gawscompile.observe.dump`), in a subfolder per graph. ``GAWS_DUMP=DIR``."""
@@ -58,7 +62,8 @@ class Options:
 
     def key(self, traced: bool) -> str:
         """What of them decides the outcome of a compile, for cache keys: whether there is a dump, not where it goes."""
-        return f"{dataclasses.replace(self, dump='', huge_pages=True, executor=True, bind=False)} traced={traced}"
+        decides = dataclasses.replace(self, dump="", huge_pages=True, executor=True, watch=True, bind=True)
+        return f"{decides} traced={traced}"
 
     @staticmethod
     def split(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -87,12 +92,16 @@ class Options:
         return Options(**ours), theirs
 
 
-DEFAULTS = (("strict", "0"), ("verify", "0"), ("huge_pages", "1"), ("executor", "1"), ("training", None))
+DEFAULTS = (
+    *(("strict", "0"), ("verify", "0")),
+    *(("huge_pages", "1"), ("executor", "1"), ("watch", "1")),
+    ("training", None),
+)
 """What the environment may say (``GAWS_STRICT``), and what holds where it says nothing. None: the option's default."""
 
 KINDS = {
     **dict.fromkeys(("strict", "verify", "autotune", "transparent", "huge_pages"), "bool"),
-    **dict.fromkeys(("executor", "training", "bind"), "bool"),
+    **dict.fromkeys(("executor", "training", "watch", "bind"), "bool"),
     "dump": "str (a folder)",
     "disable": "list of pass names",
     "fuel": "int (0 or more)",

@@ -236,7 +236,7 @@ FAULTS: dict[str, Fault] = {
         "runtime/unchanged.cpp",
         " || t->requires_grad() != one.gradient",
         "",
-        "tests/serving/test_unchanged.py",
+        "tests/watch/test_unchanged.py",
         unproven=A_CHANGE,
     ),
     "a tensor's change of dtype goes unseen": Fault(
@@ -250,7 +250,7 @@ FAULTS: dict[str, Fault] = {
         "runtime/unchanged.cpp",
         "    if (*watch.words[i].first != watch.words[i].second) return 0;\n",
         "",
-        "tests/serving/test_unchanged.py",
+        "tests/watch/test_unchanged.py",
         unproven=A_CHANGE,
     ),
     "checksum of an entry ignored": Fault(
@@ -262,8 +262,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "key that misses an option": Fault(
         "options.py",
-        "dataclasses.replace(self, dump='', huge_pages=True, executor=True, bind=False)",
-        "dataclasses.replace(self, dump='', huge_pages=True, executor=True, bind=False, disable=())",
+        'dataclasses.replace(self, dump="", huge_pages=True, executor=True, watch=True, bind=True)',
+        'dataclasses.replace(self, dump="", huge_pages=True, executor=True, watch=True, bind=True, disable=())',
         "tests/test_keys.py",
         unproven=A_KEY,
     ),

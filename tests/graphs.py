@@ -32,6 +32,7 @@ from gawscompile.planning.table import Program
 from gawscompile.runtime import ops, polyfills
 from gawscompile.runtime.attention import ATTEND
 from gawscompile.runtime.banked import SNAPSHOT
+from gawscompile.watch.guards import watch_frame
 from tests.fuzz import reference
 
 
@@ -177,12 +178,14 @@ def _drawn(node: torch.fx.Node) -> Any:
     return (numbers / max(1, sizes[-1]) ** 0.5 if len(sizes) == 2 else numbers).to(fake.dtype)
 
 
-def rewriting(records: list[GraphRecord], kernels: bool = True) -> Callable[..., Any]:
-    """A backend that runs our passes and no Inductor, for any number of graphs; `records` get what each pass said."""
+def rewriting(records: list[GraphRecord], kernels: bool = True, watch: bool = True) -> Callable[..., Any]:
+    """A backend that runs our passes and no Inductor, for any number of graphs; `records` get what each pass said.
+    `watch`: with our watch in the place of guards."""
     polyfills.install()  # the real backend may have loaded in this process before PEFT did
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         stored = stored_inputs(gm, inputs)
+        watch_frame(watch, watch)
 
         def compiler(joint: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
             context = Captured(joint.graph, joint, [], [], stored, kernels).until()

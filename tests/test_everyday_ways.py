@@ -35,11 +35,12 @@ def close(got, want, loose=1e-4):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 @both
-def test_inductor_modes(way, mode):
+def test_inductor_modes(way, mode, monkeypatch):
     """On a CPU there are no CUDA graphs, and nothing to tune: both run as the default does, whatever lengths come."""
     model = small_llama(layers=1)
     with fusing(LINEARS):
-        if way == "torch.compile":
+        if way == "watch=False":
+            monkeypatch.setenv("GAWS_WATCH", "0")  # torch.compile takes a mode or options
             call = torch.compile(model, backend="gaws", mode=mode)
         else:
             call = gawscompile.compile(model, options={**list_mode_options(mode), **OPTIONS})

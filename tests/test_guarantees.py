@@ -1,7 +1,7 @@
 """The table of `docs/guarantees.md`: what happens where a user does something between two calls of a compiled model.
 
-Every row is done to a model compiled by ``torch.compile(model, backend="gaws")`` and to one compiled by
-``gawscompile.compile(model)``, and the next call is compared with eager's. The suite does it without Inductor (our
+Every row is done to a model compiled by ``torch.compile(model, backend="gaws")``, with our watch and with
+``options={"watch": False}``, and the next call is compared with eager's. The suite does it without Inductor (our
 passes, guards and kernels, and eager for the rest); ``-m slow`` with it, which must give the same table. With
 ``GAWS_UPDATE_DOCS=1`` the slow test writes the table anew.
 """
@@ -18,13 +18,12 @@ import pytest
 import torch
 
 from gawscompile.calibration.measure import graphs_compiled
-from gawscompile.serving.guards import inference_guards
 from tests.actions import GROUPS, NUMBERS, Call, ids, small
 from tests.graphs import rewriting
 
 PAGE = Path(__file__).parents[1] / "docs" / "guarantees.md"
 MARK = "<!-- the table: written by tests/test_guarantees.py -->\n"
-ENTRIES = {"`torch.compile`": None, "`gawscompile.compile`": inference_guards}
+ENTRIES = {"as compiled": True, "`watch=False`": False}
 
 TORCHS_OWN = [words for words in GROUPS["Modules"] if "hook on" in words]
 """What ``torch.compile`` does not notice by itself: see the page's footnote."""
@@ -41,9 +40,9 @@ def pair(dora: bool, entry: str, inductor: bool) -> Pair:
     """A model and its compiled form, called twice: a graph's first call through its guards is its second in all."""
     model = small(dora)
     torch._dynamo.reset()
-    options = {"guard_filter_fn": ENTRIES[entry]} if ENTRIES[entry] else {}
-    backend: Any = "gaws" if inductor else rewriting([])
-    compiled = torch.compile(model, backend=backend, options=options, dynamic=False)
+    watch = ENTRIES[entry]
+    how: Any = {"backend": "gaws", "options": {"watch": watch}} if inductor else {"backend": rewriting([], watch=watch)}
+    compiled = torch.compile(model, **how, dynamic=False)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids()), model(ids()), rtol=1e-4, atol=1e-4)
         compiled(ids())
@@ -122,7 +121,7 @@ def test_there_are_enough_rows():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1])
 def test_it_happens_as_the_page_says(row):
-    entry = "`gawscompile.compile`"  # the guards of the other are Dynamo's own
+    entry = "as compiled"  # the guards of the other are Dynamo's own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert outcome(*row, entry, inductor=False) == on_the_page()[row][list(ENTRIES).index(entry)]

@@ -1,4 +1,4 @@
-"""The two ways in which people compile with us: ``torch.compile`` and ``gawscompile.compile``."""
+"""The ways in which people compile with us: ``torch.compile``, without a watch, too, and ``gawscompile.compile``."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ import torch
 import gawscompile
 from gawscompile.ir.records import GraphRecord
 from gawscompile.observe.store import RECORDS
-from gawscompile.serving.guards import inference_guards
 
 OPTIONS = {"strict": True}
-WAYS = [pytest.param("torch.compile", marks=pytest.mark.slow), "gawscompile.compile"]
-"""They differ in when guards are checked, and nothing else: the fast tests take the second alone."""
+WAYS = [pytest.param("watch=False", marks=pytest.mark.slow), "gawscompile.compile"]
+"""They differ in when guards are checked: the fast tests take the second alone."""
 
 
 def compiled(way: str, model: Any, **settings: Any) -> Any:
     """A module or a function, compiled in one of the two ways."""
-    if way == "torch.compile":
-        return torch.compile(model, backend="gaws", options=OPTIONS, **settings)
+    if way == "watch=False":
+        return torch.compile(model, backend="gaws", options={**OPTIONS, "watch": False}, **settings)
     return gawscompile.compile(model, options=OPTIONS, **settings)
 
 
 def settings(way: str) -> dict[str, Any]:
     """What others hand to torch.compile for us (`accelerate`, ``module.compile``) to have the same."""
-    more = {} if way == "torch.compile" else {"guard_filter_fn": inference_guards}
-    return {"backend": "gaws", "options": {**OPTIONS, **more}}
+    return {"backend": "gaws", "options": {**OPTIONS, "watch": way != "watch=False"}}
 
 
 @contextmanager

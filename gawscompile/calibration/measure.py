@@ -128,9 +128,9 @@ def compiled(model: Any, backend: str, **settings: Any) -> Any:
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         settings.setdefault("isolate_recompiles", True)
     if backend == "gawscompile.compile":
-        from gawscompile.serving import guards
+        from gawscompile.serving import entry
 
-        return guards.compile(model, **settings)
+        return entry.compile(model, **settings)
     if backend == "gaws":
         from gawscompile.backend import register  # not before: Inductor alone is measured without it
 

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from gawscompile.debug import frames, shards
 from gawscompile.debug.regions import Regional, regions
@@ -45,10 +46,10 @@ def explain(
 
     whole, model = hasattr(model, "_orig_mod") or serving, getattr(model, "_orig_mod", model)
     mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
-    given = {"bind": serving, **(options or {})}
-    backend = functools.partial(gaws, options=given)
+    watched = counters["gaws"]["watched"]
+    backend = functools.partial(gaws, options=dict(options or {}))
     if whole or not regions(model):
-        call = call_once(model, backend, args, inputs, dynamic, serving, training)
+        call = call_once(model, backend, args, inputs, dynamic, training)
         report = assemble(RECORDS.since(mark), model)
     else:
         regional = Regional(model, backend, lambda run, b: torch.compile(_fresh(run), backend=b, dynamic=dynamic))
@@ -57,7 +58,7 @@ def explain(
         report.graphs = len(RECORDS.since(mark))
         report.notes.insert(0, regional.note())
     report.notes += dict.fromkeys(str(outcome) for outcome in pages.OUTCOMES[paged:])
-    report.guards, report.serving = frames.guards(began), serving
+    report.guards, report.watched = frames.guards(began), counters["gaws"]["watched"] - watched
     report.troubles = [*frames.limited(), *frames.broken(before), *frames.recompiled()]
     if measure:
         from gawscompile.calibration import measure as timing
@@ -77,17 +78,11 @@ def call_once(
     args: tuple[Any, ...],
     inputs: dict[str, Any],
     dynamic: bool | None = None,
-    serving: bool = False,
     training: bool = False,
 ) -> Callable[[], Any]:
     """Compile `model` with `backend` for one call, on copies of the inputs, and run it. Returns what runs it again.
-    `serving`: with the guards of `gawscompile.compile`. `training`: with gradients."""
-    filtered: Any = None
-    if serving:
-        from gawscompile.serving.guards import inference_guards
-
-        filtered = {"guard_filter_fn": inference_guards}
-    compiled = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic, options=filtered)
+    `training`: with gradients."""
+    compiled = torch.compile(_fresh(_call), backend=backend, dynamic=dynamic)
     return _on_copies(lambda *given, **named: compiled(model, given, named), args, inputs, training)
 
 

@@ -31,7 +31,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
     guards: int | None = None
-    serving: bool = False
+    watched: int = 0
+    """How many of the guards are checked only after a change."""
     parts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -82,11 +83,8 @@ class Report:
             said.append(f"{kinds}; the first: {worst.cause.rstrip('.')}. Remedy: {worst.remedy.rstrip('.')}.")
         if self.guards is not None:
             cost = f" ({self.guard_seconds * 1e6:.0f} µs)" if self.guard_seconds is not None else ""
-            said.append(
-                f"Most of {self.guards} guards are checked after a change alone{cost}."
-                if self.serving
-                else f"Each call checks {self.guards} guards first{cost}; gawscompile.compile leaves most out."
-            )
+            rest = f", and {self.watched} more after a change alone" if self.watched else ""
+            said.append(f"Each call checks {_many(self.guards - self.watched, 'guard')} first{cost}{rest}.")
         return " ".join(map(_line, said))
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +99,7 @@ class Report:
             "notes": list(self.notes),
             "troubles": [asdict(trouble) for trouble in self.troubles],
             "guards": self.guards,
+            "watched": self.watched,
             "guard_seconds": self.guard_seconds,
             "parts": dict(self.parts),
         }

@@ -2,7 +2,7 @@
 
 Dynamo's code for a frame hands everything to the graph that the graph reads: for a model with adapters hundreds of
 parameters, each at the end of a chain of attributes and dictionaries. Where one guard knows that nothing of this
-changed (`serving/unchanged.py`), neither did the parameters. So `rewritten`, a hook on that code, leaves the gathering
+changed (`watch/unchanged.py`), neither did the parameters. So `rewritten`, a hook on that code, leaves the gathering
 to `BoundCall`, which keeps what it gathered as long as the guard's `State` holds:
 
     __compiled_fn(kwargs["input_ids"], module._modules["layers"]._modules["0"]._parameters["weight"], …)
@@ -19,6 +19,7 @@ import inspect
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple, Protocol
@@ -27,17 +28,19 @@ import torch
 from torch._dynamo import bytecode_transformation as bytecode
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import skip_code
+from torch._guards import CompileContext
 
 log = logging.getLogger("gawscompile")
 
 _compile = threading.local()
-"""`_compile.wanted`: what this thread compiles is to be bound; `_compile.call`: the `BoundCall` made for it."""
+"""`_compile.wanted`: the compile of this thread that is to be bound; `_compile.call`: the `BoundCall` made for it."""
 
 
 def want(wanted: bool) -> None:
     """Said by the backend: whether the frame that this thread compiles is to have its parameters bound."""
-    _compile.wanted = wanted and sys.version_info[:2] == (3, 11)  # whose bytecode this is, and whose guards know
-    if _compile.wanted:
+    known = sys.version_info[:2] == (3, 11)  # whose bytecode this is, and whose guards know
+    _compile.wanted = CompileContext.current_compile_id() if wanted and known else None
+    if _compile.wanted is not None:
         _install()
 
 
@@ -58,7 +61,10 @@ def rewritten(code: CodeType, new_code: CodeType) -> CodeType | None:
     """Dynamo's `new_code` for a frame, with a `BoundCall`; None where it stays as it is."""
     state = vars(_compile)
     state.pop("call", None)
-    if not state.pop("wanted", False) or torch._dynamo.config.caching_precompile:  # which keeps code in files
+    wanted = state.pop("wanted", None)
+    if wanted is None or wanted != CompileContext.current_compile_id():  # of a compile that failed
+        return None
+    if torch._dynamo.config.caching_precompile:  # which keeps code in files
         return None
     found: list[BoundCall] = []
 
@@ -76,13 +82,14 @@ def rewritten(code: CodeType, new_code: CodeType) -> CodeType | None:
 
 
 class State(Protocol):
-    """Of parameters that did not change. `bound`: what a graph reads, gathered; None instead of what may change."""
+    """Of parameters that did not change. `bound`: what a graph reads, gathered; None instead of what may change. They
+    keep no parameter alive that a model has replaced since."""
 
-    bound: list[Any] | None
+    bound: list[weakref.ref[Any] | None] | None
 
 
 class Watch(Protocol):
-    """A guard on parameters (`serving.unchanged.Unchanged`). `last.state`: by which this thread's guards held; that is
+    """A guard on parameters (`watch.unchanged.Unchanged`). `last.state`: by which this thread's guards held; that is
     good for the call that they let through, and for that one alone."""
 
     last: threading.local
@@ -232,11 +239,10 @@ class BoundCall:
             return graph(*self._all(*variables))
         if state.bound is None:
             values = list(self._all(*variables))
-            state.bound = values.copy()
-            for at in self._free:
-                state.bound[at] = None
+            free = frozenset(self._free)
+            state.bound = [None if at in free else weakref.ref(value) for at, value in enumerate(values)]
         else:
-            values = state.bound.copy()
+            values = [found and found() for found in state.bound]
             for at, value in zip(self._free, self._others(*variables), strict=True):
                 values[at] = value
         return graph(*values)

@@ -24,7 +24,6 @@ from torch import nn
 from gawscompile.observe.store import RECORDS
 from gawscompile.planning import devices
 from gawscompile.planning.table import Program as Planned
-from gawscompile.serving.guards import inference_guards
 from tests.actions import GROUPS, Call, ids, small
 from tests.fuzz import data, graphs, judge, reference
 from tests.fuzz.coverage import Coverage, Failure
@@ -33,7 +32,7 @@ from tests.fuzz.structure import generate
 from tests.passes.test_choose_plan import FAST_LIBRARY
 
 LEVEL = 3
-ENTRIES: dict[str, Any] = {"torch.compile": None, "gawscompile.compile": inference_guards}
+ENTRIES = {"torch.compile": True, "watch=False": False}
 MUST_REACH = {
     "entry": frozenset(ENTRIES),
     "plan": frozenset({"gemv_cpp", "gemm_accumulate"}),
@@ -64,7 +63,7 @@ def run(seed: int, coverage: Coverage) -> Failure | None:
 
 
 def _compiled(model: Any, entry: str, backend: str = "gaws", **settings: Any) -> Any:
-    options = {"guard_filter_fn": ENTRIES[entry]} if ENTRIES[entry] else {}
+    options = {"watch": ENTRIES[entry]}
     return torch.compile(model, backend=backend, options=options, **settings)
 
 
@@ -251,7 +250,7 @@ def _actions(seed: int, coverage: Coverage) -> Failure | None:
     rng = random.Random(f"actions {seed}")
     entry, dora = rng.choice(list(ENTRIES)), rng.random() < 0.25
     rows = [(group, words) for group, rows in GROUPS.items() for words in rows]
-    if ENTRIES[entry] is None:
+    if not ENTRIES[entry]:
         rows = [(group, words) for group, words in rows if "hook" not in words]  # torch has no guards on them
     fitting = [row for row in rows if row[1] not in SKIPPED and (dora or not GROUPS[row[0]][row[1]].dora)]
     chosen = rng.sample(fitting, ACTIONS)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from gawscompile.runtime import bound
-from gawscompile.serving import unchanged
-from gawscompile.serving.guards import inference_guards
+from gawscompile.watch import unchanged
+from gawscompile.watch.guards import watch_frame
 
 pytestmark = pytest.mark.skipif(not unchanged.available(), reason="no watch on this Python")
 
@@ -35,13 +35,8 @@ class Model(nn.Module):
 
 
 def backend(gm, inputs):
-    bound.want(True)
+    watch_frame(watch=True, bind=True)
     return gm.forward
-
-
-def options():
-    """torch.compile takes the filter out of what it is given."""
-    return {"guard_filter_fn": inference_guards}
 
 
 @pytest.fixture
@@ -67,7 +62,7 @@ def gathered():
 
 def compiled(model):
     torch._dynamo.reset()
-    return torch.compile(model, backend=backend, options=options())
+    return torch.compile(model, backend=backend)
 
 
 @torch.no_grad()
@@ -104,10 +99,21 @@ def test_once_and_again_after_each_change(gathered):
     assert gathered["others"] == others + 1
 
 
+def test_what_was_gathered_keeps_no_parameter_alive():
+    model = Model()
+    call = compiled(model)
+    for _ in range(3):
+        check(call, model)
+    old = weakref.ref(model.inner["up"].weight)
+    model.inner["up"].weight = nn.Parameter(torch.randn(6, 4))
+    assert old() is None
+    check(call, model)
+
+
 def test_models_of_one_class_each_have_their_own(gathered):
     """One code object, whose guards hold for all of them."""
     models = [Model() for _ in range(3)]
-    calls = [compiled(models[0]), *(torch.compile(m, backend=backend, options=options()) for m in models[1:])]
+    calls = [compiled(models[0]), *(torch.compile(m, backend=backend) for m in models[1:])]
     for _ in range(3):
         for model, call in zip(models, calls, strict=True):
             check(call, model)
@@ -116,7 +122,7 @@ def test_models_of_one_class_each_have_their_own(gathered):
 
 def test_threads_each_have_their_own():
     models = [Model(), Model()]
-    calls = [compiled(models[0]), torch.compile(models[1], backend=backend, options=options())]
+    calls = [compiled(models[0]), torch.compile(models[1], backend=backend)]
     for model, call in zip(models, calls, strict=True):
         check(call, model)
     failed = []
@@ -156,7 +162,7 @@ def test_a_model_that_is_gone_leaves_nothing():
         return [weakref.ref(one) for one in model.parameters()]
 
     def call_of(model):
-        return torch.compile(model, backend=backend, options=options())
+        return torch.compile(model, backend=backend)
 
     torch._dynamo.reset()
     kept = Model()
@@ -184,7 +190,7 @@ def test_what_is_not_understood_stays_as_it_is(what, caplog):
 
     function = {"global": reads_globals, "closure": closure, "break": breaks}[what]
     torch._dynamo.reset()
-    call = torch.compile(function, backend=backend, options=options())
+    call = torch.compile(function, backend=backend)
     with torch.no_grad(), caplog.at_level(logging.INFO, "gawscompile"):
         for _ in range(3):
             x = torch.randn(2, 4)
@@ -198,7 +204,7 @@ def test_what_is_not_understood_stays_as_it_is(what, caplog):
 def test_sizes_that_are_symbols_are_asked_for_in_every_call(gathered):
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
     torch._dynamo.reset()
-    call = torch.compile(model, backend=backend, dynamic=True, options=options())
+    call = torch.compile(model, backend=backend, dynamic=True)
     with torch.no_grad():
         for rows in (2, 3, 5, 7):
             x = torch.randn(rows, 4)

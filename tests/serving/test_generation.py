@@ -12,7 +12,8 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 import gawscompile
 from gawscompile.calibration.measure import graphs_compiled
-from gawscompile.serving import generation, unchanged
+from gawscompile.serving import generation
+from gawscompile.watch import unchanged
 from tests.graphs import randomise, small_llama, tokens
 from tests.ways import fusing
 

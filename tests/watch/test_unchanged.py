@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
 import gawscompile
 from gawscompile.calibration.measure import graphs_compiled
-from gawscompile.serving import unchanged
-from gawscompile.serving.guards import inference_guards
-from gawscompile.serving.unchanged import Unchanged
+from gawscompile.watch import guards, unchanged
+from gawscompile.watch.unchanged import Unchanged
 from tests.graphs import Pair, small_llama, tokens
 
 IDS = tokens(1, 5)
@@ -25,18 +25,25 @@ def logits(call):
     return call(IDS, use_cache=False).logits
 
 
-def test_most_guards_on_parameters_are_checked_only_after_a_change():
+def watching(gm, inputs):
+    """A backend that compiles nothing."""
+    guards.watch_frame(watch=True, bind=False)
+    return gm.forward
+
+
+def test_most_guards_on_parameters_are_checked_only_after_a_change(monkeypatch):
     model = small_llama(layers=1)
-    counts, made = [], []
+    counts, made, divided = [], [], guards.standing_alone
 
     def counting(entries):
-        keep = inference_guards(entries)
-        matched = [kept for entry, kept in zip(entries, keep, strict=True) if entry.guard_type == "TENSOR_MATCH"]
+        alone = divided(entries)
+        matched = [stays for entry, stays in zip(entries, alone, strict=True) if entry.guard_type == "TENSOR_MATCH"]
         counts.append((len(matched), sum(matched)))
-        return keep
+        return alone
 
+    monkeypatch.setattr(guards, "standing_alone", counting)
     with patched(Unchanged, "__init__", lambda self, *given: made.append(self)):
-        compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": counting})
+        compiled = torch.compile(model, backend=watching)
         logits(compiled)
     parameters = sum(1 for _ in model.parameters())
     (before, after), *_ = counts
@@ -191,7 +198,7 @@ def test_what_other_libraries_keep_in_modules_is_seen(edit, monkeypatch):
     made = []
     model, x = Custom().eval(), torch.randn(2, 8)
     with patched(Unchanged, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
-        compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+        compiled = torch.compile(model, backend=watching)
         compiled(x)
         (guard,) = made
         guard.guards = Counting(guard.guards, checks := [])
@@ -201,6 +208,111 @@ def test_what_other_libraries_keep_in_modules_is_seen(edit, monkeypatch):
         want = model(x)
         assert not torch.allclose(want, before)
         torch.testing.assert_close(compiled(x), want)
+
+
+def test_a_recompile_names_the_guard_that_failed():
+    model, x = Custom().eval(), torch.randn(2, 8)
+    clear_compilation_metrics()
+    compiled = torch.compile(model, backend=watching)
+    with torch.no_grad():
+        compiled(x)
+        model.settings.factor = 7.0
+        compiled(x)
+        model.linear.register_forward_hook(lambda module, given, made: made + 1)
+        torch.testing.assert_close(compiled(x), model(x))
+    _, factor, hook = [metric.recompile_reason or "" for metric in get_compilation_metrics()]
+    assert "settings.factor == 2.0" in factor and "other hooks" in hook
+
+
+FILTERS = {
+    "one attribute": lambda entries: ["factor" not in entry.name for entry in entries],
+    "tensors alone": torch.compiler.keep_tensor_guards_unsafe,
+    "portable": torch.compiler.keep_portable_guards_unsafe,
+    "no globals": torch.compiler.skip_guard_on_globals_unsafe,
+    "no modules": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe,
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_filter_of_the_users_has_the_last_word(name):
+    """What recompiles with it does, and nothing else, as without a watch."""
+
+    def recompiles(backend):
+        torch._dynamo.reset()
+        model, x = Custom().eval(), torch.randn(2, 8)
+        compiled = torch.compile(model, backend=backend, options={"guard_filter_fn": FILTERS[name]}, dynamic=False)
+        counts = []
+        with torch.no_grad():
+            for action in (
+                lambda: compiled(x),
+                lambda: compiled(torch.randn(3, 8)),
+                lambda: (setattr(model.settings, "factor", 7.0), compiled(x)),
+                lambda: (setattr(model, "negative", True), compiled(x)),
+                lambda: (setattr(model.linear, "bias", None), compiled(x)),
+            ):
+                action()
+                counts.append(graphs_compiled())
+        return [after - counts[0] for after in counts]
+
+    found = recompiles(watching)
+    assert found == recompiles("eager") and (found[-1] > 0 or name == "no modules")
+
+
+class Batched(torch.nn.Module):
+    """Dynamo shares the guards of such functions between all frames of a process."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, width)
+
+    def forward(self, x):
+        return torch.vmap(self.linear)(x)
+
+
+def test_guards_that_frames_share_stay_as_they_are():
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        for width, backend in ((3, watching), (5, "eager"), (6, watching)):
+            model = Batched(width)
+            torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+            model.linear = torch.nn.Linear(8, 4)
+            torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        if tied:
+            self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_weights_that_are_tied_no_more():
+    x, models = torch.randn(2, 8), [Tied(tied=True), Tied(tied=False)]
+    with torch.no_grad():
+        for model in models:
+            torch.testing.assert_close(torch.compile(model, backend=watching)(x), model(x))
+        models[0].b.weight = torch.nn.Parameter(torch.randn(8, 8))
+        models[1].b.weight = models[1].a.weight
+        for model in models:
+            torch.testing.assert_close(torch.compile(model, backend=watching)(x), model(x))
+
+
+def test_a_frame_that_calls_the_backend_twice():
+    model, x = Custom().eval(), torch.randn(2, 8)
+
+    def twice(gm, inputs):
+        watching(gm, inputs)
+        return watching(gm, inputs)
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=twice)
+        for factor in (2.0, 5.0):
+            model.settings.factor = factor
+            torch.testing.assert_close(compiled(x), model(x))
 
 
 class Buffered(torch.nn.Module):
@@ -216,7 +328,7 @@ class Buffered(torch.nn.Module):
 
 def test_an_input_that_is_a_buffer():
     model, x = Buffered().eval(), torch.randn(2, 8)
-    compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+    compiled = torch.compile(model, backend=watching)
     with torch.no_grad():
         for given in (x, model.b, x):
             torch.testing.assert_close(compiled(given), model(given))
@@ -225,7 +337,7 @@ def test_an_input_that_is_a_buffer():
 def test_modules_that_write_in_every_call_are_left_to_the_guards(monkeypatch):
     model, made = Buffered().eval(), []
     with patched(unchanged.State, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
-        compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+        compiled = torch.compile(model, backend=watching)
         for _ in range(200):
             x = torch.randn(2, 8)
             torch.testing.assert_close(compiled(x), model(x))
@@ -242,7 +354,7 @@ def test_what_a_decorator_calls():
         return Custom.forward(*args, **keywords)
 
     with patched(Unchanged, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
-        compiled = torch.compile(wrapped, backend="eager", options={"guard_filter_fn": inference_guards})
+        compiled = torch.compile(wrapped, backend=watching)
         for factor in (2.0, 2.0, 5.0):
             model.settings.factor = factor
             torch.testing.assert_close(compiled(model, x), model(x))
@@ -250,21 +362,20 @@ def test_what_a_decorator_calls():
 
 
 def test_all_guards_stay_where_changes_cannot_be_seen(monkeypatch, caplog):
-    model = small_llama(layers=1)
-    kept = []
-
-    def counting(entries):
-        kept.append(all(inference_guards(entries)))
-        return inference_guards(entries)
-
+    model, made = small_llama(layers=1), []
     monkeypatch.setattr(unchanged, "available", lambda: False)
-    logits(torch.compile(model, backend="eager", options={"guard_filter_fn": counting}))
-    assert kept == [True]
+    with patched(Unchanged, "__init__", lambda self, *given: made.append(self)):
+        compiled = torch.compile(model, backend=watching)
+        before = logits(compiled)
+    assert not made
+    model.base_model.model.lm_head.bias = torch.nn.Parameter(torch.ones(128))
+    torch.testing.assert_close(logits(compiled), before + 1, rtol=1e-2, atol=1e-2)
+    model.base_model.model.lm_head.bias = None
     # … and where Dynamo is another than the one that is known
     torch._dynamo.reset()
     monkeypatch.setattr(unchanged, "available", lambda: True)
     monkeypatch.setattr(Unchanged, "__init__", lambda self, *given: 1 / 0)
-    compiled = torch.compile(model, backend="eager", options={"guard_filter_fn": inference_guards})
+    compiled = torch.compile(model, backend=watching)
     before, graphs = logits(compiled), graphs_compiled()
     assert "all guards stay" in caplog.text
     model.base_model.model.lm_head.to(torch.bfloat16).to(torch.float32)

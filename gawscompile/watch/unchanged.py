@@ -26,7 +26,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from gawscompile.runtime import ops
-from gawscompile.serving.watched import TYPE, VERSION, Found, Paths, Unwatchable, hooks_of, word
+from gawscompile.watch.watched import TYPE, VERSION, Found, Paths, Unwatchable, hooks_of, word
 
 log = logging.getLogger("gawscompile")
 
@@ -119,8 +119,8 @@ class State:
     """What was there when the guards of a graph last held for certain variables: models, mostly."""
 
     def __init__(self, variables: list[Any], found: Found) -> None:
-        self.variables = [weakref.ref(variable, self._forget) for variable in variables]
-        self.bound: list[Any] | None = None
+        self.variables = [weakref.ref(variable) for variable in variables]
+        self.bound: list[weakref.ref[Any] | None] | None = None
         """What a graph reads of the variables, gathered (`runtime/bound.py`)."""
         self.hooks = RemovableHandle.next_id
         words = found.words + [address + TYPE for address in found.tensors]
@@ -136,10 +136,6 @@ class State:
         weakref.finalize(self, _library().gaws_unwatch, self.handle)
         self._unchanged = _library().gaws_unchanged
 
-    def _forget(self, _: Any) -> None:
-        """A model that is gone leaves nothing in memory."""
-        self.bound = None
-
     def same(self, variables: list[Any]) -> bool:
         """Whether everything is as it was."""
         if self.hooks != RemovableHandle.next_id:  # a hook was registered, on whatever module
@@ -151,10 +147,12 @@ class State:
 
 
 class Unchanged:
-    """A guard that stands for many, `guards`, which look at what `sources` name."""
+    """A guard that stands for many, `guards`, which look at what `sources` name. Where they do not hold, `said` becomes
+    what Dynamo says of the one that failed."""
 
-    def __init__(self, guards: Any, sources: Iterable[Any], names: dict[str, Any]) -> None:
+    def __init__(self, guards: Any, sources: Iterable[Any], names: dict[str, Any], said: list[str]) -> None:
         self.guards = guards  # Dynamo's manager of them
+        self.said = said
         self.names = names  # globals
         self.paths = Paths(sources)
         self.hooked: list[int] | None = None  # how many hooks each of its modules has
@@ -172,6 +170,7 @@ class Unchanged:
         try:
             variables = self.paths.variables(scope, self.names)
         except (KeyError, IndexError):
+            self.said[:] = ["a variable that guards look at is not there"]
             return False
         key = tuple(map(id, variables))
         state = self.states.get(key)
@@ -182,6 +181,7 @@ class Unchanged:
         self.last.state = None
         self.states.pop(key, None)
         if not self.guards.check(scope):
+            self.said[:] = self.guards.check_verbose(scope).verbose_code_parts
             return False
         if waits := self.waits.get(key, 0):
             self.waits[key] = waits - 1
@@ -192,9 +192,11 @@ class Unchanged:
         try:
             found = self.paths.follow(variables)
             if any(map(missing, found.tensors.values())):
+                self.said[:] = ["a parameter's storage is smaller than its shape needs"]
                 return False  # no guard of Dynamo's sees it, and memory behind the end would be read
             hooked = [sum(map(len, hooks_of(module))) for module in found.modules]
             if self.hooked is not None and hooked != self.hooked:
+                self.said[:] = ["modules have other hooks than when this was compiled"]
                 return False  # nor does one see hooks, by torch's default
             self.hooked = hooked
             if len(self.states) >= MOST:

@@ -1,7 +1,7 @@
 """What guards look at, and how one reaches it: modules' attributes, dictionaries, lists of names, tensors' metadata.
 
 Dynamo says of every guard where its value comes from (a *source*: a local, its attribute, an item of that).
-`Known.sees` decides which guards `serving/unchanged.py` may check only after a change; `Paths.follow` finds everything
+`Known.sees` decides which guards `unchanged.py` may check only after a change; `Paths.follow` finds everything
 that such a change would show in. Addresses are in bytes, as CPython lays out its objects.
 """
 

@@ -1,0 +1,130 @@
+"""Dynamo's guards on a model, checked only once something changed.
+
+Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to it.
+Nearly all of these checks look at attributes of modules: that an ``nn.Linear`` inside an adapter is still one and holds
+a parameter of the same shape, that an adapter's scaling is what it was. The backend has them checked only once
+something changed, and finds out whether anything did in one call (`unchanged.Unchanged`). Guards on what that cannot
+see (what lies in globals, in closures, in objects with attribute access of their own) are checked before every call.
+
+Nothing is noticed less: parameters that are written to, replaced, or of another dtype or shape by now,
+``set_adapter``, ``disable_adapter``, scaling, ``merge_adapter``, adapters added and deleted, hooks, attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.guards import make_guard_filter_entry
+from torch._dynamo.utils import counters
+from torch._guards import Guard, GuardsSet, TracingContext
+from torch.utils._ordered_set import OrderedSet
+
+from gawscompile.runtime import bound
+from gawscompile.watch import unchanged, watched
+
+log = logging.getLogger("gawscompile")
+
+
+_frames: weakref.WeakSet[TracingContext] = weakref.WeakSet()
+"""Frames that are watched: a frame may call the backend several times."""
+
+
+def watch_frame(watch: bool, bind: bool) -> None:
+    """Said by the backend of the frame that this thread compiles: its guards are to be checked only after a change
+    (`watch`), and its parameters gathered only then (`bind`, see `runtime.bound`).
+
+    In Dynamo's set copies take the place of the guards. When guards are made, the first copy makes them all: what they
+    look at is known then. All stay as they are with gradients, where a parameter's ``requires_grad`` decides what the
+    graph computes; where changes cannot be seen (`unchanged.available`); where guards are kept in files
+    (``caching_precompile``); and where the user has a ``guard_filter_fn``.
+    """
+    context, config = TracingContext.try_get(), torch._dynamo.config
+    if context in _frames:
+        return
+    bound.want(False)
+    if not watch or context is None:
+        return
+    if torch.is_grad_enabled() or config.caching_precompile or not config.guard_nn_modules or not unchanged.available():
+        return
+    guards = list(context.guards_context.dynamo_guards)
+    frame = Frame([guard for guard in guards if watched.followable(guard.originating_source)])
+    copied = [frame.copy(guard) if watched.followable(guard.originating_source) else guard for guard in guards]
+    context.guards_context.dynamo_guards = GuardsSet(OrderedSet(copied))
+    _frames.add(context)
+    bound.want(bind)
+
+
+class Frame:
+    """The guards of a frame that a watch can follow."""
+
+    def __init__(self, guards: Iterable[Guard]) -> None:
+        self.guards = sorted(guards, key=Guard.sort_key)
+        self.builder: weakref.ref[Any] | None = None  # who has made them
+
+    def copy(self, guard: Guard) -> Guard:
+        """A copy of `guard`, which may be shared with other frames, that has all guards made together."""
+        inner, partial = guard.inner_create_fn(), isinstance(guard.create_fn, functools.partial)
+
+        @functools.wraps(inner)
+        def create(builder: Any, copy: Guard, **_: Any) -> None:
+            if builder.guard_filter_fn is not None:  # it has said of each guard whether it is wanted
+                guard.create(builder)
+            elif self.builder is None or self.builder() is not builder:
+                self.builder = weakref.ref(builder)
+                _make(builder, self.guards)
+
+        keywords = guard.create_fn.keywords if partial else {}  # type: ignore[attr-defined]
+        return dataclasses.replace(
+            guard, create_fn=functools.partial(create, **keywords) if partial else create, _hash=None
+        )
+
+
+def _make(builder: Any, ours: Sequence[Guard]) -> None:
+    """Make the guards `ours`, many of them as one that is checked in their place."""
+    entries = [make_guard_filter_entry(guard, builder) for guard in ours]
+    alone = standing_alone(entries)
+    for entry, stays in zip(entries, alone, strict=True):
+        if stays:
+            entry.orig_guard.create(builder)
+    replaced = [entry for entry, stays in zip(entries, alone, strict=True) if not stays]
+    for entry in replaced:
+        if type(entry.value) is torch.nn.Parameter and (bytes_ := unchanged.missing(entry.value)):
+            raise RuntimeError(
+                f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
+            )
+    try:
+        _install(builder, [entry.orig_guard for entry in replaced])
+        counters["gaws"]["watched"] += len(replaced)
+    except Exception as error:  # another Dynamo than we know
+        log.warning("gaws: all guards stay, and are checked in every call: %s: %s", type(error).__name__, error)
+        for entry in replaced:
+            entry.orig_guard.create(builder)
+
+
+def standing_alone(entries: Sequence[Any]) -> list[bool]:
+    """Of each guard, as Dynamo shows it to a ``guard_filter_fn``, whether it must be checked before every call."""
+    known = watched.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
+    return [not known.sees(entry.guard_type, entry.orig_guard, entry.value) for entry in entries]
+
+
+def _install(builder: Any, replaced: list[Guard]) -> None:
+    if not replaced:
+        return
+    manager = builder.check_fn_manager
+    theirs, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
+    if codes := theirs.object_aliasing_guard_codes:  # which Dynamo adds once all guards are made
+        theirs.add_python_lambda_leaf_guard_to_root(*map(list, zip(*codes, strict=True)))
+    if theirs.no_tensor_aliasing_names:
+        raise watched.Unwatchable("guards against parameters that become one another")
+    sources = [source for guard in replaced for source in watched.looks_at(guard)]
+    said = [f"{len(replaced)} guards on modules and their parameters (gaws: checked after a change)"]
+    guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"], said)
+    parameters = [one.originating_source for one in replaced if one.create_fn_name() == "TENSOR_MATCH"]
+    bound.tie(guard, {source.name for source in parameters})
+    builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)
