@@ -36,7 +36,7 @@ BUFFER = 1 << 29
 """Bytes that are summed: about a small model's, so that a huge last cache counts for both or for neither."""
 
 SQUARE = 2048
-BACKENDS = "eager,inductor,gaws,gawscompile.compile"
+BACKENDS = "eager,inductor,gaws"
 STREAM = """
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>

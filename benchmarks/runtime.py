@@ -6,7 +6,7 @@
 
 Six variants take turns: the base and the same with an unmerged LoRA on every linear (or other adapters of its size),
 each in eager mode, under Inductor and under gaws. Columns: medians and quartiles in ms; the same with Dynamo's guards
-skipped (what a token costs apart from them; under gawscompile.compile parameters are gathered anew then); ratios to
+skipped (what a token costs apart from them; our backend gathers parameters anew then); ratios to
 Inductor's base and to the same backend's base (the adapter tax). Within a table numbers compare; between runs on a
 shared machine they do not, so ``--processes N`` repeats everything in N fresh processes and shows the medians of their
 medians.

@@ -1,10 +1,10 @@
-"""What `gawscompile.compile` asks before a call: whether anything changed in the model since its guards last held.
+"""What the watch asks before a call: whether anything changed in the model since its guards last held.
 
     python -m benchmarks.watch --markdown benchmarks/results/watch.md
 
 One compiled decode step of SmolLM2 with adapters. The check is timed apart, in a loop: the metadata of parameters
 alone, then all of it. It is timed within steps too, which leave nothing of what it reads in a cache. Beside these is
-what Dynamo's own guards take, under ``torch.compile`` and under ``gawscompile.compile``, by torch's profiler
+what Dynamo's own guards take, with ``watch=False`` and as compiled, by torch's profiler
 (`gawscompile.calibration.split`). Last, whole steps in turns.
 """
 
@@ -31,9 +31,9 @@ APART, STEPS = 200, 60
 ROUNDS, ROUND = 12, 6  # of steps in turns
 
 
-def decoder(model: Any, backend: str) -> Decoder:
+def decoder(model: Any, watch: bool) -> Decoder:
     """A compiled step of `model` after `PAST` tokens."""
-    made = Decoder(model, measure.compiled(model, backend, dynamic=False), 2 * PAST)
+    made = Decoder(model, measure.compiled(model, "gaws", dynamic=False, options={"watch": watch}), 2 * PAST)
     made.fill(common._ids(model, PAST)[0].tolist())
     for _ in range(2):
         made.timed_step()
@@ -41,9 +41,9 @@ def decoder(model: Any, backend: str) -> Decoder:
 
 
 def row(base: Any, setup: Setup, kind: str) -> tuple[list[str], Decoder]:
-    """Microseconds and what is compared, of one kind of adapter; and its decoder under `gawscompile.compile`."""
+    """Microseconds and what is compared, of one kind of adapter; and its decoder with a watch."""
     model = common.with_adapter(base, setup, kind)
-    plain = decoder(model, "gaws")
+    plain = decoder(model, watch=False)
     states: list[tuple[State, Found]] = []
     made, call, spent = State.__init__, Unchanged.__call__, []
 
@@ -58,19 +58,19 @@ def row(base: Any, setup: Setup, kind: str) -> tuple[list[str], Decoder]:
         return answer
 
     with mock.patch.object(State, "__init__", noted), mock.patch.object(Unchanged, "__call__", timed):
-        serving = decoder(model, "gawscompile.compile")
+        watched = decoder(model, watch=True)
         spent.clear()
         for _ in range(STEPS):
-            serving.timed_step()
+            watched.timed_step()
     state, found = states[-1]
     variables = [variable() for variable in state.variables]
     metadata = Found()
     metadata.tensors = found.tensors
     checks = (State(variables, metadata), state)
     numbers = [*(apart(check, variables) for check in checks), statistics.median(spent)]
-    numbers += [split.seconds(one.timed_step)["guards"] for one in (plain, serving)]
+    numbers += [split.seconds(one.timed_step)["guards"] for one in (plain, watched)]
     sizes = (found.words, found.tensors, found.lists)
-    return [kind, *(f"{number * 1e6:.1f}" for number in numbers), *(str(len(size)) for size in sizes)], serving
+    return [kind, *(f"{number * 1e6:.1f}" for number in numbers), *(str(len(size)) for size in sizes)], watched
 
 
 def apart(state: State, variables: list[Any]) -> float:
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     setup = Setup("smollm2", "float32", 16)
     base = common.load_base(setup)
-    heads = ["", "metadata µs", "all µs", "in a step µs", "guards µs, torch.compile", "guards µs, gawscompile.compile"]
+    heads = ["", "metadata µs", "all µs", "in a step µs", "guards µs, watch=False", "guards µs"]
     heads += ["words", "tensors", "lists", "step ms", "over the first"]
     with torch.no_grad():
         found = [row(base, setup, kind) for kind in given.adapters]

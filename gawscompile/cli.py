@@ -56,7 +56,7 @@ def _parser() -> Parser:
     shown.add_argument("--json", action="store_true", help="plain data instead of tables")
     shown.add_argument("--html", type=path, help="write a page to this file instead")
     explain.add_argument("--measure", action="store_true", help="time kernels, guards and the parts of a call, too")
-    explain.add_argument("--serving", action="store_true", help="compile as gawscompile.compile does")
+    explain.add_argument("--serving", action="store_true", help="compile the whole model as one graph")
     explain.add_argument("--dump", type=path, help="a folder for every step of the compiler, with a page")
     explain.set_defaults(run=_explain)
     emit = commands.add_parser("emit", help="a model's Triton kernels as files, for a GPU that need not be here")

@@ -36,8 +36,8 @@ def explain(
     `model` may be compiled already. Where its blocks are compiled one by one, these are reported, each with the graph
     that it runs. The call runs on copies of the inputs, and without gradients unless for `training`:
     then the report has the backward too. Linears that no graph contains are reported as well. `measure`: time every
-    group's kernels, the guards and the parts of a call here, some seconds. `serving`: compile as `gawscompile.compile`
-    does.
+    group's kernels, the guards and the parts of a call here, some seconds. `serving`: compile the whole model as one,
+    as `gawscompile.compile` does.
     Raises what the model raises, and `OptionError` for bad options.
     """
     from gawscompile.backend import gaws

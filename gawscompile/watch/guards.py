@@ -86,7 +86,10 @@ class Frame:
 
 
 def _make(builder: Any, ours: Sequence[Guard]) -> None:
-    """Make the guards `ours`, many of them as one that is checked in their place."""
+    """Make the guards `ours`, many of them as one that is checked in their place.
+
+    Raises `RuntimeError`, naming the parameter, for one whose storage is smaller than its shape needs.
+    """
     entries = [make_guard_filter_entry(guard, builder) for guard in ours]
     alone = standing_alone(entries)
     for entry, stays in zip(entries, alone, strict=True):
