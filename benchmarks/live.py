@@ -4,8 +4,8 @@
 
 Four tables, everything in one of them in turns, on SmolLM2:
 
-- *one adapter*: a decode step with a LoRA of PEFT's modules, and with the same LoRA in a bank, plain and under
-  ``gawscompile.compile``, over the base without adapters compiled likewise;
+- *one adapter*: a decode step with a LoRA of PEFT's modules, and with the same LoRA in a bank, over the base without
+  adapters;
 - *batches*: decode and prefill of several rows with as many distinct adapters, each row's own, in a bank, over one
   adapter for all; beside it, for decode, PEFT's ``adapter_names`` in eager mode and under Inductor, and a merged model
   for each adapter under Inductor, called with its rows one after the other;
@@ -41,7 +41,6 @@ from gawscompile.demo.decoding import Decoder
 Step = Callable[[], float]
 Sizes = dict[str, tuple[int, int]]
 """Inputs and outputs by path."""
-COMPILERS = ("gaws", "gawscompile.compile")
 BESIDE = {"eager": "PEFT adapter_names, eager", "inductor": "the same, Inductor", "merged": "merged models, Inductor"}
 """What else serves rows with adapters of their own."""
 
@@ -97,19 +96,15 @@ def one_adapter(setup: Setup, rounds: int) -> list[list[str]]:
     bank = gawscompile.AdapterBank(banked, memory="256MB")
     empty = measure.sharing_copy(base)
     none = gawscompile.AdapterBank(empty, memory="64MB")
-    steps = {}
-    for compiler in COMPILERS:
-        for name, model in (("base", base), ("PEFT", peft), ("bank", banked), ("bank, none active", empty)):
-            steps[f"{name}, {compiler}"] = decoder(model, compiler)
-    times = in_turns(steps, rounds)
+    models = {"base": base, "PEFT": peft, "bank": banked, "bank, none active": empty}
+    times = in_turns({name: decoder(model, "gaws") for name, model in models.items()}, rounds)
     assert len(bank) == 1 and not len(none)
     share = next(iter(bank)).bytes / sum(p.numel() * p.element_size() for p in base.parameters())
     print(f"the adapter is {share:.1%} of the model's bytes", file=sys.stderr)
     rows = []
     for name, timing in times.items():
-        kind, compiler = name.split(", ")[0], name.split(", ")[-1]
-        over = timing.median / times[f"base, {compiler}"].median
-        peft_ = timing.median / times[f"PEFT, {compiler}"].median if kind == "bank" else None
+        over = timing.median / times["base"].median
+        peft_ = timing.median / times["PEFT"].median if name.startswith("bank") else None
         spread = f"{timing.low:.2f}-{timing.high:.2f}"
         rows.append([name, f"{timing.median:.2f}", spread, f"{over:.2f}", f"{peft_:.2f}" if peft_ else ""])
     rows.append([f"(the adapter's bytes: {share:.1%} of the model's)", "", "", "", ""])
@@ -171,7 +166,7 @@ def batches(setup: Setup, rounds: int, given: argparse.Namespace) -> list[list[s
     names, rows = list(states), []
     for phase, size in [(phase, size) for phase in given.phases for size in given.batch]:
         counts = [count for count in given.distinct if count <= size]
-        run = decoder(inner, "gawscompile.compile", size) if phase == "decode" else prefill(inner, "gaws", size)
+        run = decoder(inner, "gaws", size) if phase == "decode" else prefill(inner, "gaws", size)
 
         def many(count: int, run: Step = run, size: int = size) -> Step:
             def step() -> float:
@@ -230,7 +225,7 @@ def switches(setup: Setup, rounds: int, count: int) -> list[list[str]]:
         for name, state in adapters(linears, rank, count // len(ranks), dtype).items():
             bank.load(name, state, config=config(rank))
     names = [info.name for info in bank]
-    step = decoder(base, "gawscompile.compile")
+    step = decoder(base, "gaws")
     bank.activate(names[0])
     step()
     first = []
@@ -281,7 +276,7 @@ def residency(setup: Setup, count: int) -> list[list[str]]:
         bank = gawscompile.AdapterBank(base, memory="64MB")
         for number in range(count):
             bank.load(f"{number}", Path(disk) / f"{number}", lazy=True)
-        step, rows, generator = decoder(base, "gawscompile.compile"), [], random.Random(0)
+        step, rows, generator = decoder(base, "gaws"), [], random.Random(0)
         for _ in range(3):
             step()
         gc.collect()

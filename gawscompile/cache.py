@@ -143,20 +143,20 @@ def trim(spare: Path | None = None) -> None:
 
     The entry `spare` stays: it was made just now, to be used.
     """
-    found: dict[str, list[tuple[float, int, Path]]] = defaultdict(list)
+    found: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for name in ENTRIES:
-        for path in folder(name).iterdir():
-            if path.is_dir() or (spare is not None and path.name.startswith(spare.stem)):
+        for entry in os.scandir(folder(name)):  # of each file, after each build: paths take twice as long
+            if entry.is_dir() or (spare is not None and entry.name.startswith(spare.stem)):
                 continue
             with contextlib.suppress(OSError):
-                info = path.stat()
-                found[path.name.lstrip(".").partition(".")[0]].append((info.st_mtime, info.st_size, path))
+                info = entry.stat()
+                found[entry.name.lstrip(".").partition(".")[0]].append((info.st_mtime, info.st_size, entry.path))
     total = sum(size for files in found.values() for _, size, _ in files)
     if total <= limit_bytes():
         return
     for files in sorted(found.values(), key=max):
         for _, size, path in files:
-            path.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
             total -= size
         if total <= 0.8 * limit_bytes():
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import platform
 import shutil
@@ -28,12 +29,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 
+gc.disable()  # modules of torch and transformers hold a million objects, of which none goes
+
+
 def pytest_collection_finish() -> None:
-    """Tracing allocates millions of objects. The collector takes a tenth less of all the time where it leaves out what
-    modules hold, and comes less often."""
+    """What would take an eighth of the time of all tests, and tells none of them anything."""
+    import torch
+
+    # Tracing allocates millions of objects. The collector leaves out what modules hold, and comes less often.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
+    gc.enable()
+
+    # pytest listens to every logger that hands nothing on, and torch prints each graph for whoever listens to its
+    # structured traces.
+    logging.getLogger("torch.__trace").propagate = True
+
+    # Dynamo takes the time of each new set of guards, and empties the processor's caches before.
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_sessionfinish() -> None:
