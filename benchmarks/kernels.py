@@ -302,14 +302,13 @@ def fused(graphs: list[ahead.Traced], gpu: Gpu) -> tuple[int, int, float]:
     """Launches, bytes and predicted seconds of the groups, for one token on `gpu`."""
     launches, moved, seconds = 0, 0, 0.0
     for group in (group for graph in graphs for group in graph.record.groups):
-        spec = Program.parse(group.program).spec
-        planned = cost.plan(spec, gpu)
-        chosen = triton.Plan.parse(planned.table.pick(1))
-        library = len(spec.projections) if chosen.name == "gemm_accumulate" else 0
-        launches += len(triton.launches(spec, chosen)) + library
+        program = Program.parse(group.program)
+        spec, planned = program.spec, cost.plan(program.spec, gpu)
+        chosen = planned.table.pick(1)
+        launches += program.target.launches(spec, chosen)
         moved += sum(math.prod(1 if s == "m" else int(s) for s in o.shape) * _size(o.dtype) for o in spec.operands())
         moved += spec.k * _size(spec.x) + sum(n * _size(out) for n, out in spec.outputs)
-        seconds += planned.seconds(str(chosen), 1)
+        seconds += planned.seconds(chosen, 1)
     return launches, moved, seconds
 
 

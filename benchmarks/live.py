@@ -2,10 +2,10 @@
 
     python -m benchmarks.live --dtype float32 bfloat16 --markdown benchmarks/results/live.md
 
-Four tables, everything in one of them in turns, on SmolLM2:
+Four tables, on SmolLM2; what the first two compare takes turns:
 
-- *one adapter*: a decode step with a LoRA of PEFT's modules, and with the same LoRA in a bank, over the base without
-  adapters;
+- *one adapter*: a decode step with a LoRA of PEFT's modules, with the same LoRA in a bank, and with a bank of which
+  nothing is active, over the base without adapters;
 - *batches*: decode and prefill of several rows with as many distinct adapters, each row's own, in a bank, over one
   adapter for all; beside it, for decode, PEFT's ``adapter_names`` in eager mode and under Inductor, and a merged model
   for each adapter under Inductor, called with its rows one after the other;
@@ -89,7 +89,7 @@ def config(rank: int) -> Any:
 
 
 def one_adapter(setup: Setup, rounds: int) -> list[list[str]]:
-    """Rows: what runs, ms, over the base compiled likewise, over PEFT's parameters."""
+    """Rows: what runs, ms, quartiles, over the base, over PEFT's parameters."""
     base = common.load_base(setup)
     peft = common.with_adapter(base, setup)
     banked = common.with_adapter(base, setup)

@@ -145,12 +145,14 @@ def trim(spare: Path | None = None) -> None:
     """
     found: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for name in ENTRIES:
-        for entry in os.scandir(folder(name)):  # of each file, after each build: paths take twice as long
-            if entry.is_dir() or (spare is not None and entry.name.startswith(spare.stem)):
-                continue
-            with contextlib.suppress(OSError):
-                info = entry.stat()
-                found[entry.name.lstrip(".").partition(".")[0]].append((info.st_mtime, info.st_size, entry.path))
+        with os.scandir(folder(name)) as entries:  # after each build: Path objects take twice as long
+            for entry in entries:
+                if spare is not None and entry.name.startswith(spare.stem):
+                    continue
+                with contextlib.suppress(OSError):
+                    if not entry.is_dir():
+                        key, info = entry.name.lstrip(".").partition(".")[0], entry.stat()
+                        found[key].append((info.st_mtime, info.st_size, entry.path))
     total = sum(size for files in found.values() for _, size, _ in files)
     if total <= limit_bytes():
         return

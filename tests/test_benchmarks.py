@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import common, compile_time, gaws_gap, generate, growth, kernels, limits, memory, runtime, zflora
+from benchmarks import common, compile_time, gaws_gap, generate, growth, kernels, limits, live, memory, runtime, zflora
 from benchmarks.common import Setup
 from benchmarks.shapes import SHAPES, Shape
 from gawscompile.calibration import measure
@@ -189,6 +189,19 @@ def test_floors_and_multiples_of_them(tiny_llama_dir, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     limits.plot(lines, tmp_path / "limits.png")
     assert (tmp_path / "limits.png").stat().st_size
+
+
+@pytest.mark.slow
+def test_banks_beside_what_else_serves_adapters(tiny_llama_dir, tmp_path):
+    """Each table has its rows; that nothing is compiled anew while they are measured, the benchmark asserts."""
+    flags = ["--model", str(tiny_llama_dir), "--rank", "4", "--rounds", "1", "--batch", "2", "--distinct", "1", "2"]
+    flags += ["--phases", "decode", "prefill", "--resident", "5", "--disk", "8"]
+    live.main([*flags, "--markdown", str(tmp_path / "live.md")])
+    lines = [line for line in (tmp_path / "live.md").read_text().splitlines() if line.startswith("|")]
+    firsts = [line.split("|")[1].strip() for line in lines]
+    assert firsts[2:6] == ["base", "PEFT", "bank", "bank, none active"]
+    assert firsts.count("decode") == firsts.count("prefill") == 3  # no adapter, one, two
+    assert "activate, 5 adapters of rank 4 to 64" in "".join(firsts) and firsts[-2:] == ["1", "8"]
 
 
 @pytest.mark.slow

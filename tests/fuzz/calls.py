@@ -271,7 +271,7 @@ def by_triton(call: Call, x: Tensor, operands: dict[str, Tensor]) -> list[Tensor
     spec, plan = call.kernel, triton.Plan.parse(call.plan)
     outs = [between_nans(torch.full((call.m, n), torch.nan, dtype=DTYPES[out]), call.seed) for n, out in spec.outputs]
     flags = torch.zeros(call.m * triton.flags_per_token(spec, plan), dtype=torch.int32)
-    kept = {"flags": flags.view(call.m, -1)} if plan.name == "single_launch" else {}
+    kept = {"flags": flags.view(call.m, -1)} if plan.style.keeps_state else {}
     triton.load(spec, plan).launch(x, [operands[o.name] for o in spec.operands()], outs, **kept)
     assert all(map(guards_hold, outs)), f"{plan} wrote outside of an output"
     assert not flags.any(), "counters are not cleared"

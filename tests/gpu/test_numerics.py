@@ -44,7 +44,7 @@ def check(text: str, m: int, device: str) -> None:
         )
         outs = [guarded(torch.full((m, n), torch.nan, dtype=DTYPES[dtype]), device) for n, dtype in spec.outputs]
         module, flags = triton.load(spec, plan), {}
-        if plan.name == "single_launch":
+        if plan.style.keeps_state:
             flags = {"flags": torch.zeros((m, module.FLAGS.value), dtype=torch.int32, device=device)}
         module.launch(p.x, list(p.arguments.values()), outs, **flags)
         for out, want, segment in zip(outs, exact, theirs, strict=True):
