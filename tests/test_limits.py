@@ -80,6 +80,7 @@ def test_adapters_past_the_limit_are_told_once(caplog, compile_, adapters, limit
 
 def test_functions_of_other_backends_are_not_spoken_of(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)  # pytest before 9.2 reads the root logger alone
+
     def function(x, number):
         return x * number
 
