@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import peft
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
@@ -261,6 +260,8 @@ def small_bert(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any = 
 def _adapted(model: torch.nn.Module, lora: Any, targets: Any) -> torch.nn.Module:
     if lora is None:
         return model
+    import peft  # ten seconds, which programs of tests without a PEFT model need not wait
+
     config = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=targets) if isinstance(lora, int) else lora
     return randomise(peft.get_peft_model(model, config).eval())
 

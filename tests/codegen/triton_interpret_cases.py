@@ -9,6 +9,7 @@ or a write beyond an end, or an element that was left out, shows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -347,6 +348,19 @@ def repair_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patch_index
+
+    @functools.cache
+    def languages(function):
+        return [value for value in function.__globals__.values() if value is tl or value is tl.core]
+
+    def called(self, *args, **kwargs):
+        if any(tl.core.is_builtin(language.load) for language in languages(self.fn)):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    # A function that a kernel calls meets a language that is patched already, from the second call on at the latest. It
+    # would be searched through for each call.
+    interpreter.InterpretedFunction.__call__ = called
 
 
 def attention() -> Iterator[dict[str, Any]]:
