@@ -216,7 +216,7 @@ def measure(spec: KernelSpec, plan: emitter.Plan, m: int, seed: int = 0) -> list
     p = problem(spec, m, seed)
     outs = [guarded(torch.full((m, n), torch.nan, dtype=DTYPES[dtype])) for n, dtype in spec.outputs]
     module, flags = emitter.load(spec, plan), {}
-    if plan.name == "single_launch":
+    if plan.style.keeps_state:
         flags = {"flags": torch.zeros((m, module.FLAGS.value), dtype=torch.int32)}
     counted = [p.get("weight", i) for i in range(len(spec.projections))] if m == 1 and seed == 0 else []
     with counted_reads(counted) as reads:
