@@ -145,7 +145,7 @@ def trim(spare: Path | None = None) -> None:
     """
     found: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for name in ENTRIES:
-        with os.scandir(folder(name)) as entries:  # after each build: Path objects take twice as long
+        with os.scandir(folder(name)) as entries:  # after each build: Path objects take longer
             for entry in entries:
                 if spare is not None and entry.name.startswith(spare.stem):
                     continue

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 
-gc.disable()  # the collector would go through a million objects of torch and transformers, and free none
+gc.disable()  # while modules are imported: the collector would go through all of their objects, and free few
 
 
 def pytest_collection_finish() -> None:

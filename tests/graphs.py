@@ -260,7 +260,7 @@ def small_bert(dtype: torch.dtype = torch.float32, layers: int = 2, lora: Any = 
 def _adapted(model: torch.nn.Module, lora: Any, targets: Any) -> torch.nn.Module:
     if lora is None:
         return model
-    import peft  # ten seconds, which programs of tests without a PEFT model need not wait
+    import peft  # takes long, and programs of tests without a PEFT model do not need it
 
     config = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=targets) if isinstance(lora, int) else lora
     return randomise(peft.get_peft_model(model, config).eval())

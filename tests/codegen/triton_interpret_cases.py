@@ -358,8 +358,8 @@ def repair_interpreter() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    # A function that a kernel calls meets a language that is patched already, from the second call on at the latest. It
-    # would be searched through for each call.
+    # Triton searches its whole language for what to patch in each call of a function. After the first call nothing is
+    # left to patch.
     interpreter.InterpretedFunction.__call__ = called
 
 
