@@ -33,11 +33,12 @@ def entry(
         *[f"  {dtype}* {y} = ({dtype}*)out[{at}];" for at, (dtype, y) in enumerate(zip(types, ys, strict=False))],
         *["  static thread_local Buffer scratch;  // of the calling thread"] * bool(ranks.width),
         *["  float* u = scratch.of(m * LDU);"] * bool(ranks.width),
-        *_resident(spec),
+        *_products(spec),
         *memory,
         "#pragma omp parallel",
         "  {",
         "    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();",
+        *_resident(spec),
         *body,
         "  }",
         "}",
@@ -55,17 +56,32 @@ def banks_of(spec: KernelSpec) -> dict[str, str]:
     return {f"bank{i}": str(i) for i, p in enumerate(spec.projections) if p.banked}
 
 
-def _resident(spec: KernelSpec) -> list[str]:
-    """Each bank's part of the call: its schedule as it is now, and memory for u = A x."""
-    banks = banks_of(spec)
-    lines = [f"  Bank {bank}(pool{end}, schedule{end}, m);" for bank, end in banks.items()]
-    numbers, integers = (" + ".join(f"{bank}.{what}(m)" for bank in banks) for what in ("numbers", "integers"))
-    lines += [
-        "  static thread_local Buffer products, tokens;  // of the calling thread",
-        f"  float* numbers = products.of({numbers});",
-        f"  int32_t* integers = (int32_t*)tokens.of({integers});",
+def _bank(end: str) -> str:
+    return f"(pool{end}, schedule{end}, m)"
+
+
+def _products(spec: KernelSpec) -> list[str]:
+    """Memory for what the threads share of banks, u = A x and what modes make."""
+    sizes = [f"Bank{_bank(end)}.numbers(m)" for end in banks_of(spec).values()]
+    lines = [
+        "  static thread_local Buffer products;  // of the calling thread",
+        f"  float* const shared = products.of({' + '.join(sizes)});",
     ]
-    lines += [f"  {bank}.place(numbers, integers, m);" for bank in banks]
+    return lines if sizes else []
+
+
+def _resident(spec: KernelSpec) -> list[str]:
+    """Each bank's part of the call: its schedule as it is now. Each thread reads it for itself: fetching what another
+    one has just written takes longer."""
+    banks = banks_of(spec)
+    integers = " + ".join(f"{bank}.integers(m)" for bank in banks)
+    lines = [
+        *(f"    Bank {bank}{_bank(end)};" for bank, end in banks.items()),
+        "    static thread_local Buffer tokens;",
+        f"    int32_t* integers = (int32_t*)tokens.of({integers});",
+        "    float* numbers = shared;",
+        *(f"    {bank}.place(numbers, integers, m);" for bank in banks),
+    ]
     return lines if banks else []
 
 

@@ -132,24 +132,41 @@ def test_gemv(libraries, name, threads):
         torch.set_num_threads(before)
 
 
+def of_plain_adapters(name: str, m: int, ranks: tuple[int, ...], rows: list[slice]) -> Problem:
+    """Banks of adapters of these ranks, A and B alone, of which each row of the batch has some."""
+    spec, generator = KernelSpec.parse(SPECS[name]), torch.Generator().manual_seed(0)
+    problem = Problem.of(SPECS[name], m, seed=m)
+    for i, p in enumerate(spec.projections):
+        adapters, end = [], 0
+        for rank in ranks:
+            b = -(-(end + rank * spec.k) // banked.UNIT)
+            adapters.append(banked.Use(end // banked.UNIT, b, rank, rank, 0.25 * rank, 1.0))
+            end = -(-(b * banked.UNIT + p.n * rank) // banked.UNIT) * banked.UNIT
+        pool = guarded(torch.randn(end, generator=generator).to(TORCH[p.banked.dtype]))
+        schedule = banked.pack([adapters[some] for some in rows], len(ranks))
+        problem.operands |= {f"pool{i}": pool, f"schedule{i}": schedule}
+    return Problem.with_operands(spec, problem.x, problem.operands)
+
+
 @pytest.mark.parametrize("name", ["bank", "bank_panels", "bank_beside_lora"])
 def test_gemm_of_one_mixture(libraries, name):
     """Where all rows have the same plain adapters, ΔW is in the panels: here of more ranks than are added at once. What
     the call before has left of u may not join it."""
-    spec, generator = KernelSpec.parse(SPECS[name]), torch.Generator().manual_seed(0)
-    for m, other in ((514, True), (514, False)):
-        problem = Problem.of(SPECS[name], m, seed=m)
-        for i, p in enumerate(spec.projections):
-            mixture, end = [], 0
-            for rank in (3, 40, 16):
-                b = -(-(end + rank * spec.k) // banked.UNIT)
-                mixture.append(banked.Use(end // banked.UNIT, b, rank, rank, 0.25 * rank, 1.0))
-                end = -(-(b * banked.UNIT + p.n * rank) // banked.UNIT) * banked.UNIT
-            pool = guarded(torch.randn(end, generator=generator).to(TORCH[p.banked.dtype]))
-            rows = [mixture, mixture[1:] if other else mixture]
-            problem.operands |= {f"pool{i}": pool, f"schedule{i}": banked.pack(rows, len(mixture))}
-        problem = Problem.with_operands(spec, problem.x, problem.operands)
+    for rows in ([slice(None), slice(1, None)], [slice(None)] * 2):
+        problem = of_plain_adapters(name, 514, (3, 40, 16), rows)
         problem.check(run(libraries[name], "gemm", problem, None))
+
+
+@pytest.mark.parametrize("rank", [3, 16, 40])
+@pytest.mark.parametrize("name", ["bank", "bank_panels", "bank_beside_lora"])
+def test_gemv_of_one_adapter(libraries, name, rank):
+    """Where all rows have one plain adapter, its factors are read without a look at the list of a row's adapters: not
+    where a row has another, none or both."""
+    first, second = slice(0, 1), slice(1, 2)
+    for rows in ([first], [second] * 2, [first, second], [first, slice(0)], [slice(None)] * 2):
+        for m in (len(rows), 4 * len(rows)):
+            problem = of_plain_adapters(name, m, (rank, 5), rows)
+            problem.check(run(libraries[name], "gemv", problem, None))
 
 
 def test_gemm_without_active_adapters_waits_for_x(libraries):
