@@ -38,7 +38,7 @@ QUICK = [pytest.param(name, marks=pytest.mark.slow) if name != "Llama" else name
 def test_as_many_launches_as_the_base(name):
     bare, _ = rewritten(base(name), name)
     model = adapted(name)
-    groups, got = (groups_of if name == "Llama" else rewritten)(model, name)
+    groups, got = rewritten(model, name)
     assert len(groups) == len(bare)
     assert sum(group.spec.count("given(") for group in groups) == sum("zflora_B" in n for n in model.state_dict())
     torch.testing.assert_close(got, run(model, name), rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers.distributed import DistributedConfig
 
 import gawscompile
@@ -117,10 +118,18 @@ def main(folder: str, name: str, *caches: str) -> None:
     def sharded() -> Any:
         return kind.from_pretrained(place, distributed_config=plan, **settings).eval()
 
-    got, of_base = compiled(sharded(), "gaws", ids)
-    torch.testing.assert_close(got, unadapted, rtol=1e-4, atol=near)
+    base = sharded()
+    with CommDebugMode() as eager:
+        base(ids)
+    reduces = (torch.ops.c10d_functional.all_reduce, torch.ops.c10d.allreduce_)
+    of_base, of_inductor = sum(eager.comm_counts[op] for op in reduces), None
+    if caches:  # the fast test leaves it out
+        got, compiled_base = compiled(base, "gaws", ids)
+        torch.testing.assert_close(got, unadapted, rtol=1e-4, atol=near)
+        assert compiled_base == of_base
     model = adapted(sharded(), size=size)
-    of_inductor = compiled(model, "inductor", ids)[1] if caches else None  # the fast test leaves it out
+    if caches:
+        of_inductor = compiled(model, "inductor", ids)[1]
     mark = len(RECORDS)
     got, of_gaws = compiled(model, "gaws", ids)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=near)
