@@ -88,6 +88,13 @@ KERNELS = {
         f"{ENTRIES}_accumulate[bank-1]",
         unproven="the zoo's bank has one row",
     ),
+    "a mixture taken for its first adapter": Fault(
+        "codegen/banks.cpp",
+        "plain && rows && row(0)->adapters <= 1;",
+        "plain && rows;",
+        f"{ENTRIES}_gemv_of_one_adapter[bank-3]",
+        unproven="the zoo's bank has an adapter with a bias",
+    ),
     "a bank's bias lost": Fault(
         "codegen/banks.cpp",
         "k == use.ra ? use.weight : 0;",

@@ -44,7 +44,6 @@ struct Bank {
   int64_t rows, width, room, each;  // each: tokens of a row
   bool dora = false;                // whether any adapter scales the rows of W x
   bool plain = true;                // whether all rows have the same adapters, and each is A and B alone
-  const T* only = nullptr;          // B of the one adapter that all rows have, where that is A and B alone
   int64_t span = 0, stages = 0;     // stages: modes of the longest chain
   float *u = nullptr, *z = nullptr;
   int32_t *key = nullptr, *order = nullptr, *start = nullptr;
@@ -59,10 +58,10 @@ struct Bank {
         span = max(span, blocks(at + mode.outputs(), V) * V), stages = max(stages, stage + 1);
       });
     }
-    if (plain && rows && row(0)->adapters == 1) only = b(*row(0));
   }
 
   bool adds() const { return room || stages; }
+  bool lone() const { return plain && rows && row(0)->adapters <= 1; }  // one plain adapter for all rows, or none
 
   const Use* row(int64_t r) const { return entries + (1 + r) * width; }
   const T* a(const Use& use) const { return pool + use.a * UNIT; }
@@ -251,10 +250,6 @@ inline auto banked(const Bank<T>& bank) {
   return [&bank](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
     if (!bank.room) return;
     constexpr int W = std::extent_v<std::remove_reference_t<decltype(acc)>, 1>;
-    if (bank.only) {
-      const int64_t rank = bank.row(0)->rb;
-      return dot_some<W>(acc, 0, bank.only + row * rank, rank, bank.u + t0 * bank.room, bank.room);
-    }
     bank.template together<W>(t0, [&](auto count, int t) __attribute__((always_inline)) {
       const float* u = bank.u + (t0 + t) * bank.room;
       const Use* use = bank.row(bank.key[t0 + t]);
@@ -262,6 +257,16 @@ inline auto banked(const Bank<T>& bank) {
         if (!use->mode())
           dot_some<decltype(count)::value>(acc, t, bank.b(*use) + row * use->rb, use->rb, u, bank.room);
     });
+  };
+}
+
+// The same where `bank.lone()`: in most calls no list of adapters is gone through for each block of rows.
+template <class T>
+inline auto lone(const Bank<T>& bank) {
+  const Use* use = bank.row(0);
+  const int64_t rank = use->adapters ? use->rb : 0, room = bank.room;
+  return [b = bank.b(*use), u = bank.u, rank, room](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {
+    dot_some<std::extent_v<std::remove_reference_t<decltype(acc)>, 1>>(acc, 0, b + row * rank, rank, u + t0 * room, room);
   };
 }
 

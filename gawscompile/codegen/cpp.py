@@ -141,21 +141,33 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
     parts = Parts(spec, ranks, summed)
     body = [*begin(summed), *packed.activations(spec), *shrunk(spec, ranks, parts)]
     body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
-    if spec.swiglu and spec.projections[0].summed_apart:
-        body += _apart(spec, parts, sum(costs), [0, 1])
-    elif spec.swiglu:
-        halves = [*parts.expanded(0), *parts.expanded(1), *parts.hashes(0), *parts.hashes(1)]
-        body.append(f"    gated<even(N0), PANEL>(rows, {sum(costs)}, N0, m, y, {', '.join(halves)});")
-    for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)) if not spec.swiglu else ():
-        if p.summed_apart:
-            body += _apart(spec, parts, cost, [i])
-        else:
-            panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
-            reads = ", ".join([*parts.expanded(i), *parts.hashes(i)])
-            body.append(f"    by_panels<even(N{i})>(rows, {cost}, {panel}, N{i}, m, y{i}, {reads});")
+    rows = _rows(spec, parts, costs)
+    if banks := banks_of(spec):
+        lone = " && ".join(f"{bank}.lone()" for bank in banks)
+        quick = _rows(spec, Parts(spec, ranks, summed, lone=True), costs)
+        rows = [f"    if ({lone}) {{", *quick, "    } else {", *rows, "    }"]
+    body += rows
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     name = "gemv({}, uint64_t* sums)" if summed else "gemv({})"
     return entry(name, spec, ranks, True, True, ys, [*body, *finish(summed)])
+
+
+def _rows(spec: KernelSpec, parts: Parts, costs: Sequence[int]) -> list[str]:
+    """A thread's share of all rows, which cost so many bytes each."""
+    if spec.swiglu and spec.projections[0].summed_apart:
+        return _apart(spec, parts, sum(costs), [0, 1])
+    if spec.swiglu:
+        halves = [*parts.expanded(0), *parts.expanded(1), *parts.hashes(0), *parts.hashes(1)]
+        return [f"    gated<even(N0), PANEL>(rows, {sum(costs)}, N0, m, y, {', '.join(halves)});"]
+    lines = []
+    for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)):
+        if p.summed_apart:
+            lines += _apart(spec, parts, cost, [i])
+            continue
+        panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
+        reads = ", ".join([*parts.expanded(i), *parts.hashes(i)])
+        lines.append(f"    by_panels<even(N{i})>(rows, {cost}, {panel}, N{i}, m, y{i}, {reads});")
+    return lines
 
 
 def _apart(spec: KernelSpec, parts: Parts, cost: int, together: list[int]) -> list[str]:

@@ -11,10 +11,11 @@ from gawscompile.ir.spec import KernelSpec, Operand
 
 
 class Parts:
-    """The parts of a group's projections, as C++. Where parts read an operand of `summed`, its checksum is taken."""
+    """The parts of a group's projections, as C++. Where parts read an operand of `summed`, its checksum is taken. With
+    `lone`, each bank has one plain adapter for all rows, or none."""
 
-    def __init__(self, spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand] = ()) -> None:
-        self._spec, self._ranks, self._summed = spec, ranks, summed
+    def __init__(self, spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand] = (), lone: bool = False) -> None:
+        self._spec, self._ranks, self._summed, self._lone = spec, ranks, summed, lone
 
     def seen(self, name: str) -> str:
         """The last argument of what reads the operand `name`."""
@@ -32,7 +33,9 @@ class Parts:
         dots = [f"weight<K>(w{i}, x{self.seen(f'w{i}')})"] if streams else []
         if weight and p.packed and not p.summed_apart:
             dots, streams = [dot(i, p.packed)], True
-        if p.banked:  # what it scales is W x alone, so it comes before all others
+        if p.banked and self._lone:
+            dots.append(f"lone(bank{i})")
+        elif p.banked:  # what it scales is W x alone, so it comes before all others
             dots += [f"rescaled(bank{i})"] * bool(streams) + [f"banked(bank{i})"]
             product = product and f"rescaled(bank{i}, {product})"
         dots += [f"factor<{sizes}>({factor}, {source})" for sizes, factor, source in self._terms(i)]
@@ -45,7 +48,7 @@ class Parts:
             else:
                 lines.append(f"plus({pointer}, Int<LDU>{{}})")
         lines += [product] if product else []
-        lines += [f"chained(bank{i})"] * bool(p.banked)
+        lines += [f"chained(bank{i})"] * bool(p.banked and not self._lone)
         lines += [f"plus(base{i}, Int<N{i}>{{}})"] * (p.opaque is not None)
         return [_all(dots), _all([*lines, *self._scale(i), *self._epilogue(i)])]
 
