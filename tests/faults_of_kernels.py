@@ -90,10 +90,24 @@ KERNELS = {
     ),
     "a mixture taken for its first adapter": Fault(
         "codegen/banks.cpp",
-        "plain && rows && row(0)->adapters <= 1;",
-        "plain && rows;",
-        f"{ENTRIES}_gemv_of_one_adapter[bank-3]",
-        unproven="the zoo's bank has an adapter with a bias",
+        "plain && row(0)->adapters <= 1;",
+        "plain;",
+        f"{ENTRIES}_gemv_of_one_adapter[bank-3-1]",
+        unproven="the zoo's bank has an adapter of DoRA's",
+    ),
+    "an adapter with a bias taken for a plain one": Fault(
+        "codegen/banks.cpp",
+        "plain &= use->ra == use->rb;",
+        "plain &= !use->mode();",
+        f"{ENTRIES}_gemv_of_one_adapter[bank-3-1]",
+        unproven="the zoo's bank has two adapters in its row",
+    ),
+    "gate's bank asked for up's too": Fault(
+        "codegen/cpp.py",
+        "' && '.join(conditions)",
+        "conditions[0]",
+        f"{ENTRIES}_gemv_of_one_adapter[bank_swiglu-3-1]",
+        unproven="the zoo's bank is beside no SwiGLU",
     ),
     "a bank's bias lost": Fault(
         "codegen/banks.cpp",

@@ -33,6 +33,7 @@ struct Mode {
 };
 
 constexpr int64_t UNIT = 32;
+constexpr int64_t KEPT = 1 << 14;  // integers that a thread keeps for the next call
 
 // One module's part of a schedule, for m tokens: `u` has a line of `room` numbers for each, `z` one of `span` for what
 // modes make, `key` the first row that has the same adapters. `order` has the tokens by their keys: those of the key r from
@@ -61,7 +62,7 @@ struct Bank {
   }
 
   bool adds() const { return room || stages; }
-  bool lone() const { return plain && rows && row(0)->adapters <= 1; }  // one plain adapter for all rows, or none
+  bool lone() const { return plain && row(0)->adapters <= 1; }  // one plain adapter for all rows, or none
 
   const Use* row(int64_t r) const { return entries + (1 + r) * width; }
   const T* a(const Use& use) const { return pool + use.a * UNIT; }
@@ -260,9 +261,10 @@ inline auto banked(const Bank<T>& bank) {
   };
 }
 
-// The same where `bank.lone()`: in most calls no list of adapters is gone through for each block of rows.
+// Dots: B u of the only adapter, if there is one. To be called where `bank.lone()`: no list of adapters is read for each
+// block of rows.
 template <class T>
-inline auto lone(const Bank<T>& bank) {
+inline auto only_adapter(const Bank<T>& bank) {
   const Use* use = bank.row(0);
   const int64_t rank = use->adapters ? use->rb : 0, room = bank.room;
   return [b = bank.b(*use), u = bank.u, rank, room](auto& acc, int64_t row, int64_t t0) __attribute__((always_inline)) {

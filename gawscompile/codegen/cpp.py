@@ -2,7 +2,8 @@
 
 ``gemv``        y = c ⊙ (W x + s B (A x)) + bias + residual for any number of tokens, each weight read from memory once.
                 All threads compute u = s A x, meet at a barrier, then stream rows of every W of the group; B's
-                rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum.
+                rows, as PEFT lays them, join the row's vector accumulators before their horizontal sum. A bank with
+                one plain adapter for all rows, or none, has code of its own there.
 ``gemm``        the same for many tokens: panels of W are turned once, so that no sum is horizontal (`panels.cpp`), or
                 copied where W is kept by columns, and adapters and epilogue join a tile's sums in registers. Where
                 tokens are many, s B A joins the panel instead: W + ΔW exists a panel at a time, in a cache.
@@ -138,36 +139,38 @@ def _gemv(spec: KernelSpec, ranks: Scratch, summed: Sequence[Operand]) -> list[s
     units = ["blocks(N{}, 2 * V) * (V / 2)" if p.transposed else "blocks(N{}, ROWS)" for p in spec.projections]
     total = " + ".join(f"{unit.format(i)} * {cost}" for i, (unit, cost) in enumerate(zip(units, costs, strict=True)))
     total = f"blocks(N0, ROWS) * {sum(costs)}" if spec.swiglu else total
-    parts = Parts(spec, ranks, summed)
+    parts, lone = Parts(spec, ranks, summed), Parts(spec, ranks, summed, lone=True)
     body = [*begin(summed), *packed.activations(spec), *shrunk(spec, ranks, parts)]
     body.append(f"    Share rows({total}, id, threads);  // in bytes of weights and factors")
-    rows = _rows(spec, parts, costs)
-    if banks := banks_of(spec):
-        lone = " && ".join(f"{bank}.lone()" for bank in banks)
-        quick = _rows(spec, Parts(spec, ranks, summed, lone=True), costs)
-        rows = [f"    if ({lone}) {{", *quick, "    } else {", *rows, "    }"]
-    body += rows
+    for (together, lines), (_, quick) in zip(_rows(spec, parts, costs), _rows(spec, lone, costs), strict=True):
+        body += _either([f"bank{i}.lone()" for i in together if spec.projections[i].banked], quick, lines)
     ys = ["y"] if spec.swiglu else [f"y{i}" for i in range(len(spec.projections))]
     name = "gemv({}, uint64_t* sums)" if summed else "gemv({})"
     return entry(name, spec, ranks, True, True, ys, [*body, *finish(summed)])
 
 
-def _rows(spec: KernelSpec, parts: Parts, costs: Sequence[int]) -> list[str]:
-    """A thread's share of all rows, which cost so many bytes each."""
+def _rows(spec: KernelSpec, parts: Parts, costs: Sequence[int]) -> list[tuple[list[int], list[str]]]:
+    """A thread's share of the rows, which cost so many bytes each: lines, and the projections that they make."""
     if spec.swiglu and spec.projections[0].summed_apart:
-        return _apart(spec, parts, sum(costs), [0, 1])
+        return [([0, 1], _apart(spec, parts, sum(costs), [0, 1]))]
     if spec.swiglu:
         halves = [*parts.expanded(0), *parts.expanded(1), *parts.hashes(0), *parts.hashes(1)]
-        return [f"    gated<even(N0), PANEL>(rows, {sum(costs)}, N0, m, y, {', '.join(halves)});"]
-    lines = []
+        return [([0, 1], [f"    gated<even(N0), PANEL>(rows, {sum(costs)}, N0, m, y, {', '.join(halves)});"])]
+    found = []
     for i, (p, cost) in enumerate(zip(spec.projections, costs, strict=True)):
-        if p.summed_apart:
-            lines += _apart(spec, parts, cost, [i])
-            continue
         panel = max(1, PANEL_BYTES // (4 * _base(spec, p)))
         reads = ", ".join([*parts.expanded(i), *parts.hashes(i)])
-        lines.append(f"    by_panels<even(N{i})>(rows, {cost}, {panel}, N{i}, m, y{i}, {reads});")
-    return lines
+        line = f"    by_panels<even(N{i})>(rows, {cost}, {panel}, N{i}, m, y{i}, {reads});"
+        found.append(([i], _apart(spec, parts, cost, [i]) if p.summed_apart else [line]))
+    return found
+
+
+def _either(conditions: Sequence[str], quick: Sequence[str], lines: Sequence[str]) -> Sequence[str]:
+    """`quick` where all conditions hold, of which there may be none, and `lines` elsewhere."""
+    if not conditions:
+        return lines
+    inner = ["  " + line for line in quick], ["  " + line for line in lines]
+    return [f"    if ({' && '.join(conditions)}) {{", *inner[0], "    } else {", *inner[1], "    }"]
 
 
 def _apart(spec: KernelSpec, parts: Parts, cost: int, together: list[int]) -> list[str]:

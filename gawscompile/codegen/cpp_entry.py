@@ -38,7 +38,7 @@ def entry(
         "#pragma omp parallel",
         "  {",
         "    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();",
-        *_resident(spec),
+        *_scheduled(spec),
         *body,
         "  }",
         "}",
@@ -56,13 +56,9 @@ def banks_of(spec: KernelSpec) -> dict[str, str]:
     return {f"bank{i}": str(i) for i, p in enumerate(spec.projections) if p.banked}
 
 
-def _bank(end: str) -> str:
-    return f"(pool{end}, schedule{end}, m)"
-
-
 def _products(spec: KernelSpec) -> list[str]:
     """Memory for what the threads share of banks, u = A x and what modes make."""
-    sizes = [f"Bank{_bank(end)}.numbers(m)" for end in banks_of(spec).values()]
+    sizes = [f"Bank(pool{end}, schedule{end}, m).numbers(m)" for end in banks_of(spec).values()]
     lines = [
         "  static thread_local Buffer products;  // of the calling thread",
         f"  float* const shared = products.of({' + '.join(sizes)});",
@@ -70,15 +66,17 @@ def _products(spec: KernelSpec) -> list[str]:
     return lines if sizes else []
 
 
-def _resident(spec: KernelSpec) -> list[str]:
-    """Each bank's part of the call: its schedule as it is now. Each thread reads it for itself: fetching what another
-    one has just written takes longer."""
+def _scheduled(spec: KernelSpec) -> list[str]:
+    """What each bank adds in this call. Every thread reads that for itself: to fetch what another thread has just
+    written takes longer."""
     banks = banks_of(spec)
     integers = " + ".join(f"{bank}.integers(m)" for bank in banks)
     lines = [
-        *(f"    Bank {bank}{_bank(end)};" for bank, end in banks.items()),
-        "    static thread_local Buffer tokens;",
-        f"    int32_t* integers = (int32_t*)tokens.of({integers});",
+        *(f"    Bank {bank}(pool{end}, schedule{end}, m);" for bank, end in banks.items()),
+        "    static thread_local Buffer some;",
+        "    Buffer many;  // given back, where tokens are very many",
+        f"    const int64_t wanted = {integers};",
+        "    int32_t* integers = (int32_t*)(wanted <= KEPT ? some : many).of(wanted);",
         "    float* numbers = shared;",
         *(f"    {bank}.place(numbers, integers, m);" for bank in banks),
     ]

@@ -34,7 +34,7 @@ class Parts:
         if weight and p.packed and not p.summed_apart:
             dots, streams = [dot(i, p.packed)], True
         if p.banked and self._lone:
-            dots.append(f"lone(bank{i})")
+            dots.append(f"only_adapter(bank{i})")
         elif p.banked:  # what it scales is W x alone, so it comes before all others
             dots += [f"rescaled(bank{i})"] * bool(streams) + [f"banked(bank{i})"]
             product = product and f"rescaled(bank{i}, {product})"

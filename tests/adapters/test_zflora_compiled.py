@@ -23,7 +23,7 @@ def groups_of(model, name):
 
 
 def rewritten(model, name):
-    """The same without Inductor, which takes most of the time."""
+    """The same without Inductor, which takes most of the time: slow tests run it, with `OPTIONS`."""
     torch._dynamo.reset()
     records = []
     with torch.no_grad():

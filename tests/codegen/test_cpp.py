@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,6 +76,11 @@ SPECS = {
     "deep": "k=1100 x=f32; n=70 w=f32 out=f32 bias=f32 lora(r=5 f32 s=2.0); n=9 w=f32 out=f32 residual=f32",
     "mixed": "k=33 x=bf16; n=21 w=bf16 out=f32 bias=f32 residual=bf16 lora(r=4 f16 s=2.0)",
 }
+BANKS = {name: SPECS[name] for name in ("bank", "bank_panels", "bank_beside_lora")} | {
+    "bank_swiglu": "k=48 x=f32 swiglu; n=36 w=f32 out=f32 bank(f32); n=36 w=f32 out=f32 bank(f32)",
+    "bank_packed": "k=64 x=bf16; n=36 packed(int8 g=64 s=f32) out=bf16 bank(f32); n=20 w=bf16 out=bf16; "
+    "n=24 packed(int8 g=64 s=f32) out=bf16 bank(bf16)",
+}
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
 REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_wide_modes", "conv1d_bf16")
 """What the others would show too, but for sizes: kernels that take long to build or to judge."""
@@ -85,10 +91,10 @@ def named(names: Iterable[str]) -> list[Any]:
 
 
 class Libraries(dict[str, ctypes.CDLL]):
-    """The kernels of `SPECS`, by name; built when they are asked for, if not before."""
+    """The kernels of `SPECS` and `BANKS`, by name; built when they are asked for, if not before."""
 
     def __missing__(self, name: str) -> ctypes.CDLL:
-        self[name] = ctypes.CDLL(str(build.start(cpp.emit(KernelSpec.parse(SPECS[name]))).result()))
+        self[name] = ctypes.CDLL(str(build.start(cpp.emit(KernelSpec.parse((SPECS | BANKS)[name]))).result()))
         return self[name]
 
 
@@ -105,7 +111,7 @@ def run(library: ctypes.CDLL, entry: str, problem: Problem, start: list[torch.Te
     """Call one kernel on outputs that lie between NaNs; `start` is what they hold before (NaN by default)."""
     m = problem.x.shape[0]
     buffers, outputs = [], []
-    for i, p in enumerate(problem.spec.projections):
+    for i, p in enumerate(problem.spec.projections[: 1 if problem.spec.swiglu else None]):
         buffers.append(torch.full((m * p.n + 2 * GUARD,), float("nan"), dtype=TORCH[p.out]))
         outputs.append(buffers[i][GUARD:-GUARD].view(m, p.n))
         if start is not None:
@@ -132,19 +138,24 @@ def test_gemv(libraries, name, threads):
         torch.set_num_threads(before)
 
 
-def of_plain_adapters(name: str, m: int, ranks: tuple[int, ...], rows: list[slice]) -> Problem:
-    """Banks of adapters of these ranks, A and B alone, of which each row of the batch has some."""
-    spec, generator = KernelSpec.parse(SPECS[name]), torch.Generator().manual_seed(0)
-    problem = Problem.of(SPECS[name], m, seed=m)
+def of_adapters(name: str, m: int, ranks: list[tuple[int, int]], *rows: list[list[int]], seed: int = 0) -> Problem:
+    """Banks of the same adapters, of so many ranks and other columns of B (one for a bias, two for DoRA), and a mode as
+    the last: for each bank the numbers of those that a row of the batch has. One list of rows is for all banks."""
+    spec, generator = KernelSpec.parse(BANKS[name]), torch.Generator().manual_seed(seed)
+    problem = Problem.of(BANKS[name], m, seed=m + seed)
     for i, p in enumerate(spec.projections):
+        if not p.banked:
+            continue
         adapters, end = [], 0
-        for rank in ranks:
+        for rank, more in ranks:
             b = -(-(end + rank * spec.k) // banked.UNIT)
-            adapters.append(banked.Use(end // banked.UNIT, b, rank, rank, 0.25 * rank, 1.0))
-            end = -(-(b * banked.UNIT + p.n * rank) // banked.UNIT) * banked.UNIT
-        pool = guarded(torch.randn(end, generator=generator).to(TORCH[p.banked.dtype]))
-        schedule = banked.pack([adapters[some] for some in rows], len(ranks))
-        problem.operands |= {f"pool{i}": pool, f"schedule{i}": schedule}
+            adapters.append([banked.Use(end // banked.UNIT, b, rank, rank + more, 0.25 * rank, 1.0)])
+            end = -(-(b * banked.UNIT + p.n * (rank + more)) // banked.UNIT) * banked.UNIT
+        adapters.append(banked.modes_of([(end // banked.UNIT, (1, p.n, spec.k, 1))], 0.5))
+        pool = torch.randn(end + p.n * spec.k, generator=generator)
+        chosen = [[use for number in row for use in adapters[number]] for row in rows[i % len(rows)]]
+        schedule = banked.pack(chosen, len(adapters))
+        problem.operands |= {f"pool{i}": guarded(pool.to(TORCH[p.banked.dtype])), f"schedule{i}": schedule}
     return Problem.with_operands(spec, problem.x, problem.operands)
 
 
@@ -152,21 +163,29 @@ def of_plain_adapters(name: str, m: int, ranks: tuple[int, ...], rows: list[slic
 def test_gemm_of_one_mixture(libraries, name):
     """Where all rows have the same plain adapters, ΔW is in the panels: here of more ranks than are added at once. What
     the call before has left of u may not join it."""
-    for rows in ([slice(None), slice(1, None)], [slice(None)] * 2):
-        problem = of_plain_adapters(name, 514, (3, 40, 16), rows)
+    for seed, rows in enumerate(([[0, 1, 2], [1, 2]], [[0, 1, 2]] * 2)):
+        problem = of_adapters(name, 514, [(3, 0), (40, 0), (16, 0)], rows, seed=seed)
         problem.check(run(libraries[name], "gemm", problem, None))
 
 
-@pytest.mark.parametrize("rank", [3, 16, 40])
-@pytest.mark.parametrize("name", ["bank", "bank_panels", "bank_beside_lora"])
-def test_gemv_of_one_adapter(libraries, name, rank):
-    """Where all rows have one plain adapter, or none, rows of weights are multiplied by code of their own, which must
-    not run where a row has another, none or both."""
-    first, second = slice(0, 1), slice(1, 2)
-    for rows in ([first], [slice(0)], [second] * 2, [first, second], [first, slice(0)], [slice(None)] * 2):
-        for m in (len(rows), 4 * len(rows)):
-            problem = of_plain_adapters(name, m, (rank, 5), rows)
-            problem.check(run(libraries[name], "gemv", problem, None))
+@pytest.mark.parametrize(("rank", "threads"), [(3, 1), (16, 2), (40, 7)])
+@pytest.mark.parametrize("name", BANKS)
+def test_gemv_of_one_adapter(libraries, name, rank, threads):
+    """Where all rows have one plain adapter, or none, rows of weights are multiplied by code of their own. It must not
+    run where a row has another, none or both, nor where the adapter has a bias, is DoRA's or a mode."""
+    plain, other, bias, dora, mode = range(5)
+    usual = [[[plain]], [[]], [[other]] * 2]
+    unusual = [[[plain], [other]], [[plain], []], [[plain, other]] * 2, [[bias]], [[dora]] * 2, [[mode]]]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for banks in [*((rows,) for rows in usual), *((rows, [[plain]]) for rows in unusual)]:
+            for rows in {str(one): one for one in (banks, banks[::-1])}.values():
+                m = 3 * math.lcm(*map(len, rows))
+                problem = of_adapters(name, m, [(rank, 0), (5, 0), (rank, 1), (rank, 2)], *rows)
+                problem.check(run(libraries[name], "gemv", problem, None))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_gemm_without_active_adapters_waits_for_x(libraries):

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 -m tests.distributed.sharded FOLDER llama static dynamic
 
-Prints all-reduces in a call of the bare model under gaws, the adapted one under Inductor, and that under gaws, and
-generates with the caches that are named. `FOLDER` is scratch, or has the model where that is smollm2.
+Prints all-reduces in a call of the bare model, of the adapted one under Inductor, and of that under gaws, and generates
+with the caches that are named. Where none is named, the bare model runs in eager mode alone, and Inductor does not run
+the adapted one. `FOLDER` is scratch, or has the model where that is smollm2.
 """
 
 from __future__ import annotations
@@ -120,16 +121,14 @@ def main(folder: str, name: str, *caches: str) -> None:
 
     base = sharded()
     with CommDebugMode() as eager:
-        base(ids)
-    reduces = (torch.ops.c10d_functional.all_reduce, torch.ops.c10d.allreduce_)
-    of_base, of_inductor = sum(eager.comm_counts[op] for op in reduces), None
+        torch.testing.assert_close(base(ids).logits, unadapted, rtol=1e-4, atol=near)
+    of_base = sum(eager.comm_counts[op] for op in (torch.ops.c10d_functional.all_reduce, torch.ops.c10d.allreduce_))
     if caches:  # the fast test leaves it out
         got, compiled_base = compiled(base, "gaws", ids)
         torch.testing.assert_close(got, unadapted, rtol=1e-4, atol=near)
         assert compiled_base == of_base
     model = adapted(sharded(), size=size)
-    if caches:
-        of_inductor = compiled(model, "inductor", ids)[1]
+    of_inductor = compiled(model, "inductor", ids)[1] if caches else None
     mark = len(RECORDS)
     got, of_gaws = compiled(model, "gaws", ids)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=near)
