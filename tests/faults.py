@@ -10,6 +10,7 @@ from tests.fault import (
     LAID_OUT,
     Fault,
 )
+from tests.faults_of_banks import BANKS
 from tests.faults_of_kernels import KERNELS, SWIGLU
 from tests.faults_of_runtime import RUNTIME
 from tests.faults_of_training import TRAINING
@@ -306,5 +307,6 @@ FAULTS: dict[str, Fault] = {
         unproven=A_KEY,
     ),
     **KERNELS,
+    **BANKS,
     **TRITON,
 }

@@ -12,8 +12,6 @@ ENTRIES = "tests/codegen/test_cpp.py::test"
 SWIGLU = "tests/runtime/test_ops.py::test_swiglu_leaves_one_output"
 ROUNDING = f"{ENTRIES}_numbers_are_rounded_to_the_nearest"
 
-NO_MODES = "the zoo's bank has no modes"
-
 KERNELS = {
     # --- C++: panels --------------------------------------------------------------------------------------------
     "a stripe's second half ended as its first": Fault(
@@ -72,100 +70,6 @@ KERNELS = {
         "",
         f"{ENTRIES}_gemm_of_one_mixture[bank]",
         unproven=FEW_TOKENS,
-    ),
-    # --- C++: banks ---------------------------------------------------------------------------------------------
-    "another row's adapters": Fault(
-        "codegen/banks.cpp",
-        "key[t] = row(t / each)->same",
-        "key[t] = row(t % rows)->same",
-        f"{ENTRIES}_gemv[bank-1]",
-        unproven="the zoo's bank has one row",
-    ),
-    "the adapters of the tile before": Fault(
-        "codegen/banks.cpp",
-        "if (bank.key[t0 + t] != key) turn",
-        "if (key < 0) turn",
-        f"{ENTRIES}_accumulate[bank-1]",
-        unproven="the zoo's bank has one row",
-    ),
-    "a mixture taken for its first adapter": Fault(
-        "codegen/banks.cpp",
-        "plain && row(0)->adapters <= 1;",
-        "plain;",
-        f"{ENTRIES}_gemv_of_one_adapter[bank-3-1]",
-        unproven="the zoo's bank has an adapter of DoRA's",
-    ),
-    "an adapter with a bias taken for a plain one": Fault(
-        "codegen/banks.cpp",
-        "plain &= use->ra == use->rb;",
-        "plain &= !use->mode();",
-        f"{ENTRIES}_gemv_of_one_adapter[bank-3-1]",
-        unproven="the zoo's bank has two adapters in its row",
-    ),
-    "gate's bank asked for up's too": Fault(
-        "codegen/cpp.py",
-        "' && '.join(conditions)",
-        "conditions[0]",
-        f"{ENTRIES}_gemv_of_one_adapter[bank_swiglu-3-1]",
-        unproven="the zoo's bank is beside no SwiGLU",
-    ),
-    "a bank's bias lost": Fault(
-        "codegen/banks.cpp",
-        "k == use.ra ? use.weight : 0;",
-        "0;",
-        f"{ENTRIES}_gemv[bank-1]",
-    ),
-    "DoRA's scale added as if it were a bias": Fault(
-        "codegen/banks.cpp",
-        "k == use.ra ? use.weight : 0;",
-        "use.weight;",
-        f"{ENTRIES}_gemv[bank-1]",
-    ),
-    "DoRA's scale of the first token for its tile": Fault(
-        "codegen/banks.cpp",
-        "if (t == 0 || bank.key[t0 + t] != bank.key[t0 + t - 1]) bank",
-        "if (t == 0) bank",
-        f"{ENTRIES}_gemv[bank-1]",
-        unproven="the zoo's bank has one row",
-    ),
-    "DoRA scales what other adapters add": Fault(
-        "codegen/cpp_parts.py",
-        'terms.append(f"unless',
-        'terms.insert(0, f"unless',
-        f"{ENTRIES}_accumulate[bank_beside_lora-1]",
-        unproven="the zoo's bank is beside no other adapter",
-    ),
-    "a mode that reads x in place of what the one before it made": Fault(
-        "codegen/banks.cpp",
-        "if (stage) token(line + at - mode.inputs()",
-        "if (stage > 1) token(line + at - mode.inputs()",
-        f"{ENTRIES}_gemv[bank-1]",
-        unproven=NO_MODES,
-    ),
-    "a chain scaled at each of its modes": Fault(
-        "codegen/banks.cpp",
-        "scale = last ? use.scale : 1;",
-        "scale = use.scale;",
-        f"{ENTRIES}_accumulate[bank-1]",
-        unproven=NO_MODES,
-    ),
-    "a stretch of a wide mode left out": Fault(
-        "codegen/banks.cpp",
-        "a = own % each * stretch;",
-        "a = 0;",
-        f"{ENTRIES}_gemv[bank_wide_modes-1]",
-        unproven=NO_MODES,
-        by="slow",
-    ),
-    "a chain of a bank that waits for nobody": Fault(
-        ENTRY,
-        """        *(f"      chain<K>(modes, {bank}, x, stage);" for bank in banks),
-        "#pragma omp barrier",
-""",
-        """        *(f"      chain<K>(modes, {bank}, x, stage);" for bank in banks),
-""",
-        f"{ENTRIES}_everyone_waits_between_a_stage_and_what_reads_it",
-        unproven=A_RACE,
     ),
     # --- C++: weights kept as codes -----------------------------------------------------------------------------
     "a zero's sign": Fault(

@@ -143,17 +143,15 @@ def of_adapters(name: str, m: int, ranks: list[tuple[int, int]], *rows: list[lis
     the last: for each bank the numbers of those that a row of the batch has. One list of rows is for all banks."""
     spec, generator = KernelSpec.parse(BANKS[name]), torch.Generator().manual_seed(seed)
     problem = Problem.of(BANKS[name], m, seed=m + seed)
-    for i, p in enumerate(spec.projections):
-        if not p.banked:
-            continue
-        adapters, end = [], 0
+    for number, i in enumerate(i for i, p in enumerate(spec.projections) if p.banked):
+        p, adapters, end = spec.projections[i], [], 0
         for rank, more in ranks:
             b = -(-(end + rank * spec.k) // banked.UNIT)
             adapters.append([banked.Use(end // banked.UNIT, b, rank, rank + more, 0.25 * rank, 1.0)])
             end = -(-(b * banked.UNIT + p.n * (rank + more)) // banked.UNIT) * banked.UNIT
         adapters.append(banked.modes_of([(end // banked.UNIT, (1, p.n, spec.k, 1))], 0.5))
         pool = torch.randn(end + p.n * spec.k, generator=generator)
-        chosen = [[use for number in row for use in adapters[number]] for row in rows[i % len(rows)]]
+        chosen = [[use for adapter in row for use in adapters[adapter]] for row in rows[number % len(rows)]]
         schedule = banked.pack(chosen, len(adapters))
         problem.operands |= {f"pool{i}": guarded(pool.to(TORCH[p.banked.dtype])), f"schedule{i}": schedule}
     return Problem.with_operands(spec, problem.x, problem.operands)
