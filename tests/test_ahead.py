@@ -156,16 +156,19 @@ def test_explain_has_the_backward(in_training: list[str], capsys: pytest.Capture
     assert "down_proj (backward)" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # test_triton_aot has kernels of the backward
 def test_emit_has_the_backward(in_training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    common = in_training
-    emit = ["emit", *common, "--target", "cuda:90", "--out", str(tmp_path / "out")]
-    assert cli.main([*emit, "--adapter", "lora"]) == 0
-    specs = [(folder / "kernel.py").read_text() for folder in (tmp_path / "out").iterdir() if folder.is_dir()]
+    out = tmp_path / "out"
+    assert cli.main(["emit", *in_training, "--target", "cuda:90", "--out", str(out), "--adapter", "lora"]) == 0
+    specs = [(folder / "kernel.py").read_text() for folder in out.iterdir() if folder.is_dir()]
     assert any(" wt=" in text and " given(" in text for text in specs)
     assert "down_proj (backward)" in capsys.readouterr().out
-    assert cli.main(["explain", *common]) == 2
+
+
+def test_there_must_be_an_adapter_to_train(in_training: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["explain", *in_training]) == 2
     assert "no adapter to train: name one by --adapter" in capsys.readouterr().err
-    assert cli.main(["explain", *common, "--adapter", "lora", "--bank"]) == 2
+    assert cli.main(["explain", *in_training, "--adapter", "lora", "--bank"]) == 2
     assert "leave out --bank" in capsys.readouterr().err
 
 

@@ -69,14 +69,9 @@ def test_feature_extraction(way, bert_dir):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("way", "how"),
-    [
-        pytest.param(way, how, marks=() if (way, how) == ("gawscompile.compile", "whole") else pytest.mark.slow)
-        for way in WAYS
-        for how in ("forward", "whole")
-    ],
-)
+@pytest.mark.slow  # test_everyday has a model that is compiled in place
+@pytest.mark.parametrize("how", ["forward", "whole"])
+@pytest.mark.parametrize("way", WAYS)
 def test_sentence_transformers(way, how, bert_dir):
     """`encode` with a LoRA, the transformer's forward or the whole module compiled."""
     from sentence_transformers import SentenceTransformer

@@ -196,12 +196,12 @@ def test_the_zoo_on_int8(name):
     assert packed
     calls = {**architecture.inputs(), **architecture.calls}
     compiled = torch.compile(model, backend="gaws", options={"strict": True, "verify": True})
+    mark = len(RECORDS)
     with torch.no_grad():
         wanted, got = (values(run(**calls)) for run in (model, compiled))
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    report = explain(model, **calls)
-    adapted = [entry for entry in report.linears if entry.adapters]
+    adapted = [entry for record in RECORDS.since(mark) for entry in record.linears if entry.adapters]
     assert len(adapted) == architecture.adapted
     reasons = Counter(entry.reason for entry in adapted if entry.status != "fused")
     assert reasons == architecture.refused, [(e.path, e.detail) for e in adapted if e.status != "fused"]
@@ -212,6 +212,7 @@ def values(output):
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
+@pytest.mark.slow  # the zoo has a base with adapters
 def test_without_adapters_a_quantised_base_is_fused_too():
     base = small_llama(layers=1, lora=None)
     quantized.quantize(base, "int8", set(linear_sizes(base)))

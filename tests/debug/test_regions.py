@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from gawscompile import explain
@@ -9,6 +10,7 @@ from gawscompile.debug.regions import regions
 from tests.graphs import small_llama, tokens
 
 
+@pytest.mark.slow
 def test_regions_are_told_as_in_the_whole():
     model = small_llama(layers=2)
     whole = explain(model, tokens(1, 3), use_cache=False)

@@ -24,6 +24,7 @@ def test_whole_pipeline_on_real_kernels():
         close(captured.run(context), captured.outputs)
 
 
+@pytest.mark.slow  # test_generation has prompts of any length
 def test_one_compiled_graph_serves_any_symbolic_number_of_tokens():
     captured = capture(small_llama(layers=1), tokens(1, 5), use_cache=False, dynamic=True, kernels=True)
     close(captured.run(captured.until()), captured.outputs)
