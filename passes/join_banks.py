@@ -50,7 +50,7 @@ def run(graph: Graph, context: Context) -> None:
 
 
 def _join(context: Context, node: Node) -> None:
-    x, pool, entries = args(node)[:3]
+    x, pool, entries, _, _, *modes = args(node)
     n = shape(node)[-1]
     add = next(iter(node.users)) if len(node.users) == 1 else None
     total, why = _base(add, node, x)
@@ -65,7 +65,7 @@ def _join(context: Context, node: Node) -> None:
     activation, terms = args(total)
     width = None if target_of(devices.of(x.meta["val"].device.type)) is CPP else int(shape(entries)[1])
     with context.graph.inserting_before(add):
-        joined = terms.plus(Banked(pool, entries, n, width))
+        joined = terms.plus(Banked(pool, entries, n, width, *modes))
         new = context.insert(operator_sum, (activation, joined), total, value(add))
     (entry,) = new.meta["gaws_entries"] = total.meta["gaws_entries"]
     entry.adapters += 1
@@ -79,7 +79,7 @@ def _base(add: Node | None, node: Node, x: Node) -> tuple[Node | None, str]:
     """The sum that `node` is added to, or why there is none."""
     if add is None or not is_call(add, aten.add.Tensor) or add.kwargs:
         return None, "it is not added to one projection"
-    made, bias = args(node)[3:]
+    made, bias = args(node)[3:5]
     total: Node = next((one for one in args(add) if one is not node), node)
     if not is_call(total, operator_sum):
         return None, "what it is added to is no projection of a generated kernel"

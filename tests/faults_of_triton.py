@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.fault import ON_GPUS, Fault
 
-BANKS = "codegen/triton_banks.py"
+BANKS, BANK_MODES = "codegen/triton_banks.py", "codegen/triton_bank_modes.py"
 GEMV, TILE, TEXT = "codegen/triton_gemv.py", "codegen/triton_tile.py", "codegen/triton_text.py"
 
 NUMBERS = "tests/codegen/test_triton.py::test_numbers"
@@ -41,9 +41,16 @@ TRITON = {
     ),
     "Triton: nobody waits for u": Fault(
         GEMV,
-        "        return self._wait(max((e.launch - 1 for e in endings if e.source is not None), default=0))\n",
+        "        return self._wait(max([0, *last]))\n",
         "        return []\n",
         "tests/codegen/test_triton_aot.py::test_weights_stream_before_the_wait_and_u_is_read_after_it",
+        unproven=ON_GPUS,
+    ),
+    "Triton: only the first modes of a bank's chains are waited for": Fault(
+        GEMV,
+        " + [b.longest - 2 for _, b, _ in self.banks()]",
+        "",
+        "tests/codegen/test_triton.py::test_each_stage_of_a_bank_s_chains_waits_for_the_one_before",
         unproven=ON_GPUS,
     ),
     "Triton: a counter not cleared": Fault(
@@ -113,6 +120,34 @@ TRITON = {
         "v.mine[:, None], v.acc * v.dora[None, :], Code(\"0.0\")",
         "v.mine[:, None], v.dora[None, :], Code(\"0.0\")",
         f"{NUMBERS}[bank-m6]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: a bank's later modes read what the first ones read": Fault(
+        BANK_MODES,
+        "fn(\"tl.where\", goes_on, v.place + 1, 0)",
+        "fn(\"tl.where\", goes_on, v.place, 0)",
+        f"{NUMBERS}[bank_modes_odd-m2]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: a bank's chain scaled by the entry before": Fault(
+        BANK_MODES,
+        "axis=1) * field(v.use, 4, \"f32\"), \"+=\")",
+        "axis=1) * field(0, 4, \"f32\"), \"+=\")",
+        f"{NUMBERS}[bank_modes_odd-m2]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: a mode of a bank taken for a block of ranks": Fault(
+        BANKS,
+        "when(has_ranks(term, v.use)[0], body) if term.longest else body",
+        "body",
+        f"{NUMBERS}[bank_modes-m6]",
+        unproven=ON_GPUS,
+    ),
+    "Triton: what a mode of a bank's chain takes, without its slice": Fault(
+        BANK_MODES,
+        "numbers // (v.apart * v.high) * (v.apart * v.wide) + numbers % v.apart",
+        "numbers % v.apart",
+        f"{NUMBERS}[bank_modes-m6]",
         unproven=ON_GPUS,
     ),
     "Triton: G's rows past their slice": Fault(

@@ -319,7 +319,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_products_come_out_as_eagers(name, dynamic):
     function, *sizes = ODD[name]

@@ -29,16 +29,18 @@ import torch
 from torch import Tensor, nn
 
 from gawscompile.banks import layouts, listing, schedules
+from gawscompile.banks.kronecker import Chain
 from gawscompile.banks.layer import Shared
 from gawscompile.banks.listing import Info
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
 from gawscompile.banks.opening import BankError
+from gawscompile.banks.reading import sizes_of
 from gawscompile.banks.residents import Held, Residents, bytes_of, device_of, forget
 from gawscompile.banks.saving import write
 from gawscompile.banks.schedules import Rows
 from gawscompile.banks.sharding import splits
 from gawscompile.banks.tables import Table
-from gawscompile.ir.banked import BLOCK, FIELDS, UNIT
+from gawscompile.ir.banked import BLOCK, FIELDS, UNIT, between
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.planning import devices
 from gawscompile.planning.targets import CPP, target_of
@@ -61,9 +63,10 @@ class AdapterBank(Source):
     `dtype`: of the factors in the pool; by default that of a PeftModel's factors, else the model's.
     `max_mix`: adapters that one row can mix. `max_adapters`: resident ones, if that is to be limited too.
     `max_modes`: mode products of each of them, for LoKr, which has two to four: a row has place for
-    ``max_mix * max_modes``. All others count as one. No less than the PeftModel's adapters have.
-    On a GPU, `max_ranks`: ranks of all adapters of one row together, in blocks of 16; `max_rows`: rows that can have
-    adapters of their own.
+    ``max_mix * max_modes``. All others count as one. No less than the PeftModel's adapters have. On a GPU, Kronecker
+    adapters have kernels where it is given: 1 for GAWS and GAWS-D; each further one takes a launch more.
+    On a GPU, `max_ranks`: ranks of all adapters of one row together, in blocks of 16, and a mode product counts as a
+    block; `max_rows`: rows that can have adapters of their own.
 
     When the pool is full, the adapters that were not used for longest leave it, but for pinned and active ones. They
     are read again, from where they came, when they are needed. Methods may be called by any thread.
@@ -80,7 +83,7 @@ class AdapterBank(Source):
         dtype: torch.dtype | None = None,
         max_mix: int = 4,
         max_adapters: int | None = None,
-        max_modes: int = 1,
+        max_modes: int | None = None,
         max_ranks: int = 256,
         max_rows: int = 64,
     ) -> None:
@@ -115,10 +118,12 @@ class AdapterBank(Source):
         base = getattr(getattr(inner, "config", None), "_name_or_path", None) or None
         device = device_of(bases)
         on_gpu = target_of(devices.of(device.type)) is not CPP
-        longest = max([max_modes, *(layouts.count(factors, False) for factors in theirs)])
+        longest = max([max_modes or 1, *(layouts.count(factors, False) for factors in theirs)])
+        modes = max([max_modes or 0, *(len(chain.modes) for chain in theirs if isinstance(chain, Chain))])
         self._width = -(-max_ranks // BLOCK) if on_gpu else max_mix * longest  # entries of a row
+        self._between = np.array([between(modes, k, n) for n, k in map(sizes_of, bases.values())])
         self._all = Residents(
-            *(bases, known, base, size, dtype, max_adapters, self._width, on_gpu),
+            *(bases, known, base, size, dtype, max_adapters, self._width, modes if on_gpu else None),
             *(self._active, self._changed, self._became, split),
         )
         self._lock = self._all.lock
@@ -134,7 +139,7 @@ class AdapterBank(Source):
         active = [name for name in active_of(peft) if name in given] if peft is not None else []
         self.activate(dict.fromkeys(active, 1.0) if active else None)
         state = torch.tensor([self._number]) if self._table is None else self._table.tensor
-        self.shared = Shared(self._all.pool, state, len(bases), self._width)
+        self.shared = Shared(self._all.pool, state, len(bases), self._width, modes if on_gpu else 0)
         SOURCES[self._number if self._table is None else state.data_ptr()] = self
         finalize(self, retract, self._number).atexit = False
         attach(self, model, inner, bases, self.shared, split)
@@ -291,8 +296,11 @@ class AdapterBank(Source):
         on_gpu = self._table is not None
         for row in rows:
             entries = schedules.most(row, on_gpu)
+            who = " and ".join(held.name for held, _ in row)
             if entries > self._width:
-                raise layouts.no_place(" and ".join(held.name for held, _ in row), entries, self._width, on_gpu)
+                raise layouts.no_place(who, entries, self._width, on_gpu)
+            if on_gpu and row and (schedules.passed_on(row) > self._between).any():
+                raise BankError(f"{who}: their modes make more than a row has place for: AdapterBank(max_modes=…)")
 
     def _changed(self) -> None:
         """What schedules were made of is no longer so. The caller holds the lock."""

@@ -24,11 +24,12 @@ class Shared(nn.Module):
     pool: Tensor
     state: Tensor
 
-    def __init__(self, pool: Tensor, state: Tensor, modules: int, width: int) -> None:
+    def __init__(self, pool: Tensor, state: Tensor, modules: int, width: int, modes: int) -> None:
         super().__init__()
         self.register_buffer("pool", pool, persistent=False)
         self.register_buffer("state", state, persistent=False)
         self.count, self.width = modules, width
+        self.modes = (modes,) if modes else ()  # what a GPU's kernels are told beside the rest
         self.traced: Tensor | None = None  # `current`, for graphs
         self._here = threading.local()  # in eager mode, several threads may be in the model at once
 
@@ -119,7 +120,7 @@ class BankedLinear(nn.Module):
         schedule = self.bank.current
         if schedule is None:  # it is called outside of the model's forward
             schedule = self.bank.snapshot(x.shape[0])
-        return y + BANKED(x, self.bank.pool, schedule[self.index], y, bias).to(y.dtype)
+        return y + BANKED(x, self.bank.pool, schedule[self.index], y, bias, *self.bank.modes).to(y.dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -53,7 +53,7 @@ def count(factors: Factors | Chain, blocks: bool) -> int:
 
 def no_place(who: str, entries: int, width: int, blocks: bool) -> BankError:
     """A row of the bank has place for `width` entries, and `who` takes more."""
-    what, limit = (f"blocks of {BLOCK} ranks", "max_ranks") if blocks else ("modes", "max_modes")
+    what, limit = (f"blocks of {BLOCK} ranks, or modes", "max_ranks") if blocks else ("modes", "max_modes")
     return BankError(f"{who}: {entries} {what}, and a row of this bank has place for {width}: AdapterBank({limit}=…)")
 
 

@@ -31,7 +31,7 @@ from gawscompile.banks.opening import BankError
 from gawscompile.banks.reading import sizes_of
 from gawscompile.banks.sharding import Split, part_of
 from gawscompile.banks.spilling import spilled, unspilled
-from gawscompile.ir.banked import FIELDS
+from gawscompile.ir.banked import FIELDS, between
 from gawscompile.options import Options
 from gawscompile.runtime import pages
 
@@ -84,8 +84,9 @@ class Held:
 
 class Residents:
     """Adapters of the linears `bases` of a model of the name `base`, whose modules are `known`, in a pool of `size`
-    numbers, `most` of them at once. `width`: how many entries a row can have, of `blocks` for a GPU (`layouts`).
-    `split`: the linears of which this process has a part, and so of their adapters.
+    numbers, `most` of them at once. `width`: how many entries a row can have. `modes`: for a GPU, whose entries are
+    blocks of ranks (`layouts`), how many mode products a chain can have; None for a CPU. `split`: the linears of which
+    this process has a part, and so of their adapters.
 
     `active` says whether an adapter may not leave, `changed` is told that one came or left; `became` that another
     adapter of the same name stands for one from now on. Two locks: `loading` of reading and of leaving, which may take
@@ -101,19 +102,20 @@ class Residents:
         dtype: torch.dtype,
         most: int | None,
         width: int,
-        blocks: bool,
+        modes: int | None,
         active: Callable[[Held], bool],
         changed: Callable[[], None],
         became: Callable[[Held, Held], None],
         split: Mapping[str, Split],
     ) -> None:
         self.bases, self.known, self.base, self.dtype, self.most = bases, known, base, dtype, most
-        self.modules, self.width, self.blocks, self.split = tuple(bases), width, blocks, split
+        self.modules, self.width, self.split = tuple(bases), width, split
+        self.blocks, self.modes = modes is not None, modes or 0
         self.device = device_of(bases)
         self.arena = Arena(size, asynchronous=self.device.type == "cuda")
         with torch.inference_mode(False):  # adapters may be loaded outside of it
             self.pool = torch.empty(self.arena.size, dtype=dtype, device=self.device)
-        if not blocks and Options.split(None)[0].huge_pages:
+        if not self.blocks and Options.split(None)[0].huge_pages:
             pages.untouched(self.pool)
         self.held: dict[str, Held] = {}
         self.lock, self.loading = threading.RLock(), threading.RLock()
@@ -246,11 +248,20 @@ class Residents:
         """Raises `BankError` for an adapter that no row could have."""
         for path, f in factors.items():
             if self.blocks and isinstance(f, Chain):
-                what = "is a Kronecker product, and a bank on a GPU holds LoRA and DoRA alone: serve it on a CPU"
-                raise BankError(f"{name}: {path} {what}")
+                self._check_chain(f"{name}, {path}", f)
             count = layouts.count(f, self.blocks)
             if count > self.width:
                 raise layouts.no_place(f"{name}, {path}", count, self.width, self.blocks)
+
+    def _check_chain(self, who: str, chain: Chain) -> None:
+        """The same for a Kronecker adapter on a GPU."""
+        if len(chain.modes) > self.modes:
+            has = f"a chain of mode products of length {len(chain.modes)}, and this bank's kernels are for {self.modes}"
+            raise BankError(f"{who}: {has}: AdapterBank(max_modes=…)")
+        place = between(self.modes, chain.modes[0].inputs, chain.modes[-1].outputs)
+        large = any(mode.matrix.numel() >= 1 << 31 for mode in chain.modes)
+        if large or sum(mode.outputs for mode in chain.modes[:-1]) > place:
+            raise BankError(f"{who}: its modes make more, or are larger, than a GPU's kernels take: serve it on a CPU")
 
     def _fill(self, held: Held, adapter: Adapter) -> None:
         """Copy the factors into their runs, and write their entries."""

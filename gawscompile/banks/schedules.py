@@ -42,6 +42,17 @@ def most(row: Sequence[tuple[Held, float]], compact: bool) -> int:
     return int(np.max(sum(counts))) if counts else 0
 
 
+def passed_on(row: Sequence[tuple[Held, float]]) -> np.ndarray:
+    """Numbers that modes of a row make for the next ones of their chains, by module."""
+    parts = [held.entries for held, _ in row if held.entries is not None]
+    if not parts:
+        return np.zeros(1, np.int64)
+    entries = np.concatenate(parts, axis=1).astype(np.int64)
+    before, rows, after = entries[:, :, 1], entries[:, :, 2], entries[:, :, 5]
+    found: np.ndarray = np.where((rows < 0) & (after < 0), before * rows * after, 0).sum(axis=1)
+    return found
+
+
 def _entries(row: Sequence[tuple[Held, float]], compact: bool) -> tuple[np.ndarray, np.ndarray]:
     """Of a row's adapters, weighted, ``[modules, entries, FIELDS]``, and how many each module has."""
     parts = []

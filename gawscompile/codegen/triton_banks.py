@@ -81,6 +81,16 @@ def rows_of_tile(term: Banked) -> list[Code]:
 # --- u and y -----------------------------------------------------------------------------------------------
 
 
+def has_ranks(term: Banked, entry: Code) -> list[Code]:
+    """The test whether an entry is a block of ranks, where others can be."""
+    return [Code("-1") < field(entry, 2)] * bool(term.longest)
+
+
+def unless_mode(term: Banked, body: list[Code]) -> list[Code]:
+    """`body` for an entry that is a block of ranks."""
+    return when(has_ranks(term, v.use)[0], body) if term.longest else body
+
+
 def columns(entry: Code, rank: Code, product: Code) -> list[Code]:
     """``found``, columns of u: ``s A x``, a bias's weight, or nothing."""
     nothing = Code("0.0")
@@ -93,8 +103,9 @@ def columns(entry: Code, rank: Code, product: Code) -> list[Code]:
     ]
 
 
-def add_one(term: Banked, offset: int, ok: Code | None) -> list[Code]:
-    """``out += B u + d ⊙ product`` of one token's adapters, for the rows of a program."""
+def add_one(term: Banked, offset: int, ok: Code | None, before: list[Code], modes: list[Code]) -> list[Code]:
+    """``out += B u + d ⊙ product`` of one token's adapters, for the rows of a program. `modes` is done for each entry,
+    `before` before the first (`triton_bank_modes`)."""
     dora = fn("tl.where", v.at[None, :].equals(v.ranks + 1), v.bank_bs, Code("0.0"))
     step = [
         v.from_b.let(factor(v.use, 1) + v.first * BLOCK),
@@ -109,13 +120,15 @@ def add_one(term: Banked, offset: int, ok: Code | None) -> list[Code]:
         v.uses.let(row(term, row_of_token())),
         v.at.let(fn("tl.arange", 0, BLOCK)),
         v.dora.zeros(Code("(BLOCK_N,)", frozenset(["BLOCK_N"]))),
-        *v.use.each(fn("range", entries()), step),
+        *before,
+        *v.use.each(fn("range", entries()), [*unless_mode(term, step), *modes]),
         v.out.let(v.dora * v.product, "+="),
     ]
 
 
-def add_tile(term: Banked, offset: int, common: str, ok: Code | None) -> list[Code]:
-    """``acc += B u + d ⊙ acc`` for a tile of tokens and the rows of a program, where acc is W x."""
+def add_tile(term: Banked, offset: int, common: str, ok: Code | None, modes: list[Code]) -> list[Code]:
+    """``acc += B u + d ⊙ acc`` for a tile of tokens and the rows of a program, where acc is W x. `modes` is done for
+    each kind of tokens (`triton_bank_modes`)."""
     from_b = v.from_b.let(factor(v.use, 1) + v.first * BLOCK)
     u = v.u + v.tokens[:, None] * v.WIDTH + (v.use * BLOCK + offset + v.at)[None, :]
     of_dora = [
@@ -133,8 +146,9 @@ def add_tile(term: Banked, offset: int, common: str, ok: Code | None) -> list[Co
     ]
     body = [
         v.dora.zeros(Code("(BLOCK_N,)", frozenset(["BLOCK_N"]))),
-        *v.use.each(fn("range", v.count), scale),
+        *v.use.each(fn("range", v.count), unless_mode(term, scale)),
         v.acc.let(fn("tl.where", v.mine[:, None], v.acc * v.dora[None, :], Code("0.0")), "+="),
-        *v.use.each(fn("range", v.count), step),
+        *v.use.each(fn("range", v.count), unless_mode(term, step)),
+        *modes,
     ]
     return [v.at.let(fn("tl.arange", 0, BLOCK)), *rows_of_tile(term), *each_kind(term, body)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from gawscompile.codegen import triton_bank_modes as bank_modes
 from gawscompile.codegen import triton_banks as banks
 from gawscompile.codegen import triton_packed as packed
 from gawscompile.codegen.triton_cases import Case, Kernel, Work
@@ -62,8 +63,13 @@ class Gemv(Style):
     def choices(self, what: str) -> tuple[tuple[tuple[str, int], ...], ...]:
         return tuple((("num_warps", warps),) for warps in (1, 2, 4, 8))
 
+    @property
+    def chains(self) -> bool:
+        """Whether modes write to u."""
+        return bool(self.written) or any(bank.longest > 1 for _, bank, _ in self.banks())
+
     def _shrink_warps(self) -> int:
-        return _warps(GEMV_ELEMENTS if self.written else self.shrink_columns.block)
+        return _warps(GEMV_ELEMENTS if self.chains else self.shrink_columns.block)
 
     def _expand_warps(self) -> int:
         blocks = [self.rows(i).block for i in range(len(self.spec.projections))]
@@ -109,12 +115,17 @@ class Gemv(Style):
             *banks.columns(v.use, v.rank, fn("tl.sum", v.acc)),
             *store(v.u + v.column, v.found, "f32"),
         ]
+        step = [step[0], *banks.unless_mode(term, step[1:])]
         body = [
             v.BLOCK_K.constant(self.shrink_columns.block),
             v.uses.let(banks.row(term, banks.row_of_token())),
             *v.column.each(fn("range", v.block, banks.entries() * BLOCK, banks.programs(term)), step),
         ]
         return Work(f"Columns of u by a bank's schedule, {self.reach}: {{}}.", tuple(body)), banks.programs(term)
+
+    def chain_work(self, term: Banked, stage: int) -> Work:
+        body = bank_modes.stage_of_one(term, stage, self.spec.k, self.spec.x)
+        return Work(f"What modes make for the next ones of their chains, {self.reach}: {{}}.", tuple(body))
 
     def mode_work(self, product: Product) -> tuple[Work, int]:
         blocks = dividing(GEMV_ROWS, product.mode.outputs, [product.period])
@@ -178,7 +189,10 @@ class Gemv(Style):
         for narrow in low:
             lines += self._add(narrow, rows)
         if p.banked:
-            lines = [v.product.let(v.out), *lines, *banks.add_one(p.banked, p.rank, rows.mask(v.row_ok[:, None]))]
+            many_ok = rows.mask(v.row_ok[:, None])
+            modes = bank_modes.add_to_one(p.banked, p.rank, self.spec.x, many_ok)
+            bank = banks.add_one(p.banked, p.rank, many_ok, bank_modes.begin(p.banked), modes)
+            lines = [v.product.let(v.out), *lines, *bank]
         for ending in of_u:
             lines += self._add_mode(ending, rows)
         if p.rowscale:
@@ -233,6 +247,10 @@ class SingleLaunch(Gemv):
             for case in super().shrinks(stage)
         ]
 
+    def chain_work(self, term: Banked, stage: int) -> Work:
+        work = super().chain_work(term, stage)
+        return Work(work.doc, (*(self._wait(stage - 1) if stage else []), *work.body))
+
     def mode_work(self, product: Product) -> tuple[Work, int]:
         work, programs = super().mode_work(product)
         before = self._wait(product.launch - 1) if product.launch else []
@@ -259,7 +277,8 @@ class SingleLaunch(Gemv):
         )
 
     def before_u(self, endings: list[Product]) -> list[Code]:
-        return self._wait(max((e.launch - 1 for e in endings if e.source is not None), default=0))
+        last = [e.launch - 1 for e in endings if e.source is not None] + [b.longest - 2 for _, b, _ in self.banks()]
+        return self._wait(max([0, *last]))
 
     def _wait(self, stage: int) -> list[Code]:
         return [fn("wait", v.flags, stage, self.published[stage])]

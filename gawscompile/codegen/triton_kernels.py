@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias
 
+from gawscompile.codegen import triton_bank_modes as bank_modes
 from gawscompile.codegen import triton_packed as packed
 from gawscompile.codegen.triton_cases import Case, Kernel, Tensor, Work
 from gawscompile.codegen.triton_modes import Product, columns, common
@@ -90,7 +91,8 @@ class Style(ABC):
         *self.offsets, self.width = accumulate((mine.width for mine in self.columns), initial=0)
         products = [(i, p) for i, mine in enumerate(self.columns) for p in mine.products]
         self.written = [(i, p) for i, p in products if p.column is not None]
-        self.stages = max((p.launch + 1 for _, p in self.written), default=1) if self.width else 0
+        stages = [p.launch + 1 for _, p in self.written] + [bank.longest - 1 for _, bank, _ in self.banks()]
+        self.stages = max([1, *stages]) if self.width else 0
 
     def kernels(self) -> list[Kernel]:
         """In the order in which they are launched."""
@@ -109,6 +111,13 @@ class Style(ABC):
             mine = [o for o in self.spec.operands() if o.projection == i and o.table]
             work, programs = self.bank_work(bank)
             cases.append(Case(f"bank{i}", work, tuple(map(_tensor, mine)), programs, offset))
+        for i, bank, offset in self.banks():
+            if stage < bank.longest - 1:
+                mine = [o for o in self.spec.operands() if o.projection == i and o.table]
+                programs, at = bank_modes.programs(bank, self.spec.k), offset + bank.columns
+                cases.append(
+                    Case(f"chains{i}", self.chain_work(bank, stage), tuple(map(_tensor, mine)), programs, at)
+                )
         for i, product in self.written:
             if product.launch == stage:
                 work, programs = self.mode_work(product)
@@ -251,6 +260,7 @@ class Style(ABC):
         """What u holds, and from which column on."""
         found = [(f"A{i}_{j}", offset) for i, j, _, offset in self.terms()]
         found += [(f"bank{i}", offset) for i, _, offset in self.banks()]
+        found += [(f"chains{i}", offset + bank.columns) for i, bank, offset in self.banks() if bank.longest > 1]
         found += [(p.describe(i), self.offsets[i] + (p.column or 0)) for i, p in self.written]
         return sorted(found, key=lambda section: section[1])
 
@@ -297,6 +307,10 @@ class Style(ABC):
     @abstractmethod
     def bank_work(self, term: Banked) -> tuple[Work, int]:
         """The same for a bank."""
+
+    @abstractmethod
+    def chain_work(self, term: Banked, stage: int) -> Work:
+        """What a program does for the modes of a bank at this place of their chains, unless they are the last."""
 
     @abstractmethod
     def mode_work(self, product: Product) -> tuple[Work, int]:

@@ -109,7 +109,7 @@ class Columns:
 
 def columns(spec: KernelSpec, p: Sum) -> Columns:
     """All mode products of `p`. Raises `SpecError`, naming the term, for one that is no chain from x to y."""
-    width = p.rank + (p.banked.columns if p.banked else 0)
+    width = p.rank + (p.banked.columns + p.banked.between(spec.k) if p.banked else 0)
     products: list[Product] = []
     for j, kron in enumerate(p.kronecker):
         _check(spec, p, kron)

@@ -6,6 +6,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
+from gawscompile.codegen import triton_bank_modes as bank_modes
 from gawscompile.codegen import triton_banks as banks
 from gawscompile.codegen import triton_packed as packed
 from gawscompile.codegen.triton_cases import Case, Work
@@ -98,7 +102,8 @@ class Tile(Style):
             *banks.columns(v.block, v.rows[None, :], v.acc),
             *store(v.u + v.tokens[:, None] * v.WIDTH + v.rows[None, :], v.found, "f32", [v.mine[:, None]]),
         ]
-        kinds = banks.each_kind(term, when(v.block < v.count, step))
+        mine = functools.reduce(operator.and_, [v.block < v.count, *banks.has_ranks(term, v.block)])
+        kinds = banks.each_kind(term, when(mine, step))
         body = [
             v.BLOCK_R.constant(BLOCK),
             v.BLOCK_K.constant(self._cut_columns("a", term.dtype, rows).block),
@@ -109,6 +114,11 @@ class Tile(Style):
             *kinds,
         ]
         return Work(f"Columns of u by a bank's schedule, {self.reach}: {{}}.", tuple(body)), term.width or 0
+
+    def chain_work(self, term: Banked, stage: int) -> Work:
+        steps = bank_modes.stage_of_tile(term, stage, self.spec.k, self.spec.x)
+        body = [*(name.let(value) for name, value in _TOKENS), *steps]
+        return Work(f"What modes make for the next ones of their chains, {self.reach}: {{}}.", tuple(body))
 
     def mode_work(self, product: Product) -> tuple[Work, int]:
         outputs = product.mode.outputs
@@ -181,7 +191,9 @@ class Tile(Style):
         p, row_ok = self.spec.projections[i], [rows.mask(v.row_ok)]
         lines = []
         if p.banked:  # what it scales is W x alone
-            lines += banks.add_tile(p.banked, p.rank, common(p.banked.dtype, "f32", of_u=True), rows.mask(v.row_ok))
+            meet = common(p.banked.dtype, "f32", of_u=True)
+            modes = bank_modes.add_to_tile(p.banked, p.rank, self.spec.x, row_ok[0])
+            lines += banks.add_tile(p.banked, p.rank, meet, row_ok[0], modes)
         lines += self.to_rows(p)
         for narrow in (*self.low_rank(p), *self.given(p)):
             lines += self._add(narrow, rows)

@@ -24,7 +24,7 @@ all its adapters together, rounded up to whole vectors. What modes make is not i
 
 For a GPU, whose kernels want sizes that are known, an adapter lies in blocks of `BLOCK` ranks. Each is an entry of its
 own, with A ``[BLOCK, k]`` and B ``[n, BLOCK]``, zeros where ranks are missing. So rb is BLOCK there, and the other
-summands take the last columns of the last block. Modes are for CPUs alone.
+summands take the last columns of the last block. What all modes but the last of each chain make has `between` places.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def usual_bytes(dtype: torch.dtype, k: int, n: int) -> int:
     return dtype.itemsize * USUAL_RANK * (k + n)
 
 
+def between(modes: int, k: int, n: int) -> int:
+    """Numbers of a token for what modes make that are not the last of their chains, where a GPU's kernels are for
+    chains of up to `modes`: all of a row together."""
+    return max(modes - 1, 0) * max(k, n)
+
+
 class Use(NamedTuple):
     """One adapter of one row, or a mode of one, in the order of the fields of an entry."""
 
@@ -75,6 +81,11 @@ class Use(NamedTuple):
     def columns(self) -> int:
         """Of B."""
         return 0 if self.mode else self.rb
+
+    @property
+    def passed_on(self) -> int:
+        """Numbers that it makes for the next mode of its chain."""
+        return self.b * self.ra * int(self.weight) if self.mode and self.weight < 0 else 0
 
 
 def has_bias(use: Use) -> bool:
@@ -120,11 +131,13 @@ def pack(rows: Sequence[Sequence[Use]], width: int) -> torch.Tensor:
 
 
 def drawn(
-    rows: int, width: int, k: int, n: int, generator: torch.Generator, blocks: bool = False
+    rows: int, width: int, k: int, n: int, generator: torch.Generator, modes: int | None = None
 ) -> tuple[torch.Tensor, int]:
     """A random schedule for a projection of k to n features, and how many numbers the pool needs. There are adapters
     with a DoRA, with a bias and plain, and chains of one to four modes; a row of as many as it can have, one after the
-    other; others of none, one and several; and rows that share. With `blocks`, entries for a GPU."""
+    other; others of none, one and several; and rows that share. With `modes`, entries for a GPU, in chains of no
+    more."""
+    blocks = modes is not None
 
     def number(most: int) -> int:
         return int(torch.randint(most + 1, (1,), generator=generator))
@@ -138,7 +151,9 @@ def drawn(
         weight = number(1) - 0.5
         known.append([Use(end // UNIT, b, ra, rb, number(4) / 2 - 0.75, weight)])
         end = -(-(b * UNIT + n * rb) // UNIT) * UNIT
-    for sizes in [] if blocks else _chains(k, n, number):
+    for sizes in _chains(k, n, number):
+        if modes is not None and (len(sizes) > modes or _passed_on(sizes) > between(modes, k, n)):
+            continue
         chain = []
         for before, high, wide, after in sizes:
             chain.append((end // UNIT, (before, high, wide, after)))
@@ -150,10 +165,15 @@ def drawn(
         at = number(len(known) - 1)
         for i in range(len(known) + most if following else most):
             adapter = known[(at + i) % len(known) if following else number(len(known) - 1)]
-            found += adapter if len(found) + len(adapter) <= most else []
+            fits = modes is None or sum(use.passed_on for use in found + adapter) <= between(modes, k, n)
+            found += adapter if fits and len(found) + len(adapter) <= most else []
         return found
 
     return pack([row(width, True), *(row(number(width), False) for _ in range(1, rows))][:rows], width), end
+
+
+def _passed_on(sizes: Sequence[tuple[int, int, int, int]]) -> int:
+    return sum(before * rows * after for before, rows, _, after in sizes[:-1])
 
 
 def _chains(k: int, n: int, number: Callable[[int], int]) -> Iterator[list[tuple[int, int, int, int]]]:

@@ -294,14 +294,16 @@ class Kronecker(NamedTuple):
 
 class Banked(NamedTuple):
     """What a bank's adapters add: to each row of a batch ``Σ s B (A x) + v + d ⊙ (W x)`` of those that `schedule` gives
-    it, on a CPU also ``s M_p … M_1 x``. Their factors lie in `pool`, `n` is the number of y's features. For a GPU,
-    `width` says how many entries a row of the schedule has, each of a block of ranks. Layouts and meaning: `ir.banked`.
+    it, and ``s M_p … M_1 x``. Their factors lie in `pool`, `n` is the number of y's features. For a GPU, `width` says
+    how many entries a row of the schedule has, each a block of ranks or a mode, and `longest` how many modes a chain
+    can have. Layouts and meaning: `ir.banked`.
     """
 
     pool: Annotated[Leaf, Place("pool", "pool", "table", "rows")]
     schedule: Annotated[Leaf, Place("schedule", "schedule", "table", "rows")]
     n: int
     width: int | None = None
+    longest: int = 0
 
     @property
     def dtype(self) -> str:
@@ -311,6 +313,10 @@ class Banked(NamedTuple):
     def columns(self) -> int:
         """Of u = A x, for a GPU."""
         return banked.BLOCK * (self.width or 0)
+
+    def between(self, k: int) -> int:
+        """Columns for what modes make that are not the last of their chains, for a GPU."""
+        return banked.between(self.longest, k, self.n)
 
     def apply(self, x: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         made: torch.Tensor = torch.ops.gaws.banked(x, self.pool, self.schedule, base, bias)  # which can be traced
@@ -334,7 +340,8 @@ class Banked(NamedTuple):
         return f"Σ s B (A x) + d W x by schedule{at} of pool{at}"
 
     def text(self) -> str:
-        return f"bank({self.dtype}{f' x{self.width}' if self.width else ''})"
+        width, modes = f" x{self.width}" * bool(self.width), f" modes={self.longest}" * bool(self.longest)
+        return f"bank({self.dtype}{width}{modes})"
 
 
 Operator = Dense | Packed | Opaque | Bias | Residual | RowScale | LowRank | Given | Kronecker | Banked

@@ -2,7 +2,7 @@
 
     gaws::schedule(Tensor state, SymInt rows, int modules, int width) -> Tensor
     gaws::snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor
-    gaws::banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias) -> Tensor
+    gaws::banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias, int modes=0) -> Tensor
 
 ``schedule`` takes a snapshot of what a bank is to add in one forward: ``[modules, rows + 1, width, FIELDS]`` of int32
 (`ir.banked`), for a batch of `rows`. `state` holds the number of the bank, or is its table on a GPU. A forward takes
@@ -11,8 +11,9 @@ is the same in C++ (`banks.cpp`), which `passes.join_banks` puts in its place: a
 it.
 
 ``banked`` is what a module's adapters add to its `base`, which is ``W x + bias``: x ``[..., k]`` and base ``[..., n]``
-→ ``[..., n]`` of x's dtype, by the module's part of the snapshot, ``[rows + 1, width, FIELDS]``. `passes.join_banks`
-joins it with the projection whose adapters it brings. Where nobody compiles, it runs in plain torch. It has gradients
+→ ``[..., n]`` of x's dtype, by the module's part of the snapshot, ``[rows + 1, width, FIELDS]``. `modes`: those of its
+chains at most, where a GPU's kernels are to know. `passes.join_banks` joins it with the projection whose adapters it
+brings. Where nobody compiles, it runs in plain torch. It has gradients
 by x, base and bias.
 """
 
@@ -49,7 +50,7 @@ ops.LIBRARY.define(
 )
 ops.LIBRARY.define("publish(Tensor made, int bank, int rows) -> ()")
 ops.LIBRARY.define(
-    "banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias) -> Tensor",
+    "banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias, int modes=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 SCHEDULE, BANKED = torch.ops.gaws.schedule.default, torch.ops.gaws.banked.default
@@ -107,7 +108,12 @@ def taken(table: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _banked(
-    x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    pool: torch.Tensor,
+    schedule: torch.Tensor,
+    base: torch.Tensor,
+    bias: torch.Tensor | None,
+    modes: int = 0,
 ) -> torch.Tensor:
     return banked.apply(x, pool, schedule, base, bias).to(x.dtype)
 
@@ -117,13 +123,18 @@ def _fake_schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> 
 
 
 def _fake_banked(
-    x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    pool: torch.Tensor,
+    schedule: torch.Tensor,
+    base: torch.Tensor,
+    bias: torch.Tensor | None,
+    modes: int = 0,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], base.shape[-1]))
 
 
 def _kept(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, pool, schedule, base, bias = inputs
+    x, pool, schedule, base, bias, _ = inputs
     ctx.save_for_backward(pool, schedule)
     ctx.linear = [(one.shape, one.dtype) for one in (x, base, bias) if one is not None]
 
@@ -135,7 +146,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
         made = banked.apply(zeros[0], pool, schedule, *zeros[1:]) + 0 * zeros[0].sum()  # also where nothing is active
         found = torch.autograd.grad(made, zeros, gradient.to(made.dtype), materialize_grads=True)
     x, base, *bias = found
-    return x, None, None, base, bias[0] if bias else None
+    return x, None, None, base, bias[0] if bias else None, None
 
 
 torch.library.register_fake("gaws::schedule", _fake_schedule, lib=ops.LIBRARY)

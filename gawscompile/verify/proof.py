@@ -99,7 +99,7 @@ class Values:
             elif is_call(node, attention.ATTEND):
                 result = attention.meaning(*inputs)
             elif is_call(node, BANKED):
-                result = banked.apply(*inputs)
+                result = banked.apply(*inputs[:5])
             elif is_collective(node):
                 result = simulated(node, inputs)
             else:
@@ -278,8 +278,8 @@ def _draw_banks(wanted: Iterable[Node], ends: Container[Node | None], values: Va
         x, pool, entries = args(node)[:3]
         table, k, n = entries.meta["val"].shape[:2], x.meta["val"].shape[-1], node.meta["val"].shape[-1]
         rows, width, k, n = (_size(size, values.draw) for size in (*table, k, n))
-        blocks = pool.meta["val"].device.type != "cpu"
-        schedule, room = banked.drawn(rows - 1, width, k, n, values.generator, blocks)
+        modes = None if pool.meta["val"].device.type == "cpu" else sum(args(node)[5:])
+        schedule, room = banked.drawn(rows - 1, width, k, n, values.generator, modes)
         numbers = random(pool.meta["val"].new_empty(max(room, 1)), values.draw, values.generator)
         known = values.known.get(pool)
         if known is None or len(known) < len(numbers):

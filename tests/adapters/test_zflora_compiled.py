@@ -23,11 +23,11 @@ def groups_of(model, name):
 
 
 def rewritten(model, name):
-    """The same without Inductor, which takes most of the time: slow tests run it, with `OPTIONS`."""
+    """The same without Inductor and kernels, which take most of the time: slow tests run both, with `OPTIONS`."""
     torch._dynamo.reset()
     records = []
     with torch.no_grad():
-        out = run(torch.compile(model, backend=rewriting(records)), name)
+        out = run(torch.compile(model, backend=rewriting(records, kernels=False)), name)
     return [group for record in records for group in record.groups], out
 
 

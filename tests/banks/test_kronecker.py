@@ -23,6 +23,7 @@ from gawscompile.banks.layer import BankedLinear
 from gawscompile.banks.reading import sizes_of
 from gawscompile.ir import banked
 from gawscompile.ir.records import GraphRecord
+from gawscompile.planning import devices
 from gawscompile.verify import proof
 from tests.banks import common
 from tests.banks.common import KINDS, close, in_kernels, llama
@@ -141,6 +142,38 @@ def test_few_tokens_and_many(judges, folders, tokens):
     for rows in ROWS:
         bank.activate(rows)
         close(quick(ids).logits, by_row(judges, ids, rows))
+
+
+@pytest.fixture
+def on_a_gpu():
+    with devices.planning_for(devices.GPUS["H100"]):
+        yield
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_on_a_gpu(judges, folders, ids):
+    """Kernels are told how long chains can be; a row's entries are blocks of ranks, and modes."""
+    bank = loaded(folders, max_modes=4)
+    assert bank.shared.modes == (4,)
+    common.agree(bank.model, bank, judges, ids, list(judges), ROWS, logits)
+    for name in ("gaws", "lokr_both", "a"):
+        bank.activate(name)
+        bank.scale(name, -0.5)
+        close(bank.model(ids).logits, logits(judges, ids, {name: -0.5}))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_chains_that_have_no_place_together_on_a_gpu(judges, folders, ids):
+    """What modes make for the next ones of their chains has as many places as x or y has features."""
+    names = [f"lokr{number}" for number in range(8)]
+    of = {"gaws": folders["gaws"], **dict.fromkeys(names, folders["lokr"])}
+    bank = loaded(of, max_modes=2, max_mix=8)
+    bank.activate({"lokr0": 1.0, "gaws": 2.0})
+    before = bank.model(ids).logits
+    close(before, logits(judges, ids, {"lokr": 1.0, "gaws": 2.0}))
+    with pytest.raises(BankError, match=r"lokr0 and .*: their modes make more than a row has place for: .*max_modes"):
+        bank.activate(dict.fromkeys(names, 1.0))
+    assert torch.equal(bank.model(ids).logits, before)
 
 
 def test_all_is_fused_and_proven(folders, ids):
@@ -297,13 +330,6 @@ def test_a_bank_of_lora_is_as_wide_as_it_was(folders, ids):
         bank.load("gaws", folders["lokr_both"])
     assert [*bank] == before and torch.equal(bank.model(ids).logits, made)
 
-
-def test_a_bank_on_a_gpu_refuses_them(folders):
-    bank = AdapterBank(llama(), memory="8MB")
-    bank._all.blocks = True  # as it is there
-    with pytest.raises(BankError, match=r"x: .*q_proj is a Kronecker product, .* GPU holds LoRA and DoRA.* on a CPU"):
-        bank.load("x", folders["gaws"])
-    assert not list(bank)
 
 
 def test_too_much_for_a_pool_of_fewer_bits(folders):

@@ -77,7 +77,7 @@ def test_headers_are_read_once_for_all_kernels(headers, tmp_path, builds):
     assert right(3) and right(4) and builds == [("-include", str(headers))] * 2
 
 
-@pytest.mark.parametrize("harm", ["cut off", "spoilt"])
+@pytest.mark.parametrize("harm", ["cut off", pytest.param("spoilt", marks=pytest.mark.slow)])
 def test_harm_to_them_is_made_up_for(headers, builds, harm, caplog):
     caplog.set_level("INFO", "gawscompile")
     whole = (read := build._read(headers)).read_bytes()

@@ -81,6 +81,7 @@ BANKS = {name: SPECS[name] for name in ("bank", "bank_panels", "bank_beside_lora
     "bank_packed": "k=64 x=bf16; n=36 packed(int8 g=64 s=f32) out=bf16 bank(f32); n=20 w=bf16 out=bf16; "
     "n=24 packed(int8 g=64 s=f32) out=bf16 bank(bf16)",
 }
+SLOW_BANK = pytest.param("bank_packed", marks=pytest.mark.slow)  # test_packed has banks
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
 REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_wide_modes", "conv1d_bf16")
 """What the others would show too, but for sizes: kernels that take long to build or to judge."""
@@ -167,7 +168,7 @@ def test_gemm_of_one_mixture(libraries, name):
 
 
 @pytest.mark.parametrize(("rank", "threads"), [(3, 1), (16, 2), (40, 7)])
-@pytest.mark.parametrize("name", BANKS)
+@pytest.mark.parametrize("name", [*(name for name in BANKS if name != "bank_packed"), SLOW_BANK])
 def test_gemv_of_one_adapter(libraries, name, rank, threads):
     """Where all rows have one plain adapter, or none, rows of weights are multiplied by code of their own. It must not
     run where a row has another, none or both, nor where the adapter has a bias, is DoRA's or a mode."""

@@ -385,6 +385,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
 
 ONCE = {"rank_17", "transposed_odd", "backward", "gaws_crossing", "gaws_diag", "gawsd_both", "blocks_crossing"}
 ONCE |= {"lokr_low", "packed_uint8", "packed_fp4_coded", "packed_nf4_coded", "bank_beside", "bias_and_residual_odd"}
+ONCE |= {"bank_modes", "bank_modes_odd"}  # a tile of chains of one mode, and decode of longer ones
 """What the fast tests try with one number of tokens, beside all that is in `CORE`."""
 
 
@@ -392,7 +393,7 @@ def takes_long(case: str) -> bool:
     """Whether the interpreter is long at it, and others try what it does."""
     spec, _, tokens = case.rpartition("-m")
     repeats = case in ("bank_odd-m2", "packed_int8-m2", "packed_swiglu-m2")  # bank and packed_nf4 have two rows
-    once = "17" if f"{spec}-m17" in CASES else "2"
+    once = "6" if spec == "bank_modes" else "17" if f"{spec}-m17" in CASES else "2"
     return repeats or tokens in ("3", "5", "70") or (spec not in CORE and (spec not in ONCE or tokens != once))
 
 
@@ -426,6 +427,14 @@ def test_error_over_seeds(interpreted: dict[str, list[dict]]):
 def test_fp16_survives_a_large_scale(interpreted: dict[str, list[dict]]):
     (line,) = interpreted["overflow"]
     assert len(line) == 6 and all(error < 1e-3 for name, error in line.items() if name != "case")
+
+
+def test_each_stage_of_a_bank_s_chains_waits_for_the_one_before():
+    """The interpreter runs programs one after the other, in their order, so no number shows it."""
+    text = emit("k=64 x=bf16; n=48 w=bf16 out=bf16 lora(r=4 f32 s=2.0) bank(bf16 x6 modes=4)", "single_launch")
+    works = re.split(r"\n@triton.jit\n", text)
+    waits = [re.findall(r"wait\(flags, (\d), ", work) for work in works if "def project_gemv_" in work]
+    assert waits == [[], [], [], ["0"], ["1"], ["2"]]
 
 
 def test_replaced_factors_show_in_the_next_call(interpreted: dict[str, list[dict]]):

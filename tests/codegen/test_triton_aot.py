@@ -22,6 +22,7 @@ from tests.codegen.triton_specs import (
     BACKWARD,
     BACKWARD_NARROW,
     BANK,
+    BANK_MODES,
     CONV1D,
     CROSSING,
     DORA,
@@ -79,8 +80,10 @@ def _checked(compiled: Compiled, registers: int | None) -> None:
 FAST = ("cuda:90", "hip:gfx942")
 ON_ALL = [(LLAMA, SINGLE), (LLAMA, TILE)]
 ON_ONE = [(GAWS, KRON), (LOKR, SINGLE), (DORA, SINGLE), (GIVEN, TILE), (BANK, SINGLE)]
+ON_ONE += [(BANK_MODES, SINGLE)]
 """Kernels that the fast tests compile for NVIDIA and for AMD, and for NVIDIA alone."""
 OTHERS = [(LLAMA, GEMM), (GAWSD, KRON), (LOKR, TILE), (SWIGLU, SINGLE), (GIVEN, STREAM), (BANK, TWO), (BANK, GEMM)]
+OTHERS += [(BANK_MODES, plan) for plan in (TWO, TILE, GEMM)]
 OTHERS += [(SWIGLU, TILE), (BANK, TILE), (BACKWARD, TILE), (BACKWARD, GEMM), (BACKWARD_NARROW, STREAM)]
 
 
@@ -105,8 +108,11 @@ def test_every_target(spec: KernelSpec, plan: Plan, target: str):
 @pytest.mark.parametrize(
     "target", [one if one == FAST[0] else pytest.param(one, marks=pytest.mark.slow) for one in TARGETS]
 )
-@pytest.mark.parametrize("plan", [SINGLE, TILE], ids=str)
-@pytest.mark.parametrize("spec", [NF4, INT8], ids=["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("spec", "plan"),
+    [(NF4, SINGLE), (NF4, TILE), (INT8, SINGLE), pytest.param(INT8, TILE, marks=pytest.mark.slow)],
+    ids=["nf4-single", "nf4-tile", "int8-single", "int8-tile"],
+)
 def test_packed_weights_on_every_target(spec: KernelSpec, plan: Plan, target: str):
     """A step has as many codes as it has weights of 16 bits elsewhere, so loads are narrower: a tile's lies within a
     group, and a wave of AMD's has twice the lanes."""
@@ -144,7 +150,7 @@ def test_no_loop_has_a_name_of_another(spec: KernelSpec, plan: Plan):
         (CONV1D, SINGLE),
         (CROSSING, SINGLE),
         (SWIGLU, REDUNDANT),
-        (SWIGLU, GEMM),
+        pytest.param(SWIGLU, GEMM, marks=pytest.mark.slow),
         (QKV, Plan("single_launch", 4)),
         (QKV, Plan("single_launch", 32)),
     ],

@@ -29,6 +29,7 @@ ADDED = {
     "gaws": "lora(r=16 bf16 s=2.0) kron(4*128x{quarter}*1 f32 s=1.0)",
     "lokr": "kron(1*16x16*{sixteenth} f32 s=1.0) lora(r=8 bf16 s=1.0)",
     "bank": "bank(f32 x4)",
+    "bank of modes": "bank(f32 x4 modes=3)",
     "beside a bank": "lora(r=16 f32 s=2.0) bank(f32 x4)",
     "given": "given(r=16 f32 z=f32) lora(r=16 f32 s=2.0)",
     "scaled": "rowscale=f32 lora(r=16 f32 s=2.0)",

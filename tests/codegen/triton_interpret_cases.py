@@ -136,7 +136,7 @@ def bank(spec: KernelSpec, pool: Operand, m: int, generator: torch.Generator) ->
     total = spec.projections[pool.projection]
     assert total.banked is not None and total.banked.width is not None
     rows = max(rows for rows in (1, 2, 3, 5, 14) if m % rows == 0)
-    return banked.drawn(rows, total.banked.width, spec.k, total.n, generator, blocks=True)
+    return banked.drawn(rows, total.banked.width, spec.k, total.n, generator, total.banked.longest)
 
 
 def reference(p: Problem, i: int, without: str = "") -> Tensor:

@@ -48,6 +48,7 @@ KRONECKER = {
     "crossing": CROSSING,
 }
 BANK = llama(*["bank(bf16 x16)"] * 3)
+BANK_MODES = llama(*["bank(bf16 x16 modes=2)"] * 3)
 BACKWARD = KernelSpec.parse("k=3072 x=bf16; n=8192 wt=bf16 out=bf16 residual=bf16 given(r=16 f32 z=f32)")
 BACKWARD_NARROW = KernelSpec.parse("k=8192 x=bf16; n=16 wt=f32 out=f32")
 """dx = Wᵀ dy + Aᵀ v, added to the gradients of x that are there already, and v = Bᵀ dy."""

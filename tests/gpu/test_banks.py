@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import gawscompile
+from gawscompile.adapters import GAWSConfig
 from gawscompile.banks.checkpoints import BankError
 from gawscompile.calibration import gpu_timing
 from gawscompile.observe.store import RECORDS
@@ -62,6 +64,43 @@ def test_a_graph_replays_with_what_is_active(judged: Any, device: str):
     want = by_row(judge, ids, [{"b": 2.0}])
     alike(recorded.replay(), want)
     alike(compiled(input_ids=ids, use_cache=False).logits, want)
+
+
+@torch.no_grad()
+def test_a_graph_replays_with_chains_of_modes(llama: Callable[..., Any], device: str):
+    """GAWS and LoKr beside LoRA in a batch, then one of them, in a mix, and none."""
+    judge = llama()
+    small = {"target_modules": ["q_proj", "down_proj"]}
+    configs = {"g": GAWSConfig(**small, input_splits=4), "k": peft.LoKrConfig(**small, r=16, alpha=24)}
+    bank = gawscompile.AdapterBank(copy.deepcopy(judge), memory="4MB", max_ranks=64, max_rows=4, max_modes=2)
+    model, judges = bank.model, {"default": judge}
+    for name, config in configs.items():
+        judges[name] = peft.get_peft_model(llama().unload(), config, autocast_adapter_dtype=False)
+        for key, parameter in judges[name].named_parameters():
+            if "GAWS" in key or "lokr_" in key:
+                torch.nn.init.normal_(parameter, std=0.2)
+        bank.load(name, judges[name])
+
+    def want(ids: torch.Tensor, choices: list[Any]) -> torch.Tensor:
+        rows = []
+        for row, choice in enumerate(choices):
+            with contextlib.ExitStack() as off:
+                if choice is None:
+                    off.enter_context(judge.disable_adapter())
+                rows.append(judges[choice or "default"](input_ids=ids[row : row + 1], use_cache=False).logits)
+        return torch.cat(rows)
+
+    ids = torch.randint(0, 64, (4, 1), device=device)
+    mark = len(RECORDS)
+    compiled = torch.compile(model, backend="gaws", dynamic=False, options=STRICT)
+    recorded = gpu_timing.Recorded(lambda: compiled(input_ids=ids, use_cache=False).logits)
+    groups = [group for record in RECORDS.since(mark) for group in record.groups]
+    assert sum(group.spec.count("bank(bf16 x4 modes=2)") for group in groups) == 7 * model.config.num_hidden_layers
+    for choice in (["g", "k", "default", None], ["k"] * 4, [None, "g", "g", "k"], [None] * 4):
+        bank.activate(choice)
+        got = recorded.replay().clone()
+        torch.cuda.synchronize()
+        alike(got, want(ids, choice))
 
 
 @torch.no_grad()

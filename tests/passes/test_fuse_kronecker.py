@@ -270,7 +270,7 @@ def adapted(model, kind):
     return model
 
 
-@pytest.mark.parametrize("kind", ["gaws", pytest.param("gawsd", marks=pytest.mark.slow), "lokr"])
+@pytest.mark.parametrize("kind", ["gaws", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gawsd", "lokr"))])
 @pytest.mark.parametrize(
     "name", ["Llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("GPT-2", "RoBERTa", "T5"))]
 )
