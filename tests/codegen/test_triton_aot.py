@@ -99,10 +99,11 @@ def _targeted(spec: KernelSpec, plan: Plan, target: str) -> Any:
 )
 def test_every_target(spec: KernelSpec, plan: Plan, target: str):
     for compiled in ahead.compile_plan(spec, plan, target):
-        # a tile of gate and up keeps both its sums in registers, and one of a bank's modes what a mode makes
-        wide = plan is TILE and spec in (SWIGLU, BANK_MODES)
-        # 16 bytes of a chain's sizes, outside of the loops
-        _checked(compiled, None if target.startswith("hip") or wide else 128, 16 if wide and spec is BANK_MODES else 0)
+        # a tile of gate and up keeps both its sums in registers, and one of a bank's modes what a mode makes, and in
+        # memory 16 bytes of a chain's sizes, outside of the loops
+        modes = spec is BANK_MODES and plan in (TILE, GEMM)
+        wide = modes or (spec is SWIGLU and plan is TILE)
+        _checked(compiled, None if target.startswith("hip") or wide else 128, 16 if modes else 0)
         widths = compiled.loads.get("w", {16: 1})
         assert set(widths) == {16}, f"{compiled.name} loads W by {widths}"
 
