@@ -46,6 +46,13 @@ TRITON = {
         "tests/codegen/test_triton_aot.py::test_weights_stream_before_the_wait_and_u_is_read_after_it",
         unproven=ON_GPUS,
     ),
+    "Triton: a mode of one row's adapter computed for all rows of a tile": Fault(
+        BANK_MODES,
+        "v.both_ok.let(v.mine[:, None] & v.row_ok[None, :])",
+        "v.both_ok.let(v.token_ok[:, None] & v.row_ok[None, :])",
+        f"{NUMBERS}[bank_modes_odd-m6]",
+        unproven=ON_GPUS,
+    ),
     "Triton: only the first modes of a bank's chains are waited for": Fault(
         GEMV,
         " + [b.longest - 2 for _, b, _ in self.banks()]",

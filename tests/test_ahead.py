@@ -156,7 +156,7 @@ def test_explain_has_the_backward(in_training: list[str], capsys: pytest.Capture
     assert "down_proj (backward)" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # test_triton_aot has kernels of the backward
+@pytest.mark.slow  # traces and compiles a training step: test_training has the fast ones
 def test_emit_has_the_backward(in_training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     assert cli.main(["emit", *in_training, "--target", "cuda:90", "--out", str(out), "--adapter", "lora"]) == 0

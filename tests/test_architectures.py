@@ -13,7 +13,7 @@ from tests.graphs import capture, tokens
 from tests.numerics import error_ratio
 
 FEW = ("Llama", "GPT-2")
-"""Of decoders one with linears and one with Conv1D; the others are slow tests. T5 decodes below."""
+"""Of decoders one with linears and one with Conv1D; the others are slow tests."""
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -63,6 +65,13 @@ def test_a_sharing_copy_has_modules_of_its_own_and_the_same_weights():
     assert twin.scale is model.scale
     twin.first = torch.nn.Identity()
     assert isinstance(model.first, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("spec", ["k=40 x=f32; n=24 w=f32 out=f32 bank(f32); n=9 w=f32 out=f32 lora(r=3 f32 s=2.0)"])
+def test_groups_with_a_bank_are_timed_with_one_adapter(spec):
+    group = SimpleNamespace(program=f"gemv_cpp | {spec}", tokens="1", measured=None)
+    measure.measure_groups([group], rounds=3)
+    assert group.measured > 0
 
 
 def test_eager_stays_as_it_is_and_compiling_counts_graphs():

@@ -21,7 +21,7 @@ from gawscompile.adapters import GAWSConfig
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.observe.store import RECORDS
 from tests.architectures import ARCHITECTURES
-from tests.graphs import randomise, small_llama, tokens
+from tests.graphs import capture, randomise, small_llama, tokens
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """PEFT's "all-linear" takes no linear of HQQ's."""
@@ -212,13 +212,12 @@ def values(output):
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.mark.slow  # the zoo has a base with adapters
 def test_without_adapters_a_quantised_base_is_fused_too():
     base = small_llama(layers=1, lora=None)
     quantized.quantize(base, "int8", set(linear_sizes(base)))
-    report = explain(base, tokens(1, 1), use_cache=False)
-    assert {entry.operators for entry in report.linears if "q_proj" in entry.path} == {"Packed[int8 64x64]"}
-    assert {entry.reason for entry in report.linears if "lm_head" not in entry.path} == {None}
+    linears = capture(base, tokens(1, 1), use_cache=False, kernels=True).until().record.linears
+    assert {entry.operators for entry in linears if "q_proj" in entry.path} == {"Packed[int8 64x64]"}
+    assert {entry.reason for entry in linears if "lm_head" not in entry.path} == {None}
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_steps_follow_the_optimizer_and_nothing_recompiles():
     assert losses[1][0] != losses[1][2]
 
 
-@pytest.mark.slow  # test_warm_start has a forward from the cache
+@pytest.mark.slow  # compiles forward and backward twice; test_warm_start has a forward from the cache
 def test_a_backward_from_the_cache_runs_without_python_too():
     """There it comes with the forward, and with the forward's inputs."""
     model, x = adapted(width=64), torch.randn(2, 40, 64)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from gawscompile.banks import layouts, listing, schedules
-from gawscompile.banks.kronecker import Chain
+from gawscompile.banks.kronecker import LONGEST, Chain
 from gawscompile.banks.layer import Shared
 from gawscompile.banks.listing import Info
 from gawscompile.banks.models import active_of, adapters_of, attach, linears
@@ -63,8 +63,8 @@ class AdapterBank(Source):
     `dtype`: of the factors in the pool; by default that of a PeftModel's factors, else the model's.
     `max_mix`: adapters that one row can mix. `max_adapters`: resident ones, if that is to be limited too.
     `max_modes`: mode products of each of them, for LoKr, which has two to four: a row has place for
-    ``max_mix * max_modes``. All others count as one. No less than the PeftModel's adapters have. On a GPU, Kronecker
-    adapters have kernels where it is given: 1 for GAWS and GAWS-D; each further one takes a launch more.
+    ``max_mix * max_modes``. All others count as one. No less than the PeftModel's adapters have. On a GPU, kernels
+    compute Kronecker adapters only if it is given, or the PeftModel has some: 1 for GAWS and GAWS-D, 2 to 4 for LoKr.
     On a GPU, `max_ranks`: ranks of all adapters of one row together, in blocks of 16, and a mode product counts as a
     block; `max_rows`: rows that can have adapters of their own.
 
@@ -110,6 +110,8 @@ class AdapterBank(Source):
         for limit, value in limits.items():
             if value is not None and value < 1:
                 raise BankError(f"{limit}={value}: it counts from 1 on")
+        if max_modes is not None and max_modes > LONGEST:
+            raise BankError(f"max_modes={max_modes}: no adapter has more than {LONGEST}")
         size = bytes_of(memory) // dtype.itemsize
         if size < UNIT:
             raise BankError(f"memory={memory!r} holds no adapter")

@@ -27,6 +27,9 @@ G = {"GAWS": "GAWS.weight", "GAWSD": "GAWSD"}
 PARTS = {**{kind: (g, DIAG) for kind, g in G.items()}, "LOKR": (W1, W1_A, W1_B, W2, W2_A, W2_B)}
 """What a checkpoint of each type has for a module."""
 
+LONGEST = 4
+"""Modes that a chain can have."""
+
 FOREIGN = {
     "lokr_t2": "it is of a convolution: train LoKr on linears only",
     "": "it is no part of such an adapter on a linear: train without modules_to_save",

@@ -255,13 +255,14 @@ class Residents:
 
     def _check_chain(self, who: str, chain: Chain) -> None:
         """The same for a Kronecker adapter on a GPU."""
-        if len(chain.modes) > self.modes:
-            has = f"a chain of mode products of length {len(chain.modes)}, and this bank's kernels are for {self.modes}"
-            raise BankError(f"{who}: {has}: AdapterBank(max_modes=…)")
+        count = len(chain.modes)
+        if count > self.modes:
+            limit = f"takes at most {self.modes}" if self.modes else "was made for LoRA and DoRA alone"
+            raise BankError(f"{who}: {count} mode product(s), and this bank {limit}: AdapterBank(max_modes={count})")
         place = between(self.modes, chain.modes[0].inputs, chain.modes[-1].outputs)
         large = any(mode.matrix.numel() >= 1 << 31 for mode in chain.modes)
         if large or sum(mode.outputs for mode in chain.modes[:-1]) > place:
-            raise BankError(f"{who}: its modes make more, or are larger, than a GPU's kernels take: serve it on a CPU")
+            raise BankError(f"{who}: its modes are larger, or make more numbers, than a bank on a GPU has place for")
 
     def _fill(self, held: Held, adapter: Adapter) -> None:
         """Copy the factors into their runs, and write their entries."""

@@ -228,6 +228,7 @@ def measure_groups(groups: Iterable[Any], rounds: int = 15) -> None:
 
 
 def _seconds(program: Any, tokens: int, rounds: int) -> float:
+    from gawscompile.ir import banked
     from gawscompile.ir.types import SCALE_DTYPES
     from gawscompile.runtime import ops
 
@@ -238,8 +239,14 @@ def _seconds(program: Any, tokens: int, rounds: int) -> float:
         numbers = torch.randn([tokens if size == "m" else int(size) for size in sizes], device=device)
         return numbers.to(SCALE_DTYPES[dtype])
 
-    spec = program.spec
-    x, operands = made(("m", spec.k), spec.x), [made(o.shape, o.dtype) for o in spec.operands()]
+    spec, operands = program.spec, []
+    for o in spec.operands():
+        if o.table and (bank := spec.projections[o.projection].banked):
+            schedule, numbers = banked.usual(spec.k, bank.n, bank.width)
+            operands.append(made([numbers], o.dtype) if o.role == "pool" else schedule.to(device))
+        else:
+            operands.append(made(o.shape, o.dtype))
+    x = made(("m", spec.k), spec.x)
     size = sum(tensor.nbytes for tensor in operands)
     sets = [operands, *([tensor.clone() for tensor in operands] for _ in range(min(COLD // max(size, 1), 63)))]
     text = str(program)

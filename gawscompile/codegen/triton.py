@@ -124,7 +124,7 @@ def plans(spec: KernelSpec) -> list[Plan]:
     """Every plan that can run `spec`. Raises `SpecError` as `emit` does."""
     check_spec(spec)
     gemv = Gemv(spec, GEMV_ROWS[0])
-    few = GEMV_ROWS[1:] if gemv.written else GEMV_ROWS  # 32 rows and a chain of modes after them spill on sm_80
+    few = GEMV_ROWS[1:] if gemv.chains else GEMV_ROWS  # 32 rows and a chain of modes after them spill on sm_80
     applying = {name: kind for name, kind in PLANS.items() if kind.applies(spec, gemv)}
     return [Plan(name, rows) for name, kind in applying.items() for rows in (few if kind.decodes else (None,))]
 
@@ -311,6 +311,7 @@ def _computes(style: Style, stage: int) -> str:
     modes = [product.describe(i) for i, product in style.written if product.launch == stage]
     parts = ["s A x for every low-rank term"] * (stage == 0 and bool(style.terms()))
     parts += ["s A x by every bank's schedule"] * (stage == 0 and bool(style.banks()))
+    parts += ["what its modes make for the next ones"] * any(bank.longest - 1 > stage for _, bank, _ in style.banks())
     return ", ".join(parts + ["mode products " + ", ".join(modes)] * bool(modes))
 
 

@@ -1,11 +1,12 @@
 """Kronecker adapters of a bank, in Triton: chains of mode products whose sizes stand in the schedule (`ir.banked`).
 
-What all modes of a chain but the last one make lies in columns of u behind those of the bank's ranks, one mode's after
-the other's, in fp32. Each launch that shrinks makes what the modes at one place of their chains make. The last mode is
-an epilogue of the base's rows, and reads those columns, or x where the chain has one mode.
+A chain ``s M_p … M_1 x`` is computed mode by mode. The first launch computes the first mode of every chain, the next
+launch the second, and so on, but for the last mode of a chain. Results lie in u in fp32, behind the columns of the
+bank's ranks, one mode after the other. The last mode is an epilogue of the base's rows. It reads the result of the mode
+before it, or x where the chain has one mode.
 
-Sizes are unknown here, so each number is a dot of a row of G and of every `after`-th number of the input. In a tile of
-tokens these are multiplied one by one: there is no `tl.dot`.
+The kernel reads the sizes of a mode from the schedule. Number ``(b, o, a)`` of a result is the dot of row o of G and of
+the numbers ``(b, i, a)`` of the mode's input. A tile of tokens computes it without `tl.dot`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from gawscompile.codegen.triton_text import Code, fn, shape, store, v
 from gawscompile.ir.operators import Banked
 
 PROGRAMS = 64
-"""That make what the modes before the last ones make of a token or of a tile, for each bank; fewer for small ones."""
+"""The most programs that compute the modes of a launch, for each token (or tile) and bank."""
 
 ROWS = 16
-"""Numbers that a program of a shrinking launch makes at a time."""
+"""A program of a launch that writes u computes so many numbers at a time."""
 
 COLUMNS = 64
-"""Of G that a program for one token multiplies at a time."""
+"""A program for one token multiplies so many columns of G at a time."""
 
 
 def programs(term: Banked, k: int) -> int:
-    """That share what modes at one place of their chains make."""
+    """How many programs compute the modes of a launch."""
     return min(PROGRAMS, -(-term.between(k) // ROWS))
 
 
@@ -33,8 +34,8 @@ def programs(term: Banked, k: int) -> int:
 
 
 def _sizes(term: Banked) -> list[Code]:
-    """G's rows (`high`) and columns (`wide`); how far the numbers lie apart that one of them is made of; what it takes
-    and makes. An entry that is no mode takes and makes nothing."""
+    """The sizes of the mode ``I_slices ⊗ G ⊗ I_apart`` of the entry `use`: G has `high` rows and `wide` columns.
+    `after` is `apart`, negated where the chain goes on. An entry that is no mode has no columns."""
     mode, after, nothing = v.mode, field(v.use, 5), Code("0")
     return [
         mode.let(field(v.use, 2) < 0),
@@ -47,7 +48,8 @@ def _sizes(term: Banked) -> list[Code]:
 
 
 def _follow(term: Banked) -> list[Code]:
-    """The place in its chain that the next entry has, and where in u what it takes would end, if that is in u."""
+    """Update `place`, the number of the next entry in its chain, and `behind`, where the results of all modes so far
+    end in u."""
     if term.longest < 2:
         return []
     goes_on = v.mode & (v.after < 0)
@@ -58,12 +60,12 @@ def _follow(term: Banked) -> list[Code]:
 
 
 def begin(term: Banked) -> list[Code]:
-    """Before the first entry of a row."""
+    """Set `place` and `behind` for the first entry of a row."""
     return [v.place.let(Code("0")), v.behind.let(Code("0"))] * (term.longest > 1)
 
 
 def _positions(numbers: Code) -> list[Code]:
-    """Where the row of G begins that each of the `numbers` is made of, and where in the input its numbers begin."""
+    """For each of the `numbers` of a result: where its row of G begins, and where in the input its first number is."""
     return [
         v.from_g.let(factor(v.use, 0)),
         v.from_g.let(numbers // v.apart % v.high * v.wide, "+="),
@@ -72,7 +74,7 @@ def _positions(numbers: Code) -> list[Code]:
 
 
 def _made_before() -> Code:
-    """Where what the entry takes begins, behind the columns of ranks."""
+    """Where in u the result of the mode before begins, behind the columns of the ranks."""
     return v.behind - v.slices * v.wide * v.apart
 
 
@@ -93,8 +95,8 @@ def _dots_of_one(source: Code, has: str, dtype: str, columns: Code, ok: Code | N
 
 
 def stage_of_one(term: Banked, place: int, k: int, x: str) -> list[Code]:
-    """What the modes at `place` of their chains make for one token, unless they are the last: a program's share. u is
-    where the columns behind the ranks begin."""
+    """One program's share of the modes with number `place` in their chains, for one token. `u` points behind the
+    columns of the ranks. The last mode of a chain is left to `add_to_one`."""
     source, has = (v.x, x) if place == 0 else (v.u + _made_before(), "f32")
     piece = [
         v.rows.let(v.piece * ROWS + fn("tl.arange", 0, ROWS)),
@@ -137,8 +139,8 @@ def add_to_one(term: Banked, offset: int, x: str, ok: Code | None) -> list[Code]
 
 
 def _sources(term: Banked, x: Code, u: Code, dtype: str) -> list[tuple[Code, str, Code]]:
-    """What an entry that ends a chain takes its numbers from, with their dtype, and how many columns of G it has if it
-    takes them from there."""
+    """The inputs that the last mode of a chain can have, x and u: a pointer, the dtype, and the number of G's columns
+    to multiply, which is 0 unless this is the input."""
 
     def columns(where: Code) -> Code:
         return fn("tl.where", where, v.wide, 0)
@@ -195,7 +197,8 @@ def add_to_tile(term: Banked, offset: int, x: str, ok: Code | None) -> list[Code
         *_positions(v.row),
         v.part.zeros(shape(v.BLOCK_M, v.BLOCK_N)),
         *(line for source, has, wide in sources for line in _dots_of_tile(source, has, term.dtype, wide, ok, both)),
-        v.acc.let(v.part * field(v.use, 4, "f32"), "+="),
+        v.weight.let(field(v.use, 4, "f32")),
+        v.acc.let(fn("tl.where", v.mine[:, None], v.part * v.weight, Code("0.0")), "+="),
         *_follow(term),
     ]
     return [*begin(term), *v.use.each(fn("range", v.count), step)]

@@ -223,7 +223,7 @@ class SingleLaunch(Gemv):
     shrinking, of the programs that have published, and one of those that have waited; the last of these clears them.
 
     On AMD a release waits for the stores of its own wave alone, and `publish` counts from the first: that wave holds
-    all that a program writes to u, since the columns are at most GEMV_ROWS[0] = 32 and a wave has 64 lanes.
+    all that a program writes to u, since it writes at most GEMV_ROWS[0] = 32 columns at a time and a wave has 64 lanes.
     """
 
     keeps_state = True

@@ -366,10 +366,19 @@ def dividing(blocks: tuple[int, ...], size: int, periods: Iterable[int]) -> tupl
 def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], most: int) -> tuple[int, ...]:
     """Those of `blocks` (descending) up to `most` of which a grid can hold as many as there are, or larger ones."""
     rows = sum(p.n for p in spec.projections)
-    columns_of_u = sum(columns(spec, p).width for p in spec.projections)  # each may have a program in the same launch
-    programs = MAX_ROW_BLOCKS - len(spec.projections) - columns_of_u  # and each W one more for its last rows
+    shrinking = sum(_shrinking(spec, p) for p in spec.projections)  # these may be in the same launch
+    programs = MAX_ROW_BLOCKS - len(spec.projections) - shrinking  # and each W one more for its last rows
     enough = tuple(block for block in blocks if rows <= block * programs) or blocks[:1]
     return tuple(block for block in enough if block <= most) or enough[-1:]
+
+
+def _shrinking(spec: KernelSpec, p: Sum) -> int:
+    """The most programs that write to the columns of u of `p`: one for each column, and those of its bank."""
+    width, bank = columns(spec, p).width, p.banked
+    if bank is None:
+        return width
+    stages = max(bank.longest - 1, 0) * bank_modes.programs(bank, spec.k)
+    return width - bank.between(spec.k) + stages
 
 
 def with_offsets(p: Sum) -> list[tuple[LowRank, int]]:

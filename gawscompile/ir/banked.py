@@ -24,7 +24,8 @@ all its adapters together, rounded up to whole vectors. What modes make is not i
 
 For a GPU, whose kernels want sizes that are known, an adapter lies in blocks of `BLOCK` ranks. Each is an entry of its
 own, with A ``[BLOCK, k]`` and B ``[n, BLOCK]``, zeros where ranks are missing. So rb is BLOCK there, and the other
-summands take the last columns of the last block. What all modes but the last of each chain make has `between` places.
+summands take the last columns of the last block. A mode is an entry as on a CPU; what a row's modes pass on to the next
+ones of their chains may be `between` numbers of each token.
 """
 
 from __future__ import annotations
@@ -56,9 +57,14 @@ def usual_bytes(dtype: torch.dtype, k: int, n: int) -> int:
 
 
 def between(modes: int, k: int, n: int) -> int:
-    """Numbers of a token for what modes make that are not the last of their chains, where a GPU's kernels are for
-    chains of up to `modes`: all of a row together."""
+    """Numbers that the modes of a row can pass on for each token, where a GPU's kernels take chains of `modes`."""
     return max(modes - 1, 0) * max(k, n)
+
+
+def usual(k: int, n: int, width: int | None) -> tuple[torch.Tensor, int]:
+    """A schedule of one row with one adapter of the usual rank, and how many numbers its pool needs: for timing."""
+    b = -(-USUAL_RANK * k // UNIT)
+    return pack([[Use(0, b, USUAL_RANK, USUAL_RANK, 1.0, 0.0)]], width or 1), b * UNIT + USUAL_RANK * n
 
 
 class Use(NamedTuple):

@@ -319,7 +319,9 @@ class Banked(NamedTuple):
         return banked.between(self.longest, k, self.n)
 
     def apply(self, x: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        made: torch.Tensor = torch.ops.gaws.banked(x, self.pool, self.schedule, base, bias)  # which can be traced
+        modes = [self.longest] * bool(self.longest)
+        banked_ = torch.ops.gaws.banked  # which can be traced
+        made: torch.Tensor = banked_(x, self.pool, self.schedule, base, bias, *modes)
         return made
 
     def features(self, k: Any) -> Any:

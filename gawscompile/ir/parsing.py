@@ -70,7 +70,7 @@ def _kron(text: str, n: int, k: int) -> Kronecker:
 
 
 def _bank(text: str, n: int, k: int) -> Banked:
-    dtype, width, modes = _words("bank", r"(\w+)(?: x(\d+)(?: modes=(\d+))?)?", text).groups()
+    dtype, width, modes = _words("bank", r"(\w+)(?: x(\d+))?(?: modes=(\d+))?", text).groups()
     pool, schedule = TensorType((ANY,), known(dtype)), TensorType((ANY, ANY, ANY), "i32")
     return Banked(pool, schedule, n, int(width) if width else None, int(modes or 0))
 

@@ -11,9 +11,9 @@ is the same in C++ (`banks.cpp`), which `passes.join_banks` puts in its place: a
 it.
 
 ``banked`` is what a module's adapters add to its `base`, which is ``W x + bias``: x ``[..., k]`` and base ``[..., n]``
-→ ``[..., n]`` of x's dtype, by the module's part of the snapshot, ``[rows + 1, width, FIELDS]``. `modes`: those of its
-chains at most, where a GPU's kernels are to know. `passes.join_banks` joins it with the projection whose adapters it
-brings. Where nobody compiles, it runs in plain torch. It has gradients
+→ ``[..., n]`` of x's dtype, by the module's part of the snapshot, ``[rows + 1, width, FIELDS]``. `modes` is the length
+of the longest chain of mode products that a GPU's kernel takes. `passes.join_banks` joins it with the projection whose
+adapters it brings. Where nobody compiles, it runs in plain torch. It has gradients
 by x, base and bias.
 """
 

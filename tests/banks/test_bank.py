@@ -221,7 +221,6 @@ def test_a_batch_of_other_rows(judge, ids):
         model(ids)
 
 
-@pytest.mark.slow  # kernels: test_cpp's bank_panels
 def test_16_bits(ids):
     judge = adapted("ac", torch.bfloat16)
     model, bank = with_bank(judge)

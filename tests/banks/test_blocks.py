@@ -95,7 +95,7 @@ def test_what_has_no_place_is_refused(ids, tmp_path):
     with pytest.raises(BankError, match=r"a and c: 4 blocks of 16 ranks, .* place for 3: AdapterBank\(max_ranks=…\)"):
         bank.activate({"a": 1.0, "c": 1.0})
     test_kronecker.judged("lokr").save_pretrained(tmp_path)
-    with pytest.raises(BankError, match=r"k, .*: a chain .* of length 2, .* are for 0: .*\(max_modes=…\)"):
+    with pytest.raises(BankError, match=r"k, .*: 2 mode product\(s\), .*for LoRA and DoRA alone: .*\(max_modes=2\)"):
         bank.load("k", tmp_path)
     assert torch.equal(model(ids).logits, before)
 

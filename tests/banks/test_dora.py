@@ -169,7 +169,7 @@ def gpt2(**settings: Any) -> peft.PeftModel:
     return randomised(model)
 
 
-@pytest.mark.slow  # kernels: test_cpp's banks have biases beside DoRA's scale
+@pytest.mark.slow  # test_cpp's banks have biases beside DoRA's scale; which linears have one, test_checkpoints
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 def test_biases_are_not_scaled(bias, tmp_path):
     """GPT-2's linears have one, and weights kept as [in, out]."""

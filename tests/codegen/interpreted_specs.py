@@ -78,8 +78,7 @@ BANKS = {
     " n=24 w=f32 out=f32 bank(f32 x8)",
     "bank_beside": f"k=64 x=bf16; n=24 wt=bf16 out=bf16{_lora(16)} kron(4*6x16*1 f32 s=1.0) bank(f32 x4)",
     "bank_modes": "k=64 x=bf16; " + "; ".join(f"n={n} w=bf16 out=bf16 bank(bf16 x4 modes=1)" for n in (48, 32)),
-    "bank_modes_odd": f"k=36 x=f32; n=30 w=f32 out=f32 bias=f32 residual=f32{_lora(3)} bank(f32 x9 modes=4);"
-    " n=24 w=f32 out=f32 bank(f32 x5 modes=4)",
+    "bank_modes_odd": f"k=36 x=f32; n=30 w=f32 out=f32 bias=f32 residual=f32{_lora(3)} bank(f32 x9 modes=4)",
     "bank_modes_swiglu": "k=48 x=bf16 swiglu; " + "; ".join(["n=36 w=bf16 out=bf16 bank(f32 x7 modes=3)"] * 2),
     "bank_swiglu": "k=64 x=f16 swiglu; n=40 w=f16 out=f16 bank(f16 x2); n=40 w=f16 out=f16 bank(f16 x2)",
 }

@@ -81,7 +81,7 @@ BANKS = {name: SPECS[name] for name in ("bank", "bank_panels", "bank_beside_lora
     "bank_packed": "k=64 x=bf16; n=36 packed(int8 g=64 s=f32) out=bf16 bank(f32); n=20 w=bf16 out=bf16; "
     "n=24 packed(int8 g=64 s=f32) out=bf16 bank(bf16)",
 }
-SLOW_BANK = pytest.param("bank_packed", marks=pytest.mark.slow)  # test_packed has banks
+SLOW_BANK = pytest.param("bank_packed", marks=pytest.mark.slow)  # takes long to build
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
 REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_wide_modes", "conv1d_bf16")
 """What the others would show too, but for sizes: kernels that take long to build or to judge."""

@@ -99,8 +99,8 @@ def _targeted(spec: KernelSpec, plan: Plan, target: str) -> Any:
 )
 def test_every_target(spec: KernelSpec, plan: Plan, target: str):
     for compiled in ahead.compile_plan(spec, plan, target):
-        # a tile of gate and up keeps both its sums in registers, and one of a bank's modes what a mode makes, and in
-        # memory 16 bytes of a chain's sizes, outside of the loops
+        # A tile of gate and up keeps both its sums in registers; one of a bank's modes keeps two sums, and spills up to
+        # 16 bytes outside of the loops.
         modes = spec is BANK_MODES and plan in (TILE, GEMM)
         wide = modes or (spec is SWIGLU and plan is TILE)
         _checked(compiled, None if target.startswith("hip") or wide else 128, 16 if modes else 0)

@@ -10,7 +10,7 @@ from gawscompile.debug.regions import regions
 from tests.graphs import small_llama, tokens
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # compiles a model of two layers three times; smaller ones below
 def test_regions_are_told_as_in_the_whole():
     model = small_llama(layers=2)
     whole = explain(model, tokens(1, 3), use_cache=False)

@@ -68,7 +68,7 @@ def test_a_graph_replays_with_what_is_active(judged: Any, device: str):
 
 @torch.no_grad()
 def test_a_graph_replays_with_chains_of_modes(llama: Callable[..., Any], device: str):
-    """GAWS and LoKr beside LoRA in a batch, then one of them, in a mix, and none."""
+    """GAWS and LoKr beside LoRA in a batch, then LoKr for all rows, then some and none."""
     judge = llama()
     small = {"target_modules": ["q_proj", "down_proj"]}
     configs = {"g": GAWSConfig(**small, input_splits=4), "k": peft.LoKrConfig(**small, r=16, alpha=24)}

@@ -69,7 +69,6 @@ def saved(function, *inputs):
     return kept
 
 
-@pytest.mark.slow  # compiles forward and backward; the tags below say the same
 def test_neither_a_product_nor_what_a_norm_gives_is_saved():
     model, h = Layer(), drawn(3, 7, N)
     x = model.norm(h)
