@@ -220,6 +220,13 @@ RUNTIME: dict[str, Fault] = {
         "tests/banks/test_bank.py::test_compiled_once_for_all",
         unproven=A_CHANGE,
     ),
+    "a switch that takes what was made of the adapter before": Fault(
+        "runtime/banks.cpp",
+        "    own->second.active = active;\n",
+        "",
+        "tests/banks/test_bank.py::test_compiled_once_for_all",
+        unproven=A_CHANGE,
+    ),
     "a weight that is taken for a mode's width": Fault(
         "banks/schedules.py",
         "where=part[:, :, 2] >= 0",

@@ -44,7 +44,7 @@ from gawscompile.ir.banked import BLOCK, FIELDS, UNIT, between
 from gawscompile.ir.types import DTYPE_NAMES
 from gawscompile.planning import devices
 from gawscompile.planning.targets import CPP, target_of
-from gawscompile.runtime.banked import SOURCES, Source, publish, retract, taken
+from gawscompile.runtime.banked import SOURCES, Source, publish, retract, switch, taken
 
 __all__ = ["AdapterBank", "BankError", "Info"]
 
@@ -228,7 +228,7 @@ class AdapterBank(Source):
                 if held is not None and held.entries is not None:
                     held.used = time.time()
                     self._rows[None] = (((held, 1.0),),)
-                    self._changed()
+                    self._changed(held.number)
                     return
         self._choose(adapters, None)
 
@@ -304,10 +304,13 @@ class AdapterBank(Source):
             if on_gpu and row and (schedules.passed_on(row) > self._between).any():
                 raise BankError(f"{who}: their modes make more than a row has place for: AdapterBank(max_modes=…)")
 
-    def _changed(self) -> None:
-        """What schedules were made of is no longer so. The caller holds the lock."""
+    def _changed(self, active: int | None = None) -> None:
+        """What schedules were made of is no longer so. `active`: no more has changed than which adapter is active. The
+        caller holds the lock."""
         self._made.clear()
-        if self._table is None:
+        if self._table is None and active is not None:
+            switch(self._number, active)
+        elif self._table is None:
             retract(self._number)
         else:
             chosen = self._rows[None]

@@ -6,6 +6,7 @@ what did not is written to a temporary folder first.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -75,6 +76,7 @@ class Held:
     begins: list[int] = field(default_factory=list)
     entries: np.ndarray | None = None
     schedules: dict[float, np.ndarray] = field(default_factory=dict)  # of it alone for one row, by its factor
+    number: int = field(default_factory=itertools.count(1).__next__)
 
     @property
     def taken(self) -> int:

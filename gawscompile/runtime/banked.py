@@ -57,21 +57,28 @@ SCHEDULE, BANKED = torch.ops.gaws.schedule.default, torch.ops.gaws.banked.defaul
 SNAPSHOT = torch.ops.gaws.snapshot.default
 
 
-_retract: list[Callable[[int], None]] = []
-"""The library's, once something was published."""
+_library: list[Any] = []
+"""Ours, once something was published."""
 
 
 def publish(bank: int, rows: int, made: torch.Tensor) -> None:
-    """Compiled graphs take `made` for the schedule of a batch of `rows`, until it is retracted."""
+    """Compiled graphs take `made` for the schedule of a batch of `rows`, until it is retracted, or another adapter is
+    active."""
     if ops.ensure_loaded.cache_info().currsize:
         torch.ops.gaws.publish(made, bank, rows)
-        _retract[:] = [ops.ensure_loaded().gaws_retract]
+        _library[:] = [ops.ensure_loaded()]
 
 
 def retract(bank: int) -> None:
     """Something of a bank has changed: what it published is no longer so."""
-    if _retract:
-        _retract[0](bank)
+    if _library:
+        _library[0].gaws_retract(bank)
+
+
+def switch(bank: int, active: int) -> None:
+    """Only what is active has changed. It has the number `active`, above 0; what was published for it holds again."""
+    if _library:
+        _library[0].gaws_switch(bank, active)
 
 
 def _schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> torch.Tensor:

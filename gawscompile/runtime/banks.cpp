@@ -3,7 +3,8 @@
 //     gaws::snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor
 //
 // What ``gaws::schedule`` returns (`banked.py`). A bank publishes the schedule that it has made for a batch of so many
-// rows, and retracts all when something changes; what is not published, Python makes.
+// rows, by the number of what is active. A switch to what was active before finds its schedules again. When anything else
+// changes, the bank retracts them all. What is not published, Python makes.
 // The snapshot is a copy, as Inductor may write to it. It keeps what it is a copy of, by which the bank knows that
 // somebody may still read the factors of that time.
 
@@ -17,12 +18,21 @@ namespace {
 std::shared_mutex published_mutex;
 const int published_at_fork = pthread_atfork(
     [] { published_mutex.lock(); }, [] { published_mutex.unlock(); }, [] { new (&published_mutex) std::shared_mutex; });
-auto& published = *new std::map<std::pair<int64_t, int64_t>, Tensor>;  // by bank and rows; Python's, which may be gone at exit
+struct Schedules {
+  int64_t active = 0;
+  std::map<std::pair<int64_t, int64_t>, Tensor> made;  // by what is active and rows
+};
+
+auto& published = *new std::map<int64_t, Schedules>;  // by bank; of Python's memory, which may be gone at exit
+
+constexpr size_t KEPT = 512;  // schedules of a bank, at most
 
 Tensor published_for(int64_t bank, int64_t rows) {
   std::shared_lock lock(published_mutex);
-  const auto it = published.find({bank, rows});
-  return it == published.end() ? Tensor() : it->second;
+  const auto own = published.find(bank);
+  if (own == published.end()) return Tensor();
+  const auto it = own->second.made.find({own->second.active, rows});
+  return it == own->second.made.end() ? Tensor() : it->second;
 }
 
 void snapshot(const c10::OperatorHandle&, torch::jit::Stack* stack) {
@@ -56,7 +66,8 @@ void publish(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   Tensor made = arguments[0].toTensor();
   {
     std::unique_lock lock(published_mutex);
-    std::swap(published[{arguments[1].toInt(), arguments[2].toInt()}], made);
+    Schedules& own = published[arguments[1].toInt()];
+    std::swap(own.made[{own.active, arguments[2].toInt()}], made);
   }  // what was there before goes without the lock: that may wait for Python's
   stack->erase(arguments, stack->end());
 }
@@ -69,11 +80,22 @@ const auto publish_registration = c10::Dispatcher::singleton().registerImpl(
 
 // Nothing of a bank is valid any more.
 extern "C" void gaws_retract(int64_t bank) {
-  std::vector<Tensor> gone;  // as above
+  Schedules gone;  // as above
   std::unique_lock lock(published_mutex);
-  for (auto it = published.lower_bound({bank, INT64_MIN}); it != published.end() && it->first.first == bank;) {
-    gone.push_back(std::move(it->second));
-    it = published.erase(it);
+  if (const auto own = published.find(bank); own != published.end()) {
+    gone = std::move(own->second);
+    published.erase(own);
+  }
+  lock.unlock();
+}
+
+// Another one is active, whose number is above 0, and all else is as before.
+extern "C" void gaws_switch(int64_t bank, int64_t active) {
+  Schedules gone;
+  std::unique_lock lock(published_mutex);
+  if (const auto own = published.find(bank); own != published.end()) {
+    if (own->second.made.size() >= KEPT) std::swap(gone.made, own->second.made);
+    own->second.active = active;
   }
   lock.unlock();
 }

@@ -124,6 +124,7 @@ def ensure_loaded() -> ctypes.CDLL:
         _kept.append(resolver)
         library.gaws_set_resolver(resolver)
         library.gaws_retract.argtypes = (ctypes.c_int64,)
+        library.gaws_switch.argtypes = (ctypes.c_int64, ctypes.c_int64)
         return library
 
 

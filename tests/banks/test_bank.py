@@ -55,8 +55,10 @@ def compiled(judge):
     return gawscompile.compile(model), bank
 
 
-def test_compiled_once_for_all(judge, ids, compiled):
+def test_compiled_once_for_all(judge, ids, compiled, monkeypatch):
     model, bank = compiled
+    real, asked = AdapterBank.snapshot, []
+    monkeypatch.setattr(AdapterBank, "snapshot", lambda self, rows: asked.append(rows) or real(self, rows))
     model(ids)
     graphs = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -64,6 +66,20 @@ def test_compiled_once_for_all(judge, ids, compiled):
         bank.activate("a")
         bank.scale("a", 0.5)
         close(model(ids).logits, logits(judge, ids, {"a": 0.5}))
+        bank.scale("a", 1.0)
+
+        def python_after(choice, expected=None):
+            """How often Python has made a schedule so far, once the logits are right for `choice`."""
+            bank.activate(choice)
+            close(model(ids).logits, logits(judge, ids, expected or choice))
+            return len(asked)
+
+        before = max(map(python_after, "aca"))  # all are made
+        assert {python_after(name) for name in "caca"} == {before}  # a switch back finds what was made
+        mix = {"a": 1.0, "c": -0.5}
+        assert [python_after(choice) - before for choice in (mix, "a", "c", "a")] == [1, 2, 3, 3]
+        bank.scale("a", 0.5)
+        assert python_after("a", {"a": 0.5}) == before + 4
         bank.scale("a", 1.0)
     assert counters["stats"]["unique_graphs"] == graphs
 
