@@ -15,7 +15,7 @@ demo: $(STAMP)            ## real weights, a LoRA trained on the spot, three com
 
 # Two processes, as most tests keep one core busy: those of single parts, and those of the whole, which take about as
 # long. Each starts with an Inductor cache of its own (tests/conftest.py).
-PARTS := $(filter-out $(addprefix tests/,banks/% debug/% distributed/% gpu/% observe/% serving/% watch/%),$(sort $(wildcard tests/*/test_*.py)))
+PARTS := $(filter-out $(addprefix tests/,adapters/% banks/% debug/% distributed/% gpu/% observe/% serving/% watch/%),$(sort $(wildcard tests/*/test_*.py)))
 WHOLE := $(filter-out $(PARTS),$(sort $(wildcard tests/*/test_*.py tests/test_*.py)))
 
 test: $(STAMP)            ## the fast tests

@@ -222,8 +222,8 @@ RUNTIME: dict[str, Fault] = {
     ),
     "a switch that takes what was made of the adapter before": Fault(
         "runtime/banks.cpp",
-        "    own->second.active = active;\n",
-        "",
+        "own->second.active = active;",
+        ";",
         "tests/banks/test_bank.py::test_compiled_once_for_all",
         unproven=A_CHANGE,
     ),

@@ -228,7 +228,7 @@ class AdapterBank(Source):
                 if held is not None and held.entries is not None:
                     held.used = time.time()
                     self._rows[None] = (((held, 1.0),),)
-                    self._changed(held.number)
+                    self._changed(switched=True)
                     return
         self._choose(adapters, None)
 
@@ -271,7 +271,7 @@ class AdapterBank(Source):
                 for one in held.values():
                     one.used = time.time()
                 self._rows[key] = rows
-                self._changed()
+                self._changed(switched=key is None)
                 return True
 
         if resident():  # nobody who loads is waited for
@@ -302,13 +302,15 @@ class AdapterBank(Source):
             if entries > self._width:
                 raise layouts.no_place(who, entries, self._width, on_gpu)
             if on_gpu and row and (schedules.passed_on(row) > self._between).any():
-                raise BankError(f"{who}: their modes make more than a row has place for: AdapterBank(max_modes=…)")
+                remedy = "AdapterBank(max_modes=…)" if self._all.modes < LONGEST else "mix fewer of them"
+                raise BankError(f"{who}: their modes pass on more numbers than a row has place for: {remedy}")
 
-    def _changed(self, active: int | None = None) -> None:
-        """What schedules were made of is no longer so. `active`: no more has changed than which adapter is active. The
+    def _changed(self, switched: bool = False) -> None:
+        """What schedules were made of is no longer so. `switched`: no more has changed than what is active for all. The
         caller holds the lock."""
         self._made.clear()
-        if self._table is None and active is not None:
+        active = _number_of(self._rows[None])
+        if self._table is None and switched and active and len(self._rows) == 1:
             switch(self._number, active)
         elif self._table is None:
             retract(self._number)
@@ -337,7 +339,7 @@ class AdapterBank(Source):
                 made = self._made[chosen, rows] = self._scheduled(chosen, rows)
                 self._all.arena.read_by(made)
             if len(self._rows) == 1:  # where threads have something for themselves, Python must look who asks
-                publish(self._number, rows, torch.from_numpy(made))
+                publish(self._number, rows, torch.from_numpy(made), _number_of(chosen))
             copied = made.copy()  # whoever gets it may write to it
             self._all.arena.read_by(copied)
         return torch.from_numpy(copied)
@@ -401,6 +403,14 @@ class AdapterBank(Source):
 
     def __contains__(self, name: object) -> bool:
         return name in self._all.held
+
+
+def _number_of(rows: Rows) -> int:
+    """By which compiled graphs know schedules: of an adapter that is alone in all rows its own number, -1 if there is
+    none, and 0 of anything else, whose schedules are not kept beside others."""
+    if len(rows) > 1 or len(rows[0]) > 1:
+        return 0
+    return next((held.number if weight == 1.0 else 0 for held, weight in rows[0]), -1)
 
 
 def _parts(choice: Choice) -> list[tuple[str, float]]:

@@ -27,7 +27,7 @@ from gawscompile.banks import layouts
 from gawscompile.banks.arena import Arena, whole
 from gawscompile.banks.checkpoints import Adapter, Factors, read
 from gawscompile.banks.dora import Scaled
-from gawscompile.banks.kronecker import Chain
+from gawscompile.banks.kronecker import LONGEST, Chain
 from gawscompile.banks.opening import BankError
 from gawscompile.banks.reading import sizes_of
 from gawscompile.banks.sharding import Split, part_of
@@ -264,7 +264,9 @@ class Residents:
         place = between(self.modes, chain.modes[0].inputs, chain.modes[-1].outputs)
         large = any(mode.matrix.numel() >= 1 << 31 for mode in chain.modes)
         if large or sum(mode.outputs for mode in chain.modes[:-1]) > place:
-            raise BankError(f"{who}: its modes are larger, or make more numbers, than a bank on a GPU has place for")
+            remedy = "AdapterBank(max_modes=…), or " if self.modes < LONGEST and not large else ""
+            what = "its modes are larger, or pass on more numbers, than this bank has place for on a GPU"
+            raise BankError(f"{who}: {what}: {remedy}serve it on a CPU")
 
     def _fill(self, held: Held, adapter: Adapter) -> None:
         """Copy the factors into their runs, and write their entries."""

@@ -64,7 +64,8 @@ def between(modes: int, k: int, n: int) -> int:
 def usual(k: int, n: int, width: int | None) -> tuple[torch.Tensor, int]:
     """A schedule of one row with one adapter of the usual rank, and how many numbers its pool needs: for timing."""
     b = -(-USUAL_RANK * k // UNIT)
-    return pack([[Use(0, b, USUAL_RANK, USUAL_RANK, 1.0, 0.0)]], width or 1), b * UNIT + USUAL_RANK * n
+    end = b + -(-USUAL_RANK * n // UNIT)
+    return pack([[Use(0, b, USUAL_RANK, USUAL_RANK, 1.0, 0.0)]], width or 1), end * UNIT
 
 
 class Use(NamedTuple):

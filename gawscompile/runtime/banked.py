@@ -48,7 +48,7 @@ ops.LIBRARY.define(
     "snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
-ops.LIBRARY.define("publish(Tensor made, int bank, int rows) -> ()")
+ops.LIBRARY.define("publish(Tensor made, int bank, int rows, int active) -> ()")
 ops.LIBRARY.define(
     "banked(Tensor x, Tensor pool, Tensor schedule, Tensor base, Tensor? bias, int modes=0) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -61,11 +61,11 @@ _library: list[Any] = []
 """Ours, once something was published."""
 
 
-def publish(bank: int, rows: int, made: torch.Tensor) -> None:
-    """Compiled graphs take `made` for the schedule of a batch of `rows`, until it is retracted, or another adapter is
-    active."""
+def publish(bank: int, rows: int, made: torch.Tensor, active: int) -> None:
+    """Compiled graphs take `made` for the schedule of a batch of `rows` while what is active has the number `active`,
+    until it is retracted."""
     if ops.ensure_loaded.cache_info().currsize:
-        torch.ops.gaws.publish(made, bank, rows)
+        torch.ops.gaws.publish(made, bank, rows, active)
         _library[:] = [ops.ensure_loaded()]
 
 
@@ -76,7 +76,7 @@ def retract(bank: int) -> None:
 
 
 def switch(bank: int, active: int) -> None:
-    """Only what is active has changed. It has the number `active`, above 0; what was published for it holds again."""
+    """Only what is active has changed. It has the number `active`, and what was published for it holds again."""
     if _library:
         _library[0].gaws_switch(bank, active)
 

@@ -3,8 +3,8 @@
 //     gaws::snapshot(Tensor state, SymInt rows, int modules, int width) -> Tensor
 //
 // What ``gaws::schedule`` returns (`banked.py`). A bank publishes the schedule that it has made for a batch of so many
-// rows, by the number of what is active. A switch to what was active before finds its schedules again. When anything else
-// changes, the bank retracts them all. What is not published, Python makes.
+// rows, with the number of what is active. A switch to what was active before finds its schedules again. When anything
+// else changes, the bank retracts them all. What is not published, Python makes.
 // The snapshot is a copy, as Inductor may write to it. It keeps what it is a copy of, by which the bank knows that
 // somebody may still read the factors of that time.
 
@@ -20,12 +20,13 @@ const int published_at_fork = pthread_atfork(
     [] { published_mutex.lock(); }, [] { published_mutex.unlock(); }, [] { new (&published_mutex) std::shared_mutex; });
 struct Schedules {
   int64_t active = 0;
+  size_t bytes = 0;
   std::map<std::pair<int64_t, int64_t>, Tensor> made;  // by what is active and rows
 };
 
 auto& published = *new std::map<int64_t, Schedules>;  // by bank; of Python's memory, which may be gone at exit
 
-constexpr size_t KEPT = 512;  // schedules of a bank, at most
+constexpr size_t KEPT = 32 << 20;  // bytes of a bank's schedules, beyond which all but the newest one go
 
 Tensor published_for(int64_t bank, int64_t rows) {
   std::shared_lock lock(published_mutex);
@@ -60,14 +61,18 @@ const auto snapshot_registration = c10::Dispatcher::singleton().registerImpl(
     {"gaws::snapshot", ""}, c10::DispatchKey::CPU, c10::KernelFunction::makeFromBoxedFunction<&snapshot>(), std::nullopt,
     nullptr, "gawscompile/runtime/banks.cpp");
 
-// gaws::publish(Tensor made, int bank, int rows) -> ()
+// gaws::publish(Tensor made, int bank, int rows, int active) -> ()
 void publish(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  const auto arguments = stack->end() - 3;
+  const auto arguments = stack->end() - 4;
   Tensor made = arguments[0].toTensor();
+  Schedules gone;
   {
     std::unique_lock lock(published_mutex);
     Schedules& own = published[arguments[1].toInt()];
+    if (own.bytes + made.nbytes() > KEPT) std::swap(own, gone);
+    own.active = arguments[3].toInt(), own.bytes += made.nbytes();
     std::swap(own.made[{own.active, arguments[2].toInt()}], made);
+    if (made.defined()) own.bytes -= made.nbytes();
   }  // what was there before goes without the lock: that may wait for Python's
   stack->erase(arguments, stack->end());
 }
@@ -89,13 +94,8 @@ extern "C" void gaws_retract(int64_t bank) {
   lock.unlock();
 }
 
-// Another one is active, whose number is above 0, and all else is as before.
+// Something else is active, of the number `active`, and all else is as before.
 extern "C" void gaws_switch(int64_t bank, int64_t active) {
-  Schedules gone;
   std::unique_lock lock(published_mutex);
-  if (const auto own = published.find(bank); own != published.end()) {
-    if (own->second.made.size() >= KEPT) std::swap(gone.made, own->second.made);
-    own->second.active = active;
-  }
-  lock.unlock();
+  if (const auto own = published.find(bank); own != published.end()) own->second.active = active;
 }

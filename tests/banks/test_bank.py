@@ -74,8 +74,9 @@ def test_compiled_once_for_all(judge, ids, compiled, monkeypatch):
             close(model(ids).logits, logits(judge, ids, expected or choice))
             return len(asked)
 
-        before = max(map(python_after, "aca"))  # all are made
-        assert {python_after(name) for name in "caca"} == {before}  # a switch back finds what was made
+        before = max(map(python_after, ("a", "c", None)))  # all are made
+        same = ["c", None, "a", {"c": 1.0}, "a", None]
+        assert {python_after(choice) for choice in same} == {before}  # a switch back finds what was made
         mix = {"a": 1.0, "c": -0.5}
         assert [python_after(choice) - before for choice in (mix, "a", "c", "a")] == [1, 2, 3, 3]
         bank.scale("a", 0.5)
