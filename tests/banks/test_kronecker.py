@@ -339,7 +339,6 @@ def test_a_bank_of_lora_is_as_wide_as_it_was(folders, ids):
     assert [*bank] == before and torch.equal(bank.model(ids).logits, made)
 
 
-
 def test_too_much_for_a_pool_of_fewer_bits(folders):
     bank = AdapterBank(llama(), memory="1MB", dtype=torch.float16)
     path = "model.layers.0.self_attn.o_proj"
