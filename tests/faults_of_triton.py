@@ -57,7 +57,7 @@ TRITON = {
         GEMV,
         " + [b.longest - 2 for _, b, _ in self.banks()]",
         "",
-        "tests/codegen/test_triton.py::test_each_stage_of_a_bank_s_chains_waits_for_the_one_before",
+        "tests/codegen/test_triton_bank_modes.py::test_each_stage_of_a_bank_s_chains_waits_for_the_one_before",
         unproven=ON_GPUS,
     ),
     "Triton: a counter not cleared": Fault(

@@ -306,10 +306,10 @@ class AdapterBank(Source):
                 raise BankError(f"{who}: their modes pass on more numbers than a row has place for: {remedy}")
 
     def _changed(self, switched: bool = False) -> None:
-        """What schedules were made of is no longer so. `switched`: no more has changed than what is active for all. The
-        caller holds the lock."""
+        """Forget the schedules that were made. `switched`: only what is active for all threads has changed, and
+        compiled graphs keep those of single adapters. The caller holds the lock."""
         self._made.clear()
-        active = _number_of(self._rows[None])
+        active = schedules.number_of(self._rows[None])
         if self._table is None and switched and active and len(self._rows) == 1:
             switch(self._number, active)
         elif self._table is None:
@@ -339,7 +339,7 @@ class AdapterBank(Source):
                 made = self._made[chosen, rows] = self._scheduled(chosen, rows)
                 self._all.arena.read_by(made)
             if len(self._rows) == 1:  # where threads have something for themselves, Python must look who asks
-                publish(self._number, rows, torch.from_numpy(made), _number_of(chosen))
+                publish(self._number, rows, torch.from_numpy(made), schedules.number_of(chosen))
             copied = made.copy()  # whoever gets it may write to it
             self._all.arena.read_by(copied)
         return torch.from_numpy(copied)
@@ -403,14 +403,6 @@ class AdapterBank(Source):
 
     def __contains__(self, name: object) -> bool:
         return name in self._all.held
-
-
-def _number_of(rows: Rows) -> int:
-    """By which compiled graphs know schedules: of an adapter that is alone in all rows its own number, -1 if there is
-    none, and 0 of anything else, whose schedules are not kept beside others."""
-    if len(rows) > 1 or len(rows[0]) > 1:
-        return 0
-    return next((held.number if weight == 1.0 else 0 for held, weight in rows[0]), -1)
 
 
 def _parts(choice: Choice) -> list[tuple[str, float]]:

@@ -42,6 +42,14 @@ def most(row: Sequence[tuple[Held, float]], compact: bool) -> int:
     return int(np.max(sum(counts))) if counts else 0
 
 
+def number_of(rows: Rows) -> int:
+    """The number under which compiled graphs keep the schedules of `rows`: that of the only adapter, -1 for no adapter.
+    0 for mixes, weighted adapters and rows that differ, whose schedules go at the next switch."""
+    if len(rows) > 1 or len(rows[0]) > 1:
+        return 0
+    return next((held.number if weight == 1.0 else 0 for held, weight in rows[0]), -1)
+
+
 def passed_on(row: Sequence[tuple[Held, float]]) -> np.ndarray:
     """Numbers that modes of a row make for the next ones of their chains, by module."""
     parts = [held.entries for held, _ in row if held.entries is not None]

@@ -30,6 +30,11 @@ def programs(term: Banked, k: int) -> int:
     return min(PROGRAMS, -(-term.between(k) // ROWS))
 
 
+def all_programs(term: Banked, k: int) -> int:
+    """The same for all launches together."""
+    return max(term.longest - 1, 0) * programs(term, k)
+
+
 # --- An entry of the schedule ------------------------------------------------------------------------------
 
 

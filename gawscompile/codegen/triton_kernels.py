@@ -114,10 +114,8 @@ class Style(ABC):
         for i, bank, offset in self.banks():
             if stage < bank.longest - 1:
                 mine = [o for o in self.spec.operands() if o.projection == i and o.table]
-                programs, at = bank_modes.programs(bank, self.spec.k), offset + bank.columns
-                cases.append(
-                    Case(f"chains{i}", self.chain_work(bank, stage), tuple(map(_tensor, mine)), programs, at)
-                )
+                work, programs = self.chain_work(bank, stage), bank_modes.programs(bank, self.spec.k)
+                cases.append(Case(f"chains{i}", work, tuple(map(_tensor, mine)), programs, offset + bank.columns))
         for i, product in self.written:
             if product.launch == stage:
                 work, programs = self.mode_work(product)
@@ -374,11 +372,8 @@ def blocks_of_rows(spec: KernelSpec, blocks: tuple[int, ...], most: int) -> tupl
 
 def _shrinking(spec: KernelSpec, p: Sum) -> int:
     """The most programs that write to the columns of u of `p`: one for each column, and those of its bank."""
-    width, bank = columns(spec, p).width, p.banked
-    if bank is None:
-        return width
-    stages = max(bank.longest - 1, 0) * bank_modes.programs(bank, spec.k)
-    return width - bank.between(spec.k) + stages
+    width = columns(spec, p).width
+    return width + bank_modes.all_programs(p.banked, spec.k) - p.banked.between(spec.k) if p.banked else width
 
 
 def with_offsets(p: Sum) -> list[tuple[LowRank, int]]:

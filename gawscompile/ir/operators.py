@@ -320,8 +320,8 @@ class Banked(NamedTuple):
 
     def apply(self, x: torch.Tensor, base: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         modes = [self.longest] * bool(self.longest)
-        banked_ = torch.ops.gaws.banked  # which can be traced
-        made: torch.Tensor = banked_(x, self.pool, self.schedule, base, bias, *modes)
+        # an op, so that it can be traced
+        made: torch.Tensor = torch.ops.gaws.banked(x, self.pool, self.schedule, base, bias, *modes)
         return made
 
     def features(self, k: Any) -> Any:

@@ -13,8 +13,7 @@ it.
 ``banked`` is what a module's adapters add to its `base`, which is ``W x + bias``: x ``[..., k]`` and base ``[..., n]``
 → ``[..., n]`` of x's dtype, by the module's part of the snapshot, ``[rows + 1, width, FIELDS]``. `modes` is the length
 of the longest chain of mode products that a GPU's kernel takes. `passes.join_banks` joins it with the projection whose
-adapters it brings. Where nobody compiles, it runs in plain torch. It has gradients
-by x, base and bias.
+adapters it brings. Where nobody compiles, it runs in plain torch. It has gradients by x, base and bias.
 """
 
 from __future__ import annotations
@@ -130,12 +129,7 @@ def _fake_schedule(state: torch.Tensor, rows: int, modules: int, width: int) -> 
 
 
 def _fake_banked(
-    x: torch.Tensor,
-    pool: torch.Tensor,
-    schedule: torch.Tensor,
-    base: torch.Tensor,
-    bias: torch.Tensor | None,
-    modes: int = 0,
+    x: torch.Tensor, pool: torch.Tensor, schedule: torch.Tensor, base: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], base.shape[-1]))
 

@@ -12,8 +12,9 @@ import torch
 from gawscompile.banks import residents
 from gawscompile.banks.bank import AdapterBank
 from gawscompile.banks.checkpoints import BankError
+from gawscompile.ir.banked import FIELDS
 from gawscompile.runtime import ops
-from gawscompile.runtime.banked import SNAPSHOT
+from gawscompile.runtime.banked import SNAPSHOT, publish, retract, switch
 from tests.banks.common import adapted, close, llama, logits, with_bank
 
 
@@ -69,6 +70,30 @@ def test_memory_is_not_given_away_while_it_is_read(judge, tmp_path, how):
     gc.collect()
     done.join(10)
     assert not done.is_alive() and "d" in bank
+
+
+def test_schedules_that_compiled_graphs_keep_are_bounded():
+    """Three of 12 MB are more than the 32 MB that a bank's may take: then the newest one alone is kept."""
+    ops.ensure_loaded()
+    bank, sizes = -7, (1, 2, 196_608, FIELDS)
+    state = torch.tensor([bank])
+
+    def kept():
+        return SNAPSHOT(state, 1, 1, sizes[2])[0, 0, 0, 0].item()
+
+    try:
+        for number in (1, 2):
+            publish(bank, 1, torch.full(sizes, number, dtype=torch.int32), number)
+        for number in (1, 2):
+            switch(bank, number)
+            assert kept() == number
+        publish(bank, 1, torch.full(sizes, 3, dtype=torch.int32), 3)
+        assert kept() == 3
+        switch(bank, 1)
+        with pytest.raises(RuntimeError, match="bank of this model is gone"):  # Python is asked, who knows none
+            kept()
+    finally:
+        retract(bank)
 
 
 def test_a_full_disk_loses_no_adapter(judge, ids, monkeypatch):

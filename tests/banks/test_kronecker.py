@@ -173,7 +173,7 @@ def test_taken_over_on_a_gpu(judges, ids, name):
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_chains_that_have_no_place_together_on_a_gpu(judges, folders, ids):
-    """What modes make for the next ones of their chains has as many places as x or y has features."""
+    """With `max_modes=2` a row has place for the numbers that one LoKr's first mode passes on, and not for two."""
     names = ["lokr0", "lokr1"]
     bank = loaded({"gaws": folders["gaws"], **dict.fromkeys(names, folders["lokr"])}, max_modes=2)
     bank.activate({"lokr0": 1.0, "gaws": 2.0})

@@ -431,14 +431,6 @@ def test_fp16_survives_a_large_scale(interpreted: dict[str, list[dict]]):
     assert len(line) == 6 and all(error < 1e-3 for name, error in line.items() if name != "case")
 
 
-def test_each_stage_of_a_bank_s_chains_waits_for_the_one_before():
-    """The interpreter runs programs one after the other, in their order, so no number shows it."""
-    text = emit("k=64 x=bf16; n=48 w=bf16 out=bf16 lora(r=4 f32 s=2.0) bank(bf16 x6 modes=4)", "single_launch")
-    works = re.split(r"\n@triton.jit\n", text)
-    waits = [re.findall(r"wait\(flags, (\d), ", work) for work in works if "def project_gemv_" in work]
-    assert waits == [[], [], [], ["0"], ["1"], ["2"]]
-
-
 def test_replaced_factors_show_in_the_next_call(interpreted: dict[str, list[dict]]):
     assert interpreted["live"][0]["shows"]
 
