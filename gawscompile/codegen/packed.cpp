@@ -117,8 +117,8 @@ inline F upper_of(F bytes, F lower) { return fmadd(bytes, F(1 / 16.f), lower * F
 template <class T>
 struct Byte {
   using Code = T;
-  template <class>
-  using Order = AsItLies;
+  template <class TX>
+  using Order = std::conditional_t<std::is_same_v<TX, bf16>, BytesAsWholes<T>, AsItLies>;
   static constexpr bool PAIRS = false;
   static constexpr int64_t BITS = 8;
   F scale, shift;
@@ -216,7 +216,7 @@ struct FourBits {
 template <const float* TABLE>
 struct Pairs : FourBits<TABLE> {
   template <class TX>
-  using Order = std::conditional_t<std::is_same_v<TX, bf16>, AsWholes<TABLE>, ByBytes<TABLE>>;
+  using Order = std::conditional_t<std::is_same_v<TX, bf16>, LevelsAsWholes<TABLE>, ByBytes<TABLE>>;
   static constexpr bool PAIRS = true;
   using FourBits<TABLE>::FourBits;
   using FourBits<TABLE>::levels;

@@ -95,7 +95,7 @@ inline Wholes<Order, K, GROUP> wholes(const TX* x, int64_t m) {
         v.store(line + i);
       }
       Order::lay(line, to);
-      *unit++ = most / Order::X_MOST * (Order::LARGEST / Order::LEVEL_MOST);
+      *unit++ = most / Order::X_MOST * Order::UNIT;
       *fine++ = 0;
       if (sum(capped) < 32 * (Order::X_MOST / 64)) {  // half of them are less than a hundredth of the largest
         for (int i = 0; i < 64; i += V) (F::loadu(line + i) * F(Order::STEPS)).store(line + i);
@@ -248,47 +248,53 @@ template <int R, int T, class W, const float* TABLE>
   }
 }
 
-// The same, by whole numbers: units of x and scales meet their sum.
+// One token's sum of 64 columns, in a function of its own, as few are asked for.
+template <class Order, class Code>
+[[gnu::noinline, gnu::cold]] __m256i sum_of_rests(const Code* codes, const int16_t* rests) {
+  __m256i sums[1] = {_mm256_setzero_si256()};
+  Order::add(sums, codes, rests, 0);
+  return sums[0];
+}
+
+// The same, by whole numbers: units of x and scales meet their sum. Where codes are bytes memory is what counts, and rows are
+// read one after the other, as `stream` does. Those of 4 bits take longer to unpack than to read: rows share what is
+// loaded of x.
 template <int R, int T, class W, class Order>
 [[gnu::always_inline]] inline void unpack_dot(
     F (&acc)[R][T], const W& w, int64_t row, Wholes<Order, W::K, W::GROUP> x) {
-  constexpr int64_t K = W::K, G = W::GROUP, PART = 64;
+  constexpr int64_t K = W::K, G = W::GROUP, PART = 64, BITS = W::Codes::BITS;
+  constexpr int ABREAST = BITS == 8 ? 1 : R, DISTANCE = BITS == 8 ? near(1) : AHEAD;
   const typename W::template Lines<R> lines(w, row);
-  const uint8_t* codes = w.at(row, 0);
-  for (int64_t at = 0; at < K; at += PART) {
-    for (int64_t line = 0; line < R * PART / 2; line += LINE)
-      __builtin_prefetch(codes + R * (at >> 1) + line + AHEAD, 0, 2);
-    const int64_t g = at / G;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const __m256i some = _mm256_loadu_si256((const __m256i*)(codes + r * (K / 2) + (at >> 1)));
-      __m256i sums[T];
-      for (auto& s : sums) s = _mm256_setzero_si256();
+  const auto* codes = w.at(row, 0);
+  const auto scale = [&](int r, int64_t at) { return W::LATE ? 1.f : lines.scale[r][at / G]; };
+  for (int first = 0; first < R; first += ABREAST)
 #pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-        __m256i levels[2];
-        Order::get(levels, some, odd);
-        for (int t = 0; t < T; ++t)
-          for (int i = 0; i < 2; ++i) {
-            const __m256i v = _mm256_loadu_si256((const __m256i*)(x.numbers + t * K + at) + 2 * odd + i);
-            sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(levels[i], v));
-          }
-      }
-      for (int t = 0; t < T; ++t) {
-        F& a = acc[r][t];
-        a = fmadd(F(_mm256_cvtepi32_ps(sums[t])), F(lines.scale[r][g] * x.units[t * (K / PART) + at / PART]), a);
-        if (W::ZEROS && at % G == 0) a = fmadd(F(x.sums[t * (K / G) + g]), F(lines.added[r][g]), a);
+    for (int64_t at = 0; at < K; at += PART) {
+      const char* ahead = (const char*)codes + (first * K + ABREAST * at) * BITS / 8 + DISTANCE;
+      for (int64_t line = 0; line < ABREAST * PART * BITS / 8; line += LINE) __builtin_prefetch(ahead + line, 0, 2);
+#pragma GCC unroll 4
+      for (int r = first; r < first + ABREAST; ++r) {
+        __m256i sums[T];
+        for (auto& s : sums) s = _mm256_setzero_si256();
+        Order::add(sums, codes + (r * K + at) * BITS / 8, x.numbers + at, K);
+        for (int t = 0; t < T; ++t) {
+          F& a = acc[r][t];
+          a = fmadd(F(_mm256_cvtepi32_ps(sums[t])), F(scale(r, at) * x.units[t * (K / PART) + at / PART]), a);
+          if (W::ZEROS && at % G == 0) a = fmadd(F(x.sums[t * (K / G) + at / G]), F(lines.added[r][at / G]), a);
+        }
       }
     }
-  }
   if (x.any) [[unlikely]]
     for (int64_t at = 0; at < K; at += PART)
       for (int t = 0; t < T; ++t)
         if (const float by = x.finer[t * (K / PART) + at / PART]; by != 0)
           for (int r = 0; r < R; ++r) {
-            const __m256i sum = Order::dot(codes + r * (K / 2) + (at >> 1), x.rests + t * K + at);
-            acc[r][t] = fmadd(F(_mm256_cvtepi32_ps(sum)), F(lines.scale[r][at / G] * by), acc[r][t]);
+            const __m256i sum = sum_of_rests<Order>(codes + (r * K + at) * BITS / 8, x.rests + t * K + at);
+            acc[r][t] = fmadd(F(_mm256_cvtepi32_ps(sum)), F(scale(r, at) * by), acc[r][t]);
           }
+  if constexpr (W::LATE)
+    for (int r = 0; r < R; ++r)
+      for (F& a : acc[r]) a = a * F(lines.scale[r][0]);
 }
 #endif
 

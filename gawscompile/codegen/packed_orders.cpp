@@ -1,5 +1,5 @@
-// The orders that x is laid out in for packed weights of 4 bits: numbers are made of many codes at once, without a shuffle
-// that puts them in line, and x meets them as they come. Stands before `packed.cpp`.
+// The orders that x is laid out in for packed weights: numbers are made of many codes at once, without a shuffle that puts
+// them in line, and x meets them as they come. Stands before `packed.cpp`.
 namespace {
 
 // Half j of V words of four bytes, masked where it lies: 16^j times its code, or the code where j is 7.
@@ -97,15 +97,61 @@ struct ByBytes {
 #endif
 };
 
-// The same columns, where x in bf16 and levels are both made whole numbers of 16 bits, whose products are exact: x of 15
-// bits beside the largest of its 64 numbers, a level of 13 beside the largest of all. Eight products make no 2^31.
-template <const float* TABLE>
-struct AsWholes {
+// Orders of 64 columns in which x in bf16 is made whole numbers of 16 bits, 15 beside the largest of its 64 numbers, and so
+// are codes, or what they stand for: products are exact. `add` adds those of T tokens, whose x are `ldx` numbers apart, to
+// lanes, eight products to each. A product of 1 stands for UNIT times what x's steps stand for.
+struct InWholes {
   static constexpr bool WHOLE = true;
   static constexpr int STEP = 64;
 #if defined(CPU_CAPABILITY_AVX2)
   static constexpr bool KNOWN = true;
-  static constexpr float X_MOST = 32767, LEVEL_MOST = 8191, STEPS = 62000;  // STEPS: of a rest, in a step of X_MOST
+  static constexpr float X_MOST = 32767, STEPS = 62000;  // STEPS: of a rest, in a step of X_MOST
+
+  // The whole numbers nearest to V numbers of x, 32768 at most; x becomes the rest.
+  static __m256i nearest(float* x) {
+    const __m256i found = _mm256_cvtps_epi32(F::loadu(x));
+    fmadd(F(_mm256_cvtepi32_ps(found)), F(-1.f), F::loadu(x)).store(x);
+    return found;
+  }
+#else
+  static constexpr bool KNOWN = false;
+#endif
+};
+
+// Of codes of one byte, as they lie.
+template <class T>
+struct BytesAsWholes : InWholes {
+#if defined(CPU_CAPABILITY_AVX2)
+  static constexpr float UNIT = 1;
+
+  template <int TOKENS>
+  [[gnu::always_inline]] static void add(__m256i (&sums)[TOKENS], const T* codes, const int16_t* x, int64_t ldx) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 64; i += 16) {
+      const __m128i some = _mm_loadu_si128((const __m128i*)(codes + i));
+      const __m256i numbers = std::is_signed_v<T> ? _mm256_cvtepi8_epi16(some) : _mm256_cvtepu8_epi16(some);
+      for (int t = 0; t < TOKENS; ++t) {
+        const __m256i v = _mm256_loadu_si256((const __m256i*)(x + t * ldx + i));
+        sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(numbers, v));
+      }
+    }
+  }
+
+  static void lay(float* x, int16_t* to) {
+    for (int i = 0; i < 64; i += 2 * V) {
+      const __m256i lo = nearest(x + i), hi = nearest(x + i + V);
+      const __m256i in_line = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
+      _mm256_storeu_si256((__m256i*)(to + i), in_line);
+    }
+  }
+#endif
+};
+
+// Of codes of four bits in the columns of `ByBytes`: levels have 13 bits beside the largest.
+template <const float* TABLE>
+struct LevelsAsWholes : InWholes {
+#if defined(CPU_CAPABILITY_AVX2)
+  static constexpr float LEVEL_MOST = 8191;
   static_assert(8. * X_MOST * LEVEL_MOST < 2147483648.);
 
   static constexpr float largest() {
@@ -113,7 +159,7 @@ struct AsWholes {
     for (int i = 0; i < 16; ++i) found = max(found, max(TABLE[i], -TABLE[i]));
     return found;
   }
-  static constexpr float LARGEST = largest();
+  static constexpr float LARGEST = largest(), UNIT = LARGEST / LEVEL_MOST;
   struct Tables {
     alignas(32) uint8_t bytes[2][32];
   };
@@ -136,31 +182,26 @@ struct AsWholes {
     w[0] = _mm256_unpacklo_epi8(low, high), w[1] = _mm256_unpackhi_epi8(low, high);
   }
 
-  // Of 64 columns. In a function of its own, as few are asked for.
-  [[gnu::noinline, gnu::cold]] static __m256i dot(const uint8_t* codes, const int16_t* numbers) {
-    __m256i total = _mm256_setzero_si256(), levels[2];
+  template <int TOKENS>
+  [[gnu::always_inline]] static void add(__m256i (&sums)[TOKENS], const uint8_t* codes, const int16_t* x, int64_t ldx) {
+    const __m256i some = _mm256_loadu_si256((const __m256i*)codes);
+#pragma GCC unroll 2
     for (int odd = 0; odd < 2; ++odd) {
-      get(levels, _mm256_loadu_si256((const __m256i*)codes), odd);
-      for (int i = 0; i < 2; ++i) {
-        const __m256i v = _mm256_loadu_si256((const __m256i*)numbers + 2 * odd + i);
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(levels[i], v));
-      }
+      __m256i levels[2];
+      get(levels, some, odd);
+      for (int t = 0; t < TOKENS; ++t)
+        for (int i = 0; i < 2; ++i) {
+          const __m256i v = _mm256_loadu_si256((const __m256i*)(x + t * ldx) + 2 * odd + i);
+          sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(levels[i], v));
+        }
     }
-    return total;
   }
 
-  // Of 64 numbers of x, 32768 at most, the nearest whole ones, in the order in which levels come; x becomes the rest.
   static void lay(float* x, int16_t* to) {
     int32_t wholes[64];
-    for (int i = 0; i < 64; i += V) {
-      const __m256i nearest = _mm256_cvtps_epi32(F::loadu(x + i));
-      _mm256_storeu_si256((__m256i*)(wholes + i), nearest);
-      fmadd(F(_mm256_cvtepi32_ps(nearest)), F(-1.f), F::loadu(x + i)).store(x + i);
-    }
+    for (int i = 0; i < 64; i += V) _mm256_storeu_si256((__m256i*)(wholes + i), nearest(x + i));
     for (int i = 0; i < 64; ++i) to[i] = int16_t(wholes[2 * (i / 8 % 2 * 16 + i / 16 % 2 * 8 + i % 8) + i / 32]);
   }
-#else
-  static constexpr bool KNOWN = false;
 #endif
 };
 

@@ -134,32 +134,55 @@ struct NoSum {
   void panel(const T*, int64_t, int64_t, int64_t, int64_t) const {}
 };
 
+// Bytes ahead of one stream that are asked for, by what a number of a weight takes: on each kind of CPU as measured.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int near(int) { return 4 << 10; }
+#else
+constexpr int near(int bytes) { return bytes == 4 ? 512 : 1536; }
+#endif
+
+// Whether rows are read one after the other: on AVX2, and with AVX-512 where a line of memory is one multiply-add.
+template <class TW, class TX>
+constexpr bool in_line(int64_t k) {
+#if defined(CPU_CAPABILITY_AVX512)
+  using S = Step<TW, TX>;
+  return S::N * sizeof(TW) == LINE && k >= 8 * S::N && !std::is_same_v<typename S::Chunk, Pair>;
+#elif defined(CPU_CAPABILITY_AVX2)
+  return k % (LINE / int64_t(sizeof(TW))) == 0;
+#else
+  return false;
+#endif
+}
+
 // The same for a weight that comes from memory, where these are the first tokens of a call. One alone waits for nothing
 // else, and hardware follows one stream best: rows are read one after the other, as they lie, and asked for a little
-// ahead. Two sums in flight: one multiply-add waits for the one before. For steps of 512 bits and one multiply-add,
-// where this was measured. `sum` takes the rows' checksums (`sums.cpp`), if there is one.
+// ahead. Two sums in flight: one multiply-add waits for the one before. `sum` takes the rows' checksums (`sums.cpp`), if
+// there is one.
 template <int N, int R, int T, class TW, class TX, class Sum = NoSum>
 [[gnu::always_inline]] inline void stream(
     F (&acc)[R][T], const TW* w, const TX* x, int64_t ldx, bool first, Sum sum = {}) {
-  using S = Step<TW, TX>;
-  constexpr int BYTES = S::N * sizeof(TW), NEAR = 4 << 10;
-  if constexpr (T == 1 && V == 16 && BYTES == LINE && N >= 8 * S::N && !std::is_same_v<typename S::Chunk, Pair>) {
+  if constexpr (T == 1 && in_line<TW, TX>(N)) {
+    using S = Step<TW, TX>;
+    constexpr int EACH = max<int>(LINE / sizeof(TW), S::N), STEPS = EACH / S::N;  // numbers of a line, and steps
     if (first) {
       for (int r = 0; r < R; ++r, w += N) {
         F sums[2] = {acc[r][0], F(0)};
         auto row = sum.row(r);
-        const auto step = [&](int s, int k, auto... count) {
-          S::dot(sums[s], S::get(w + k, count...), S::get(x + k, count...));
-          row.line(s, w + k, count * sizeof(TW)...);
+        const auto line = [&](int place, int k, auto... count) __attribute__((always_inline)) {
+          for (int i = 0; i < STEPS; ++i) {
+            const int at = k + i * S::N;
+            S::dot(sums[(place * STEPS + i) % 2], S::get(w + at, count...), S::get(x + at, count...));
+          }
+          row.line(place, w + k, count * sizeof(TW)...);
         };
         int k = 0;
-        for (; k + 2 * S::N <= N; k += 2 * S::N)
-          for (int s = 0; s < 2; ++s) {
-            __builtin_prefetch((const char*)(w + k + s * S::N) + NEAR, 0, 2);
-            step(s, k + s * S::N);
+        for (; k + 2 * EACH <= N; k += 2 * EACH)
+          for (int place = 0; place < 2; ++place) {
+            __builtin_prefetch((const char*)(w + k + place * EACH) + near(sizeof(TW)), 0, 2);
+            line(place, k + place * EACH);
           }
-        if (k + S::N <= N) step(0, k);
-        if constexpr (N % S::N != 0) step(N / S::N % 2, N - N % S::N, N % S::N);
+        if (k + EACH <= N) line(0, k);
+        if constexpr (N % EACH != 0) line(N / EACH % 2, N - N % EACH, N % EACH);
         acc[r][0] = sums[0] + sums[1];
         sum.add(row);
       }

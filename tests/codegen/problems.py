@@ -107,9 +107,9 @@ def in_bf16(term: Packed) -> bool:
 
 
 def in_wholes(term: Packed) -> bool:
-    """Whether AVX2 makes whole numbers of levels and an x of bf16."""
+    """Whether AVX2 makes whole numbers of an x of bf16, and multiplies them by codes of a byte, or by levels."""
     capable = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return capable and term.group % 64 == 0 and term.kept.layout == "pairs"
+    return capable and term.group % 64 == 0 and term.kept.layout in ("bytes", "pairs")
 
 
 def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     if spec.x == "bf16" and in_bf16(term):
         size = size + 512 if term.kept.layout == "bytes" else size * (1 + 2**14 / 6)
     elif spec.x == "bf16" and in_wholes(term):
-        size = size * (1 + 2**9 / 6) + size.max() * 2**9 / 6
+        size = size * (1 + 2**9 / 6) + (size.max() * 2**9 / 6 if term.kept.layout == "pairs" else 0)
     elif spec.x != "f32" and term.kept.layout in ("halves", "tiles"):
         size = size + 32  # bytes, a sixteenth of them, and what comes off
     if term.zeros is not None:
