@@ -84,25 +84,26 @@ def activations(spec: KernelSpec) -> list[str]:
     """x in the orders in which the group's codes are read: a thread's own."""
     terms = packed_of(spec)
     kinds = {_ordered(term): term for term in terms.values() if not in_blocks(term)}
-    tiles = {_gathered(i, term): (i, term) for i, term in terms.items() if term.kept.layout == "tiles"}
+    tiles = {_in_tiles(i, term): (i, term) for i, term in terms.items() if term.kept.layout == "tiles"}
     return [
         f"    const auto {name} = {'halved' if t.summed_apart else 'ordered'}<{_codes(t)}, K, {t.group}>(x, m);"
         for name, t in kinds.items()
     ] + [
-        f"    const float* {name} = gathered<K, {i}>(x, m, {_order(i, t)});" for name, (i, t) in tiles.items()
+        f"    const auto {name} = in_tiles<{i if t.order is not None else -1}>(q{i}, x, m);"
+        for name, (i, t) in tiles.items()
     ]
 
 
 def apart(i: int, term: Packed) -> str:
     """A weight whose rows are summed up in memory, as `rows_apart` takes it."""
     if term.kept.layout == "tiles":
-        return f"by_blocks(q{i}, {_gathered(i, term)})"
+        return f"by_blocks(q{i}, {_in_tiles(i, term)})"
     return f"by_blocks(q{i}, x)" if in_blocks(term) else f"by_halves(q{i}, {_ordered(term)})"
 
 
-def _gathered(i: int, term: Packed) -> str:
-    """x in the order of a weight's columns: one for all that have none of their own."""
-    return "x_gathered" if term.order is None else f"x_gathered{i}"
+def _in_tiles(i: int, term: Packed) -> str:
+    """x as a weight in tiles reads it: one for all that share groups and have no order of their own."""
+    return f"x_by{term.group}" if term.order is None else f"x_of{i}"
 
 
 def dot(i: int, term: Packed) -> str:

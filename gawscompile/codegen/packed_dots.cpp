@@ -60,24 +60,27 @@ inline Spread<Order, K, GROUP> spread(const TX* x, int64_t m) {
 // in which x is no number, or none that sums up, makes NaN.
 template <class Order, int64_t K, int64_t GROUP>
 struct Wholes {
+  static constexpr int64_t LD = K * Order::WIDTH, STEP = 64 * Order::WIDTH;
   const int16_t *numbers, *rests;
   const float *units, *finer, *sums;
   bool any;  // whether there are rests
   Wholes from(int64_t t) const {
-    return {numbers + t * K, rests + t * K, units + t * (K / 64), finer + t * (K / 64), sums + t * (K / GROUP), any};
+    return {numbers + t * LD, rests + t * LD, units + t * (K / 64), finer + t * (K / 64), sums + t * (K / GROUP), any};
   }
 };
 
-template <class Order, int64_t K, int64_t GROUP, class TX>
+// For the weights that share it; `I` tells those apart that have an x of their own.
+template <class Order, int64_t K, int64_t GROUP, int I = -1, class TX>
 inline Wholes<Order, K, GROUP> wholes(const TX* x, int64_t m) {
+  using X = Wholes<Order, K, GROUP>;
   static thread_local Buffer numbers, rests, units, finer, sums;
-  int16_t *to = (int16_t*)numbers.of(m * K / 2), *rest = (int16_t*)rests.of(m * K / 2);
+  int16_t *to = (int16_t*)numbers.of(m * X::LD / 2), *rest = (int16_t*)rests.of(m * X::LD / 2);
   float *unit = units.of(m * (K / 64)), *fine = finer.of(m * (K / 64)), *groups = sums.of(m * (K / GROUP));
   bool any = false;
   const auto size = [](F v) { return F(_mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)))); };
   for (int64_t g = 0; g < m * (K / GROUP); ++g) {
     F total(0.f);
-    for (int64_t at = g * GROUP; at < (g + 1) * GROUP; at += 64, to += 64, rest += 64) {
+    for (int64_t at = g * GROUP; at < (g + 1) * GROUP; at += 64, to += X::STEP, rest += X::STEP) {
       float line[64], lanes[V], most = 0;
       F largest(0.f), capped(0.f);
       for (int i = 0; i < 64; i += 2 * V) {
@@ -178,6 +181,10 @@ inline auto ordered(const TX* x, int64_t m) {
 template <class Codes, int64_t K, int64_t GROUP, class TX>
 inline auto halved(const TX* x, int64_t m) {
   constexpr bool WORDS = !in_pairs<TX>(GROUP) && !std::is_same_v<TX, float> && fits<ByWords>(GROUP);
+#if defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<TX, bf16> && fits<HalvesAsBytes>(GROUP)) return wholes<HalvesAsBytes, K, GROUP>(x, m);
+  else
+#endif
   if constexpr (WORDS) return spread<ByWords, K, GROUP>(x, m);
   else return ordered<Codes, K, GROUP>(x, m);
 }

@@ -98,11 +98,11 @@ struct ByBytes {
 };
 
 // Orders of 64 columns in which x in bf16 is made whole numbers of 16 bits, 15 beside the largest of its 64 numbers, and so
-// are codes, or what they stand for: products are exact. `add` adds those of T tokens, whose x are `ldx` numbers apart, to
-// lanes, eight products to each. A product of 1 stands for UNIT times what x's steps stand for.
+// are codes, or what they stand for: products are exact. A column takes WIDTH of them. `add` adds products of T tokens, whose
+// x are `ldx` numbers apart, to lanes, eight to each. A product of 1 stands for UNIT times what x's steps stand for.
 struct InWholes {
   static constexpr bool WHOLE = true;
-  static constexpr int STEP = 64;
+  static constexpr int STEP = 64, WIDTH = 1;
 #if defined(CPU_CAPABILITY_AVX2)
   static constexpr bool KNOWN = true;
   static constexpr float X_MOST = 32767, STEPS = 62000;  // STEPS: of a rest, in a step of X_MOST
@@ -115,6 +115,50 @@ struct InWholes {
   }
 #else
   static constexpr bool KNOWN = false;
+#endif
+};
+
+// x in two bytes with a sign each, which codes of 4 bits meet without a shuffle (`vpmaddubsw`): eight sums of two products
+// fit into 16 bits.
+struct InBytes : InWholes {
+#if defined(CPU_CAPABILITY_AVX2)
+  static constexpr float X_MOST = 127 * 256 + 127, UNIT = 1;
+
+  // Of 64 numbers the upper bytes, then the lower ones.
+  static void split(float* x, int8_t* to) {
+    for (int i = 0; i < 64; i += V) {
+      int32_t wholes[V];
+      _mm256_storeu_si256((__m256i*)wholes, nearest(x + i));
+      for (int j = 0; j < V; ++j) {
+        const int32_t upper = (wholes[j] + 128) >> 8;
+        to[i + j] = int8_t(upper), to[64 + i + j] = int8_t(wholes[j] - 256 * upper);
+      }
+    }
+  }
+#endif
+};
+
+// Of bytes that have the codes of two rows each, for columns in line.
+struct HalvesAsBytes : InBytes {
+#if defined(CPU_CAPABILITY_AVX2)
+  static void lay(float* x, int16_t* to) { split(x, (int8_t*)to); }
+#endif
+};
+
+// Of four columns at a time, whose bytes lie by columns: the upper bytes of the first and third, twice, those of the others,
+// and the lower ones.
+struct TilesAsBytes : InBytes {
+#if defined(CPU_CAPABILITY_AVX2)
+  static constexpr int WIDTH = 2;
+  static void lay(float* x, int16_t* to) {
+    int16_t bytes[64];
+    split(x, (int8_t*)bytes);
+    const int8_t* from = (const int8_t*)bytes;
+    for (int i = 0; i < 64; i += 4)
+      for (int b = 0; b < 128; b += 64)
+        for (int odd = 0; odd < 2; ++odd, to += 2)
+          to[0] = to[1] = int16_t(uint8_t(from[b + i + odd]) | from[b + i + odd + 2] * 256);
+  }
 #endif
 };
 

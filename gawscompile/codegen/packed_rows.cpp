@@ -121,19 +121,26 @@ auto blocks_of(const uint8_t* codes, const float* table, const TS* scales) {
   return Blocks<K, N, GROUP, TS>{codes, table, scales};
 }
 
+// x from a token on.
+template <int64_t K, class TX>
+inline const TX* from(const TX* x, int64_t t) { return x + t * K; }
+
+template <int64_t K, class X>
+inline X from(const X& x, int64_t t) { return x.from(t); }
+
 // A weight that lies in blocks or tiles, for `rows_apart`.
-template <class W, class TX>
+template <class W, class X>
 struct ByBlocks {
   static constexpr int64_t UNIT = W::ROWS_OF_ONE, LENGTH = W::N, PARTS = 1;
   W w;
-  const TX* x;
+  X x;
   static int64_t at_once(int64_t) { return 8 * UNIT; }
   void fill(float* z, int64_t ldz, int64_t m, int64_t at, int64_t count) const {
     int64_t t = 0;
     const auto some = [&](auto width) {
       for (constexpr int T = decltype(width)::value; t + T <= m; t += T)
         for (int64_t row = 0; row < count; row += UNIT)
-          w.template dot<T>(at + row, x + t * W::K, z + t * ldz + row, ldz);
+          w.template dot<T>(at + row, from<W::K>(x, t), z + t * ldz + row, ldz);
     };
     some(Int<W::AT_ONCE>{});
     if constexpr (W::AT_ONCE > 4) some(Int<4>{});
@@ -141,8 +148,8 @@ struct ByBlocks {
   }
 };
 
-template <class W, class TX>
-inline auto by_blocks(const W& w, const TX* x) { return ByBlocks<W, TX>{w, x}; }
+template <class W, class X>
+inline auto by_blocks(const W& w, X x) { return ByBlocks<W, X>{w, x}; }
 
 // W as a matrix, for the library.
 template <int64_t K, int64_t N, int64_t GROUP, class TS, class T>
@@ -246,6 +253,72 @@ template <int R, int T, class W>
   }
 #endif
 }
+
+#if defined(CPU_CAPABILITY_AVX2)
+// Sums of 64 columns of a row of bytes times an x in bytes, of lower and of upper halves, for T tokens.
+template <int T>
+[[gnu::always_inline]] inline void halves_add(
+    __m256i (&lower)[T], __m256i (&upper)[T], const uint8_t* codes, const int16_t* x, int64_t ldx) {
+  const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), places = _mm256_set1_epi16(256);
+  __m256i halves[2][2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256i some = _mm256_loadu_si256((const __m256i*)codes + i);
+    halves[0][i] = _mm256_and_si256(some, mask), halves[1][i] = _mm256_and_si256(_mm256_srli_epi16(some, 4), mask);
+  }
+  for (int t = 0; t < T; ++t) {
+    const __m256i* bytes = (const __m256i*)(x + t * ldx);
+    for (int half = 0; half < 2; ++half) {
+      __m256i parts[2];  // of x's upper bytes, and of the lower ones
+      for (int p = 0; p < 2; ++p)
+        parts[p] = _mm256_add_epi16(
+            _mm256_maddubs_epi16(halves[half][0], _mm256_loadu_si256(bytes + 2 * p)),
+            _mm256_maddubs_epi16(halves[half][1], _mm256_loadu_si256(bytes + 2 * p + 1)));
+      (half ? upper : lower)[t] =
+          _mm256_add_epi32(_mm256_madd_epi16(parts[0], places), _mm256_madd_epi16(parts[1], ones));
+    }
+  }
+}
+
+// One token's, in a function of its own, as few are asked for.
+[[gnu::noinline, gnu::cold]] inline void halves_of_rests(
+    __m256i (&lower)[1], __m256i (&upper)[1], const uint8_t* codes, const int16_t* rests) {
+  halves_add(lower, upper, codes, rests, 0);
+}
+
+// The same for an x in bf16, by whole numbers.
+template <int R, int T, class W>
+[[gnu::always_inline]] inline void halves_dot(
+    F (&upper)[R][T], F (&lower)[R][T], const W& w, int64_t row, Wholes<HalvesAsBytes, W::K, W::GROUP> x) {
+  constexpr int64_t K = W::K, G = W::GROUP, HALF = W::N / 2, PART = 64;
+  const typename W::template Lines<R> above(w, row), below(w, HALF + row);
+  const uint8_t* codes = w.at(row, 0);
+  const auto join = [](F& a, __m256i sum, float by) { a = fmadd(F(_mm256_cvtepi32_ps(sum)), F(by), a); };
+  for (int r = 0; r < R; ++r, codes += K)
+    for (int64_t at = 0; at < K; at += PART) {
+      const int64_t g = at / G;
+      __builtin_prefetch((const char*)codes + at + near(1), 0, 2);
+      __m256i low[T], high[T];
+      halves_add(low, high, codes + at, x.numbers + at, K);
+      for (int t = 0; t < T; ++t) {
+        const float unit = x.units[t * (K / PART) + at / PART];
+        join(lower[r][t], low[t], below.scale[r][g] * unit), join(upper[r][t], high[t], above.scale[r][g] * unit);
+        if (!W::ZEROS || at % G != 0) continue;
+        const F total(x.sums[t * (K / G) + g]);
+        lower[r][t] = fmadd(total, F(below.added[r][g]), lower[r][t]);
+        upper[r][t] = fmadd(total, F(above.added[r][g]), upper[r][t]);
+      }
+    }
+  if (x.any) [[unlikely]]
+    for (int64_t at = 0; at < K; at += PART)
+      for (int t = 0; t < T; ++t)
+        if (const float by = x.finer[t * (K / PART) + at / PART]; by != 0)
+          for (int r = 0; r < R; ++r) {
+            __m256i low[1], high[1];
+            halves_of_rests(low, high, w.at(row + r, at), x.rests + t * K + at);
+            join(lower[r][t], low[0], below.scale[r][at / G] * by), join(upper[r][t], high[0], above.scale[r][at / G] * by);
+          }
+}
+#endif
 
 // The same by vdpbf16ps, which is quick enough to read bytes twice.
 template <int R, int T, class W>

@@ -2,6 +2,17 @@
 // which sums rows up before adapters join them.
 namespace {
 
+#if defined(CPU_CAPABILITY_AVX2)
+// x in fp32, and a lone token in bf16 by whole numbers: the sums of two would leave no registers.
+template <int64_t K, int64_t GROUP>
+struct Lone {
+  const float* numbers;
+  Wholes<TilesAsBytes, K, GROUP> wholes;
+  bool alone;
+  Lone from(int64_t t) const { return {numbers + t * K, wholes, alone}; }
+};
+#endif
+
 // Of four bits, by tiles of ROWS rows: for each column half as many bytes, of rows i and i + ROWS / 2. Scales lie by groups,
 // those of all N rows after each other, each followed by what is added to the group's numbers.
 // FULL: x has all of fp32's digits, and codes get their sign before they are summed up. Else sums are of codes as they
@@ -82,6 +93,91 @@ struct Tiles {
       _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
       for (int i = 0; i < 2; ++i) part[2 * half + i] = F(_mm256_set_m128(r[2 * i + 1], r[2 * i]));
     }
+  }
+#endif
+
+#if defined(CPU_CAPABILITY_AVX2)
+  // Sums of 64 columns from k on times an x in bytes, four columns at a time: bytes of the first and third meet in one half
+  // of a vector, those of the others in the other.
+  [[gnu::always_inline]] void bytes(__m256i (&sums)[C], int64_t row, int64_t k, const int16_t* x) const {
+    const __m256i mask = _mm256_set1_epi8(15), places = _mm256_set1_epi32(1 << 16 | 256);  // of upper and lower bytes
+    const __m256i each = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    __m256i wide[2][4] = {};                // of lower and upper halves, four rows each, by halves of vectors
+    for (int part = 0; part < 2; ++part) {  // of 32 columns: their sums fit into 16 bits
+      __m256i narrow[2][2][2] = {};         // of lower and upper halves, eight rows each, times x's upper and lower bytes
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; ++i) {  // not longer: sums of sums would be made, in memory
+        const int64_t four = 8 * part + i;
+        const __m256i* p = (const __m256i*)at(row, k + 4 * four);
+        __builtin_prefetch((const char*)p + near(1), 0, 2);
+        const __m256i first = _mm256_loadu_si256(p), second = _mm256_loadu_si256(p + 1);
+        __m256i xs[2];
+        for (int b = 0; b < 2; ++b) {
+          const __m256d two = _mm256_broadcast_sd((const double*)(x + 8 * four) + b);
+          xs[b] = _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castpd_ps(two), each));
+        }
+        for (int eight = 0; eight < 2; ++eight) {
+          const __m256i some = eight ? _mm256_unpackhi_epi8(first, second) : _mm256_unpacklo_epi8(first, second);
+          for (int half = 0; half < 2; ++half) {
+            const __m256i codes = _mm256_and_si256(half ? _mm256_srli_epi16(some, 4) : some, mask);
+            for (int b = 0; b < 2; ++b) {
+              __m256i& sum = narrow[half][eight][b];
+              sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, xs[b]));
+            }
+          }
+        }
+      }
+      for (int half = 0; half < 2; ++half)
+        for (int eight = 0; eight < 2; ++eight) {
+          const auto& [upper, lower] = narrow[half][eight];
+          __m256i* to = wide[half] + 2 * eight;
+          to[0] = _mm256_add_epi32(to[0], _mm256_madd_epi16(_mm256_unpacklo_epi16(upper, lower), places));
+          to[1] = _mm256_add_epi32(to[1], _mm256_madd_epi16(_mm256_unpackhi_epi16(upper, lower), places));
+        }
+    }
+    for (int c = 0; c < C; ++c) {
+      const __m256i *four = wide[c / 2] + 2 * (c % 2), first = four[0], second = four[1];
+      sums[c] = _mm256_add_epi32(
+          _mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
+    }
+  }
+
+  // Those of rests, in a function of its own, as few are asked for.
+  [[gnu::noinline, gnu::cold]] void of_rests(__m256i (&sums)[C], int64_t row, int64_t k, const int16_t* rests) const {
+    bytes(sums, row, k, rests);
+  }
+
+  // z = HIGH rows from `row` on times a lone token
+  void lone(int64_t row, const Wholes<TilesAsBytes, K, GROUP>& x, float* z) const {
+    F acc[C], s[C], added[C];
+    for (F& a : acc) a = F(0.f);
+    for (int64_t g = 0; g < K / GROUP; ++g) {
+      F part[C];
+      for (F& p : part) p = F(0.f);
+      const auto join = [&](const __m256i (&sums)[C], float by) {
+        for (int c = 0; c < C; ++c) part[c] = fmadd(F(_mm256_cvtepi32_ps(sums[c])), F(by), part[c]);
+      };
+      for (int64_t step = g * (GROUP / 64); step < (g + 1) * (GROUP / 64); ++step) {
+        __m256i sums[C];
+        bytes(sums, row, 64 * step, x.numbers + step * x.STEP);
+        join(sums, x.units[step]);
+        if (x.finer[step] == 0) continue;
+        __m256i rests[C];
+        of_rests(rests, row, 64 * step, x.rests + step * x.STEP);
+        join(rests, x.finer[step]);
+      }
+      scaled(row, g, s, added);
+      for (int c = 0; c < C; ++c)
+        acc[c] = fmadd(part[c], s[c], fmadd(F(x.sums[g]), fmadd(F(-8.f), s[c], added[c]), acc[c]));
+    }
+    for (int c = 0; c < C; ++c) acc[c].store(z + c * V);
+  }
+
+  template <int T>
+  void dot(int64_t row, const Lone<K, GROUP>& x, float* z, int64_t ldz) const {
+    if constexpr (T == 1 && BYTES == 16)
+      if (x.alone) return lone(row, x.wholes, z);
+    dot<T>(row, x.numbers, z, ldz);
   }
 #endif
 
@@ -174,6 +270,21 @@ inline const float* gathered(const TX* x, int64_t m, const int32_t* order) {
       for (int64_t t = 0; t < m; ++t) found[t * K + k] = from < 0 ? __builtin_nanf("") : float(x[t * K + from]);
     }
   return found;
+}
+
+// The same as weight w reads it.
+template <int I, class W, class TX>
+inline auto in_tiles(const W& w, const TX* x, int64_t m) {
+  const float* found = gathered<W::K, I>(x, m, w.order);
+#if defined(CPU_CAPABILITY_AVX2)
+  constexpr bool WHOLE = std::is_same_v<TX, bf16> && W::BYTES == 16 && fits<TilesAsBytes>(W::GROUP);
+  if constexpr (WHOLE) {
+    using X = Lone<W::K, W::GROUP>;
+    return m == 1 ? X{found, wholes<TilesAsBytes, W::K, W::GROUP, I>(found, 1), true} : X{found, {}, false};
+  } else return found;
+#else
+  return found;
+#endif
 }
 
 // Adds a number of column k to the feature that it belongs to; two columns may have the same.

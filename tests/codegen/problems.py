@@ -107,16 +107,17 @@ def in_bf16(term: Packed) -> bool:
 
 
 def in_wholes(term: Packed) -> bool:
-    """Whether AVX2 makes whole numbers of an x of bf16, and multiplies them by codes of a byte, or by levels."""
+    """Whether AVX2 makes whole numbers of an x of bf16, and multiplies them by codes, or by levels."""
     capable = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return capable and term.group % 64 == 0 and term.kept.layout in ("bytes", "pairs")
+    layouts = ("bytes", "pairs", "halves", "tiles")
+    return capable and term.group % 64 == 0 and term.kept.layout in layouts and term.kept.rows != 64
 
 
 def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     """What the rounding of W x is measured by: |W|, or |scale| (|level| + |zero|), and a coded scale's two parts. Dot
     products in bf16 round levels of 4 bits to bf16, and sum codes of 8 bits up as two numbers of 256 at most each.
     Whole numbers are off by 2^-14 of the largest level, and by 2^-16 of the largest of 64 numbers of x, here four times
-    the others. Other sums of 16 bits are of codes without sign, and of whole bytes."""
+    the others. Codes of tiles, and those of other sums of 16 bits, have no sign; these are of whole bytes, too."""
     if spec.projections[i].packed is None:
         return weight(spec, i, operands).abs()
     term = packed(spec, i, operands)
@@ -124,7 +125,8 @@ def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
     if spec.x == "bf16" and in_bf16(term):
         size = size + 512 if term.kept.layout == "bytes" else size * (1 + 2**14 / 6)
     elif spec.x == "bf16" and in_wholes(term):
-        size = size * (1 + 2**9 / 6) + (size.max() * 2**9 / 6 if term.kept.layout == "pairs" else 0)
+        without_sign = 8 if term.kept.layout == "tiles" else 0
+        size = (size + without_sign) * (1 + 2**9 / 6) + (size.max() * 2**9 / 6 if term.kept.layout == "pairs" else 0)
     elif spec.x != "f32" and term.kept.layout in ("halves", "tiles"):
         size = size + 32  # bytes, a sixteenth of them, and what comes off
     if term.zeros is not None:

@@ -244,7 +244,9 @@ def test_features_that_there_are_not_are_nan(plan):
         assert call(problem, plan)[0].isnan().all()
 
 
-@pytest.mark.parametrize(("coding", "group"), [("nf4", 64), ("int8", 192)])
+@pytest.mark.parametrize(
+    ("coding", "group"), [("nf4", 64), ("int8", 192), ("uint4_halves", 64), ("int4_tiles32", 192)]
+)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_x_that_is_no_number_makes_none(dtype, coding, group):
     """Its row alone. The last has numbers too small for their inverse."""
@@ -253,6 +255,9 @@ def test_x_that_is_no_number_makes_none(dtype, coding, group):
     x[0, 70], x[1, 130], x[3], x[4] = float("nan"), -float("inf"), 0, x[4] * 1e-30
     (got,) = call(Problem.with_operands(problem.spec, x, problem.operands), GEMV)
     assert got[0].isnan().all() and not got[1].isfinite().any() and (got[3] == 0).all()
+    for t in range(4):  # tiles have whole numbers for a lone token
+        (alone,) = call(Problem.with_operands(problem.spec, x[t : t + 1], problem.operands), GEMV)
+        assert not alone.isfinite().any() if t < 2 else (alone - got[t]).norm() <= 1e-3 * got[t].norm()
     want = (x[4].double() @ weight(problem.spec, 0, problem.operands).T) * 1e30
     assert (got[4].double() * 1e30 - want).norm() <= 0.01 * want.norm()
     torch.testing.assert_close(got[2], call(problem, GEMV)[0][2])
@@ -260,9 +265,11 @@ def test_x_that_is_no_number_makes_none(dtype, coding, group):
 
 @pytest.mark.parametrize("large", [0, 1e2, 1e4, 1e6])
 def test_an_x_of_16_bits_loses_little_beside_a_large_number(large):
-    """By AVX2's whole numbers too. Where a row has a zero for x's large numbers, only the others count."""
+    """By AVX2's whole numbers too. Where a row has a zero for x's large numbers, only the others count. The zero of
+    tiles is a code of 8, times which the largest of these numbers leaves few digits of fp32 to the others."""
     bases = [("nf4", 64, "s=f32"), ("fp4", 64, "s=f32"), ("nf4", 128, "s=u8")]
-    bases += [("int8", 768, "s=f32"), ("nf4", 768, "s=f32 z=f32"), ("fp4", 384, "s=f32")]
+    bases += [("int8", 768, "s=f32"), ("uint4_halves", 64, "s=f32"), ("int4_tiles32", 384, "s=f32")]
+    bases += [("nf4", 768, "s=f32 z=f32"), ("fp4", 384, "s=f32")]
     problem = Problem.of(f"k=768 x=bf16; {'; '.join(base(*each, out='f32') for each in bases)}", 7)
     x = problem.x.clone()
     if large:
@@ -270,13 +277,17 @@ def test_an_x_of_16_bits_loses_little_beside_a_large_number(large):
         for i, levels in enumerate((NF4, FP4)):
             codes, zero = problem.operands[f"w{i}"].view(-1, 384), levels.index(0)
             codes[:, 35], codes[:, 166] = codes[:, 35] & 15 | zero << 4, codes[:, 166] & 240 | zero
-        problem.operands["w3"].view(-1, 768)[:, [70, 333]] = 0
-    problem = Problem.with_operands(problem.spec, x, problem.operands)
+        for name in ("w3", "w4"):
+            problem.operands[name].view(-1, 768)[:, [70, 333]] = 0
+        problem.operands["w5"].view(-1, 768, 16)[:, [70, 333]] = 0x88
+        problem.operands["ws5"].view(-1, 2)[:, 1] = 0
     rounded = in_bf16(packed(problem.spec, 0, problem.operands))
-    answers = call(problem, GEMV)
-    for i in (0, 1, 3) if large else range(len(answers)):
-        got, want = answers[i], x.double() @ weight(problem.spec, i, problem.operands).T
-        assert (got - want).norm() <= (4e-3 if rounded else 1e-3 if large else 3e-4) * want.norm(), i
+    checked = (0, 1, 3, 4, 5)[: 4 + (large < 1e6)] if large else range(len(bases))
+    for tokens in (x, x[:1]):  # tiles have whole numbers for a lone token
+        answers = call(Problem.with_operands(problem.spec, tokens, problem.operands), GEMV)
+        for i in checked:
+            got, want = answers[i], tokens.double() @ weight(problem.spec, i, problem.operands).T
+            assert (got - want).norm() <= (4e-3 if rounded else 1e-3 if large else 3e-4) * want.norm(), i
 
 
 def test_the_second_level_of_scales_has_more_than_one_block():
