@@ -31,6 +31,8 @@ from benchmarks.common import BACKENDS, Setup
 from benchmarks.shapes import SHAPES
 from gawscompile.calibration import measure
 
+PHASES = ("decode", "prefill", "encode")
+
 Row = dict[str, Any]
 """One variant in one case: what was measured, as it goes into the JSON file (times in ms)."""
 
@@ -61,6 +63,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapters", nargs="+", default=["lora"], choices=kinds)
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA, whose size the others take (default 16)")
     parser.add_argument("--quantize", nargs="+", default=[None], choices=common.QUANTIZED, help="the base's weights")
+    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="the calls (default all)")
     parser.add_argument("--cast-adapters", action="store_true", help="factors in the base's dtype (PEFT: fp32)")
     parser.add_argument("--kv", choices=("static", "dynamic"), default="static", help="the decoder's cache")
     parser.add_argument("--device", default="cpu", help="a torch device (default cpu)")
@@ -77,7 +80,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure_setup(
-    setup: Setup, backends: list[str], rounds: int, steps: int, adapters: Sequence[str] = ("lora",)
+    setup: Setup,
+    backends: list[str],
+    rounds: int,
+    steps: int,
+    adapters: Sequence[str] = ("lora",),
+    phases: Sequence[str] = PHASES,
 ) -> list[Row]:
     """All variants of one model and dtype in this process: a row for each variant and case."""
     base = common.load_base(setup)
@@ -87,6 +95,8 @@ def measure_setup(
     for backend in backends:
         for kind, model in models.items():
             for case in common.cases(model, backend, setup):
+                if not case.name.startswith(tuple(phases)):
+                    continue
                 hits, began = measure.cache_hits(), time.perf_counter()
                 case.step()
                 taken = time.perf_counter() - began
@@ -275,7 +285,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = [
             row
             for setup in setups(options)
-            for row in measure_setup(setup, options.backends, options.rounds, options.steps, options.adapters)
+            for row in measure_setup(
+                setup, options.backends, options.rounds, options.steps, options.adapters, options.phases
+            )
         ]
     probed = setups(options) if options.memory else []
     memory = [row for setup in probed for row in measure_memory(setup, options.backends)]
