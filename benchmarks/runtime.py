@@ -289,6 +289,8 @@ def main(argv: list[str] | None = None) -> None:
                 setup, options.backends, options.rounds, options.steps, options.adapters, options.phases
             )
         ]
+    if not rows:
+        raise SystemExit(f"no model here has a call of {', '.join(options.phases)}: leave --phases out")
     probed = setups(options) if options.memory else []
     memory = [row for setup in probed for row in measure_memory(setup, options.backends)]
 

@@ -102,7 +102,7 @@ def apart(i: int, term: Packed) -> str:
 
 
 def _in_tiles(i: int, term: Packed) -> str:
-    """x as a weight in tiles reads it: one for all that share groups and have no order of their own."""
+    """x as a weight in tiles reads it: one for all whose groups have one size and that have no order of their own."""
     return f"x_by{term.group}" if term.order is None else f"x_of{i}"
 
 

@@ -100,7 +100,7 @@ inline Wholes<Order, K, GROUP> wholes(const TX* x, int64_t m) {
       Order::lay(line, to);
       *unit++ = most / Order::X_MOST * Order::UNIT;
       *fine++ = 0;
-      if (sum(capped) < 32 * (Order::X_MOST / 64)) {  // half of them are less than a hundredth of the largest
+      if (most > 1e-34f && sum(capped) < 32 * (Order::X_MOST / 64)) {  // half of them are less than a hundredth of the largest
         for (int i = 0; i < 64; i += V) (F::loadu(line + i) * F(Order::STEPS)).store(line + i);
         Order::lay(line, rest);
         fine[-1] = unit[-1] / Order::STEPS;

@@ -97,9 +97,9 @@ struct ByBytes {
 #endif
 };
 
-// Orders of 64 columns in which x in bf16 is made whole numbers of 16 bits, 15 beside the largest of its 64 numbers, and so
-// are codes, or what they stand for: products are exact. A column takes WIDTH of them. `add` adds products of T tokens, whose
-// x are `ldx` numbers apart, to lanes, eight to each. A product of 1 stands for UNIT times what x's steps stand for.
+// Orders of 64 columns in which x in bf16 is made whole numbers of 16 bits: 15 bits for the largest of 64 numbers. Codes, or
+// what they stand for, are whole numbers too, so products are exact. A column of x takes WIDTH numbers of 16 bits. A product
+// of 1 stands for UNIT times what x's steps stand for.
 struct InWholes {
   static constexpr bool WHOLE = true;
   static constexpr int STEP = 64, WIDTH = 1;
@@ -126,13 +126,19 @@ struct InBytes : InWholes {
 
   // Of 64 numbers the upper bytes, then the lower ones.
   static void split(float* x, int8_t* to) {
-    for (int i = 0; i < 64; i += V) {
-      int32_t wholes[V];
-      _mm256_storeu_si256((__m256i*)wholes, nearest(x + i));
-      for (int j = 0; j < V; ++j) {
-        const int32_t upper = (wholes[j] + 128) >> 8;
-        to[i + j] = int8_t(upper), to[64 + i + j] = int8_t(wholes[j] - 256 * upper);
+    const __m256i in_line = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int i = 0; i < 64; i += 4 * V) {
+      __m256i upper[4], lower[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m256i wholes = nearest(x + i + j * V);
+        upper[j] = _mm256_srai_epi32(_mm256_add_epi32(wholes, _mm256_set1_epi32(128)), 8);
+        lower[j] = _mm256_sub_epi32(wholes, _mm256_slli_epi32(upper[j], 8));
       }
+      const auto narrowed = [&](const __m256i (&w)[4], int8_t* p) {
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(w[0], w[1]), _mm256_packs_epi32(w[2], w[3]));
+        _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, in_line));
+      };
+      narrowed(upper, to + i), narrowed(lower, to + 64 + i);
     }
   }
 #endif
@@ -151,13 +157,19 @@ struct TilesAsBytes : InBytes {
 #if defined(CPU_CAPABILITY_AVX2)
   static constexpr int WIDTH = 2;
   static void lay(float* x, int16_t* to) {
-    int16_t bytes[64];
-    split(x, (int8_t*)bytes);
-    const int8_t* from = (const int8_t*)bytes;
-    for (int i = 0; i < 64; i += 4)
-      for (int b = 0; b < 128; b += 64)
-        for (int odd = 0; odd < 2; ++odd, to += 2)
-          to[0] = to[1] = int16_t(uint8_t(from[b + i + odd]) | from[b + i + odd + 2] * 256);
+    int8_t bytes[128];
+    split(x, bytes);
+    const __m128i first = _mm_setr_epi8(0, 2, 0, 2, 1, 3, 1, 3, 4, 6, 4, 6, 5, 7, 5, 7);
+    const __m128i second = _mm_add_epi8(first, _mm_set1_epi8(8));
+    for (int i = 0; i < 64; i += 16) {  // four columns' upper bytes and their lower ones lie beside each other, then in pairs
+      const __m128i upper = _mm_loadu_si128((const __m128i*)(bytes + i));
+      const __m128i lower = _mm_loadu_si128((const __m128i*)(bytes + 64 + i));
+      for (const __m128i& eight : {_mm_unpacklo_epi32(upper, lower), _mm_unpackhi_epi32(upper, lower)})
+        for (const __m128i& four : {first, second}) {
+          _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(eight, four));
+          to += 8;
+        }
+    }
   }
 #endif
 };
@@ -168,6 +180,7 @@ struct BytesAsWholes : InWholes {
 #if defined(CPU_CAPABILITY_AVX2)
   static constexpr float UNIT = 1;
 
+  // Adds products of tokens, whose x are `ldx` numbers apart, to lanes: eight to each.
   template <int TOKENS>
   [[gnu::always_inline]] static void add(__m256i (&sums)[TOKENS], const T* codes, const int16_t* x, int64_t ldx) {
 #pragma GCC unroll 4

@@ -207,7 +207,7 @@ template <int R, int T, class W, bool FULL>
   }
 }
 
-// The same for an x of 16 bits, in a third of the time: codes are summed up as they lie, without sign and zero, which costs
+// The same for an x of 16 bits that is not made whole numbers, in a third of the time: codes are summed up as they lie, without sign and zero, which costs
 // a digit of fp32.
 template <int R, int T, class W>
 [[gnu::always_inline]] inline void halves_dot(
@@ -257,7 +257,7 @@ template <int R, int T, class W>
 #if defined(CPU_CAPABILITY_AVX2)
 // Sums of 64 columns of a row of bytes times an x in bytes, of lower and of upper halves, for T tokens.
 template <int T>
-[[gnu::always_inline]] inline void halves_add(
+[[gnu::always_inline]] inline void halves_sum(
     __m256i (&lower)[T], __m256i (&upper)[T], const uint8_t* codes, const int16_t* x, int64_t ldx) {
   const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), places = _mm256_set1_epi16(256);
   __m256i halves[2][2];
@@ -282,7 +282,7 @@ template <int T>
 // One token's, in a function of its own, as few are asked for.
 [[gnu::noinline, gnu::cold]] inline void halves_of_rests(
     __m256i (&lower)[1], __m256i (&upper)[1], const uint8_t* codes, const int16_t* rests) {
-  halves_add(lower, upper, codes, rests, 0);
+  halves_sum(lower, upper, codes, rests, 0);
 }
 
 // The same for an x in bf16, by whole numbers.
@@ -298,7 +298,7 @@ template <int R, int T, class W>
       const int64_t g = at / G;
       __builtin_prefetch((const char*)codes + at + near(1), 0, 2);
       __m256i low[T], high[T];
-      halves_add(low, high, codes + at, x.numbers + at, K);
+      halves_sum(low, high, codes + at, x.numbers + at, K);
       for (int t = 0; t < T; ++t) {
         const float unit = x.units[t * (K / PART) + at / PART];
         join(lower[r][t], low[t], below.scale[r][g] * unit), join(upper[r][t], high[t], above.scale[r][g] * unit);

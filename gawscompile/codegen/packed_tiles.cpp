@@ -3,7 +3,7 @@
 namespace {
 
 #if defined(CPU_CAPABILITY_AVX2)
-// x in fp32, and a lone token in bf16 by whole numbers: the sums of two would leave no registers.
+// x in fp32. A lone token in bf16 is made whole numbers, too. Two are not: their sums take more registers than there are.
 template <int64_t K, int64_t GROUP>
 struct Lone {
   const float* numbers;
@@ -113,8 +113,9 @@ struct Tiles {
         const __m256i first = _mm256_loadu_si256(p), second = _mm256_loadu_si256(p + 1);
         __m256i xs[2];
         for (int b = 0; b < 2; ++b) {
-          const __m256d two = _mm256_broadcast_sd((const double*)(x + 8 * four) + b);
-          xs[b] = _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castpd_ps(two), each));
+          int64_t two;
+          std::memcpy(&two, x + 8 * four + 4 * b, sizeof two);
+          xs[b] = _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castsi256_ps(_mm256_set1_epi64x(two)), each));
         }
         for (int eight = 0; eight < 2; ++eight) {
           const __m256i some = eight ? _mm256_unpackhi_epi8(first, second) : _mm256_unpacklo_epi8(first, second);

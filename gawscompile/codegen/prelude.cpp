@@ -134,14 +134,15 @@ struct NoSum {
   void panel(const T*, int64_t, int64_t, int64_t, int64_t) const {}
 };
 
-// Bytes ahead of one stream that are asked for, by what a number of a weight takes: on each kind of CPU as measured.
+// How many bytes ahead a lone stream is asked for, as measured. `bytes`: of a number of the weight.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int near(int) { return 4 << 10; }
 #else
 constexpr int near(int bytes) { return bytes == 4 ? 512 : 1536; }
 #endif
 
-// Whether rows are read one after the other: on AVX2, and with AVX-512 where a line of memory is one multiply-add.
+// Whether rows are read one after the other: on AVX2 rows of whole lines of memory, with AVX-512 those of eight steps or
+// more, where a line is one multiply-add.
 template <class TW, class TX>
 constexpr bool in_line(int64_t k) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -156,11 +157,18 @@ constexpr bool in_line(int64_t k) {
 
 // R rows of a weight that comes from memory times a lone token. It waits for nothing else, and hardware follows one stream
 // best: rows are read one after the other, as they lie, and asked for a little ahead. Two sums in flight: one multiply-add
-// waits for the one before. A function of its own: inlined, it took a fifth of their speed from tiles of three tokens.
+// waits for the one before. On AVX2 it is a function of its own: inlined, it took a fifth of their speed from tiles of three
+// tokens.
 template <int N, int R, class TW, class TX, class Sum>
-[[gnu::noinline]] void lone(F (&acc)[R][1], const TW* w, const TX* x, Sum sum) {
+#if defined(CPU_CAPABILITY_AVX512)
+[[gnu::always_inline]] inline
+#else
+[[gnu::noinline]]
+#endif
+void lone(F (&acc)[R][1], const TW* w, const TX* x, Sum sum) {
   using S = Step<TW, TX>;
-  constexpr int EACH = max<int>(LINE / sizeof(TW), S::N), STEPS = EACH / S::N;  // numbers of a line, and steps
+  constexpr int EACH = LINE / sizeof(TW), STEPS = EACH / S::N;  // numbers of a line, and steps
+  static_assert(EACH % S::N == 0 && (STEPS == 1 || N % EACH == 0));
   for (int r = 0; r < R; ++r, w += N) {
     F sums[2] = {acc[r][0], F(0)};
     auto row = sum.row(r);

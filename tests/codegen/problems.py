@@ -106,25 +106,27 @@ def in_bf16(term: Packed) -> bool:
     return torch.cpu._is_avx512_bf16_supported() and whole and term.kept.layout != "tiles"
 
 
-def in_wholes(term: Packed) -> bool:
+def in_wholes(term: Packed, tokens: int) -> bool:
     """Whether AVX2 makes whole numbers of an x of bf16, and multiplies them by codes, or by levels."""
-    capable = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    layouts = ("bytes", "pairs", "halves", "tiles")
-    return capable and term.group % 64 == 0 and term.kept.layout in layouts and term.kept.rows != 64
+    if torch.backends.cpu.get_cpu_capability() != "AVX2" or term.group % 64 != 0:
+        return False
+    layouts = {"bytes": True, "pairs": True, "halves": term.summed_apart, "tiles": term.kept.rows == 32 and tokens == 1}
+    return layouts.get(term.kept.layout, False)
 
 
-def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor]) -> Tensor:
+def _magnitude(spec: KernelSpec, i: int, operands: dict[str, Tensor], tokens: int) -> Tensor:
     """What the rounding of W x is measured by: |W|, or |scale| (|level| + |zero|), and a coded scale's two parts. Dot
     products in bf16 round levels of 4 bits to bf16, and sum codes of 8 bits up as two numbers of 256 at most each.
     Whole numbers are off by 2^-14 of the largest level, and by 2^-16 of the largest of 64 numbers of x, here four times
-    the others. Codes of tiles, and those of other sums of 16 bits, have no sign; these are of whole bytes, too."""
+    the others; codes of tiles have no sign there. Other sums of 16 bits are of codes without sign, and of whole
+    bytes."""
     if spec.projections[i].packed is None:
         return weight(spec, i, operands).abs()
     term = packed(spec, i, operands)
     size = term.kept.numbers(term.codes, term.table, term.n, term.k, torch.float64).abs()
     if spec.x == "bf16" and in_bf16(term):
         size = size + 512 if term.kept.layout == "bytes" else size * (1 + 2**14 / 6)
-    elif spec.x == "bf16" and in_wholes(term):
+    elif spec.x == "bf16" and in_wholes(term, tokens):
         without_sign = 8 if term.kept.layout == "tiles" else 0
         size = (size + without_sign) * (1 + 2**9 / 6) + (size.max() * 2**9 / 6 if term.kept.layout == "pairs" else 0)
     elif spec.x != "f32" and term.kept.layout in ("halves", "tiles"):
@@ -191,7 +193,7 @@ def _answer(spec: KernelSpec, i: int, x: Tensor, operands: dict[str, Tensor]) ->
     """
     p = spec.projections[i]
     w = weight(spec, i, operands)
-    base, size = x @ w.T, x.abs() @ _magnitude(spec, i, operands).T
+    base, size = x @ w.T, x.abs() @ _magnitude(spec, i, operands, x.numel() // spec.k).T
     total = base.clone()
     for j, term in enumerate(p.lowrank):
         a, b = operands[f"a{i}_{j}"].double(), operands[f"b{i}_{j}"].double()
