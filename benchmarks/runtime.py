@@ -32,6 +32,7 @@ from benchmarks.shapes import SHAPES
 from gawscompile.calibration import measure
 
 PHASES = ("decode", "prefill", "encode")
+"""The kinds of calls, with one of which the name of each case begins."""
 
 Row = dict[str, Any]
 """One variant in one case: what was measured, as it goes into the JSON file (times in ms)."""
@@ -87,7 +88,7 @@ def measure_setup(
     adapters: Sequence[str] = ("lora",),
     phases: Sequence[str] = PHASES,
 ) -> list[Row]:
-    """All variants of one model and dtype in this process: a row for each variant and case."""
+    """All variants of one model and dtype in this process: a row for each variant and case of `phases`."""
     base = common.load_base(setup)
     models = {"base": base} | {kind: common.with_adapter(base, setup, kind) for kind in adapters}
     cases: dict[str, dict[tuple[str, str], common.Case]] = {}

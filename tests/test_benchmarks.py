@@ -34,6 +34,15 @@ def test_tables_and_files(tiny_llama_dir, tmp_path, capsys):
     assert "| eager lora |" in (tmp_path / "r.md").read_text()
 
 
+def test_one_phase_alone(tiny_llama_dir, tmp_path):
+    flags = ["--model", str(tiny_llama_dir), "--backends", "eager", "--rounds", "1", "--steps", "1", "--phases"]
+    runtime.main([*flags, "decode", "--json", str(tmp_path / "r.json")])
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["decode, 64 past"] * 2
+    with pytest.raises(SystemExit, match="no model here has a call of encode"):
+        runtime.main([*flags, "encode"])
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_the_published_ones(name):
     llamas = {"llama-3.2-1b": 1236, "llama-3.2-3b": 3213, "llama-7b": 6738}

@@ -118,8 +118,8 @@ struct InWholes {
 #endif
 };
 
-// x in two bytes with a sign each, which codes of 4 bits meet without a shuffle (`vpmaddubsw`): eight sums of two products
-// fit into 16 bits.
+// x as two bytes with a sign each, for codes of 4 bits, which stay bytes (`vpmaddubsw`): eight sums of two products fit into
+// 16 bits.
 struct InBytes : InWholes {
 #if defined(CPU_CAPABILITY_AVX2)
   static constexpr float X_MOST = 127 * 256 + 127, UNIT = 1;
