@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from benchmarks.projections import NAMES, forward, operands
+from benchmarks.projections import NAMES, operands
 from gawscompile.calibration import measure
 from gawscompile.ir.spec import KernelSpec
 from gawscompile.ir.types import DTYPES
@@ -67,7 +67,7 @@ class Stack:
             program = f"{cost.plan(spec).table} | {spec}"
             x = torch.randn(self.tokens, spec.k).to(DTYPES[spec.x])
             calls += [(x, operands(spec, self.tokens), program) for _ in range(self.layers)]
-        return functools.partial(forward, calls)
+        return common.without_python(calls)
 
 
 SWEEPS: dict[str, tuple[int, ...]] = {

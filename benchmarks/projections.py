@@ -4,9 +4,9 @@
     python -m benchmarks.projections --dtype bfloat16 --tokens 1 --weights plain int8 nf4 nf4-blocks hqq4
 
 Each layer has weights of its own, on huge pages, so no call finds them in a cache, as in a model. Columns: ms
-for all projections of a forward pass, without and with a LoRA of rank 16 in fp32, and for reading the weights of the
-bare ones and no more; medians over `--rounds` in turns. A pass comes right after one of its own: a cache that holds a
-whole model's weights keeps them. `--weights`: as they are kept, see docs/quantised.md.
+for all projections of a forward pass, called one after the other from C++, without and with a LoRA of rank 16 in fp32,
+and for reading the weights of the bare ones and no more; medians over `--rounds` in turns. A pass comes right after one
+of its own: a cache that holds a whole model's weights keeps them. `--weights`: as they are kept, see docs/quantised.md.
 """
 
 from __future__ import annotations
@@ -66,12 +66,6 @@ def operands(spec: KernelSpec, m: int) -> list[torch.Tensor]:
     return [drawn([m if s == "m" else int(s) for s in o.shape], o.dtype) for o in spec.operands()]
 
 
-def forward(calls: list[tuple[torch.Tensor, list[torch.Tensor], str]]) -> None:
-    """All projections of all layers, once."""
-    for call in calls:
-        torch.ops.gaws.project(*call)
-
-
 def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
     """A row of the table: dtype, weights, tokens, for each plan base and LoRA in ms, and reading alone."""
     name = NAMES[dtype]
@@ -93,7 +87,7 @@ def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
                 continue
             tensors = [tensor for _, given, _ in calls for tensor in given]
             pages.enlarge(tensors)
-            variants[plan, lora] = functools.partial(forward, calls)
+            variants[plan, lora] = common.without_python(calls)
             if (plan, lora) == (PLANS[0], ""):
                 reads = limits.reading(tensors)
     variants["reading", "alone"] = reads

@@ -35,6 +35,7 @@ from gawscompile.passes import INFERENCE, PIPELINE
 from gawscompile.passes.context import Context, Rewrite, VerifierError, inputs_of, trains, verify
 from gawscompile.planning import devices
 from gawscompile.runtime import (
+    bound,
     eager_generate,
     executor,
     forks,
@@ -92,6 +93,7 @@ def gaws(
         compiled, record, failure = _compile(gm, example_inputs, ours, inductor, kind)
     objection = ranks.objection(record, failure)
     if not objection:
+        bound.compiled(compiled)
         return compiled
     if failure is not None and (ours.strict or (record is None and ranks.alone)):
         raise failure

@@ -48,50 +48,61 @@ Tensor laid_out(const Tensor& t, const Attention& kernel, const char* name) {
   return t.stride(3) == 1 ? t : t.contiguous();
 }
 
+void place(const Tensor& t, int64_t* strides) {
+  for (int d = 0; d < 3; ++d) strides[d] = t.stride(d);
+}
+
+// A call but for its pointers, and for how its result lies.
+AttendCall described(
+    const Attention& kernel, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor* mask, double scale,
+    const Tensor* sinks) {
+  const int64_t rows = q.size(0), heads = q.size(1), queries = q.size(2), groups = k.size(1), keys = k.size(2);
+  TORCH_CHECK(
+      k.size(0) == rows && v.sizes() == k.sizes() && groups > 0 && heads % groups == 0, "gaws::attend: q is ", q.sizes(),
+      ", k ", k.sizes(), ", v ", v.sizes());
+  AttendCall call{};
+  place(q, call.qs), place(k, call.ks), place(v, call.vs);
+  if (mask) {
+    const bool said = mask->scalar_type() == ScalarType::Bool, added = mask->scalar_type() == ScalarType::Float;
+    call.kind = said ? 1 : added ? 3 : 2;
+    const int64_t whole[] = {rows, heads, queries, keys};
+    bool fits = mask->dim() == 4 && (said || added || mask->scalar_type() == kernel.dtype);
+    for (int d = 0; fits && d < 4; ++d) {
+      fits = mask->size(d) == 1 || mask->size(d) == whole[d];
+      call.ms[d] = mask->size(d) == 1 ? 0 : mask->stride(d);
+    }
+    TORCH_CHECK(fits, "gaws::attend: the mask is ", mask->scalar_type(), " of ", mask->sizes());
+  }
+  if (sinks) {
+    call.wide = sinks->scalar_type() == ScalarType::Float;
+    TORCH_CHECK(
+        sinks->dim() == 1 && sinks->size(0) == heads && (call.wide || sinks->scalar_type() == kernel.dtype),
+        "gaws::attend: the sinks are ", sinks->scalar_type(), " of ", sinks->sizes(), " for ", heads, " heads");
+    call.step = sinks->stride(0);
+  }
+  call.rows = rows, call.heads = heads, call.groups = groups, call.queries = queries, call.keys = keys;
+  call.scale = float(scale);
+  return call;
+}
+
 Tensor attend(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const c10::IValue& mask_, double scale, const std::string& text,
     const c10::IValue& sinks_) {
   const Attention& kernel = attention(text);
   const Tensor q = laid_out(q_, kernel, "q"), k = laid_out(k_, kernel, "k"), v = laid_out(v_, kernel, "v");
-  const int64_t rows = q.size(0), heads = q.size(1), queries = q.size(2), groups = k.size(1), keys = k.size(2);
-  TORCH_CHECK(
-      k.size(0) == rows && v.sizes() == k.sizes() && groups > 0 && heads % groups == 0, "gaws::attend: q is ", q.sizes(),
-      ", k ", k.sizes(), ", v ", v.sizes());
+  const Tensor* mask = mask_.isNone() ? nullptr : &mask_.toTensor();
+  const Tensor* sinks = sinks_.isNone() ? nullptr : &sinks_.toTensor();
+  AttendCall call = described(kernel, q, k, v, mask, scale, sinks);
   Tensor out = q.is_non_overlapping_and_dense()
       ? fresh_strided(q.sizes(), q.strides(), kernel.dtype)
       : at::empty_like(q);
   // of queries that overlap: `cpp_attention.result_of` has the same rule
   if (out.stride(3) != 1) out = at::empty_like(q, at::TensorOptions(), at::MemoryFormat::Contiguous);
-  AttendCall call{};
-  const auto place = [](const Tensor& t, int64_t* strides) {
-    for (int d = 0; d < 3; ++d) strides[d] = t.stride(d);
-  };
-  place(q, call.qs), place(k, call.ks), place(v, call.vs), place(out, call.os);
-  if (!mask_.isNone()) {
-    const Tensor& mask = mask_.toTensor();
-    const bool said = mask.scalar_type() == ScalarType::Bool, added = mask.scalar_type() == ScalarType::Float;
-    call.kind = said ? 1 : added ? 3 : 2;
-    const int64_t whole[] = {rows, heads, queries, keys};
-    bool fits = mask.dim() == 4 && (said || added || mask.scalar_type() == kernel.dtype);
-    for (int d = 0; fits && d < 4; ++d) {
-      fits = mask.size(d) == 1 || mask.size(d) == whole[d];
-      call.ms[d] = mask.size(d) == 1 ? 0 : mask.stride(d);
-    }
-    TORCH_CHECK(fits, "gaws::attend: the mask is ", mask.scalar_type(), " of ", mask.sizes());
-    call.mask = mask.const_data_ptr();
-  }
-  if (!sinks_.isNone()) {
-    const Tensor& sinks = sinks_.toTensor();
-    call.wide = sinks.scalar_type() == ScalarType::Float;
-    TORCH_CHECK(
-        sinks.dim() == 1 && sinks.size(0) == heads && (call.wide || sinks.scalar_type() == kernel.dtype),
-        "gaws::attend: the sinks are ", sinks.scalar_type(), " of ", sinks.sizes(), " for ", heads, " heads");
-    call.sinks = sinks.const_data_ptr(), call.step = sinks.stride(0);
-  }
+  place(out, call.os);
+  if (mask) call.mask = mask->const_data_ptr();
+  if (sinks) call.sinks = sinks->const_data_ptr();
   call.q = q.const_data_ptr(), call.k = k.const_data_ptr(), call.v = v.const_data_ptr();
   call.out = out.mutable_data_ptr();
-  call.rows = rows, call.heads = heads, call.groups = groups, call.queries = queries, call.keys = keys;
-  call.scale = float(scale);
   if (out.numel()) kernel.kernel(&call);
   return out;
 }

@@ -8,27 +8,36 @@ to `BoundCall`, which keeps what it gathered as long as the guard's `State` hold
     __compiled_fn(kwargs["input_ids"], module._modules["layers"]._modules["0"]._parameters["weight"], …)
     BoundCall(__compiled_fn, module, args, kwargs)
 
+Between such a call and `executor.py`'s steps stand AOTAutograd and Inductor, which hand on hundreds of tensors one by
+one. Where they were seen to hand on the very same tensors in the same order, and to give back the very same results,
+a call goes to the steps directly, with the tensors that may have changed; the others are known there (`Direct`).
+
 Nothing else in the code is touched. What is called in between, what is read from globals or from closures, is not
 understood, and such code stays as it is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import logging
+import operator
 import sys
 import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 from types import CodeType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._dynamo import bytecode_transformation as bytecode
 from torch._dynamo.convert_frame import register_bytecode_hook
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import innermost_fn, skip_code
 from torch._guards import CompileContext
+
+from gawscompile.runtime.executor import Call, Executor, noting
 
 log = logging.getLogger("gawscompile")
 
@@ -42,6 +51,12 @@ def want(wanted: bool) -> None:
     _compile.wanted = CompileContext.current_compile_id() if wanted and known else None
     if _compile.wanted is not None:
         _install()
+
+
+def compiled(run: Any) -> None:
+    """Said by the backend: what it made of that frame's graph."""
+    if vars(_compile).get("wanted") is not None:
+        _compile.compiled = run
 
 
 def tie(watch: Watch, seen: Collection[str]) -> None:
@@ -62,6 +77,7 @@ def rewritten(code: CodeType, new_code: CodeType) -> CodeType | None:
     state = vars(_compile)
     state.pop("call", None)
     wanted = state.pop("wanted", None)
+    run = state.pop("compiled", None)
     if wanted is None or wanted != CompileContext.current_compile_id():  # of a compile that failed
         return None
     if torch._dynamo.config.caching_precompile:  # which keeps code in files
@@ -78,6 +94,7 @@ def rewritten(code: CodeType, new_code: CodeType) -> CodeType | None:
         log.info("gaws: parameters are gathered in every call: %s", how)
         return None
     state["call"] = found[0]
+    found[0].compiled = run
     return new
 
 
@@ -86,6 +103,8 @@ class State(Protocol):
     keep no parameter alive that a model has replaced since."""
 
     bound: list[weakref.ref[Any] | None] | None
+    direct: Any
+    handle: ctypes.c_void_p
 
 
 class Watch(Protocol):
@@ -93,6 +112,8 @@ class Watch(Protocol):
     good for the call that they let through, and for that one alone."""
 
     last: threading.local
+
+    def forget(self, state: Any) -> None: ...
 
 
 class Unknown(Exception):
@@ -211,6 +232,8 @@ class BoundCall:
         self._watch: Watch | None = None
         self._free: list[int] = []
         self._others = self._all
+        self.compiled: Any = None  # what the backend made of the graph
+        self._misses = 0
 
     def _gather(self, values: list[Value]) -> Any:
         """The function of the frame's variables whose result is the tuple of `values`."""
@@ -241,11 +264,83 @@ class BoundCall:
             values = list(self._all(*variables))
             free = frozenset(self._free)
             state.bound = [None if at in free else weakref.ref(value) for at, value in enumerate(values)]
-        else:
-            values = [found and found() for found in state.bound]
-            for at, value in zip(self._free, self._others(*variables), strict=True):
-                values[at] = value
-        return graph(*values)
+            return graph(*values)
+        others = self._others(*variables)
+        plain = not torch._C._len_torch_dispatch_stack()  # a mode is to see every op
+        if state.direct and plain:
+            if results := state.direct(others):
+                self._misses = 0
+                return results
+            self._missed(state)
+        values = [found and found() for found in state.bound]
+        for at, value in zip(self._free, others, strict=True):
+            values[at] = value
+        if state.direct is not None or not plain:
+            return graph(*values)
+        return self._watched(state, graph, values, others)
+
+    @torch._dynamo.disable
+    def _watched(self, state: State, graph: Any, values: list[Any], others: tuple[Any, ...]) -> Any:
+        """A call that shows whether the next ones can go directly."""
+        before = _versions(others)
+        with noting() as calls:
+            results = graph(*values)
+        written = [at for at, old, new in zip(count(), before, _versions(others)) if old != new]
+        can = self._misses < MOST_MISSES and self._goes(graph, values, calls, results)
+        free = frozenset(self._free)
+        known = [None if at in free else value for at, value in enumerate(values)]
+        can = can and calls[0].executor.bind(state.handle, known)
+        state.direct = can and Direct(calls[0].executor, state.handle, type(results), written)
+        return results
+
+    @torch._dynamo.disable
+    def _missed(self, state: State) -> None:
+        """A call could not go directly: after many in a row none is tried."""
+        self._misses += 1
+        if self._misses == MOST_MISSES:
+            assert self._watch is not None
+            self._watch.forget(state)  # with what it has the check of every call hold
+
+    def _goes(self, graph: Any, values: list[Any], calls: list[Call], results: Any) -> bool:
+        """Whether that call could have gone directly."""
+        if innermost_fn(graph) is not innermost_fn(self.compiled):
+            return False  # someone stands in between, who may want to see every call
+        if len(calls) != 1 or type(results) not in (list, tuple):
+            return False
+        if any(type(value) not in (torch.Tensor, torch.nn.Parameter) for value in values):
+            return False
+        return _same(calls[0].inputs, values) and _same(calls[0].results, results)
 
 
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _versions(tensors: Sequence[Any]) -> list[int]:
+    """How often each was written to in place, as far as that is counted."""
+    counted = (isinstance(one, torch.Tensor) and not one.is_inference() for one in tensors)
+    return [one._version if is_counted else 0 for one, is_counted in zip(tensors, counted, strict=True)]
+
+
+MOST_MISSES = 8
+
+
+class Direct:
+    """A call of an executor's steps with parameters that are known there. Empty where they are not run: then nothing
+    was done. `written`: of the other inputs those that count a write in every call."""
+
+    def __init__(self, executor: Executor, watch: ctypes.c_void_p, kind: type, written: list[int]) -> None:
+        self._executor = executor  # which is not to go before the last call
+        self._watch = watch.value
+        self._kind, self._written = kind, written
+        self._run = torch.ops.gaws.resume.default._op
+
+    def __call__(self, others: tuple[Any, ...]) -> Any:
+        results = self._run(others, self._watch)
+        if results and self._written:
+            torch.autograd.graph.increment_version([others[at] for at in self._written])
+        return results if self._kind is list else self._kind(results)
+
+
+skip_code(Direct.__call__.__code__)
 skip_code(BoundCall.__call__.__code__)  # or Dynamo would compile it

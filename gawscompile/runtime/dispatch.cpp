@@ -105,7 +105,13 @@ Tensor view(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t 
 
 constexpr int ATTEMPTS = 4;  // the first may meet old values; more only where someone writes while the op reads
 
-c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, const std::string& text) {
+Plan plan_of(const Program& program, int64_t m) {
+  return std::find_if(program.table.begin(), program.table.end(), [&](const Row& row) { return m <= row.most; })->plan;
+}
+
+// `places`: where outputs go, where that is known.
+c10::List<Tensor> project(
+    const Program& program, Tensor x, Tensors arguments, const std::string& text, at::ArrayRef<Tensor> places = {}) {
   const Hoisted& hoisted = program.hoisted;
   TORCH_CHECK(
       x.dim() > 0 && x.size(-1) == program.k && x.scalar_type() == program.x_dtype,
@@ -114,7 +120,7 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
       arguments.all.size() == program.arguments,
       "gaws::project: ", arguments.all.size(), " operands, the kernel takes ", program.arguments, ": ", text);
   const int64_t m = program.k ? x.numel() / program.k : 0;
-  const Plan plan = std::find_if(program.table.begin(), program.table.end(), [&](const Row& row) { return m <= row.most; })->plan;
+  const Plan plan = plan_of(program, m);
   if (!x.is_contiguous()) x = x.contiguous();
   Values values;
   std::vector<const void*> in(program.operands.size());
@@ -151,7 +157,7 @@ c10::List<Tensor> project(const Program& program, Tensor x, Tensors arguments, c
   for (const Projection& p : program.projections) {
     if (program.swiglu && !outputs.empty()) break;
     sizes.back() = p.n;
-    Tensor y = fresh(sizes, p.dtype);
+    Tensor y = places.empty() ? fresh(sizes, p.dtype) : places[outputs.size()];
     out.push_back(y.mutable_data_ptr());
     outputs.push_back(std::move(y));
   }

@@ -39,12 +39,20 @@ struct Step {
   mutable const Program* program = nullptr;
 };
 
+struct Replay;
+
 struct Executor {
   int64_t inputs, registers;
   Numbers integers;  // those that a call gives, then constants and computed ones
   size_t given;
   std::vector<Step> steps;
+  mutable std::mutex mutex;  // of what is below: how it is replayed (`replay.cpp`)
+  mutable std::vector<std::shared_ptr<Replay>> idle;
+  mutable size_t calls = 0, tries = 0;
 };
+
+// The results, or nothing where the steps are to be run one by one.
+c10::List<Tensor> replayed(const Executor& executor, at::ArrayRef<c10::IValue> inputs);
 
 template <size_t>
 using Pointer = void*;
@@ -246,7 +254,9 @@ void boxed_execute(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   std::vector<c10::IValue> own;
   if (lent_to == arguments[2].toInt()) own = std::exchange(lent, {});
   const at::ArrayRef<c10::IValue> inputs = own.empty() ? arguments[0].toListRef() : at::ArrayRef<c10::IValue>(own);
-  c10::List<Tensor> results = execute(*executor, inputs, arguments[1].toIntVector(), own);
+  c10::List<Tensor> results;
+  if (own.empty() && !executor->given) results = replayed(*executor, inputs);
+  if (results.empty()) results = execute(*executor, inputs, arguments[1].toIntVector(), own);
   if (results.empty()) lent = std::move(own);
   stack->erase(arguments, stack->end());
   stack->emplace_back(std::move(results));

@@ -15,10 +15,11 @@ import contextlib
 import ctypes
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._inductor.output_code import CompiledFxGraph
@@ -71,6 +72,7 @@ class Executor:
         self._tensors, self._given, self._tensors_alone = code.tensors, code.given, code.tensors_alone
         self._frees, self._told = code.frees, False
         self._run, self._lend = torch.ops.gaws.execute.default, torch.ops.gaws.lend.default
+        self.handle = ctypes.c_void_p(handle)
 
     def __call__(self, inputs: list[Any]) -> Any:
         """The graph's results. Empties `inputs`, as the wrapper does."""
@@ -85,8 +87,23 @@ class Executor:
         results = self._run(tensors, integers, self._handle)
         if not results:
             return self.wrapper(inputs)  # an input does not fit: the error is Inductor's
+        if _noted.calls is not None:
+            _noted.calls.append(Call(self, list(inputs), results))
         inputs.clear()
         return results
+
+    def bind(self, watch: ctypes.c_void_p, inputs: Sequence[torch.Tensor | None]) -> bool:
+        """Whether `watch` sees every change of all `inputs`: then its checks are for this executor's calls from now on
+        (``gaws::resume``), which are given the others, None here."""
+        if self._frees or not self._tensors_alone or len(inputs) != len(self._tensors):
+            return False
+        tensors = [one if one is None else one._cdata for one in inputs]
+        array = (ctypes.c_void_p * len(tensors))(*tensors)
+        return bool(_library().gaws_bind(watch, self.handle, ctypes.c_int64(len(tensors)), array))
+
+    def replays(self) -> int:
+        """How many replays of its steps wait for a call (`replay.cpp`)."""
+        return int(_library().gaws_replays(self.handle))
 
     def _run_and_free(self, inputs: list[Any]) -> Any:
         """C++ is lent the tensors before it runs: no list of Python's may hold one that its last reader is to free."""
@@ -112,10 +129,37 @@ class Executor:
         return self.wrapper(others)
 
 
+class Call(NamedTuple):
+    """A call of an executor: what it was given, and what it gave."""
+
+    executor: Executor
+    inputs: list[Any]
+    results: list[Any]
+
+
+class _Noted(threading.local):
+    calls: list[Call] | None = None
+
+
+_noted = _Noted()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Call]]:
+    """Within, this thread's calls of executors are added to a list."""
+    calls: list[Call] = []
+    _noted.calls = calls
+    try:
+        yield calls
+    finally:
+        _noted.calls = None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ops.ensure_loaded()
     library.gaws_executor.restype = ctypes.c_void_p
+    library.gaws_replays.restype = ctypes.c_int64
     return library
 
 

@@ -45,6 +45,7 @@ LIBRARY.define("derive(Tensor[] sources, str recipe) -> Tensor")
 # `Executor`'s. Its kernel is in the library that `ensure_loaded` loads, and torch wants no kernel without an op.
 LIBRARY.define("execute(Tensor[] inputs, int[] integers, int executor) -> Tensor[]")
 LIBRARY.define("lend(Tensor[] inputs, int executor) -> Tensor[]")
+LIBRARY.define("resume(Tensor[] rest, int watch) -> Tensor[]")
 
 
 def _derive(sources: list[torch.Tensor], recipe: str) -> torch.Tensor:
@@ -108,8 +109,8 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     here = Path(__file__).parent
-    parts = ("memory.cpp", "hoisted.cpp", "dispatch.cpp", "executor.cpp", "attention.cpp", "banks.cpp", "unchanged.cpp")
-    return "\n\n".join([CHECKSUM, *((here / name).read_text() for name in parts)])
+    parts = ("memory", "hoisted", "dispatch", "executor", "attention", "banks", "unchanged", "replay")
+    return "\n\n".join([CHECKSUM, *((here / f"{name}.cpp").read_text() for name in parts)])
 
 
 @functools.cache

@@ -15,7 +15,7 @@ struct Metadata {
   const c10::TensorImpl* tensor;
   size_t bytes;  // that its storage must hold
   bool gradient;
-  std::array<char, sizeof(c10::TensorImpl)> fields;
+  alignas(c10::TensorImpl) std::array<char, sizeof(c10::TensorImpl)> fields;  // and all before them, as it was
 };
 
 // CPython's list: what it holds can be exchanged, and so can the array that holds it.
@@ -29,12 +29,26 @@ struct Items {
   std::vector<uint64_t> now;
 };
 
+// Of a watch over parameters that a graph is to be run with (`replay.cpp`).
+struct Bound;
+
 struct Watch {
   std::vector<std::pair<const uint64_t*, uint64_t>> words;  // versions of dictionaries; classes of objects, and which dictionary each has
   std::vector<Items> lists;
   std::vector<Metadata> tensors;
   size_t from;  // where the fields begin
+  std::vector<int64_t> inputs;  // which input of that graph each tensor is, or -1; empty where there is no graph
+  std::shared_ptr<Bound> bound;
 };
+
+// What a call takes over from the check before it: the memory of the inputs that a watch has found unchanged, in their
+// order among its tensors. Another thread may replace a parameter meanwhile.
+struct Held {
+  const Watch* watch = nullptr;
+  std::vector<c10::Storage> memory;
+};
+
+thread_local Held held;
 
 size_t fields_of(const c10::TensorImpl& t) {
   return size_t(reinterpret_cast<const char*>(t.sizes().data()) - reinterpret_cast<const char*>(&t)) - sizeof(size_t);
@@ -75,16 +89,14 @@ extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, 
   return watch.release();
 }
 
-// Whether all is as it was. The caller holds the GIL.
-extern "C" int gaws_unchanged(const void* handle) {
-  const Watch& watch = *static_cast<const Watch*>(handle);
+static bool unchanged(const Watch& watch, std::vector<c10::Storage>& memory) {
   for (size_t i = 0; i < watch.words.size(); ++i) {
     if (i + DISTANCE < watch.words.size()) __builtin_prefetch(watch.words[i + DISTANCE].first);
-    if (*watch.words[i].first != watch.words[i].second) return 0;
+    if (*watch.words[i].first != watch.words[i].second) return false;
   }
   for (const Items& one : watch.lists) {
-    if (one.list->size != one.now.size()) return 0;
-    if (!std::equal(one.now.begin(), one.now.end(), one.list->items)) return 0;
+    if (one.list->size != one.now.size()) return false;
+    if (!std::equal(one.now.begin(), one.now.end(), one.list->items)) return false;
   }
   for (size_t i = 0; i < watch.tensors.size(); ++i) {
     if (i + DISTANCE < watch.tensors.size()) {
@@ -96,12 +108,23 @@ extern "C" int gaws_unchanged(const void* handle) {
     }
     const Metadata& one = watch.tensors[i];
     const c10::TensorImpl* t = one.tensor;
-    if (*one.slot != t) return 0;
+    if (*one.slot != t) return false;
     const char* now = reinterpret_cast<const char*>(t);
-    if (std::memcmp(now + watch.from, one.fields.data() + watch.from, sizeof *t - watch.from) != 0) return 0;
-    if (t->unsafe_storage().nbytes() < one.bytes || t->requires_grad() != one.gradient) return 0;
+    if (std::memcmp(now + watch.from, one.fields.data() + watch.from, sizeof *t - watch.from) != 0) return false;
+    if (t->unsafe_storage().nbytes() < one.bytes || t->requires_grad() != one.gradient) return false;
+    if (!watch.inputs.empty() && watch.inputs[i] >= 0) memory.push_back(t->unsafe_storage());
   }
-  return 1;
+  return true;
+}
+
+// Whether all is as it was. The caller holds the GIL.
+extern "C" int gaws_unchanged(const void* handle) {
+  const Watch& watch = *static_cast<const Watch*>(handle);
+  held.memory.clear();
+  const bool same = unchanged(watch, held.memory);
+  if (!same) held.memory.clear();
+  held.watch = same ? &watch : nullptr;
+  return same;
 }
 
 extern "C" void gaws_unwatch(void* handle) { delete static_cast<Watch*>(handle); }

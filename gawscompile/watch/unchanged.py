@@ -122,6 +122,8 @@ class State:
         self.variables = [weakref.ref(variable) for variable in variables]
         self.bound: list[weakref.ref[Any] | None] | None = None
         """What a graph reads of the variables, gathered (`runtime/bound.py`)."""
+        self.direct: Any = None
+        """How it is called with these, False where it has to be called as Dynamo does."""
         self.hooks = RemovableHandle.next_id
         words = found.words + [address + TYPE for address in found.tensors]
         slots = [_slot(tensor) for tensor in found.tensors.values()]
@@ -205,6 +207,11 @@ class Unchanged:
         except (Unwatchable, TypeError) as error:  # right all the same: all the guards are checked in every call
             log.info("gaws: guards are checked in every call: %s", error)
         return True
+
+    def forget(self, state: State) -> None:
+        """The next call makes another."""
+        for key in [key for key, one in self.states.items() if one is state]:
+            self.states.pop(key, None)
 
     def _forget(self) -> None:
         """The states of models that are gone; all, where none is."""
