@@ -120,6 +120,7 @@ static bool unchanged(const Watch& watch, std::vector<c10::Storage>& memory) {
 // Whether all is as it was. The caller holds the GIL.
 extern "C" int gaws_unchanged(const void* handle) {
   const Watch& watch = *static_cast<const Watch*>(handle);
+  if (watch.inputs.empty()) return unchanged(watch, held.memory);  // a call asks several watches; one is bound
   held.memory.clear();
   const bool same = unchanged(watch, held.memory);
   if (!same) held.memory.clear();

@@ -101,33 +101,46 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
             raise RuntimeError(
                 f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
             )
-    try:
-        _install(builder, [entry.orig_guard for entry in replaced])
-        counters["gaws"]["watched"] += len(replaced)
-    except Exception as error:  # another Dynamo than we know
-        log.warning("gaws: all guards stay, and are checked in every call: %s: %s", type(error).__name__, error)
-        for entry in replaced:
-            entry.orig_guard.create(builder)
+    known = _known(entries)
+    for lasting in (True, False):
+        some = [entry.orig_guard for entry in replaced if known.lasts(entry.orig_guard) is lasting]
+        try:
+            _install(builder, some, lasting)
+            counters["gaws"]["watched"] += len(some)
+        except Exception as error:  # another Dynamo than we know
+            log.warning("gaws: all guards stay, and are checked in every call: %s: %s", type(error).__name__, error)
+            for guard in some:
+                guard.create(builder)
 
 
 def standing_alone(entries: Sequence[Any]) -> list[bool]:
     """Of each guard, as Dynamo shows it to a ``guard_filter_fn``, whether it must be checked before every call."""
-    known = watched.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
+    known = _known(entries)
     return [not known.sees(entry.guard_type, entry.orig_guard, entry.value) for entry in entries]
 
 
-def _install(builder: Any, replaced: list[Guard]) -> None:
+def _known(entries: Iterable[Any]) -> watched.Known:
+    return watched.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
+
+
+def _install(builder: Any, replaced: list[Guard], lasting: bool) -> None:
+    """One guard in the place of all these, which look at modules (`lasting`) or also at other objects."""
     if not replaced:
         return
     manager = builder.check_fn_manager
     theirs, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
     if codes := theirs.object_aliasing_guard_codes:  # which Dynamo adds once all guards are made
         theirs.add_python_lambda_leaf_guard_to_root(*map(list, zip(*codes, strict=True)))
-    if theirs.no_tensor_aliasing_names:
+    apart = None
+    if not lasting:
+        apart = unchanged.Apart(theirs.no_tensor_aliasing_names, builder.no_tensor_aliasing_names, builder.scope)
+    elif theirs.no_tensor_aliasing_names:
         raise watched.Unwatchable("guards against parameters that become one another")
     sources = [source for guard in replaced for source in watched.looks_at(guard)]
-    said = [f"{len(replaced)} guards on modules and their parameters (gaws: checked after a change)"]
-    guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"], said)
+    what = "modules and their parameters" if lasting else "other objects, a cache say,"
+    said = [f"{len(replaced)} guards on {what} (gaws: checked after a change)"]
+    guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"], said, apart)
     parameters = [one.originating_source for one in replaced if one.create_fn_name() == "TENSOR_MATCH"]
-    bound.tie(guard, {source.name for source in parameters})
+    if lasting:
+        bound.tie(guard, {source.name for source in parameters})
     builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)

@@ -19,10 +19,11 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import RemovableHandle
 
 from gawscompile.runtime import ops
@@ -125,6 +126,7 @@ class State:
         self.direct: Any = None
         """How it is called with these, False where it has to be called as Dynamo does."""
         self.hooks = RemovableHandle.next_id
+        self.tensors = frozenset(found.tensors)
         words = found.words + [address + TYPE for address in found.tensors]
         slots = [_slot(tensor) for tensor in found.tensors.values()]
         arrays = [
@@ -148,14 +150,45 @@ class State:
         return bool(self._unchanged(self.handle))
 
 
+class Apart:
+    """Dynamo's guard that no tensor is given twice, for the tensors called `names`, and beside `others`, which Dynamo
+    guards in every call: a list that grows until all guards are made. `scope`: of Dynamo's guards."""
+
+    def __init__(self, names: list[str], others: list[str], scope: dict[str, Any]) -> None:
+        self._names, self._others = names, others
+        self._globals = scope["G"]
+        self._call: Any = None
+        self._all(scope["L"])  # raises now, if it ever does
+
+    def _read(self, names: list[str]) -> Any:
+        made: Any = eval(f"lambda L, G: ({''.join(f'{name}, ' for name in names)})")
+        skip_code(made.__code__)
+        return made
+
+    def _all(self, scope: dict[str, Any]) -> list[Any]:
+        return list(self._read([*self._names, *self._others])(scope, self._globals))
+
+    def holds(self, scope: dict[str, Any]) -> bool:
+        found = self._all(scope)
+        return len(set(map(id, found))) == len(found)
+
+    def holds_beside(self, tensors: Collection[int], scope: dict[str, Any]) -> bool:
+        """The same, where none of these tensors, by their ids, is given twice."""
+        self._call = self._call or self._read(self._others)
+        return not any(id(one) in tensors for one in self._call(scope, self._globals))
+
+
 class Unchanged:
     """A guard that stands for many, `guards`, which look at what `sources` name. Where they do not hold, `said` becomes
-    what Dynamo says of the one that failed."""
+    what Dynamo says of the one that failed. `apart`: where they look at more than modules."""
 
-    def __init__(self, guards: Any, sources: Iterable[Any], names: dict[str, Any], said: list[str]) -> None:
+    def __init__(
+        self, guards: Any, sources: Iterable[Any], names: dict[str, Any], said: list[str], apart: Apart | None = None
+    ) -> None:
         self.guards = guards  # Dynamo's manager of them
         self.said = said
         self.names = names  # globals
+        self.apart = apart
         self.paths = Paths(sources)
         self.hooked: list[int] | None = None  # how many hooks each of its modules has
         self.states: dict[tuple[int, ...], State] = {}
@@ -171,13 +204,18 @@ class Unchanged:
         """
         try:
             variables = self.paths.variables(scope, self.names)
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, TypeError):
             self.said[:] = ["a variable that guards look at is not there"]
             return False
         key = tuple(map(id, variables))
+        counted = () if self.apart else key  # a new object in every call would never be missed often
         state = self.states.get(key)
-        if state is not None and state.same(variables):
-            self.missed.pop(key, None)
+        if (
+            state is not None
+            and state.same(variables)
+            and (self.apart is None or self.apart.holds_beside(state.tensors, scope))
+        ):
+            self.missed.pop(counted, None)
             self.last.state = state
             return True
         self.last.state = None
@@ -185,12 +223,15 @@ class Unchanged:
         if not self.guards.check(scope):
             self.said[:] = self.guards.check_verbose(scope).verbose_code_parts
             return False
-        if waits := self.waits.get(key, 0):
-            self.waits[key] = waits - 1
+        if self.apart and not self.apart.holds(scope):
+            self.said[:] = ["a tensor is given twice"]
+            return False
+        if waits := self.waits.get(counted, 0):
+            self.waits[counted] = waits - 1
             return True
-        missed = self.missed[key] = self.missed.get(key, 0) + 1
+        missed = self.missed[counted] = self.missed.get(counted, 0) + 1
         if missed > PATIENCE:
-            self.waits[key] = min(2 ** (missed - PATIENCE), MOST)
+            self.waits[counted] = min(2 ** (missed - PATIENCE), MOST)
         try:
             found = self.paths.follow(variables)
             if any(map(missing, found.tensors.values())):

@@ -20,6 +20,7 @@ from torch._dynamo.source import (
     GlobalSource,
     LocalSource,
     NNModuleSource,
+    TypeDictSource,
     TypeSource,
 )
 
@@ -35,12 +36,15 @@ def word(address: int) -> int:
 
 
 def followable(source: Any) -> bool:
-    """Whether `Paths` can follow one of Dynamo's sources: a variable, then modules, attributes, dictionaries."""
+    """Whether `Paths` can follow one of Dynamo's sources: a variable, then modules, attributes, dictionaries, lists."""
     while (base := _below(source)) is not None:
         if isinstance(source, DictGetItemSource):
             if not isinstance(source.index, (str, int)):
                 return False
-        elif not isinstance(source, (AttrSource, NNModuleSource, TypeSource)):
+        elif type(source) is GetItemSource:
+            if type(source.index) is not int:
+                return False
+        elif not isinstance(source, (AttrSource, NNModuleSource, TypeSource, TypeDictSource)):
             return False
         source = base
     return _is_variable(source)
@@ -52,10 +56,19 @@ def _below(source: Any) -> Any:
 
 
 def _is_variable(source: Any) -> bool:
-    """A local or a global, or one of ``*args``: what decorators call a method's self."""
+    """A local or a global, or one of ``*args`` or ``**kwargs``: what decorators call a method's self, and its cache."""
     if type(source) is GetItemSource:  # those of iterators derive from it
         return isinstance(source.base, LocalSource) and type(source.index) is int
+    if isinstance(source, DictGetItemSource):
+        return isinstance(source.base, LocalSource) and isinstance(source.index, str)
     return isinstance(source, (LocalSource, GlobalSource))
+
+
+def variable_of(source: Any) -> Any:
+    """The variable that a source begins with."""
+    while (base := _below(source)) is not None:
+        source = base
+    return source
 
 
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -73,6 +86,11 @@ def _in_class(value: Any, name: str) -> Any:
     return next((vars(one)[name] for one in type(value).__mro__ if name in vars(one)), None)
 
 
+def _dictionary_of(a_class: type) -> dict[str, Any]:
+    """The dictionary behind a class's proxy."""
+    return gc.get_referents(vars(a_class))[0]
+
+
 def _is_property(value: Any, name: str) -> bool:
     """Whether an object's class gets `name` in a way of its own, whatever the object holds."""
     return name != "__dict__" and hasattr(type(_in_class(value, name)), "__set__")
@@ -86,8 +104,14 @@ class Known:
         for source, value in named:
             while isinstance(source, NNModuleSource):
                 source = source.base
-            if _is_variable(source) and isinstance(value, torch.nn.Module):  # which lasts
+            other = _is_plain_object(value) and not isinstance(value, torch.Tensor)
+            if _is_variable(source) and (isinstance(value, torch.nn.Module) or other):
                 self._values[source] = value
+
+    def lasts(self, guard: Any) -> bool:
+        """Whether it looks at modules alone. Other objects, a cache say, may be new ones in every call."""
+        variables = [self._value(variable_of(source)) for source in looks_at(guard)]
+        return all(isinstance(value, torch.nn.Module) for value in variables)
 
     def sees(self, kind: str, guard: Any, value: Any) -> bool:
         """Whether a watch over `looks_at(guard)` sees every change that a guard of a `kind` could be about.
@@ -116,7 +140,9 @@ class Known:
         if kind == "DUPLICATE_INPUT":
             return all(followable(source) and self._value(source) is value for source in looks_at(guard))
         # buffers keep theirs: Dynamo's guard against aliasing inputs is over those that it guards
-        return kind == "TENSOR_MATCH" and type(value) is torch.nn.Parameter
+        if kind != "TENSOR_MATCH":
+            return False
+        return type(value) is torch.nn.Parameter or (type(value) is torch.Tensor and not self.lasts(guard))
 
     def _value(self, source: Any) -> Any:
         if source not in self._values:
@@ -131,6 +157,11 @@ class Known:
             return before
         if isinstance(source, TypeSource):
             return type(before) if _is_plain_object(before) or isinstance(before, torch.Tensor) else UNKNOWN
+        if isinstance(source, TypeDictSource):
+            return _dictionary_of(before) if isinstance(before, type) else UNKNOWN
+        if type(source) is GetItemSource:
+            inside = type(before) is list and 0 <= source.index < len(before)
+            return before[source.index] if inside else UNKNOWN
         if isinstance(source, AttrSource):
             attributes = vars(before) if _is_plain_object(before) and not _is_property(before, source.member) else {}
             return attributes if source.member == "__dict__" else attributes.get(source.member, UNKNOWN)
@@ -173,6 +204,8 @@ class Found:
     def add(self, value: Any) -> None:
         """Keep `value`, if it is something that can change. Raises `Unwatchable`."""
         if isinstance(value, torch.Tensor):
+            if id(value) not in self.tensors and type(value) is torch.Tensor:  # its sizes may be marked as dynamic
+                self.words += [_place_of_attributes(value), id(vars(value)) + VERSION]
             self.tensors.setdefault(id(value), value)
         elif type(value) is list:
             self.lists.setdefault(id(value), value)
@@ -185,7 +218,7 @@ class Found:
             self._seen.add(id(value))
             self.words += [id(value) + TYPE, _place_of_attributes(value)]
             for one in type(value).__mro__:
-                self.add(gc.get_referents(vars(one))[0])  # the dictionary behind a proxy
+                self.add(_dictionary_of(one))
             self.add(vars(value))
             if isinstance(value, torch.nn.Module):
                 self.modules.append(value)
@@ -219,7 +252,7 @@ class Paths:
         """What the roots are. Raises `KeyError` and `IndexError` where there are none."""
         values = []
         for root in self.roots:
-            if isinstance(root, GetItemSource):
+            if isinstance(root, (GetItemSource, DictGetItemSource)):
                 assert isinstance(root.base, LocalSource)
                 values.append(scope[root.base.local_name][root.index])
             elif isinstance(root, LocalSource):
@@ -242,8 +275,12 @@ class Paths:
         return found
 
     def _step(self, source: Any, before: Any) -> Any:
-        if isinstance(source, (NNModuleSource, TypeSource)):
-            return before
+        if isinstance(source, (NNModuleSource, TypeSource, TypeDictSource)):
+            return _dictionary_of(type(before)) if isinstance(source, TypeDictSource) else before
+        if type(source) is GetItemSource:
+            if type(before) is not list or not 0 <= source.index < len(before):
+                raise Unwatchable(f"{source.name}: {type(before).__name__} has no such item")
+            return before[source.index]
         if not isinstance(source, AttrSource):
             if not isinstance(before, dict):
                 raise Unwatchable(f"{source.name}: {type(before).__name__} is no dictionary")
