@@ -37,7 +37,8 @@ from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import innermost_fn, skip_code
 from torch._guards import CompileContext
 
-from gawscompile.runtime.executor import Call, Executor, noting
+from gawscompile.runtime import forks
+from gawscompile.runtime.executor import Call, Executor, noting, with_gil
 
 log = logging.getLogger("gawscompile")
 
@@ -104,6 +105,7 @@ class State(Protocol):
 
     bound: list[weakref.ref[Any] | None] | None
     direct: Any
+    misses: int
     handle: ctypes.c_void_p
 
 
@@ -112,8 +114,6 @@ class Watch(Protocol):
     good for the call that they let through, and for that one alone."""
 
     last: threading.local
-
-    def forget(self, state: Any) -> None: ...
 
 
 class Unknown(Exception):
@@ -233,7 +233,6 @@ class BoundCall:
         self._free: list[int] = []
         self._others = self._all
         self.compiled: Any = None  # what the backend made of the graph
-        self._misses = 0
 
     def _gather(self, values: list[Value]) -> Any:
         """The function of the frame's variables whose result is the tuple of `values`."""
@@ -255,6 +254,7 @@ class BoundCall:
         self._free = [at for at, value in enumerate(self._values) if value.called or value.whole not in seen]
         self._others = self._gather([self._values[at] for at in self._free])
         self._watch = watch
+        self._let_go = with_gil().gaws_let_go
 
     def __call__(self, graph: Any, *variables: Any) -> Any:
         state = vars(self._watch.last).pop("state", None) if self._watch else None
@@ -265,13 +265,19 @@ class BoundCall:
             free = frozenset(self._free)
             state.bound = [None if at in free else weakref.ref(value) for at, value in enumerate(values)]
             return graph(*values)
-        others = self._others(*variables)
         plain = not torch._C._len_torch_dispatch_stack()  # a mode is to see every op
-        if state.direct and plain:
-            if results := state.direct(others):
-                self._misses = 0
-                return results
-            self._missed(state)
+        try:
+            others = self._others(*variables)
+            if plain and (direct := state.direct):
+                if results := direct(others):
+                    state.misses = 0
+                    return results
+                state.misses += 1
+                if state.misses == MOST_MISSES:
+                    state.direct = False
+        finally:  # where nobody took it
+            if state.direct is not None:
+                self._let_go()
         values = [found and found() for found in state.bound]
         for at, value in zip(self._free, others, strict=True):
             values[at] = value
@@ -282,24 +288,20 @@ class BoundCall:
     @torch._dynamo.disable
     def _watched(self, state: State, graph: Any, values: list[Any], others: tuple[Any, ...]) -> Any:
         """A call that shows whether the next ones can go directly."""
-        before = _versions(others)
+        versions, grad = _versions(values), torch.is_grad_enabled()
         with noting() as calls:
             results = graph(*values)
-        written = [at for at, old, new in zip(count(), before, _versions(others)) if old != new]
-        can = self._misses < MOST_MISSES and self._goes(graph, values, calls, results)
-        free = frozenset(self._free)
-        known = [None if at in free else value for at, value in enumerate(values)]
-        can = can and calls[0].executor.bind(state.handle, known)
-        state.direct = can and Direct(calls[0].executor, state.handle, type(results), written)
+        moved = [at for at, old, new in zip(count(), versions, _versions(values)) if old != new]
+        free = {at: number for number, at in enumerate(self._free)}
+        can = self._goes(graph, values, calls, results)
+        can = can and torch.is_grad_enabled() is grad and all(at in free for at in moved)
+        with _binding:
+            if state.direct is None:  # else another thread was first
+                known = [None if at in free else value for at, value in enumerate(values)]
+                can = can and calls[0].executor.bind(state.handle, known)
+                written = [free[at] for at in moved if at in free]
+                state.direct = can and Direct(calls[0].executor, state.handle, type(results), written)
         return results
-
-    @torch._dynamo.disable
-    def _missed(self, state: State) -> None:
-        """A call could not go directly: after many in a row none is tried."""
-        self._misses += 1
-        if self._misses == MOST_MISSES:
-            assert self._watch is not None
-            self._watch.forget(state)  # with what it has the check of every call hold
 
     def _goes(self, graph: Any, values: list[Any], calls: list[Call], results: Any) -> bool:
         """Whether that call could have gone directly."""
@@ -322,7 +324,9 @@ def _versions(tensors: Sequence[Any]) -> list[int]:
     return [one._version if is_counted else 0 for one, is_counted in zip(tensors, counted, strict=True)]
 
 
-MOST_MISSES = 8
+MOST_MISSES = 8  # in a row, after which no call is tried
+_binding = threading.Lock()
+forks.held_across(_binding)
 
 
 class Direct:

@@ -99,7 +99,7 @@ class Executor:
             return False
         tensors = [one if one is None else one._cdata for one in inputs]
         array = (ctypes.c_void_p * len(tensors))(*tensors)
-        return bool(_library().gaws_bind(watch, self.handle, ctypes.c_int64(len(tensors)), array))
+        return bool(with_gil().gaws_bind(watch, self.handle, ctypes.c_int64(len(tensors)), array))
 
     def replays(self) -> int:
         """How many replays of its steps wait for a call (`replay.cpp`)."""
@@ -161,6 +161,12 @@ def _library() -> ctypes.CDLL:
     library.gaws_executor.restype = ctypes.c_void_p
     library.gaws_replays.restype = ctypes.c_int64
     return library
+
+
+@functools.cache
+def with_gil() -> ctypes.PyDLL:
+    """The library, called with the GIL held."""
+    return ctypes.PyDLL(ops.ensure_loaded()._name)
 
 
 _reading: ContextVar[Wrappers | None] = ContextVar("_reading", default=None)

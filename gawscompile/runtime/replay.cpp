@@ -53,23 +53,20 @@ struct Command {
 // An input as it was.
 struct Expected {
   Numbers sizes, strides;
-  int64_t offset;
   caffe2::TypeMeta dtype;
   c10::DispatchKeySet keys;
-  size_t bytes;  // that its storage must hold
   bool read = false, written = false;
 
   explicit Expected(const c10::TensorImpl& t)
-      : sizes(t.sizes().vec()), strides(t.strides().vec()), offset(t.storage_offset()), dtype(t.dtype()), keys(t.key_set()),
-        bytes(needed(t)) {}
+      : sizes(t.sizes().vec()), strides(t.strides().vec()), dtype(t.dtype()), keys(t.key_set()) {}
 
   bool same(const c10::TensorImpl& t) const {
-    return t.sizes() == at::IntArrayRef(sizes) && t.strides() == at::IntArrayRef(strides) &&
-           t.storage_offset() == offset && t.dtype() == dtype && t.key_set() == keys;
+    return t.sizes() == at::IntArrayRef(sizes) && t.strides() == at::IntArrayRef(strides) && t.dtype() == dtype &&
+           t.key_set() == keys;
   }
   bool fits(const Tensor& t) const {
     const c10::TensorImpl& now = *t.unsafeGetTensorImpl();
-    return comparable(now) && same(now) && now.unsafe_storage().nbytes() >= bytes;
+    return comparable(now) && same(now) && now.unsafe_storage().nbytes() >= needed(now);
   }
 };
 
@@ -424,15 +421,24 @@ std::shared_ptr<Replay> take(const Executor& executor, const Tensor* const* give
   ++executor.tries;
   try {
     return std::make_shared<Replay>(executor, given);
-  } catch (const NotLaidOut&) {  // or these inputs do not fit, and the ordinary way says so
+  } catch (const NotLaidOut&) {
+    return nullptr;
+  } catch (const c10::Error&) {  // these inputs do not fit: the ordinary way says so
     return nullptr;
   }
 }
 
-void put_back(const Executor& executor, std::shared_ptr<Replay> one) {
-  const std::lock_guard lock(executor.mutex);
-  executor.idle.push_back(std::move(one));
-}
+// A replay for one call, which is put back whatever becomes of that.
+struct Lent {
+  std::shared_ptr<Replay> replay;
+
+  ~Lent() {
+    if (!replay) return;
+    const Executor& executor = replay->executor;
+    const std::lock_guard lock(executor.mutex);
+    executor.idle.push_back(std::move(replay));
+  }
+};
 
 c10::List<Tensor> replayed(const Executor& executor, at::ArrayRef<c10::IValue> inputs) {
   c10::List<Tensor> results;
@@ -441,11 +447,11 @@ c10::List<Tensor> replayed(const Executor& executor, at::ArrayRef<c10::IValue> i
   std::vector<const Tensor*> given;
   given.reserve(inputs.size());
   for (const c10::IValue& one : inputs) given.push_back(&one.toTensor());
-  std::shared_ptr<Replay> replay = take(executor, given.data());
+  const Lent lent{take(executor, given.data())};
+  Replay* const replay = lent.replay.get();
   if (!replay) return results;
   for (size_t i = 0; i < given.size(); ++i) replay->place(int64_t(i), *given[i]);
   if (replay->all_aligned()) results = replay->run(given.data());
-  put_back(executor, std::move(replay));
   return results;
 }
 
@@ -492,12 +498,13 @@ std::shared_ptr<Replay> take_bound(const Watch& watch, at::ArrayRef<c10::IValue>
 c10::List<Tensor> resume(const Watch& watch, at::ArrayRef<c10::IValue> rest) {
   c10::List<Tensor> results;
   std::vector<c10::Storage> memory;
-  if (held.watch != &watch || !watch.bound || rest.size() != watch.bound->rest.size()) return results;
   memory.swap(held.memory);
-  held.watch = nullptr;
+  if (std::exchange(held.watch, nullptr) != &watch || !watch.bound || rest.size() != watch.bound->rest.size())
+    return results;
   const Bound& bound = *watch.bound;
   at::AutoDispatchBelowAutograd below;
-  std::shared_ptr<Replay> replay = take_bound(watch, rest);
+  const Lent lent{take_bound(watch, rest)};
+  Replay* const replay = lent.replay.get();
   if (!replay) return results;
   size_t count = 0;
   for (const int64_t input : watch.inputs) {
@@ -513,7 +520,6 @@ c10::List<Tensor> resume(const Watch& watch, at::ArrayRef<c10::IValue> rest) {
     replay->place(input, *given[input]);
   }
   if (replay->all_aligned()) results = replay->run(given.data());
-  put_back(bound.executor, std::move(replay));
   return results;
 }
 
@@ -526,7 +532,7 @@ void boxed_resume(const c10::OperatorHandle&, torch::jit::Stack* stack) {
 
 }  // namespace
 
-// From now on a check of the watch is for a call of the executor, of whose `n` inputs the tensors at `inputs` are the
+// With the GIL held. From now on a check of the watch is for a call of the executor, of whose `n` inputs the tensors at `inputs` are the
 // watch's; where there is null, a call gives them. 0: one of them is none of the watch's, or it is bound already.
 extern "C" int gaws_bind(void* handle, const void* executor, int64_t n, const void* const* inputs) {
   Watch& watch = *static_cast<Watch*>(handle);
@@ -541,11 +547,13 @@ extern "C" int gaws_bind(void* handle, const void* executor, int64_t n, const vo
   for (const Metadata& one : watch.tensors) {
     const auto it = numbers.find(one.tensor);
     found.push_back(it == numbers.end() ? -1 : it->second);
-    if (it != numbers.end()) bound.offsets.push_back(one.tensor->storage_offset() * int64_t(one.tensor->itemsize()));
+    if (it == numbers.end()) continue;
+    const auto& was = *reinterpret_cast<const c10::TensorImpl*>(one.fields.data());
+    bound.offsets.push_back(was.storage_offset() * int64_t(was.itemsize()));
   }
   if (bound.offsets.size() != numbers.size()) return 0;
-  watch.inputs = std::move(found);
   watch.bound = std::make_shared<Bound>(std::move(bound));
+  watch.inputs = std::move(found);
   return 1;
 }
 

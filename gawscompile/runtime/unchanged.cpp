@@ -1,8 +1,8 @@
 
 // ---- whether anything changed in a model since its guards last held (`unchanged.py`) ---------------------------------
 //
-// A watch holds addresses, and no references. Its words come in the order in which one reaches them from the root: while
-// all before it are unchanged, a dictionary or an object is alive, and so is all else once all words are.
+// A watch holds addresses, and no references. Its words and lists come in the order in which one reaches them from the
+// root: while all before it are unchanged, a dictionary, a list or an object is alive, and so is all else once all are.
 
 #include <c10/core/TensorImpl.h>
 
@@ -26,7 +26,10 @@ struct List {
 
 struct Items {
   const List* list;
+  size_t behind;  // how many words come before it
   std::vector<uint64_t> now;
+
+  bool same() const { return list->size == now.size() && std::equal(now.begin(), now.end(), list->items); }
 };
 
 // Of a watch over parameters that a graph is to be run with (`replay.cpp`).
@@ -69,14 +72,20 @@ constexpr size_t DISTANCE = 24;  // entries ahead of which memory is asked for: 
 
 }  // namespace
 
+// No call follows the check: what it has this thread hold is let go.
+extern "C" void gaws_let_go() {
+  held.watch = nullptr;
+  held.memory.clear();
+}
+
 // A watch over `words`, the tensors at `slots` and `lists`, as they are now; null where a tensor cannot be one's.
 extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, const void* const* slots, int64_t k,
-                            const void* const* lists) {
+                            const void* const* lists, const int64_t* behind) {
   auto watch = std::make_unique<Watch>();
   for (int64_t i = 0; i < n; ++i) watch->words.emplace_back(words[i], *words[i]);
   for (int64_t i = 0; i < k; ++i) {
     const auto list = static_cast<const List*>(lists[i]);
-    watch->lists.push_back({list, {list->items, list->items + list->size}});
+    watch->lists.push_back({list, size_t(behind[i]), {list->items, list->items + list->size}});
   }
   for (int64_t i = 0; i < m; ++i) {
     const auto slot = static_cast<const c10::TensorImpl* const*>(slots[i]);
@@ -86,18 +95,20 @@ extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, 
     watch->tensors.push_back({slot, &t, needed(t), t.requires_grad(), {}});
     std::memcpy(watch->tensors.back().fields.data(), &t, sizeof t);
   }
+  if (held.watch == watch.get()) gaws_let_go();  // an older one's, of that address
   return watch.release();
 }
 
 static bool unchanged(const Watch& watch, std::vector<c10::Storage>& memory) {
+  auto list = watch.lists.begin();
   for (size_t i = 0; i < watch.words.size(); ++i) {
     if (i + DISTANCE < watch.words.size()) __builtin_prefetch(watch.words[i + DISTANCE].first);
+    for (; list != watch.lists.end() && list->behind <= i; ++list)
+      if (!list->same()) return false;
     if (*watch.words[i].first != watch.words[i].second) return false;
   }
-  for (const Items& one : watch.lists) {
-    if (one.list->size != one.now.size()) return false;
-    if (!std::equal(one.now.begin(), one.now.end(), one.list->items)) return false;
-  }
+  for (; list != watch.lists.end(); ++list)
+    if (!list->same()) return false;
   for (size_t i = 0; i < watch.tensors.size(); ++i) {
     if (i + DISTANCE < watch.tensors.size()) {
       const Metadata& later = watch.tensors[i + DISTANCE];
@@ -128,4 +139,7 @@ extern "C" int gaws_unchanged(const void* handle) {
   return same;
 }
 
-extern "C" void gaws_unwatch(void* handle) { delete static_cast<Watch*>(handle); }
+extern "C" void gaws_unwatch(void* handle) {
+  if (held.watch == handle) gaws_let_go();
+  delete static_cast<Watch*>(handle);
+}

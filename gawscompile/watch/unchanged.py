@@ -125,15 +125,16 @@ class State:
         """What a graph reads of the variables, gathered (`runtime/bound.py`)."""
         self.direct: Any = None
         """How it is called with these, False where it has to be called as Dynamo does."""
+        self.misses = 0
         self.hooks = RemovableHandle.next_id
         self.tensors = frozenset(found.tensors)
-        words = found.words + [address + TYPE for address in found.tensors]
         slots = [_slot(tensor) for tensor in found.tensors.values()]
         arrays = [
             (ctypes.c_int64(len(addresses)), (ctypes.c_void_p * len(addresses))(*addresses))
-            for addresses in (words, slots, list(found.lists))
+            for addresses in (found.words, slots, list(found.lists))
         ]
-        handle = _library().gaws_watch(*itertools.chain(*arrays))
+        behind = (ctypes.c_int64 * len(found.behind))(*found.behind)
+        handle = _library().gaws_watch(*itertools.chain(*arrays), behind)
         if not handle:
             raise Unwatchable("a tensor whose sizes are no numbers, or that has no storage")
         self.handle = ctypes.c_void_p(handle)
@@ -161,7 +162,8 @@ class Apart:
         self._all(scope["L"])  # raises now, if it ever does
 
     def _read(self, names: list[str]) -> Any:
-        made: Any = eval(f"lambda L, G: ({''.join(f'{name}, ' for name in names)})")
+        known = dict(getattr(torch._dynamo.guards, "_get_closure_vars", dict)())  # torch 2.11 has them elsewhere
+        made: Any = eval(f"lambda L, G: ({''.join(f'{name}, ' for name in names)})", known)
         skip_code(made.__code__)
         return made
 
@@ -207,6 +209,12 @@ class Unchanged:
         except (KeyError, IndexError, TypeError):
             self.said[:] = ["a variable that guards look at is not there"]
             return False
+        holds = self._holds(scope, variables)
+        if not holds:  # no call follows that takes what a watch has this thread hold
+            _library().gaws_let_go()
+        return holds
+
+    def _holds(self, scope: Any, variables: list[Any]) -> bool:
         key = tuple(map(id, variables))
         counted = () if self.apart else key  # a new object in every call would never be missed often
         state = self.states.get(key)
@@ -248,11 +256,6 @@ class Unchanged:
         except (Unwatchable, TypeError) as error:  # right all the same: all the guards are checked in every call
             log.info("gaws: guards are checked in every call: %s", error)
         return True
-
-    def forget(self, state: State) -> None:
-        """The next call makes another."""
-        for key in [key for key, one in self.states.items() if one is state]:
-            self.states.pop(key, None)
 
     def _forget(self) -> None:
         """The states of models that are gone; all, where none is."""

@@ -44,7 +44,10 @@ def followable(source: Any) -> bool:
         elif type(source) is GetItemSource:
             if type(source.index) is not int:
                 return False
-        elif not isinstance(source, (AttrSource, NNModuleSource, TypeSource, TypeDictSource)):
+        elif isinstance(source, TypeDictSource):
+            if not isinstance(base, TypeSource):
+                return False
+        elif not isinstance(source, (AttrSource, NNModuleSource, TypeSource)):
             return False
         source = base
     return _is_variable(source)
@@ -199,16 +202,24 @@ class Found:
         self.modules: list[torch.nn.Module] = []
         self.tensors: dict[int, torch.Tensor] = {}
         self.lists: dict[int, list[Any]] = {}
+        self.behind: list[int] = []  # of each list, how many words come before it
         self._seen: set[int] = set()
 
     def add(self, value: Any) -> None:
         """Keep `value`, if it is something that can change. Raises `Unwatchable`."""
         if isinstance(value, torch.Tensor):
-            if id(value) not in self.tensors and type(value) is torch.Tensor:  # its sizes may be marked as dynamic
+            if id(value) in self.tensors:
+                return
+            self.tensors[id(value)] = value
+            self.words.append(id(value) + TYPE)
+            if type(value) is torch.Tensor:  # its sizes may be marked as dynamic
                 self.words += [_place_of_attributes(value), id(vars(value)) + VERSION]
-            self.tensors.setdefault(id(value), value)
+                if any(isinstance(mark, set) for mark in vars(value).values()):
+                    raise Unwatchable("a tensor with sizes that are marked, whose marks can grow")
         elif type(value) is list:
-            self.lists.setdefault(id(value), value)
+            if id(value) not in self.lists:
+                self.lists[id(value)] = value
+                self.behind.append(len(self.words))
         elif id(value) in self._seen:
             return
         elif isinstance(value, dict):

@@ -136,8 +136,10 @@ def test_other_inputs_are_laid_out_for_themselves_and_bad_ones_are_the_same_erro
     turned = [inputs[0], inputs[1].t().contiguous().t(), *inputs[2:]]  # by its own copy, as before
     compare(python, steps, turned)
     compare(python, steps, inputs)
-    shrunk = inputs[1].clone()
-    shrunk.untyped_storage().resize_(8)
+    assert steps.replays() == 1
+    many = torch.randn(9, 2, 6)
+    for one in many:  # at other offsets
+        compare(python, steps, [one, *inputs[1:]])
     assert steps.replays() == 1
     with torch.inference_mode():
         compare(python, steps, [one.clone() for one in inputs])  # of other dispatch keys
@@ -316,6 +318,94 @@ def test_a_mode_sees_every_op(directly):
     assert torch.ops.gaws.project.default in seen.ops and directly[0] == before
     check()
     assert directly[0] == before + 1
+
+
+@watched
+def test_a_call_that_does_not_go_directly_holds_nothing(directly):
+    class Seen(TorchDispatchMode):
+        @classmethod
+        def ignore_compile_internals(cls):
+            return True
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    model = small_llama()
+    decoder, check = deciding(model)
+    for _ in range(5):
+        check()
+    with Seen():
+        decoder.seek()
+        decoder.step(5)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    old = weakref.ref(layer.weight.untyped_storage())
+    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+    gc.collect()
+    assert old() is None
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.count = torch.nn.Linear(6, 6, bias=False), torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.w(x)
+
+
+@watched
+def test_what_a_call_does_beside_its_results_is_done_in_every_call(directly):
+    class Turning(Small):
+        def forward(self, x):
+            y = self.w(x)
+            torch._C._set_grad_enabled(True)
+            return y
+
+    class Counting(Small):
+        def forward(self, x):
+            self.count.add_(1)
+            return self.w(x) + self.count
+
+    for kind in (Turning, Counting):
+        model = kind()
+        call = torch.compile(model, backend="gaws", dynamic=False)
+        for _ in range(6):
+            version = model.count._version
+            with torch.no_grad():
+                torch.testing.assert_close(call(torch.ones(2, 6)) - model.count, model.w(torch.ones(2, 6)))
+                assert torch.is_grad_enabled() is (kind is Turning)
+            assert model.count._version == version + (kind is Counting)
+
+
+@watched
+def test_threads_that_meet_a_model_first_at_once(directly):
+    for _ in range(4):
+        model = Small()
+        call = torch.compile(model, backend="gaws", dynamic=False)
+        x = torch.randn(2, 6)
+        with torch.no_grad():
+            want = model(x)
+            call(x)
+        failed = []
+
+        def run(call=call, x=x, want=want, failed=failed):
+            try:
+                with torch.no_grad():
+                    for _ in range(20):
+                        torch.testing.assert_close(call(x), want)
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed[0]
+        before = directly[0]
+        run()
+        assert not failed and directly[0] > before
+        torch._dynamo.reset()
 
 
 @watched
