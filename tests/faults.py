@@ -242,8 +242,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "a tensor's change of dtype goes unseen": Fault(
         "runtime/unchanged.cpp",
-        "sizeof *t - watch.from) != 0) return 0;",
-        "0) != 0) return 0;",
+        "sizeof *t - watch.from) != 0) return false;",
+        "0) != 0) return false;",
         "tests/test_guarantees.py -k head",
         unproven=A_CHANGE,
     ),
@@ -263,7 +263,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "a module's change goes unseen": Fault(
         "runtime/unchanged.cpp",
-        "    if (*watch.words[i].first != watch.words[i].second) return 0;\n",
+        "    if (*watch.words[i].first != watch.words[i].second) return false;\n",
         "",
         "tests/watch/test_unchanged.py",
         unproven=A_CHANGE,

@@ -64,11 +64,17 @@ def test_guards_are_checked_after_a_change_alone(pair, monkeypatch):
         made.append(len(found.tensors))
         real(self, variables, found)
 
+    def of_models():
+        return sum(tensors > 3 * LINEARS for tensors in made)
+
     monkeypatch.setattr(unchanged.State, "__init__", counted)
     assert same(pair, max_new_tokens=40)
-    seen = len(made)
-    assert seen <= 2 and all(tensors > 3 * LINEARS for tensors in made)
-    assert same(pair, max_new_tokens=40) and len(made) == seen  # nor is a later `generate` a change
+    assert of_models() <= 2 and len(made) - of_models() <= 2  # those of caches, which come in every `generate`
+    assert same(pair, max_new_tokens=40)  # Dynamo marked a buffer when it compiled the second graph: one is made again
+    seen = of_models()
+    assert seen <= 3
+    assert same(pair, max_new_tokens=40) and of_models() == seen  # nor is a later `generate` a change
+    assert len(made) - seen <= 6
 
 
 def test_adapters_are_live(pair):
