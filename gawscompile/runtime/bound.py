@@ -37,8 +37,8 @@ from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import innermost_fn, skip_code
 from torch._guards import CompileContext
 
-from gawscompile.runtime import forks
-from gawscompile.runtime.executor import Call, Executor, noting, with_gil
+from gawscompile.runtime import forks, ops
+from gawscompile.runtime.executor import Call, Executor, noting
 
 log = logging.getLogger("gawscompile")
 
@@ -254,7 +254,7 @@ class BoundCall:
         self._free = [at for at, value in enumerate(self._values) if value.called or value.whole not in seen]
         self._others = self._gather([self._values[at] for at in self._free])
         self._watch = watch
-        self._let_go = with_gil().gaws_let_go
+        self._let_go = ops.with_gil().gaws_let_go
 
     def __call__(self, graph: Any, *variables: Any) -> Any:
         state = vars(self._watch.last).pop("state", None) if self._watch else None
@@ -293,25 +293,32 @@ class BoundCall:
             results = graph(*values)
         moved = [at for at, old, new in zip(count(), versions, _versions(values)) if old != new]
         free = {at: number for number, at in enumerate(self._free)}
-        can = self._goes(graph, values, calls, results)
-        can = can and torch.is_grad_enabled() is grad and all(at in free for at in moved)
+        why = self._why_not(graph, values, calls, results)
+        if not why and (torch.is_grad_enabled() is not grad or not free.keys() >= set(moved)):
+            why = "it changes whether gradients are recorded, or writes to a parameter"
         with _binding:
             if state.direct is None:  # else another thread was first
                 known = [None if at in free else value for at, value in enumerate(values)]
-                can = can and calls[0].executor.bind(state.handle, known)
-                written = [free[at] for at in moved if at in free]
-                state.direct = can and Direct(calls[0].executor, state.handle, type(results), written)
+                if not why and not calls[0].executor.bind(state.handle, known):
+                    why = "a parameter is given twice, or is not watched"
+                if why:
+                    log.info("gaws: a graph is called through AOTAutograd and Inductor every time: %s", why)
+                    state.direct = False
+                else:
+                    state.direct = Direct(calls[0].executor, state.handle, type(results), [free[at] for at in moved])
         return results
 
-    def _goes(self, graph: Any, values: list[Any], calls: list[Call], results: Any) -> bool:
-        """Whether that call could have gone directly."""
+    def _why_not(self, graph: Any, values: list[Any], calls: list[Call], results: Any) -> str:
+        """Why that call could not have gone directly; empty where it could."""
         if innermost_fn(graph) is not innermost_fn(self.compiled):
-            return False  # someone stands in between, who may want to see every call
-        if len(calls) != 1 or type(results) not in (list, tuple):
-            return False
+            return "a backend of the user's stands around ours, and may want to see every call"
+        if len(calls) != 1:
+            return "its wrapper runs in Python"
         if any(type(value) not in (torch.Tensor, torch.nn.Parameter) for value in values):
-            return False
-        return _same(calls[0].inputs, values) and _same(calls[0].results, results)
+            return "it is given something else than plain tensors"
+        if type(results) not in (list, tuple) or not _same(calls[0].results, results):
+            return "AOTAutograd changes its results"
+        return "" if _same(calls[0].inputs, values) else "AOTAutograd changes its inputs"
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:

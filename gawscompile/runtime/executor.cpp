@@ -13,7 +13,7 @@
 
 namespace {
 
-enum Code : int64_t { ALLOCATE, VIEW, FREE, ITEM, KERNEL, CALL, PROJECT, FITS, ALIGNED, COMPUTE, RESULT };
+enum Code : int64_t { ALLOCATE, VIEW, FREE, ITEM, KERNEL, CALL, ATTEND, PROJECT, FITS, ALIGNED, COMPUTE, RESULT };
 enum Kind : int64_t { NONE, TENSOR, TENSORS, INTEGER, INTEGERS, NUMBER, BOOLEAN, TEXT };
 enum Sign : int64_t { PLUS, MINUS, TIMES, OVER, MODULO, MAXIMUM, MINIMUM };
 
@@ -49,6 +49,7 @@ struct Executor {
   mutable std::mutex mutex;  // of what is below: how it is replayed (`replay.cpp`)
   mutable std::vector<std::shared_ptr<Replay>> idle;
   mutable size_t calls = 0, tries = 0;
+  mutable const char* why_not = "";  // they were not laid out when that was last tried
 };
 
 // The results, or nothing where the steps are to be run one by one.
@@ -93,6 +94,13 @@ int64_t computed(int64_t sign, int64_t a, int64_t b) {
     case MAXIMUM: return std::max(a, b);
     default: return std::min(a, b);
   }
+}
+
+// Strides of one element, or none, say nothing.
+bool lies_as(const Tensor& t, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  bool fits = t.sizes() == sizes;
+  for (size_t d = 0; fits && d < strides.size(); ++d) fits = sizes[d] <= 1 || t.stride(d) == strides[d];
+  return fits;
 }
 
 thread_local std::vector<c10::IValue> lent;
@@ -161,7 +169,8 @@ c10::List<Tensor> execute(
         put(step.out, project(*step.program, value(step.in[0]).toTensor(), std::move(tensors), step.text));
         break;
       }
-      case CALL: {
+      case CALL:
+      case ATTEND: {
         stack.clear();
         for (const Argument& a : step.arguments) {
           switch (a.kind) {
@@ -191,9 +200,7 @@ c10::List<Tensor> execute(
       case FITS: {
         const Tensor& t = value(step.in[0]).toTensor();
         read(step.sizes, sizes), read(step.strides, strides);
-        bool fits = t.sizes() == at::IntArrayRef(sizes);
-        for (size_t d = 0; fits && d < strides.size(); ++d) fits = sizes[d] <= 1 || t.stride(d) == strides[d];
-        if (fits) break;
+        if (lies_as(t, sizes, strides)) break;
         if (step.number) return c10::List<Tensor>();
         TORCH_CHECK(false, step.text, " gave ", t.sizes(), " and strides ", t.strides(), ", expected ", sizes, " and ", strides);
       }
@@ -298,7 +305,7 @@ extern "C" void* gaws_executor(
     step.kernel = reinterpret_cast<void*>(reader.number());
     step.text = reader.text();
     for (int64_t left = reader.number(); left > 0; --left) step.arguments.push_back(reader.argument());
-    if (step.code == CALL) {
+    if (step.code == CALL || step.code == ATTEND) {
       const size_t dot = step.text.find('.');
       step.op = c10::Dispatcher::singleton().findSchemaOrThrow(
           step.text.substr(0, dot).c_str(), dot == std::string::npos ? "" : step.text.substr(dot + 1).c_str());

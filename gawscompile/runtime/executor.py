@@ -71,6 +71,7 @@ class Executor:
         self._handle = handle
         self._tensors, self._given, self._tensors_alone = code.tensors, code.given, code.tensors_alone
         self._frees, self._told = code.frees, False
+        self._untold = 3  # calls until it is said why it is not replayed
         self._run, self._lend = torch.ops.gaws.execute.default, torch.ops.gaws.lend.default
         self.handle = ctypes.c_void_p(handle)
 
@@ -87,23 +88,33 @@ class Executor:
         results = self._run(tensors, integers, self._handle)
         if not results:
             return self.wrapper(inputs)  # an input does not fit: the error is Inductor's
+        if self._untold:
+            self._untold -= 1
+            if not self._untold and (why := self.why_not()):
+                log.info("gaws: a graph runs step by step in every call: %s", why)
         if _noted.calls is not None:
             _noted.calls.append(Call(self, list(inputs), results))
         inputs.clear()
         return results
 
     def bind(self, watch: ctypes.c_void_p, inputs: Sequence[torch.Tensor | None]) -> bool:
-        """Whether `watch` sees every change of all `inputs`: then its checks are for this executor's calls from now on
-        (``gaws::resume``), which are given the others, None here."""
+        """Whether `watch`, a handle of ``gaws_watch``, sees every change of all `inputs`: then its checks are for this
+        executor's calls from now on (``gaws::resume``), which are given the others, None here."""
         if self._frees or not self._tensors_alone or len(inputs) != len(self._tensors):
             return False
         tensors = [one if one is None else one._cdata for one in inputs]
         array = (ctypes.c_void_p * len(tensors))(*tensors)
-        return bool(with_gil().gaws_bind(watch, self.handle, ctypes.c_int64(len(tensors)), array))
+        return bool(ops.with_gil().gaws_bind(watch, self.handle, ctypes.c_int64(len(tensors)), array))
 
     def replays(self) -> int:
         """How many replays of its steps wait for a call (`replay.cpp`)."""
         return int(_library().gaws_replays(self.handle))
+
+    def why_not(self) -> str:
+        """Why its steps were not laid out when they last could have been; empty where they were."""
+        if self._given:
+            return "its sizes may be others in every call"
+        return bytes(_library().gaws_why_not(self.handle)).decode()
 
     def _run_and_free(self, inputs: list[Any]) -> Any:
         """C++ is lent the tensors before it runs: no list of Python's may hold one that its last reader is to free."""
@@ -160,13 +171,8 @@ def _library() -> ctypes.CDLL:
     library = ops.ensure_loaded()
     library.gaws_executor.restype = ctypes.c_void_p
     library.gaws_replays.restype = ctypes.c_int64
+    library.gaws_why_not.restype = ctypes.c_char_p
     return library
-
-
-@functools.cache
-def with_gil() -> ctypes.PyDLL:
-    """The library, called with the GIL held."""
-    return ctypes.PyDLL(ops.ensure_loaded()._name)
 
 
 _reading: ContextVar[Wrappers | None] = ContextVar("_reading", default=None)

@@ -109,7 +109,7 @@ def start_loading() -> None:
 
 def _op_source() -> str:
     here = Path(__file__).parent
-    parts = ("memory", "hoisted", "dispatch", "executor", "attention", "banks", "unchanged", "replay")
+    parts = ("memory", "hoisted", "dispatch", "executor", "attention", "banks", "unchanged", "layout", "replay")
     return "\n\n".join([CHECKSUM, *((here / f"{name}.cpp").read_text() for name in parts)])
 
 
@@ -127,6 +127,14 @@ def ensure_loaded() -> ctypes.CDLL:
         library.gaws_retract.argtypes = (ctypes.c_int64,)
         library.gaws_switch.argtypes = (ctypes.c_int64, ctypes.c_int64)
         return library
+
+
+@functools.cache
+def with_gil() -> ctypes.PyDLL:
+    """The same library, whose functions are called with the GIL held. Raises what `ensure_loaded` raises."""
+    library = ctypes.PyDLL(ensure_loaded()._name)
+    library.gaws_watch.restype = ctypes.c_void_p
+    return library
 
 
 def prepare(program: str) -> None:

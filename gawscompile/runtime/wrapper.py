@@ -25,7 +25,8 @@ import torch
 
 from gawscompile.runtime.ops import SCALAR_TYPES
 
-CODES = ("ALLOCATE", "VIEW", "FREE", "ITEM", "KERNEL", "CALL", "PROJECT", "FITS", "ALIGNED", "COMPUTE", "RESULT")
+MEMORY = ("ALLOCATE", "VIEW", "FREE", "ITEM")
+CODES = (*MEMORY, "KERNEL", "CALL", "ATTEND", "PROJECT", "FITS", "ALIGNED", "COMPUTE", "RESULT")
 KINDS = ("NONE", "TENSOR", "TENSORS", "INTEGER", "INTEGERS", "NUMBER", "BOOLEAN", "TEXT")
 SIGNS = {ast.Add: 0, ast.Sub: 1, ast.Mult: 2, ast.FloorDiv: 3, ast.Mod: 4, "max": 5, "min": 6}
 EXTERN = ("mm", "addmm", "bmm", "baddbmm")
@@ -223,7 +224,8 @@ class Code:
             raise Unreadable(_text(call))
         text = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
         out = self._fresh() if keep else -1
-        self.steps.append(Step("CALL", out, text=text, arguments=arguments))
+        code = "ATTEND" if op is torch.ops.gaws.attend.default else "CALL"
+        self.steps.append(Step(code, out, text=text, arguments=arguments))
         return out
 
     def _named(self, name: str) -> Any:

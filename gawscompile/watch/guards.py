@@ -108,7 +108,9 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
             _install(builder, some, lasting)
             counters["gaws"]["watched"] += len(some)
         except Exception as error:  # another Dynamo than we know
-            log.warning("gaws: all guards stay, and are checked in every call: %s: %s", type(error).__name__, error)
+            what = "modules" if lasting else "other objects"
+            how = f"{type(error).__name__}: {error}"
+            log.warning("gaws: all guards on %s stay, and are checked in every call: %s", what, how)
             for guard in some:
                 guard.create(builder)
 

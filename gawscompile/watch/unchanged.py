@@ -19,7 +19,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,18 +39,10 @@ PATIENCE = 8  # changes in a row
 def available() -> bool:
     """Whether changes can be seen here: CPython with versions of dictionaries, and a C++ compiler."""
     try:
-        return sys.implementation.name == "cpython" and _versions_move() and _lists_lie_open() and bool(_library())
+        return sys.implementation.name == "cpython" and _versions_move() and _lists_lie_open() and bool(ops.with_gil())
     except Exception as error:
         log.info("gaws: all guards stay: %s: %s", type(error).__name__, error)
         return False
-
-
-@functools.cache
-def _library() -> ctypes.PyDLL:
-    """The op's library, called with the GIL held."""
-    library = ctypes.PyDLL(ops.ensure_loaded()._name)
-    library.gaws_watch.restype = ctypes.c_void_p
-    return library
 
 
 def _version(dictionary: dict[Any, Any]) -> int:
@@ -134,12 +126,12 @@ class State:
             for addresses in (found.words, slots, list(found.lists))
         ]
         behind = (ctypes.c_int64 * len(found.behind))(*found.behind)
-        handle = _library().gaws_watch(*itertools.chain(*arrays), behind)
+        handle = ops.with_gil().gaws_watch(*itertools.chain(*arrays), behind)
         if not handle:
             raise Unwatchable("a tensor whose sizes are no numbers, or that has no storage")
         self.handle = ctypes.c_void_p(handle)
-        weakref.finalize(self, _library().gaws_unwatch, self.handle)
-        self._unchanged = _library().gaws_unchanged
+        weakref.finalize(self, ops.with_gil().gaws_unwatch, self.handle)
+        self._unchanged = ops.with_gil().gaws_unchanged
 
     def same(self, variables: list[Any]) -> bool:
         """Whether everything is as it was."""
@@ -156,28 +148,32 @@ class Apart:
     guards in every call: a list that grows until all guards are made. `scope`: of Dynamo's guards."""
 
     def __init__(self, names: list[str], others: list[str], scope: dict[str, Any]) -> None:
-        self._names, self._others = names, others
+        self._others = others
         self._globals = scope["G"]
-        self._call: Any = None
-        self._all(scope["L"])  # raises now, if it ever does
+        self._made: dict[int, Any] = {}  # by how many others there were
+        self._mine = self._read(names)
+        self.holds(scope["L"])  # raises now what a name may raise
 
     def _read(self, names: list[str]) -> Any:
-        known = dict(getattr(torch._dynamo.guards, "_get_closure_vars", dict)())  # torch 2.11 has them elsewhere
+        known = dict(getattr(torch._dynamo.guards, "_get_closure_vars", dict)())  # what names may call
         made: Any = eval(f"lambda L, G: ({''.join(f'{name}, ' for name in names)})", known)
         skip_code(made.__code__)
         return made
 
-    def _all(self, scope: dict[str, Any]) -> list[Any]:
-        return list(self._read([*self._names, *self._others])(scope, self._globals))
+    def _ids(self, scope: dict[str, Any]) -> list[int]:
+        """Of the others."""
+        count = len(self._others)
+        if count not in self._made:
+            self._made[count] = self._read(self._others)
+        return [id(one) for one in self._made[count](scope, self._globals)]
 
     def holds(self, scope: dict[str, Any]) -> bool:
-        found = self._all(scope)
-        return len(set(map(id, found))) == len(found)
+        found = [id(one) for one in self._mine(scope, self._globals)] + self._ids(scope)
+        return len(set(found)) == len(found)
 
-    def holds_beside(self, tensors: Collection[int], scope: dict[str, Any]) -> bool:
+    def holds_beside(self, tensors: frozenset[int], scope: dict[str, Any]) -> bool:
         """The same, where none of these tensors, by their ids, is given twice."""
-        self._call = self._call or self._read(self._others)
-        return not any(id(one) in tensors for one in self._call(scope, self._globals))
+        return tensors.isdisjoint(self._ids(scope))
 
 
 class Unchanged:
@@ -211,7 +207,7 @@ class Unchanged:
             return False
         holds = self._holds(scope, variables)
         if not holds:  # no call follows that takes what a watch has this thread hold
-            _library().gaws_let_go()
+            ops.with_gil().gaws_let_go()
         return holds
 
     def _holds(self, scope: Any, variables: list[Any]) -> bool:
