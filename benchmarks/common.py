@@ -29,7 +29,7 @@ from gawscompile.runtime.bound import Direct
 from gawscompile.runtime.executor import Executor
 from gawscompile.runtime.wrapper import Code
 from gawscompile.watch import unchanged
-from gawscompile.watch.watched import Found
+from gawscompile.watch.found import Found
 
 BACKENDS = ("eager", "inductor", "gaws")
 LLAMA_CPP = "llama.cpp"

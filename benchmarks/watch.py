@@ -24,8 +24,8 @@ from benchmarks import common
 from benchmarks.common import PAST, Setup
 from gawscompile.calibration import measure, split
 from gawscompile.demo.decoding import Decoder
+from gawscompile.watch.found import Found
 from gawscompile.watch.unchanged import State, Unchanged
-from gawscompile.watch.watched import Found
 
 APART, STEPS = 200, 60
 ROUNDS, ROUND = 12, 6  # of steps in turns

@@ -13,7 +13,8 @@ namespace {
 struct Metadata {
   const c10::TensorImpl* const* slot;  // where the Python tensor keeps its implementation
   const c10::TensorImpl* tensor;
-  size_t bytes;  // that its storage must hold
+  std::array<const void*, 2> behind;  // where it last had its storage and what autograd keeps: to be asked for, not read
+  size_t bytes;                       // that its storage must hold
   bool gradient;
   alignas(c10::TensorImpl) std::array<char, sizeof(c10::TensorImpl)> fields;  // and all before them, as it was
 };
@@ -92,7 +93,8 @@ extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, 
     const c10::TensorImpl& t = **slot;
     if (!comparable(t) || t.unsafe_storage().nbytes() < needed(t)) return nullptr;
     watch->from = fields_of(t);
-    watch->tensors.push_back({slot, &t, needed(t), t.requires_grad(), {}});
+    const std::array<const void*, 2> behind{t.unsafe_storage().unsafeGetStorageImpl(), t.autograd_meta()};
+    watch->tensors.push_back({slot, &t, behind, needed(t), t.requires_grad(), {}});
     std::memcpy(watch->tensors.back().fields.data(), &t, sizeof t);
   }
   if (held.watch == watch.get()) gaws_let_go();  // an older one's, of that address
@@ -116,6 +118,8 @@ static bool unchanged(const Watch& watch, std::vector<c10::Storage>& memory) {
       __builtin_prefetch(later.slot);
       __builtin_prefetch(ahead);
       for (size_t at = watch.from; at < sizeof *later.tensor; at += 64) __builtin_prefetch(ahead + at);
+      for (const void* one : later.behind) __builtin_prefetch(one);
+      __builtin_prefetch(static_cast<const char*>(later.behind[0]) + 64);
     }
     const Metadata& one = watch.tensors[i];
     const c10::TensorImpl* t = one.tensor;

@@ -3,8 +3,9 @@
 Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to it.
 Nearly all of these checks look at attributes of modules: that an ``nn.Linear`` inside an adapter is still one and holds
 a parameter of the same shape, that an adapter's scaling is what it was. The backend has them checked only once
-something changed, and finds out whether anything did in one call (`unchanged.Unchanged`). Guards on what that cannot
-see (what lies in globals, in closures, in objects with attribute access of their own) are checked before every call.
+something changed, and finds out whether anything did in one call (`unchanged.Unchanged`). Guards on globals (modules,
+functions, classes) and on other objects, a cache say, are watched in the same way, each apart. Guards on what no watch
+sees (sets, properties, objects with attribute access of their own) are checked before every call.
 
 Nothing is noticed less: parameters that are written to, replaced, or of another dtype or shape by now,
 ``set_adapter``, ``disable_adapter``, scaling, ``merge_adapter``, adapters added and deleted, hooks, attributes.
@@ -27,6 +28,8 @@ from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.runtime import bound
 from gawscompile.watch import unchanged, watched
+from gawscompile.watch.found import Paths, Unwatchable
+from gawscompile.watch.sources import followable
 
 log = logging.getLogger("gawscompile")
 
@@ -53,8 +56,8 @@ def watch_frame(watch: bool, bind: bool) -> None:
     if torch.is_grad_enabled() or config.caching_precompile or not config.guard_nn_modules or not unchanged.available():
         return
     guards = list(context.guards_context.dynamo_guards)
-    frame = Frame([guard for guard in guards if watched.followable(guard.originating_source)])
-    copied = [frame.copy(guard) if watched.followable(guard.originating_source) else guard for guard in guards]
+    frame = Frame([guard for guard in guards if followable(guard.originating_source)])
+    copied = [frame.copy(guard) if followable(guard.originating_source) else guard for guard in guards]
     context.guards_context.dynamo_guards = GuardsSet(OrderedSet(copied))
     _frames.add(context)
     bound.want(bind)
@@ -91,7 +94,8 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
     Raises `RuntimeError`, naming the parameter, for one whose storage is smaller than its shape needs.
     """
     entries = [make_guard_filter_entry(guard, builder) for guard in ours]
-    alone = standing_alone(entries)
+    names = builder.scope["G"]
+    alone = standing_alone(entries, names)
     for entry, stays in zip(entries, alone, strict=True):
         if stays:
             entry.orig_guard.create(builder)
@@ -101,32 +105,32 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
             raise RuntimeError(
                 f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
             )
-    known = _known(entries)
-    for lasting in (True, False):
-        some = [entry.orig_guard for entry in replaced if known.lasts(entry.orig_guard) is lasting]
+    known = _known(entries, names)
+    for what in (watched.MODULES, watched.GLOBALS, watched.OTHERS):
+        some = [entry.orig_guard for entry in replaced if known.about(entry.orig_guard) == what]
         try:
-            _install(builder, some, lasting)
+            _install(builder, some, what, known)
             counters["gaws"]["watched"] += len(some)
         except Exception as error:  # another Dynamo than we know
-            what = "modules" if lasting else "other objects"
             how = f"{type(error).__name__}: {error}"
             log.warning("gaws: all guards on %s stay, and are checked in every call: %s", what, how)
             for guard in some:
                 guard.create(builder)
 
 
-def standing_alone(entries: Sequence[Any]) -> list[bool]:
-    """Of each guard, as Dynamo shows it to a ``guard_filter_fn``, whether it must be checked before every call."""
-    known = _known(entries)
+def standing_alone(entries: Sequence[Any], names: dict[str, Any]) -> list[bool]:
+    """Of each guard, as Dynamo shows it to a ``guard_filter_fn``, whether it must be checked before every call.
+    `names`: the globals of the frame."""
+    known = _known(entries, names)
     return [not known.sees(entry.guard_type, entry.orig_guard, entry.value) for entry in entries]
 
 
-def _known(entries: Iterable[Any]) -> watched.Known:
-    return watched.Known((entry.orig_guard.originating_source, entry.value) for entry in entries)
+def _known(entries: Iterable[Any], names: dict[str, Any]) -> watched.Known:
+    return watched.Known(((entry.orig_guard.originating_source, entry.value) for entry in entries), names)
 
 
-def _install(builder: Any, replaced: list[Guard], lasting: bool) -> None:
-    """One guard in the place of all these, which look at modules (`lasting`) or also at other objects."""
+def _install(builder: Any, replaced: list[Guard], what: str, known: watched.Known) -> None:
+    """One guard in the place of all these, which look at `what`."""
     if not replaced:
         return
     manager = builder.check_fn_manager
@@ -134,15 +138,16 @@ def _install(builder: Any, replaced: list[Guard], lasting: bool) -> None:
     if codes := theirs.object_aliasing_guard_codes:  # which Dynamo adds once all guards are made
         theirs.add_python_lambda_leaf_guard_to_root(*map(list, zip(*codes, strict=True)))
     apart = None
-    if not lasting:
+    if what == watched.OTHERS:
         apart = unchanged.Apart(theirs.no_tensor_aliasing_names, builder.no_tensor_aliasing_names, builder.scope)
     elif theirs.no_tensor_aliasing_names:
-        raise watched.Unwatchable("guards against parameters that become one another")
-    sources = [source for guard in replaced for source in watched.looks_at(guard)]
-    what = "modules and their parameters" if lasting else "other objects, a cache say,"
+        raise Unwatchable("guards against parameters that become one another")
+    sources = [source for guard in replaced for source in known.looks_at(guard)]
+    names = builder.scope["G"]
+    paths = Paths(sources, names if what == watched.GLOBALS else None)
     said = [f"{len(replaced)} guards on {what} (gaws: checked after a change)"]
-    guard = unchanged.Unchanged(guards.root, sources, builder.scope["G"], said, apart)
+    guard = unchanged.Unchanged(guards.root, paths, names, said, apart)
     parameters = [one.originating_source for one in replaced if one.create_fn_name() == "TENSOR_MATCH"]
-    if lasting:
+    if what == watched.MODULES:
         bound.tie(guard, {source.name for source in parameters})
     builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)

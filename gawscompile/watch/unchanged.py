@@ -19,7 +19,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import RemovableHandle
 
 from gawscompile.runtime import ops
-from gawscompile.watch.watched import TYPE, VERSION, Found, Paths, Unwatchable, hooks_of, word
+from gawscompile.watch.found import TYPE, VERSION, Found, Paths, Unwatchable, hooks_of, word
 
 log = logging.getLogger("gawscompile")
 
@@ -81,11 +81,14 @@ def _versions_move() -> bool:
 
 
 def _lists_lie_open() -> bool:
-    """Whether a list is its size and an array of addresses, and an object's type is where it is expected."""
+    """Whether a list is its size and an array of addresses, a tuple its size and addresses, and an object's type is
+    where it is expected."""
     items = [object(), "a name", 3.5]
     size, array = word(id(items) + 16), word(id(items) + 24)
+    same = tuple(items)
     return (
         size == len(items)
+        and [word(id(same) + 16 + 8 * i) for i in range(4)] == [3, *map(id, same)]
         and all(word(array + 8 * i) == id(item) for i, item in enumerate(items))
         and word(id(items) + TYPE) == id(list)
     )
@@ -120,6 +123,7 @@ class State:
         self.misses = 0
         self.hooks = RemovableHandle.next_id
         self.tensors = frozenset(found.tensors)
+        self._held = found.held
         slots = [_slot(tensor) for tensor in found.tensors.values()]
         arrays = [
             (ctypes.c_int64(len(addresses)), (ctypes.c_void_p * len(addresses))(*addresses))
@@ -177,17 +181,18 @@ class Apart:
 
 
 class Unchanged:
-    """A guard that stands for many, `guards`, which look at what `sources` name. Where they do not hold, `said` becomes
-    what Dynamo says of the one that failed. `apart`: where they look at more than modules."""
+    """A guard that stands for many, `guards`, which look at what `paths` lead to. Where they do not hold, `said`
+    becomes what Dynamo says of the one that failed. `names`: the globals. `apart`: where they look at objects that may
+    be new ones in every call."""
 
     def __init__(
-        self, guards: Any, sources: Iterable[Any], names: dict[str, Any], said: list[str], apart: Apart | None = None
+        self, guards: Any, paths: Paths, names: dict[str, Any], said: list[str], apart: Apart | None = None
     ) -> None:
         self.guards = guards  # Dynamo's manager of them
         self.said = said
-        self.names = names  # globals
+        self.names = names
         self.apart = apart
-        self.paths = Paths(sources)
+        self.paths = paths
         self.hooked: list[int] | None = None  # how many hooks each of its modules has
         self.states: dict[tuple[int, ...], State] = {}
         self.missed: dict[tuple[int, ...], int] = {}  # how often in a row something had changed

@@ -12,7 +12,7 @@ from torch import nn
 
 from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.watch import guards, unchanged
-from gawscompile.watch.watched import TYPE, Found
+from gawscompile.watch.found import TYPE, Found
 from tests.graphs import small_llama
 from tests.runtime.test_direct import deciding
 
@@ -66,7 +66,8 @@ def checked(monkeypatch):
             return self.guards.check(scope)
 
     def made(self, guards, *given):
-        plain(self, Counting(guards, given[3] is None), *given)
+        paths, apart = given[0], given[3]
+        plain(self, Counting(guards, apart is None) if paths.roots else guards, *given)
 
     monkeypatch.setattr(unchanged.Unchanged, "__init__", made)
     return counts

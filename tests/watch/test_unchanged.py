@@ -35,8 +35,8 @@ def test_most_guards_on_parameters_are_checked_only_after_a_change(monkeypatch):
     model = small_llama(layers=1)
     counts, made, divided = [], [], guards.standing_alone
 
-    def counting(entries):
-        alone = divided(entries)
+    def counting(entries, names):
+        alone = divided(entries, names)
         matched = [stays for entry, stays in zip(entries, alone, strict=True) if entry.guard_type == "TENSOR_MATCH"]
         counts.append((len(matched), sum(matched)))
         return alone
@@ -48,8 +48,7 @@ def test_most_guards_on_parameters_are_checked_only_after_a_change(monkeypatch):
     parameters = sum(1 for _ in model.parameters())
     (before, after), *_ = counts
     assert before >= parameters * 0.9 and after < before / 4
-    (guard,) = made
-    checks = []
+    guard, checks = of_modules(made), []
     guard.guards = Counting(guard.guards, checks)
     logits(compiled)
     logits(compiled)
@@ -58,6 +57,12 @@ def test_most_guards_on_parameters_are_checked_only_after_a_change(monkeypatch):
     logits(compiled)
     logits(compiled)
     assert len(checks) == 1
+
+
+def of_modules(watches):
+    """The one that watches modules, and not globals."""
+    (watch,) = [watch for watch in watches if watch.paths.roots]
+    return watch
 
 
 class Counting:
@@ -144,6 +149,7 @@ class Custom(torch.nn.Module):
         self.linear = torch.nn.Linear(8, 8)
         self.linear.marks = {"a"}  # on a module of torch's
         self.names, self.scales, self.negative, self.settings = ["a"], {"a": 2.0, "b": 3.0}, False, Settings()
+        self.weights = [float("1.5")]  # what is put there twice lies where this did
 
     def forward(self, x):
         y = self.linear(x) * self.settings.factor
@@ -157,7 +163,7 @@ class Custom(torch.nn.Module):
             y = y * 1.5
         if hasattr(self, "asked"):
             y = y * 3.0
-        return (-y if self.negative else y) + self.shift
+        return (-y if self.negative else y) * self.weights[0] + self.shift
 
 
 class Another(Custom):
@@ -168,6 +174,7 @@ EDITS = {
     "a list, longer": lambda one: one.names.append("b"),
     "a list, an item": lambda one: one.names.__setitem__(0, "b"),
     "a list, another": lambda one: setattr(one, "names", ["b"]),
+    "a list, an item twice": lambda one: [one.weights.__setitem__(0, float(n)) for n in ("5.5", "6.5")],
     "a dictionary's item": lambda one: one.scales.__setitem__("a", 5.0),
     "a dictionary, another": lambda one: setattr(one, "scales", {"a": 7.0}),
     "an attribute": lambda one: setattr(one, "negative", True),
@@ -200,7 +207,7 @@ def test_what_other_libraries_keep_in_modules_is_seen(edit, monkeypatch):
     with patched(Unchanged, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
         compiled = torch.compile(model, backend=watching)
         compiled(x)
-        (guard,) = made
+        guard = of_modules(made)
         guard.guards = Counting(guard.guards, checks := [])
         before = compiled(x)
         assert not checks
@@ -312,7 +319,7 @@ def test_a_frame_that_calls_the_backend_twice():
     with patched(Unchanged, "__init__", lambda self, *given: made.append(self)), torch.no_grad():
         compiled = torch.compile(model, backend=twice)
         torch.testing.assert_close(compiled(x), model(x))
-        assert len(made) == 1, "one watch in the place of all guards"
+        assert of_modules(made), "one watch in the place of all guards"
         model.settings.factor = 5.0
         torch.testing.assert_close(compiled(x), model(x))
 
@@ -379,7 +386,7 @@ def test_all_guards_stay_where_changes_cannot_be_seen(monkeypatch, caplog):
     monkeypatch.setattr(Unchanged, "__init__", lambda self, *given: 1 / 0)
     compiled = torch.compile(model, backend=watching)
     before, graphs = logits(compiled), graphs_compiled()
-    assert "all guards on modules stay" in caplog.text
+    assert "all guards on modules and their parameters stay" in caplog.text
     model.base_model.model.lm_head.to(torch.bfloat16).to(torch.float32)
     logits(compiled)
     assert graphs_compiled() == graphs
