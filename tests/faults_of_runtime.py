@@ -91,7 +91,7 @@ RUNTIME: dict[str, Fault] = {
     ),
     "globals that are written, and not seen": Fault(
         "watch/found.py",
-        "for value in (self._names, *variables):",
+        "for value in (self._whole, *variables):",
         "for value in variables:",
         "tests/watch/test_globals.py",
         unproven=AROUND,
@@ -105,7 +105,7 @@ RUNTIME: dict[str, Fault] = {
     ),
     "items of a tuple that is replaced, and not seen": Fault(
         "watch/found.py",
-        "self.words += range(id(value) + 16, id(value) + 24 + 8 * len(value), 8)",
+        "self.words += range(id(value) + 16, id(value) + 24 + 8 * len(value), 8)  # its size, and its items",
         "pass",
         "tests/watch/test_globals.py",
         unproven=AROUND,

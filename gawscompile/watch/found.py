@@ -60,6 +60,7 @@ class Found:
         self.lists: dict[int, list[Any]] = {}
         self.behind: list[int] = []  # of each list, how many words come before it
         self.held: list[Any] = []  # values that only their addresses tell apart, so that no others come to lie there
+        self.reached: list[Any] = []  # which is to live until a watch has looked at it
         self._seen: set[int] = set()
 
     def add(self, value: Any) -> None:
@@ -76,6 +77,7 @@ class Found:
         elif type(value) is list:
             if id(value) not in self.lists:
                 self.lists[id(value)] = value
+                self.words.append(id(value) + TYPE)
                 self.behind.append(len(self.words))
                 self.hold(value)
         elif id(value) in self._seen:
@@ -85,16 +87,16 @@ class Found:
             self.words.append(id(value) + VERSION)
         elif type(value) is tuple:
             self._seen.add(id(value))
+            self.words.append(id(value) + TYPE)
             self.words += range(id(value) + 16, id(value) + 24 + 8 * len(value), 8)  # its size, and its items
             self.hold(value)
-        elif isinstance(value, FunctionType):
+        elif type(value) is FunctionType:
             self._seen.add(id(value))
             self.keeps(value, value.__code__)
         elif isinstance(value, ModuleType) or is_plain_object(value):
             self._seen.add(id(value))
             self.words += [id(value) + TYPE, _place_of_attributes(value)]
-            for one in type(value).__mro__:
-                self.add(dictionary_of(one))
+            self._add_class(type(value))
             self.add(vars(value))
             self.add(other_names(value))
             if isinstance(value, torch.nn.Module):
@@ -102,8 +104,31 @@ class Found:
                 for hooks in hooks_of(value):
                     self.add(hooks)
 
+    def _add_class(self, a_class: type) -> None:
+        """Keep what its instances have of a class. Its address is known already."""
+        if id(a_class) not in self._seen:
+            self._seen.add(id(a_class))
+            self.keeps(a_class, a_class.__mro__)
+            self.add(a_class.__mro__)
+            for one in a_class.__mro__:
+                self.add(dictionary_of(one))
+
+    def reach(self, source: Any, before: Any, value: Any) -> None:
+        """Keep `value`, which `source` names where the one below it names `before`. Raises `Unwatchable`."""
+        if isinstance(source, DefaultsSource):
+            self.keeps(before, before.__defaults__)
+            self.add(before.__defaults__)
+        elif isinstance(source, TypeMROSource) or type(before) in KEPT:  # a field of `before`, no dictionary's item
+            self.keeps(before, value)
+        elif isinstance(before, type) and isinstance(source, AttrSource):
+            self.words.append(id(before) + TYPE)
+            self._add_class(before)
+            self._add_class(type(before))
+        self.add(value)
+
     def hold(self, values: Iterable[Any]) -> None:
-        """Hold those that cannot change. Others have a word or a version of their own, and may go."""
+        """Hold those that cannot change. Others are compared by words of their own, or by identity alone, as Dynamo
+        does."""
         self.held += [one for one in values if type(one) in PLAIN]
 
     def keeps(self, value: Any, inside: Any) -> None:
@@ -126,11 +151,11 @@ def _place_of_attributes(value: Any) -> int:
 
 
 class Paths:
-    """How one reaches what guards look at: sources, each after the one it is based on. `names`: the globals, where
-    these are watched as a whole, and are no variables."""
+    """How one reaches what guards look at: sources, each after the one it is based on. `whole`: the globals, where
+    these are watched as one dictionary, and are no variables."""
 
-    def __init__(self, sources: Iterable[Any], names: dict[str, Any] | None = None) -> None:
-        self._names = names
+    def __init__(self, sources: Iterable[Any], whole: dict[str, Any] | None = None) -> None:
+        self._whole = whole
         self.steps: dict[Any, Any] = {}  # source → the one before it, None for a variable
         for source in sources:
             chain = [source]
@@ -138,7 +163,7 @@ class Paths:
                 chain.append(base)
             for one in reversed(chain):
                 self.steps.setdefault(one, below(one))
-        self.roots = [source for source, base in self.steps.items() if base is None and names is None]
+        self.roots = [source for source, base in self.steps.items() if base is None and whole is None]
 
     def variables(self, scope: dict[str, Any], names: dict[str, Any]) -> list[Any]:
         """What the roots are. Raises `KeyError` and `IndexError` where there are none."""
@@ -157,34 +182,16 @@ class Paths:
         """What is on the way. Raises `Unwatchable`."""
         values = dict(zip(self.roots, variables, strict=True))
         found = Found()
-        for value in (self._names, *variables):
+        for value in (self._whole, *variables):
             found.add(value)
         for source, base in self.steps.items():
             if source in values:
                 continue
-            if base is None:
-                assert self._names is not None
-                value = self._names.get(source.global_name, UNKNOWN)
-            else:
-                value = step(source, values[base])
-                if value is not UNKNOWN:
-                    self._keep(source, values[base], value, found)
+            before = self._whole if base is None else values[base]
+            value = step(source, before) if base is not None else (before or {}).get(source.global_name, UNKNOWN)
             if value is UNKNOWN:
                 raise Unwatchable(f"{source.name}, which is not where it is expected")
             values[source] = value
-            found.add(value)
+            found.reach(source, before, value)
+        found.reached += values.values()
         return found
-
-    def _keep(self, source: Any, before: Any, value: Any, found: Found) -> None:
-        """Keep that `before` has `value`, where `found` does not see it by what it has of `before`."""
-        if isinstance(source, DefaultsSource):
-            found.keeps(before, before.__defaults__)
-            found.add(before.__defaults__)
-        elif isinstance(source, TypeMROSource) or type(before) in KEPT:
-            found.keeps(before, value)
-        elif isinstance(before, type) and isinstance(source, AttrSource):
-            found.keeps(before, before.__mro__)
-            found.add(before.__mro__)
-            for a_class in (before, type(before)):
-                for one in a_class.__mro__:
-                    found.add(dictionary_of(one))

@@ -3,9 +3,9 @@
 Before every call Dynamo checks what it assumed of the model, and PEFT's LoRA adds eight modules per projection to it.
 Nearly all of these checks look at attributes of modules: that an ``nn.Linear`` inside an adapter is still one and holds
 a parameter of the same shape, that an adapter's scaling is what it was. The backend has them checked only once
-something changed, and finds out whether anything did in one call (`unchanged.Unchanged`). Guards on globals (modules,
-functions, classes) and on other objects, a cache say, are watched in the same way, each apart. Guards on what no watch
-sees (sets, properties, objects with attribute access of their own) are checked before every call.
+something changed, and finds out whether anything did in one call (`unchanged.Unchanged`). Guards on configurations, on
+globals (modules, functions, classes) and on other objects, a cache say, are watched so too, each apart. Guards on what
+no watch sees (sets, properties, objects with attribute access of their own) are checked before every call.
 
 Nothing is noticed less: parameters that are written to, replaced, or of another dtype or shape by now,
 ``set_adapter``, ``disable_adapter``, scaling, ``merge_adapter``, adapters added and deleted, hooks, attributes.
@@ -106,7 +106,7 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
                 f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
             )
     known = _known(entries, names)
-    for what in (watched.MODULES, watched.GLOBALS, watched.OTHERS):
+    for what in watched.ALL:
         some = [entry.orig_guard for entry in replaced if known.about(entry.orig_guard) == what]
         try:
             _install(builder, some, what, known)

@@ -75,7 +75,8 @@ PLAIN = (bool, int, float, str, bytes, type(None), CodeType, torch.dtype, torch.
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether it is a module of a model, or an object whose attributes are where every object's are."""
+    """Whether it is an object that gets its attributes as every object does, a `torch.nn.Module` say, or as a model's
+    configuration does. Functions, classes and Python's modules are none."""
     usual = type(value).__getattribute__ is object.__getattribute__ or other_names(value) is not None
     others = (type, FunctionType, *PLAIN)
     return usual and not isinstance(value, others) and type(getattr(value, "__dict__", None)) is dict
@@ -117,13 +118,16 @@ KEPT: dict[type, tuple[str, ...]] = {
     property: ("fget",),
     CellType: ("cell_contents",),
 }
-"""What is no item of a dictionary: `Found.keeps` finds its place."""
+"""Fields that are no items of a dictionary: `Found.keeps` finds their places."""
 
 
 def _attribute(value: Any, name: str) -> Any:
     """What a value has by this name, `UNKNOWN` where that is not found in a way known here."""
     if type(value) in KEPT:
-        kept = getattr(value, name, None) if name in KEPT[type(value)] else None
+        try:
+            kept = getattr(value, name) if name in KEPT[type(value)] else None
+        except ValueError:  # an empty cell
+            kept = None
         return UNKNOWN if kept is None else kept
     if isinstance(value, type):
         return _of_class(value, name)
@@ -131,7 +135,8 @@ def _attribute(value: Any, name: str) -> Any:
         usual = is_plain_object(value) and in_class(value, name) is vars(object)[name]
         return type(value) if usual else UNKNOWN
     usual = isinstance(value, ModuleType) and type(value).__getattribute__ is ModuleType.__getattribute__
-    if not (usual or is_plain_object(value)) or _is_property(value, name := kept_as(value, name)):
+    name = kept_as(value, name)
+    if not (usual or is_plain_object(value)) or _is_property(value, name):
         return UNKNOWN
     return vars(value) if name == "__dict__" else vars(value).get(name, UNKNOWN)
 

@@ -121,7 +121,7 @@ class State:
         self.direct: Any = None
         """How it is called with these, False where it has to be called as Dynamo does."""
         self.misses = 0
-        self.hooks = RemovableHandle.next_id
+        self.hooks = RemovableHandle.next_id if found.modules else None
         self.tensors = frozenset(found.tensors)
         self._held = found.held
         slots = [_slot(tensor) for tensor in found.tensors.values()]
@@ -139,7 +139,7 @@ class State:
 
     def same(self, variables: list[Any]) -> bool:
         """Whether everything is as it was."""
-        if self.hooks != RemovableHandle.next_id:  # a hook was registered, on whatever module
+        if self.hooks not in (None, RemovableHandle.next_id):  # a hook was registered, on whatever module
             return False
         for mine, variable in zip(self.variables, variables, strict=True):
             if mine() is not variable:
@@ -229,11 +229,7 @@ class Unchanged:
             return True
         self.last.state = None
         self.states.pop(key, None)
-        if not self.guards.check(scope):
-            self.said[:] = self.guards.check_verbose(scope).verbose_code_parts
-            return False
-        if self.apart and not self.apart.holds(scope):
-            self.said[:] = ["a tensor is given twice"]
+        if not self._all_hold(scope):
             return False
         if waits := self.waits.get(counted, 0):
             self.waits[counted] = waits - 1
@@ -253,13 +249,27 @@ class Unchanged:
             self.hooked = hooked
             if len(self.states) >= MOST:
                 self._forget()
-            self.last.state = self.states[key] = State(variables, found)
-        except (Unwatchable, TypeError) as error:  # right all the same: all the guards are checked in every call
-            log.info("gaws: guards are checked in every call: %s", error)
+            state = State(variables, found)
+            if not self._all_hold(scope):  # another thread has written in between
+                return False
+            self.last.state = self.states[key] = state
+        except Exception as error:  # right all the same: all the guards are checked in every call
+            log.info("gaws: guards are checked in every call: %s: %s", type(error).__name__, error)
+        return True
+
+    def _all_hold(self, scope: Any) -> bool:
+        """Whether all the guards hold, each of them checked."""
+        if not self.guards.check(scope):
+            self.said[:] = self.guards.check_verbose(scope).verbose_code_parts
+            return False
+        if self.apart and not self.apart.holds(scope):
+            self.said[:] = ["a tensor is given twice"]
+            return False
         return True
 
     def _forget(self) -> None:
         """The states of models that are gone; all, where none is."""
-        alive = {key: state for key, state in self.states.items() if all(one() is not None for one in state.variables)}
+        states = list(self.states.items())  # other threads may add some
+        alive = {key: state for key, state in states if all(one() is not None for one in state.variables)}
         self.states = alive if len(alive) < MOST else {}
         self.missed, self.waits = {}, {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._dynamo.source import AttrSource, GlobalSource, NNModuleSource, TypeDictSource
 
+from gawscompile.watch.found import Found, Unwatchable
 from gawscompile.watch.sources import (
     PLAIN,
     UNKNOWN,
@@ -19,6 +20,7 @@ from gawscompile.watch.sources import (
     is_plain_object,
     is_variable,
     kept_as,
+    other_names,
     step,
     variable_of,
 )
@@ -27,29 +29,34 @@ IDENTITY = ("BUILTIN_MATCH", "CLASS_MATCH", "FUNCTION_MATCH", "ID_MATCH", "MODUL
 """Guards that ask whether a thing is still the same one."""
 
 
-MODULES, GLOBALS, OTHERS = "modules and their parameters", "globals", "other objects, a cache say,"
+MODULES, CONFIGURATIONS = "modules and their parameters", "configurations"
+GLOBALS, OTHERS = "globals", "other objects, a cache say,"
+ALL = (MODULES, CONFIGURATIONS, GLOBALS, OTHERS)
 """What guards look at: each is watched apart, as each changes in its own time."""
 
 
 class Known:
-    """What sources name, as far as that is in modules' own attributes and in dictionaries. `names`: the globals."""
+    """What sources name, as far as `step` finds it and a watch can look at it. `names`: the globals."""
 
     def __init__(self, named: Iterable[tuple[Any, Any]], names: dict[str, Any]) -> None:
         self._names = names
         self._values: dict[Any, Any] = {}
+        self._found = Found()  # to try what a watch can look at
         for source, value in named:
             while isinstance(source, NNModuleSource):
                 source = source.base
-            other = is_plain_object(value) and not isinstance(value, torch.Tensor)
-            if is_variable(source) and (isinstance(value, torch.nn.Module) or other):
-                self._values[source] = value
+            usual = is_plain_object(value) and not isinstance(value, torch.Tensor) and type(value).__weakrefoffset__
+            if is_variable(source) and (isinstance(value, torch.nn.Module) or usual):
+                self._values[source] = self._watchable(source, None, value)
 
     def about(self, guard: Any) -> str:
-        """Whether it looks at modules alone, or at globals alone. Other objects may be new ones in every call."""
-        variables = [variable_of(source) for source in self.looks_at(guard)]
+        """Whether it looks at modules alone, at configurations that are reached from them, or at globals alone. Other
+        objects may be new ones in every call."""
+        sources = self.looks_at(guard)
+        variables = [variable_of(source) for source in sources]
         values = [self._value(variable) for variable in variables]
         if all(isinstance(value, torch.nn.Module) for value in values):
-            return MODULES
+            return CONFIGURATIONS if any(map(self._in_configuration, sources)) else MODULES
         alone = all(isinstance(variable, GlobalSource) for variable in variables)
         return OTHERS if not alone or any(is_plain_object(value) for value in values) else GLOBALS
 
@@ -100,13 +107,31 @@ class Known:
             return False
         return type(value) is torch.nn.Parameter or (type(value) is torch.Tensor and self.about(guard) == OTHERS)
 
+    def _in_configuration(self, source: Any) -> bool:
+        while source is not None:
+            if other_names(self._value(source)) is not None:
+                return True
+            source = below(source)
+        return False
+
     def _value(self, source: Any) -> Any:
-        if source not in self._values:
-            self._values[source] = self._found(source)
+        if source in self._values:
+            return self._values[source]
+        base, before = below(source), None
+        if base is not None:
+            before = self._value(base)
+            value = step(source, before)
+        else:
+            value = self._names.get(source.global_name, UNKNOWN) if isinstance(source, GlobalSource) else UNKNOWN
+            value = UNKNOWN if is_plain_object(value) else value  # which Dynamo shows where it guards it
+        self._values[source] = self._watchable(source, before, value)
         return self._values[source]
 
-    def _found(self, source: Any) -> Any:
-        if below(source) is not None:
-            return step(source, self._value(source.base))
-        value = self._names.get(source.global_name, UNKNOWN) if isinstance(source, GlobalSource) else UNKNOWN
-        return UNKNOWN if is_plain_object(value) else value  # which Dynamo shows where it guards it
+    def _watchable(self, source: Any, before: Any, value: Any) -> Any:
+        """`value`, or `UNKNOWN` where a watch cannot look at it."""
+        if value is not UNKNOWN:
+            try:
+                self._found.reach(source, before, value)
+            except Unwatchable:
+                return UNKNOWN
+        return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import types
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
-from gawscompile.watch import guards, unchanged
+from gawscompile.watch import found, guards, unchanged
 from tests.graphs import small_llama, tokens
 from tests.watch.test_unchanged import Counting, patched, watching
 
@@ -52,16 +53,43 @@ class Settings(Base):
     pass
 
 
+class Kind(type):
+    pass
+
+
+class Numbers(metaclass=Kind):
+    level = 2.0
+
+
+class Front:
+    extra = 3.0
+
+
+class Hollow:
+    pass
+
+
+class Optional(Front, Hollow):
+    pass
+
+
+@functools.cache
+def known():
+    return 1.5
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.settings = nn.Linear(8, 8), Settings()
-        self.config = GPT2Config(n_embd=8, n_head=2)
+        self.config, self.optional = GPT2Config(n_embd=8, n_head=2), Optional()
 
     def forward(self, x):
         y = scaled(helper(self.linear(x)))
         y = self.settings.raised(outside.work(y)) * outside.factor
-        y = y * self.config.hidden_size + self.config.n_head * abs(-1.0)
+        y = y * self.config.hidden_size + self.config.n_head * abs(-1.0) + known() * Numbers.level
+        if hasattr(self.optional, "extra"):
+            y = y * 2
         return y + self.settings.low + len(type(self.settings).__name__) * type(self.settings).level
 
 
@@ -87,6 +115,10 @@ CHANGES = {  # a method of the class of Settings is no such change: Dynamo has n
     "a builtin": lambda patch, model: patch.setattr(builtins, "abs", lambda x: 11.0),
     "a class's number": lambda patch, model: patch.setattr(Base, "level", 6.0),
     "a number in front of it": lambda patch, model: patch.setattr(Settings, "level", 6.0, raising=False),
+    "a class's bases": lambda patch, model: setattr(Optional, "__bases__", (Hollow,)),
+    "a class's class": lambda patch, model: setattr(
+        Numbers, "__class__", type("Other", (Kind,), {"level": property(lambda self: 5.0)})
+    ),
     "a property": lambda patch, model: patch.setattr(Base, "low", property(lambda self: 8.0)),
     "a property's code": lambda patch, model: patch.setattr(
         Base.low.fget, "__code__", (lambda self: 8.0).__code__
@@ -104,6 +136,7 @@ CHANGES = {  # a method of the class of Settings is no such change: Dynamo has n
 @torch.no_grad()
 def test_every_change_is_seen(change, monkeypatch):
     helper.__defaults__, scaled.__closure__[0].cell_contents = (float("2.5"),), float("3.5")
+    Optional.__bases__, Numbers.__class__ = (Front, Hollow), Kind
     made, checks = [], []
     model, x = Model().eval(), torch.randn(2, 8)
     with patched(unchanged.Unchanged, "__init__", lambda self, *given: made.append(self)):
@@ -115,7 +148,7 @@ def test_every_change_is_seen(change, monkeypatch):
         call(x)
     checks.clear()
     before = call(x)
-    assert not checks and len(made) == 2, "modules and globals, each with a watch of its own"
+    assert not checks and len(made) == 3, "modules, configurations and globals have a watch each"
     with monkeypatch.context() as patch:
         CHANGES[change](patch, model)
         want = model(x)
@@ -135,6 +168,49 @@ def test_globals_that_are_written_in_every_call_are_left_to_the_guards(monkeypat
         assert 0 < len(made) < 25
         monkeypatch.setitem(globals(), "SHIFT", 9.0)
         torch.testing.assert_close(call(x), model(x))
+
+
+@torch.no_grad()
+def test_what_another_thread_writes_while_a_watch_is_made_is_seen(monkeypatch):
+    model, x = Model().eval(), torch.randn(2, 8)
+    call = torch.compile(model, backend=watching)
+    call(x)
+    real, writes = found.Paths.follow, []
+
+    def follow(self, variables):
+        seen = real(self, variables)
+        if not writes:
+            writes.append(monkeypatch.setitem(globals(), "SHIFT", 8.0))
+        return seen
+
+    monkeypatch.setattr(found.Paths, "follow", follow)
+    monkeypatch.setitem(globals(), "COUNT", 5)  # has a watch made
+    call(x)
+    assert writes
+    torch.testing.assert_close(call(x), model(x))
+
+
+@torch.no_grad()
+def test_each_group_changes_in_its_own_time():
+    model, x, made = Model().eval(), torch.randn(2, 8), []
+    with patched(unchanged.Unchanged, "__init__", lambda self, *given: made.append(self)):
+        call = torch.compile(model, backend=watching)
+        call(x)
+    call(x)
+    call(x)
+    checked = {}
+    for one in made:
+        one.guards = Counting(one.guards, checked.setdefault(one.said[0].split(" on ")[1], []))
+    for _ in range(20):
+        model.config.is_causal = True  # as transformers does before a layer's forward
+        del model.config.is_causal
+        Base().level = 5.0
+        nn.Linear(2, 2).register_forward_hook(print)
+        call(x)
+    checks = {what.split()[0]: len(seen) for what, seen in checked.items()}
+    assert checks["configurations"] and not checks["globals"], checks
+    model.config.n_head = 8
+    torch.testing.assert_close(call(x), model(x))
 
 
 @torch.no_grad()
