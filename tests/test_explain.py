@@ -204,6 +204,7 @@ def test_a_record_that_is_lost_for_good_is_not_told_as_unfused():
     assert {entry.reason for entry in report.linears} == {"RECORD_LOST"}
 
 
+@pytest.mark.slow  # test_cli starts the same command
 def test_the_command_prints_it(tiny_llama_dir, capsys, tmp_path):
     assert main(["explain", "--model", str(tiny_llama_dir), "--rank", "4", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

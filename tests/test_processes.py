@@ -72,6 +72,7 @@ def test_sixteen_processes_ten_rounds_with_kills(tmp_path, monkeypatch):
         assert intact(tmp_path / str(round_number % 3), monkeypatch) == 3
 
 
+@pytest.mark.slow  # test_direct has two models of one class and threads
 def test_threads_share_a_compiled_model():
     model = small_llama(layers=1)
     compiled = torch.compile(model, backend="gaws", options={"strict": True}, dynamic=True)

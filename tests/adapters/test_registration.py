@@ -72,6 +72,7 @@ def test_pefts_own_types_and_tables_stay_as_they_were(imported):
     assert "untouched" in imported
 
 
+@pytest.mark.slow  # test_models imports the package alone
 def test_the_package_itself_needs_no_peft_and_the_adapters_say_how_to_get_it():
     assert "needs peft: pip install 'gawscompile[models]'" in output_of(NO_PEFT_NEEDED)
 

@@ -143,6 +143,7 @@ def test_a_base_model_and_folders(judge, ids, tmp_path):
     assert not list(bank) and in_kernels(records)
 
 
+@pytest.mark.slow  # test_compiled_once_for_all has the same graph, and generate is test_generation's
 def test_generate_and_peft_s_own_calls(judge, ids, tmp_path):
     judge.save_pretrained(tmp_path, selected_adapters=["d"])
     model, bank = with_bank(judge)

@@ -283,6 +283,7 @@ def test_those_that_leave_the_pool_come_back(judges, ids, tmp_path):
     close(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()(ids).logits, judges["lokr_both"](ids).logits)
 
 
+@pytest.mark.slow  # test_join_banks has weights kept as [in, out]
 def test_gpt2_s_linears():
     """Whose weights are kept as [in, out]; they have a bias."""
     torch.manual_seed(0)

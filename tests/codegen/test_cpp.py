@@ -83,7 +83,7 @@ BANKS = {name: SPECS[name] for name in ("bank", "bank_panels", "bank_beside_lora
 }
 SLOW_BANK = pytest.param("bank_packed", marks=pytest.mark.slow)  # takes long to build
 TOKENS = (1, 2, 3, 5, 6, 7, 13, 40)
-REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_wide_modes", "conv1d_bf16")
+REPEATS = ("long_rows_16", "long_rows_even", "bank_16", "bank_wide_modes", "bank_beside_all", "conv1d_bf16")
 """What the others would show too, but for sizes: kernels that take long to build or to judge."""
 
 
@@ -158,7 +158,7 @@ def of_adapters(name: str, m: int, ranks: list[tuple[int, int]], *rows: list[lis
     return Problem.with_operands(spec, problem.x, problem.operands)
 
 
-@pytest.mark.parametrize("name", ["bank", "bank_panels", "bank_beside_lora"])
+@pytest.mark.parametrize("name", ["bank", pytest.param("bank_panels", marks=pytest.mark.slow), "bank_beside_lora"])
 def test_gemm_of_one_mixture(libraries, name):
     """Where all rows have the same plain adapters, ΔW is in the panels: here of more ranks than are added at once. What
     the call before has left of u may not join it."""

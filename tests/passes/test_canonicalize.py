@@ -1,5 +1,6 @@
 """canonicalize: every spelling of a linear becomes one."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -83,6 +84,7 @@ def test_counts_follow_from_the_model_and_a_second_run_matches_nothing():
         assert context.record.passes["canonicalize"] == per_layer * layers + rest + adapters
 
 
+@pytest.mark.slow  # test_lower has one graph for any number
 def test_values_with_a_symbolic_number_of_tokens():
     captured = llama_graph(1, dynamic=True)
     context = captured.until("canonicalize")

@@ -81,8 +81,10 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("name", TAKEN)
+OTHERS = [pytest.param(name, True, marks=pytest.mark.slow) for name in TAKEN if name != "both"]  # a kernel each
+
+
+@pytest.mark.parametrize(("name", "kernels"), [*((name, False) for name in TAKEN), ("both", True), *OTHERS])
 def test_taken(name, kernels):
     model = Model(TAKEN[name])  # it keeps the bank
     captured = capture(model, torch.randn(3, 4, K), kernels=kernels)

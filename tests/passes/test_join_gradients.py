@@ -115,6 +115,7 @@ def test_a_gradient_that_is_read_before_the_last_stays_alone():
     assert {first, last} <= set(context.graph.nodes)
 
 
+@pytest.mark.slow  # many steps, which take long to trace
 def test_factors_that_are_made_of_others_in_many_steps():
     """As Householder reflections are. Paths from a gradient to the outputs are counted in powers of two."""
 

@@ -23,6 +23,7 @@ def test_a_widened_stream_becomes_two():
     torch.testing.assert_close(captured.run(context), captured.outputs)
 
 
+@pytest.mark.slow  # a deep model, which takes long to trace
 def test_a_deep_stream_needs_no_deep_stack():
     def function(h, z):
         stream = torch.cat([h, z], -1)

@@ -161,6 +161,7 @@ assert filled(2, 400)[-1, -1] == 2
 """
 
 
+@pytest.mark.slow  # a process with little memory
 def test_where_memory_runs_out_what_is_kept_makes_room():
     subprocess.run([sys.executable, "-c", NO_MORE], check=True, timeout=120)
 
