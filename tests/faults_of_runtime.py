@@ -110,13 +110,6 @@ RUNTIME: dict[str, Fault] = {
         "tests/watch/test_globals.py",
         unproven=AROUND,
     ),
-    "a configuration's names, which are not watched": Fault(
-        "watch/found.py",
-        "self.add(other_names(value))",
-        "pass",
-        "tests/watch/test_globals.py",
-        unproven=AROUND,
-    ),
     "sizes of a cache marked as dynamic, and not seen": Fault(
         "watch/found.py",
         "self.words += [_place_of_attributes(value), id(vars(value)) + VERSION]",

@@ -27,7 +27,6 @@ from gawscompile.watch.sources import (
     below,
     dictionary_of,
     is_plain_object,
-    other_names,
     step,
 )
 
@@ -98,7 +97,6 @@ class Found:
             self.words += [id(value) + TYPE, _place_of_attributes(value)]
             self._add_class(type(value))
             self.add(vars(value))
-            self.add(other_names(value))
             if isinstance(value, torch.nn.Module):
                 self.modules.append(value)
                 for hooks in hooks_of(value):

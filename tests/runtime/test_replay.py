@@ -58,6 +58,15 @@ LINES = {
         ),
         "return (buf13, )",
     ],
+    "an activation that dies where its product is made": [
+        project("buf0", "arg0_1", "arg1_1, arg0_1", ADDED),
+        "buf1 = buf0[0]; del buf0",
+        project("buf2", "buf1", "arg1_1, arg0_1", ADDED),
+        "buf3 = buf2[0]; del buf1",
+        project("buf4", "buf3", "arg1_1, arg0_1", ADDED),
+        "buf5 = buf4[0]; del buf3",
+        "return (buf5, )",
+    ],
     "by the library, with places for results": [
         project("buf0", "arg0_1", "arg1_1, arg2_1, arg3_1", LIBRARY),
         "buf1 = buf0[0]",

@@ -157,6 +157,15 @@ def test_every_change_is_seen(change, monkeypatch):
         torch.testing.assert_close(call(x), want)
 
 
+def test_a_tuple_is_compared_by_its_size_and_its_items():
+    """Another one may lie where one was freed. Numbers are held, so that no other number does."""
+    number = float("2.5")
+    one, seen = (number, [1]), found.Found()
+    seen.add(one)
+    assert {found.word(place): place for place in seen.words}.keys() >= {2, id(number), id(one[1])}
+    assert any(held is number for held in seen.held) and not any(held is one[1] for held in seen.held)
+
+
 @torch.no_grad()
 def test_globals_that_are_written_in_every_call_are_left_to_the_guards(monkeypatch):
     model, x, made = Model().eval(), torch.randn(2, 8), []
