@@ -94,8 +94,9 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
     Raises `RuntimeError`, naming the parameter, for one whose storage is smaller than its shape needs.
     """
     entries = [make_guard_filter_entry(guard, builder) for guard in ours]
-    names = builder.scope["G"]
-    alone = standing_alone(entries, names)
+    named = ((entry.orig_guard.originating_source, entry.value) for entry in entries)
+    known = watched.Known(named, builder.scope["G"])
+    alone = standing_alone(entries, known)
     for entry, stays in zip(entries, alone, strict=True):
         if stays:
             entry.orig_guard.create(builder)
@@ -105,7 +106,6 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
             raise RuntimeError(
                 f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
             )
-    known = _known(entries, names)
     for what in watched.ALL:
         some = [entry.orig_guard for entry in replaced if known.about(entry.orig_guard) == what]
         try:
@@ -118,15 +118,9 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
                 guard.create(builder)
 
 
-def standing_alone(entries: Sequence[Any], names: dict[str, Any]) -> list[bool]:
-    """Of each guard, as Dynamo shows it to a ``guard_filter_fn``, whether it must be checked before every call.
-    `names`: the globals of the frame."""
-    known = _known(entries, names)
+def standing_alone(entries: Sequence[Any], known: watched.Known) -> list[bool]:
+    """Of each guard, as Dynamo shows it to a ``guard_filter_fn``, whether it must be checked before every call."""
     return [not known.sees(entry.guard_type, entry.orig_guard, entry.value) for entry in entries]
-
-
-def _known(entries: Iterable[Any], names: dict[str, Any]) -> watched.Known:
-    return watched.Known(((entry.orig_guard.originating_source, entry.value) for entry in entries), names)
 
 
 def _install(builder: Any, replaced: list[Guard], what: str, known: watched.Known) -> None:

@@ -35,8 +35,8 @@ def test_most_guards_on_parameters_are_checked_only_after_a_change(monkeypatch):
     model = small_llama(layers=1)
     counts, made, divided = [], [], guards.standing_alone
 
-    def counting(entries, names):
-        alone = divided(entries, names)
+    def counting(entries, known):
+        alone = divided(entries, known)
         matched = [stays for entry, stays in zip(entries, alone, strict=True) if entry.guard_type == "TENSOR_MATCH"]
         counts.append((len(matched), sum(matched)))
         return alone
