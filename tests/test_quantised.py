@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 
@@ -38,10 +39,10 @@ CLOSE = {"nf4": 1e-2, "bnb-int8": 2e-2, "gptq": 1e-2, "awq": 1e-2}
 1e-4."""
 
 
-def quantised(kind, dtype=torch.float32, config=LORA, exact=False):
+def quantised(kind, dtype=torch.float32, config=LORA, exact=False, layers=LAYERS):
     """A small Llama with an adapter on every quantised linear, B random. `exact`: its linears plain, with the numbers
     that the format holds, all in fp64."""
-    base = small_llama(dtype, LAYERS, lora=None, intermediate_size=128)
+    base = small_llama(dtype, layers, lora=None, intermediate_size=128)
     try:
         quantized.quantize(base, kind, set(linear_sizes(base)))
     except ImportError as error:
@@ -150,6 +151,20 @@ def test_gaws_comes_off_linears_that_have_no_weight_of_that_name(tmp_path):
         model.load_adapter(tmp_path, "other")
     linear = model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer()
     assert model.unload().model.layers[0].self_attn.q_proj is linear
+
+
+def test_its_wrapper_runs_in_cpp_from_a_warm_cache_too():
+    """AOTAutograd then hands over quantised weights whole, where Inductor's wrapper takes codes and scales."""
+    model = quantised("int8", layers=1)
+    hits = counters["aot_autograd"]["autograd_cache_hit"]
+    wrappers = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        mark = len(RECORDS)
+        torch.testing.assert_close(logits(torch.compile(model, backend="gaws")), logits(model), rtol=1e-4, atol=1e-4)
+        wrappers += [record.wrapper for record in RECORDS.since(mark)]
+    assert counters["aot_autograd"]["autograd_cache_hit"] == hits + 1
+    assert wrappers[0] == wrappers[1] and wrappers[0].startswith("Inductor's wrapper runs in C++, as ")
 
 
 @pytest.mark.slow

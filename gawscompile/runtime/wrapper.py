@@ -60,8 +60,10 @@ class Step:
 class Code:
     """The steps of a wrapper's `source`, whose globals are `names`, for inputs like `examples`: tensors and integers.
 
-    A backward has no examples. Of its inputs those that a size is read from are integers, and all others that are read
-    are tensors, which are freed where the wrapper deletes them: they are all that the forward has saved.
+    A backward has no examples, and its inputs are freed where the wrapper deletes them: they are all that the forward
+    has saved. Nor does a kept graph with inputs of a tensor subclass (a quantised weight), of which AOTAutograd hands
+    over the outer ones and the wrapper takes the inner ones. There inputs that a size is read from are integers, and
+    all others that are read are tensors.
     Raises `Unreadable`.
     """
 
@@ -82,14 +84,12 @@ class Code:
         if not isinstance(unpacked, ast.Assign) or not isinstance(unpacked.targets[0], ast.Tuple):
             raise Unreadable(_text(unpacked))
         self._inputs = inputs = [ast.unparse(name) for name in unpacked.targets[0].elts]
-        if examples is None:
+        if examples is None or len(examples) != len(inputs):
             sizes = {ast.unparse(line.value) for line in body if isinstance(line, ast.Assign) and _sets_size(line)}
             loads = (one for line in body[1:] for one in ast.walk(line) if isinstance(one, ast.Name))
             read = {one.id for one in loads if isinstance(one.ctx, ast.Load)}
             examples = [0 if name in sizes else _TENSOR if name in read else None for name in inputs]
             self._unread = set(inputs) - read
-        if len(inputs) != len(examples):
-            raise Unreadable(f"a wrapper that takes {len(inputs)} of {len(examples)} inputs")
         for name, example in zip(inputs, examples, strict=True):
             if isinstance(example, torch.Tensor):
                 self._registers[name] = len(self._registers)
