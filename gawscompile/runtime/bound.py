@@ -27,7 +27,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from itertools import count
 from types import CodeType
 from typing import Any, NamedTuple, Protocol
 
@@ -36,9 +35,11 @@ from torch._dynamo import bytecode_transformation as bytecode
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import innermost_fn, skip_code
 from torch._guards import CompileContext
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gawscompile.runtime import forks, ops
 from gawscompile.runtime.executor import Call, Executor, noting
+from gawscompile.runtime.wrapper import parts_of
 
 log = logging.getLogger("gawscompile")
 
@@ -288,37 +289,58 @@ class BoundCall:
     @torch._dynamo.disable
     def _watched(self, state: State, graph: Any, values: list[Any], others: tuple[Any, ...]) -> Any:
         """A call that shows whether the next ones can go directly."""
-        versions, grad = _versions(values), torch.is_grad_enabled()
+        parts = [(at, part) for at, value in enumerate(values) for part in parts_of(value)]
+        tensors, grad = [*values, *(part for _, part in parts)], torch.is_grad_enabled()
+        versions = _versions(tensors)
         with noting() as calls:
             results = graph(*values)
-        moved = [at for at, old, new in zip(count(), versions, _versions(values)) if old != new]
+        where = (*range(len(values)), *(at for at, _ in parts))
+        moved = {at for at, old, new in zip(where, versions, _versions(tensors), strict=True) if old != new}
         free = {at: number for number, at in enumerate(self._free)}
-        why = self._why_not(graph, values, calls, results)
-        if not why and (torch.is_grad_enabled() is not grad or not free.keys() >= set(moved)):
+        own = (torch.Tensor, torch.nn.Parameter)
+        given = [None if at in free and type(values[at]) not in own else part for at, part in parts]
+        why = self._why_not(graph, given, calls, results)
+        if not why and (torch.is_grad_enabled() is not grad or not free.keys() >= moved):
             why = "it changes whether gradients are recorded, or writes to a parameter"
         with _binding:
             if state.direct is None:  # else another thread was first
-                known = [None if at in free else value for at, value in enumerate(values)]
+                known = [None if at in free else part for at, part in parts]
                 if not why and not calls[0].executor.bind(state.handle, known):
                     why = "a parameter is given twice, or is not watched"
                 if why:
                     log.info("gaws: a graph is called through AOTAutograd and Inductor every time: %s", why)
                     state.direct = False
                 else:
-                    state.direct = Direct(calls[0].executor, state.handle, type(results), [free[at] for at in moved])
+                    written = [free[at] for at in sorted(moved)]
+                    state.direct = Direct(calls[0].executor, state.handle, type(results), written)
         return results
 
-    def _why_not(self, graph: Any, values: list[Any], calls: list[Call], results: Any) -> str:
-        """Why that call could not have gone directly; empty where it could."""
-        if innermost_fn(graph) is not innermost_fn(self.compiled):
+    def _why_not(self, graph: Any, given: list[Any], calls: list[Call], results: Any) -> str:
+        """Why that call could not have gone directly; empty where it could. `given`: the graph's inputs, of which
+        tensors of a subclass are given in parts, None where such a one is no parameter."""
+        if _behind(graph) is not innermost_fn(self.compiled):
             return "a backend of the user's stands around ours, and may want to see every call"
         if len(calls) != 1:
             return "its wrapper runs in Python"
-        if any(type(value) not in (torch.Tensor, torch.nn.Parameter) for value in values):
+        if not all(map(_is_plain, given)):
             return "it is given something else than plain tensors"
         if type(results) not in (list, tuple) or not _same(calls[0].results, results):
             return "AOTAutograd changes its results"
-        return "" if _same(calls[0].inputs, values) else "AOTAutograd changes its inputs"
+        return "" if _same(calls[0].inputs, given) else "AOTAutograd changes its inputs"
+
+
+def _behind(graph: Any) -> Any:
+    """What the backend made of a graph, without what Dynamo puts around it."""
+    found = innermost_fn(graph)
+    if getattr(found, "__qualname__", "").endswith("<locals>._tf_disabled_wrapper"):  # around a subclass's operators
+        found = inspect.getclosurevars(found).nonlocals.get("real_compiled_fn", found)
+    return innermost_fn(found)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is handed on as it is, and C++ reads it so: a tensor, or a parameter, also of a class of its own."""
+    usual = type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter)
+    return usual and not is_traceable_wrapper_subclass(value)
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:

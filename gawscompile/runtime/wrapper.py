@@ -22,6 +22,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gawscompile.runtime.ops import SCALAR_TYPES
 
@@ -61,9 +62,8 @@ class Code:
     """The steps of a wrapper's `source`, whose globals are `names`, for inputs like `examples`: tensors and integers.
 
     A backward has no examples, and its inputs are freed where the wrapper deletes them: they are all that the forward
-    has saved. Nor does a kept graph with inputs of a tensor subclass (a quantised weight), of which AOTAutograd hands
-    over the outer ones and the wrapper takes the inner ones. There inputs that a size is read from are integers, and
-    all others that are read are tensors.
+    has saved: those that a size is read from are integers, and all others that are read are tensors. Of a kept graph
+    the examples are those before AOTAutograd takes tensors of a subclass apart: `parts_of` them are the inputs.
     Raises `Unreadable`.
     """
 
@@ -84,12 +84,16 @@ class Code:
         if not isinstance(unpacked, ast.Assign) or not isinstance(unpacked.targets[0], ast.Tuple):
             raise Unreadable(_text(unpacked))
         self._inputs = inputs = [ast.unparse(name) for name in unpacked.targets[0].elts]
-        if examples is None or len(examples) != len(inputs):
+        if examples is None:
             sizes = {ast.unparse(line.value) for line in body if isinstance(line, ast.Assign) and _sets_size(line)}
             loads = (one for line in body[1:] for one in ast.walk(line) if isinstance(one, ast.Name))
             read = {one.id for one in loads if isinstance(one.ctx, ast.Load)}
             examples = [0 if name in sizes else _TENSOR if name in read else None for name in inputs]
             self._unread = set(inputs) - read
+        elif len(examples) < len(inputs):
+            examples = [part for one in examples for part in parts_of(one)]
+        if len(inputs) != len(examples):
+            raise Unreadable(f"a wrapper that takes {len(inputs)} of {len(examples)} inputs")
         for name, example in zip(inputs, examples, strict=True):
             if isinstance(example, torch.Tensor):
                 self._registers[name] = len(self._registers)
@@ -353,6 +357,14 @@ class Code:
         out = self._fresh()
         self.steps.append(Step(code, out, **what))
         return out
+
+
+def parts_of(value: Any) -> list[Any]:
+    """What AOTAutograd hands on of a graph's input: of a tensor subclass its inner tensors, a quantised weight's codes
+    and scales, say."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    return [part for name in value.__tensor_flatten__()[0] for part in parts_of(getattr(value, name))]
 
 
 def _call_of(tree: ast.Module) -> ast.FunctionDef:

@@ -23,9 +23,11 @@ from torch._dynamo.source import (
 from gawscompile.watch.sources import (
     KEPT,
     PLAIN,
+    TUPLES,
     UNKNOWN,
     below,
     dictionary_of,
+    is_made_of_attributes,
     is_plain_object,
     step,
 )
@@ -69,10 +71,15 @@ class Found:
                 return
             self.tensors[id(value)] = value
             self.words.append(id(value) + TYPE)
-            if type(value) is torch.Tensor:  # its sizes may be marked as dynamic
-                self.words += [_place_of_attributes(value), id(vars(value)) + VERSION]
-                if any(isinstance(mark, set) for mark in vars(value).values()):
-                    raise Unwatchable("a tensor with sizes that are marked, whose marks can grow")
+            if type(value) is torch.nn.Parameter:
+                return
+            self.words += [_place_of_attributes(value), id(vars(value)) + VERSION]  # its sizes may be marked as dynamic
+            if any(isinstance(mark, set) for mark in vars(value).values()):
+                raise Unwatchable("a tensor with sizes that are marked, whose marks can grow")
+            if is_made_of_attributes(value):
+                self._add_class(type(value))
+                for one in vars(value).values():
+                    self.add(one)
         elif type(value) is list:
             if id(value) not in self.lists:
                 self.lists[id(value)] = value
@@ -84,7 +91,7 @@ class Found:
         elif isinstance(value, dict):
             self._seen.add(id(value))
             self.words.append(id(value) + VERSION)
-        elif type(value) is tuple:
+        elif type(value) in TUPLES:
             self._seen.add(id(value))
             self.words.append(id(value) + TYPE)
             self.words += range(id(value) + 16, id(value) + 24 + 8 * len(value), 8)  # its size, and its items

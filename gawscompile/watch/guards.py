@@ -28,7 +28,7 @@ from torch.utils._ordered_set import OrderedSet
 
 from gawscompile.runtime import bound
 from gawscompile.watch import unchanged, watched
-from gawscompile.watch.found import Paths, Unwatchable
+from gawscompile.watch.found import Paths
 from gawscompile.watch.sources import followable
 
 log = logging.getLogger("gawscompile")
@@ -106,10 +106,11 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
             raise RuntimeError(
                 f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
             )
+    before: list[unchanged.Unchanged] = []
     for what in watched.ALL:
         some = [entry.orig_guard for entry in replaced if known.about(entry.orig_guard) == what]
         try:
-            _install(builder, some, what, known)
+            _install(builder, some, what, known, before)
             counters["gaws"]["watched"] += len(some)
         except Exception as error:  # another Dynamo than we know
             how = f"{type(error).__name__}: {error}"
@@ -123,8 +124,10 @@ def standing_alone(entries: Sequence[Any], known: watched.Known) -> list[bool]:
     return [not known.sees(entry.guard_type, entry.orig_guard, entry.value) for entry in entries]
 
 
-def _install(builder: Any, replaced: list[Guard], what: str, known: watched.Known) -> None:
-    """One guard in the place of all these, which look at `what`."""
+def _install(
+    builder: Any, replaced: list[Guard], what: str, known: watched.Known, before: list[unchanged.Unchanged]
+) -> None:
+    """One guard in the place of all these, which look at `what`. It is checked after those `before`."""
     if not replaced:
         return
     manager = builder.check_fn_manager
@@ -132,16 +135,16 @@ def _install(builder: Any, replaced: list[Guard], what: str, known: watched.Know
     if codes := theirs.object_aliasing_guard_codes:  # which Dynamo adds once all guards are made
         theirs.add_python_lambda_leaf_guard_to_root(*map(list, zip(*codes, strict=True)))
     apart = None
-    if what == watched.OTHERS:
-        apart = unchanged.Apart(theirs.no_tensor_aliasing_names, builder.no_tensor_aliasing_names, builder.scope)
-    elif theirs.no_tensor_aliasing_names:
-        raise Unwatchable("guards against parameters that become one another")
+    if mine := theirs.no_tensor_aliasing_names:
+        apart = unchanged.Apart(mine, builder.no_tensor_aliasing_names, before, builder.scope)
     sources = [source for guard in replaced for source in known.looks_at(guard)]
     names = builder.scope["G"]
     paths = Paths(sources, names if what == watched.GLOBALS else None)
     said = [f"{len(replaced)} guards on {what} (gaws: checked after a change)"]
-    guard = unchanged.Unchanged(guards.root, paths, names, said, apart)
+    lasting = what != watched.OTHERS
+    guard = unchanged.Unchanged(guards.root, paths, names, said, lasting, apart)
     parameters = [one.originating_source for one in replaced if one.create_fn_name() == "TENSOR_MATCH"]
     if what == watched.MODULES:
         bound.tie(guard, {source.name for source in parameters})
     builder.guard_manager.root.add_epilogue_lambda_guard(guard, said, None)
+    before.append(guard)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Sequence
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -22,15 +23,19 @@ from torch._dynamo.source import (
     GlobalSource,
     LocalSource,
     NNModuleSource,
+    SubclassAttrListSource,
     TypeDictSource,
     TypeMROSource,
     TypeSource,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def followable(source: Any) -> bool:
     """Whether `Paths` can follow one of Dynamo's sources: a variable, then modules, attributes, dictionaries, lists,
-    and what functions and classes keep."""
+    and what functions and classes keep. Or the names of the tensors that a tensor of a subclass is made of."""
+    if isinstance(source, SubclassAttrListSource):
+        source = source.base
     while (base := below(source)) is not None:
         if isinstance(source, DictGetItemSource):
             if not isinstance(source.index, (str, int)):
@@ -74,12 +79,38 @@ PLAIN = (bool, int, float, str, bytes, type(None), CodeType, torch.dtype, torch.
 """Types of which no value changes."""
 
 
+TUPLES = (tuple, torch.Size)
+
+
 def is_plain_object(value: Any) -> bool:
     """Whether it is an object that gets its attributes as every object does, a `torch.nn.Module` say, or as a model's
     configuration does. Functions, classes and Python's modules are none."""
     usual = type(value).__getattribute__ is object.__getattribute__ or other_names(value) is not None
     others = (type, FunctionType, *PLAIN)
     return usual and not isinstance(value, others) and type(getattr(value, "__dict__", None)) is dict
+
+
+def is_made_of_attributes(value: Any) -> bool:
+    """Whether a tensor of a subclass, a quantised weight say, keeps its inner tensors and all that it tells Dynamo of
+    itself as attributes, which are tensors or do not change; lists of such may."""
+    inside = (torch.Tensor, torch.nn.Parameter)
+    if type(value) in inside or not is_traceable_wrapper_subclass(value) or not is_plain_object(value):
+        return False
+    own: Any = value
+    names, told = own.__tensor_flatten__()
+    kept = vars(value)
+    usual = [name in kept and getattr(value, name) is kept[name] and type(kept[name]) in inside for name in names]
+    others = [one for one in kept.values() if type(one) not in inside]
+    told = list(told.values()) if type(told) is dict else [] if told is None else told
+    tensors_own = (own.dtype, own.device, own.shape, own.layout, own.requires_grad)
+    known = isinstance(told, Sequence) and all(
+        any(one is other for other in kept.values()) or (_never_changes(one) and one in tensors_own) for one in told
+    )
+    return known and all(usual) and all(_never_changes(one) or type(one) is list for one in others)
+
+
+def _never_changes(value: Any) -> bool:
+    return type(value) in PLAIN or (isinstance(value, tuple) and all(type(one) in PLAIN for one in value))
 
 
 def other_names(value: Any) -> dict[str, str] | None:
@@ -166,7 +197,7 @@ def step(source: Any, before: Any) -> Any:
     if isinstance(source, ClosureSource):
         return _attribute(before, "__closure__") if type(before) is FunctionType else UNKNOWN
     if type(source) is GetItemSource:
-        inside = type(before) in (list, tuple) and 0 <= source.index < len(before)
+        inside = type(before) in (list, *TUPLES) and 0 <= source.index < len(before)
         return before[source.index] if inside else UNKNOWN
     if isinstance(source, AttrSource):
         return _attribute(before, source.member)

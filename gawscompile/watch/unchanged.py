@@ -19,7 +19,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -122,7 +122,8 @@ class State:
         """How it is called with these, False where it has to be called as Dynamo does."""
         self.misses = 0
         self.hooks = RemovableHandle.next_id if found.modules else None
-        self.tensors = frozenset(found.tensors)
+        self.alone: frozenset[int] = frozenset()
+        """By their ids, the tensors of which none may be given twice."""
         self._held = found.held
         slots = [_slot(tensor) for tensor in found.tensors.values()]
         arrays = [
@@ -148,11 +149,14 @@ class State:
 
 
 class Apart:
-    """Dynamo's guard that no tensor is given twice, for the tensors called `names`, and beside `others`, which Dynamo
-    guards in every call: a list that grows until all guards are made. `scope`: of Dynamo's guards."""
+    """Dynamo's guard that no tensor is given twice, for the tensors called `names`, and beside those of the guards
+    `before`, and `others`, which Dynamo guards in every call: a list that grows until all guards are made. `scope`: of
+    Dynamo's guards."""
 
-    def __init__(self, names: list[str], others: list[str], scope: dict[str, Any]) -> None:
+    def __init__(self, names: list[str], others: list[str], before: Sequence[Unchanged], scope: dict[str, Any]) -> None:
         self._others = others
+        self._before = [one.apart for one in before if one.apart]
+        self._held = threading.local()  # `_held.ids`: of tensors for which this thread has just found that it holds
         self._globals = scope["G"]
         self._made: dict[int, Any] = {}  # by how many others there were
         self._mine = self._read(names)
@@ -171,26 +175,37 @@ class Apart:
             self._made[count] = self._read(self._others)
         return [id(one) for one in self._made[count](scope, self._globals)]
 
-    def holds(self, scope: dict[str, Any]) -> bool:
-        found = [id(one) for one in self._mine(scope, self._globals)] + self._ids(scope)
-        return len(set(found)) == len(found)
+    def holds(self, scope: dict[str, Any]) -> frozenset[int] | None:
+        """The tensors, by their ids, where none is given twice."""
+        mine = [id(one) for one in self._mine(scope, self._globals)]
+        alone = frozenset(mine)
+        return alone if len(alone) == len(mine) and self.holds_beside(alone, scope) else None
 
-    def holds_beside(self, tensors: frozenset[int], scope: dict[str, Any]) -> bool:
-        """The same, where none of these tensors, by their ids, is given twice."""
-        return tensors.isdisjoint(self._ids(scope))
+    def holds_beside(self, alone: frozenset[int], scope: dict[str, Any]) -> bool:
+        """The same for these, of which none is given twice among them. Guards before have said the same of theirs."""
+        self._held.ids = alone
+        before = all(alone.isdisjoint(one._held.ids) for one in self._before)
+        return before and alone.isdisjoint(self._ids(scope))
 
 
 class Unchanged:
     """A guard that stands for many, `guards`, which look at what `paths` lead to. Where they do not hold, `said`
-    becomes what Dynamo says of the one that failed. `names`: the globals. `apart`: where they look at objects that may
-    be new ones in every call."""
+    becomes what Dynamo says of the one that failed. `names`: the globals. `lasting`: what they look at is not new in
+    every call. `apart`: of tensors among it."""
 
     def __init__(
-        self, guards: Any, paths: Paths, names: dict[str, Any], said: list[str], apart: Apart | None = None
+        self,
+        guards: Any,
+        paths: Paths,
+        names: dict[str, Any],
+        said: list[str],
+        lasting: bool = True,
+        apart: Apart | None = None,
     ) -> None:
         self.guards = guards  # Dynamo's manager of them
         self.said = said
         self.names = names
+        self.lasting = lasting
         self.apart = apart
         self.paths = paths
         self.hooked: list[int] | None = None  # how many hooks each of its modules has
@@ -217,19 +232,19 @@ class Unchanged:
 
     def _holds(self, scope: Any, variables: list[Any]) -> bool:
         key = tuple(map(id, variables))
-        counted = () if self.apart else key  # a new object in every call would never be missed often
+        counted = key if self.lasting else ()  # a new object in every call would never be missed often
         state = self.states.get(key)
         if (
             state is not None
             and state.same(variables)
-            and (self.apart is None or self.apart.holds_beside(state.tensors, scope))
+            and (self.apart is None or self.apart.holds_beside(state.alone, scope))
         ):
             self.missed.pop(counted, None)
             self.last.state = state
             return True
         self.last.state = None
         self.states.pop(key, None)
-        if not self._all_hold(scope):
+        if self._all_hold(scope) is None:
             return False
         if waits := self.waits.get(counted, 0):
             self.waits[counted] = waits - 1
@@ -250,22 +265,24 @@ class Unchanged:
             if len(self.states) >= MOST:
                 self._forget()
             state = State(variables, found)
-            if not self._all_hold(scope):  # another thread has written in between
+            alone = self._all_hold(scope)
+            if alone is None:  # another thread has written in between
                 return False
+            state.alone = alone
             self.last.state = self.states[key] = state
         except Exception as error:  # right all the same: all the guards are checked in every call
             log.info("gaws: guards are checked in every call: %s: %s", type(error).__name__, error)
         return True
 
-    def _all_hold(self, scope: Any) -> bool:
-        """Whether all the guards hold, each of them checked."""
+    def _all_hold(self, scope: Any) -> frozenset[int] | None:
+        """What may not be given twice, by its id; None where the guards do not hold, each of them checked."""
         if not self.guards.check(scope):
             self.said[:] = self.guards.check_verbose(scope).verbose_code_parts
-            return False
-        if self.apart and not self.apart.holds(scope):
+            return None
+        alone = self.apart.holds(scope) if self.apart else frozenset()
+        if alone is None:
             self.said[:] = ["a tensor is given twice"]
-            return False
-        return True
+        return alone
 
     def _forget(self) -> None:
         """The states of models that are gone; all, where none is."""

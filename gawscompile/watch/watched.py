@@ -8,15 +8,24 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch._dynamo.source import AttrSource, GlobalSource, NNModuleSource, TypeDictSource
+from torch._dynamo.source import (
+    AttrSource,
+    GlobalSource,
+    NNModuleSource,
+    SubclassAttrListSource,
+    TypeDictSource,
+)
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gawscompile.watch.found import Found, Unwatchable
 from gawscompile.watch.sources import (
     PLAIN,
+    TUPLES,
     UNKNOWN,
     below,
     followable,
     in_class,
+    is_made_of_attributes,
     is_plain_object,
     is_variable,
     kept_as,
@@ -69,15 +78,18 @@ class Known:
             return [source, *(AttrSource(source, name) for name in ("_parameters", "_buffers", "_modules"))]
         if kind == "DUPLICATE_INPUT":
             return [source, guard.create_fn.keywords["source_b"]]
-        return [source]
+        return [source.base if isinstance(source, SubclassAttrListSource) else source]
 
     def sees(self, kind: str, guard: Any, value: Any) -> bool:
         """Whether a watch over `looks_at(guard)` sees every change that a guard of a `kind` could be about.
 
         Its source must be `followable`; `value` is what that names.
         """
-        found = self._value(guard.originating_source)
-        copied = isinstance(guard.originating_source, TypeDictSource) and found is not UNKNOWN  # by Dynamo
+        source = guard.originating_source
+        if isinstance(source, SubclassAttrListSource):
+            return is_made_of_attributes(self._value(source.base))
+        found = self._value(source)
+        copied = isinstance(source, TypeDictSource) and found is not UNKNOWN  # by Dynamo
         if found is not value and not copied:
             return False
         if kind == "EMPTY_NN_MODULE_HOOKS_DICT":  # hooks are counted
@@ -91,21 +103,24 @@ class Known:
         if kind in ("DICT_KEYS_MATCH", "DICT_CONTAINS", "DICT_NOT_CONTAINS"):
             return type(value) is dict or (type(value) is OrderedDict and not value)  # whose order no version counts
         if kind == "SEQUENCE_LENGTH":
-            return type(value) in (list, tuple)
+            return type(value) in (list, *TUPLES)
         if kind == "NOT_PRESENT_IN_GENERIC_DICT":
             return is_plain_object(value)
         if kind == "HASATTR":  # a property, cached or not, may look at anything
             getter = getattr(type(value), "__getattr__", None)
-            usual = is_plain_object(value) and getter in (None, torch.nn.Module.__getattr__)
             name = kept_as(value, guard.create_fn.keywords["attr"])
+            usual = is_plain_object(value) and (name in vars(value) or getter in (None, torch.nn.Module.__getattr__))
             there = in_class(value, name)
             return usual and (type(there) is FunctionType or not hasattr(type(there), "__get__"))
         if kind == "DUPLICATE_INPUT":
             return all(followable(source) and self._value(source) is value for source in self.looks_at(guard))
-        # buffers keep theirs: Dynamo's guard against aliasing inputs is over those that it guards
-        if kind != "TENSOR_MATCH":
-            return False
-        return type(value) is torch.nn.Parameter or (type(value) is torch.Tensor and self.about(guard) == OTHERS)
+        if kind == "TENSOR_SUBCLASS_METADATA_MATCH":
+            return is_made_of_attributes(value)
+        return kind == "TENSOR_MATCH" and (
+            type(value) is torch.Tensor
+            or (isinstance(value, torch.nn.Parameter) and not is_traceable_wrapper_subclass(value))
+            or is_made_of_attributes(value)
+        )
 
     def _in_configuration(self, source: Any) -> bool:
         while source is not None:

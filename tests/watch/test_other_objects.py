@@ -66,8 +66,8 @@ def checked(monkeypatch):
             return self.guards.check(scope)
 
     def made(self, guards, *given):
-        paths, apart = given[0], given[3]
-        plain(self, Counting(guards, apart is None) if paths.roots else guards, *given)
+        paths, lasting = given[0], given[3]
+        plain(self, Counting(guards, lasting) if paths.roots else guards, *given)
 
     monkeypatch.setattr(unchanged.Unchanged, "__init__", made)
     return counts
@@ -146,6 +146,24 @@ def test_a_tensor_that_is_given_and_lies_in_the_cache_too():
     assert graphs_compiled() == before + 1
     cache.layers[0].keys = model.shift.expand(3, 4).contiguous()
     check(call, model, cache, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("whose", ["the cache's", "the model's"])
+def test_a_tensor_that_is_the_models_and_lies_in_the_cache_too(whose):
+    model, cache = Model(), Cache()
+    model.shift = torch.randn(3, 4)
+    call = torch.compile(model, backend=watching)
+    x = torch.randn(3, 4)
+    for _ in range(4):
+        check(call, model, cache, x)
+    before = graphs_compiled()
+    if whose == "the cache's":
+        model.shift = cache.layers[1].keys
+    else:
+        cache.layers[1].keys = model.shift
+    for _ in range(3):
+        check(call, model, cache, x)
+    assert graphs_compiled() == before + 1
 
 
 def test_sizes_that_are_marked_as_dynamic():
