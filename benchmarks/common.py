@@ -301,7 +301,7 @@ def without_python(calls: list[tuple[Any, ...]]) -> Callable[[], None]:
         found.add(one)
     state = unchanged.State([], found)
     assert steps.bind(state.handle, inputs)
-    direct = Direct(steps, state.handle, list, [])
+    direct = Direct(steps, state.handle, list)
 
     def call() -> None:
         assert inputs and state.same([]) and direct(())  # neither of these keeps the inputs

@@ -297,11 +297,12 @@ class BoundCall:
         where = (*range(len(values)), *(at for at, _ in parts))
         moved = {at for at, old, new in zip(where, versions, _versions(tensors), strict=True) if old != new}
         free = {at: number for number, at in enumerate(self._free)}
-        own = (torch.Tensor, torch.nn.Parameter)
-        given = [None if at in free and type(values[at]) not in own else part for at, part in parts]
-        why = self._why_not(graph, given, calls, results)
-        if not why and (torch.is_grad_enabled() is not grad or not free.keys() >= moved):
-            why = "it changes whether gradients are recorded, or writes to a parameter"
+        why = self._why_not(graph, [part for _, part in parts], calls, results)
+        if not why and not all(type(values[at]) in (torch.Tensor, torch.nn.Parameter) for at in free):
+            why = "a tensor of a subclass is no parameter"
+        in_parts = any(is_traceable_wrapper_subclass(values[at]) for at in moved)
+        if not why and (torch.is_grad_enabled() is not grad or in_parts):
+            why = "it changes whether gradients are recorded, or writes to a tensor of a subclass"
         with _binding:
             if state.direct is None:  # else another thread was first
                 known = [None if at in free else part for at, part in parts]
@@ -311,13 +312,14 @@ class BoundCall:
                     log.info("gaws: a graph is called through AOTAutograd and Inductor every time: %s", why)
                     state.direct = False
                 else:
-                    written = [free[at] for at in sorted(moved)]
-                    state.direct = Direct(calls[0].executor, state.handle, type(results), written)
+                    written = [free[at] for at in free.keys() & moved]
+                    kept = [one for at, one in enumerate(state.bound or ()) if one and at in moved]
+                    state.direct = Direct(calls[0].executor, state.handle, type(results), written, kept)
         return results
 
     def _why_not(self, graph: Any, given: list[Any], calls: list[Call], results: Any) -> str:
-        """Why that call could not have gone directly; empty where it could. `given`: the graph's inputs, of which
-        tensors of a subclass are given in parts, None where such a one is no parameter."""
+        """Why that call could not have gone directly; empty where it could. `given`: the graph's inputs, tensors of a
+        subclass in parts."""
         if _behind(graph) is not innermost_fn(self.compiled):
             return "a backend of the user's stands around ours, and may want to see every call"
         if len(calls) != 1:
@@ -330,9 +332,10 @@ class BoundCall:
 
 
 def _behind(graph: Any) -> Any:
-    """What the backend made of a graph, without what Dynamo puts around it."""
+    """What the backend made of a graph, without what Dynamo puts around it: where a parameter's class has operators of
+    its own, that is a function of this name. By any other it counts as the user's."""
     found = innermost_fn(graph)
-    if getattr(found, "__qualname__", "").endswith("<locals>._tf_disabled_wrapper"):  # around a subclass's operators
+    if getattr(found, "__qualname__", "").endswith("<locals>._tf_disabled_wrapper"):
         found = inspect.getclosurevars(found).nonlocals.get("real_compiled_fn", found)
     return innermost_fn(found)
 
@@ -360,18 +363,26 @@ forks.held_across(_binding)
 
 class Direct:
     """A call of an executor's steps with parameters that are known there. Empty where they are not run: then nothing
-    was done. `written`: of the other inputs those that count a write in every call."""
+    was done. Of the other inputs those `written`, and of the parameters `kept`, count a write in every call."""
 
-    def __init__(self, executor: Executor, watch: ctypes.c_void_p, kind: type, written: list[int]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        watch: ctypes.c_void_p,
+        kind: type,
+        written: Sequence[int] = (),
+        kept: Sequence[weakref.ref[Any]] = (),
+    ) -> None:
         self._executor = executor  # which is not to go before the last call
         self._watch = watch.value
-        self._kind, self._written = kind, written
+        self._kind, self._written, self._kept = kind, written, kept
         self._run = torch.ops.gaws.resume.default._op
 
     def __call__(self, others: tuple[Any, ...]) -> Any:
         results = self._run(others, self._watch)
-        if results and self._written:
-            torch.autograd.graph.increment_version([others[at] for at in self._written])
+        if results and (self._written or self._kept):
+            kept = [tensor for reference in self._kept if (tensor := reference()) is not None]
+            torch.autograd.graph.increment_version([*kept, *(others[at] for at in self._written)])
         return results if self._kind is list else self._kind(results)
 
 

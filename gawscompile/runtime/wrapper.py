@@ -61,9 +61,9 @@ class Step:
 class Code:
     """The steps of a wrapper's `source`, whose globals are `names`, for inputs like `examples`: tensors and integers.
 
-    A backward has no examples, and its inputs are freed where the wrapper deletes them: they are all that the forward
-    has saved: those that a size is read from are integers, and all others that are read are tensors. Of a kept graph
-    the examples are those before AOTAutograd takes tensors of a subclass apart: `parts_of` them are the inputs.
+    A backward has no examples. Of its inputs those that a size is read from are integers, and all others that are read
+    are tensors, which are freed where the wrapper deletes them, as the forward has saved nothing else. A graph from
+    AOTAutograd's cache comes with examples in which tensors of a subclass are whole; its inputs are `parts_of` these.
     Raises `Unreadable`.
     """
 

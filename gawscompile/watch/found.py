@@ -19,6 +19,7 @@ from torch._dynamo.source import (
     LocalSource,
     TypeMROSource,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gawscompile.watch.sources import (
     KEPT,
@@ -71,8 +72,6 @@ class Found:
                 return
             self.tensors[id(value)] = value
             self.words.append(id(value) + TYPE)
-            if type(value) is torch.nn.Parameter:
-                return
             self.words += [_place_of_attributes(value), id(vars(value)) + VERSION]  # its sizes may be marked as dynamic
             if any(isinstance(mark, set) for mark in vars(value).values()):
                 raise Unwatchable("a tensor with sizes that are marked, whose marks can grow")
@@ -80,6 +79,8 @@ class Found:
                 self._add_class(type(value))
                 for one in vars(value).values():
                     self.add(one)
+            elif is_traceable_wrapper_subclass(value):
+                raise Unwatchable(f"a {type(value).__name__}, which says more of itself than its attributes")
         elif type(value) is list:
             if id(value) not in self.lists:
                 self.lists[id(value)] = value

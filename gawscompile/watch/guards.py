@@ -91,7 +91,7 @@ class Frame:
 def _make(builder: Any, ours: Sequence[Guard]) -> None:
     """Make the guards `ours`, many of them as one that is checked in their place.
 
-    Raises `RuntimeError`, naming the parameter, for one whose storage is smaller than its shape needs.
+    Raises `RuntimeError`, naming the tensor, for one whose storage is smaller than its shape needs.
     """
     entries = [make_guard_filter_entry(guard, builder) for guard in ours]
     named = ((entry.orig_guard.originating_source, entry.value) for entry in entries)
@@ -102,7 +102,7 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
             entry.orig_guard.create(builder)
     replaced = [entry for entry, stays in zip(entries, alone, strict=True) if not stays]
     for entry in replaced:
-        if type(entry.value) is torch.nn.Parameter and (bytes_ := unchanged.missing(entry.value)):
+        if isinstance(entry.value, torch.Tensor) and (bytes_ := unchanged.missing(entry.value)):
             raise RuntimeError(
                 f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
             )
@@ -127,7 +127,7 @@ def standing_alone(entries: Sequence[Any], known: watched.Known) -> list[bool]:
 def _install(
     builder: Any, replaced: list[Guard], what: str, known: watched.Known, before: list[unchanged.Unchanged]
 ) -> None:
-    """One guard in the place of all these, which look at `what`. It is checked after those `before`."""
+    """One guard in the place of all these, which look at `what`. It is checked after those `before`, and joins them."""
     if not replaced:
         return
     manager = builder.check_fn_manager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -92,21 +91,25 @@ def is_plain_object(value: Any) -> bool:
 
 def is_made_of_attributes(value: Any) -> bool:
     """Whether a tensor of a subclass, a quantised weight say, keeps its inner tensors and all that it tells Dynamo of
-    itself as attributes, which are tensors or do not change; lists of such may."""
+    itself as attributes, which are tensors or do not change; lists of such may. What it tells is by name."""
     inside = (torch.Tensor, torch.nn.Parameter)
     if type(value) in inside or not is_traceable_wrapper_subclass(value) or not is_plain_object(value):
         return False
     own: Any = value
     names, told = own.__tensor_flatten__()
     kept = vars(value)
-    usual = [name in kept and getattr(value, name) is kept[name] and type(kept[name]) in inside for name in names]
-    others = [one for one in kept.values() if type(one) not in inside]
-    told = list(told.values()) if type(told) is dict else [] if told is None else told
-    tensors_own = (own.dtype, own.device, own.shape, own.layout, own.requires_grad)
-    known = isinstance(told, Sequence) and all(
-        any(one is other for other in kept.values()) or (_never_changes(one) and one in tensors_own) for one in told
-    )
-    return known and all(usual) and all(_never_changes(one) or type(one) is list for one in others)
+    inner = all(name in kept and getattr(value, name) is kept[name] and type(kept[name]) in inside for name in names)
+    lists = [one for one in kept.values() if type(one) is list]
+    others = [one for one in kept.values() if type(one) not in (*inside, list)]
+    known = told is None or (type(told) is dict and all(_is_own(own, name, one) for name, one in told.items()))
+    return known and inner and all(map(_never_changes, [*others, *(item for one in lists for item in one)]))
+
+
+def _is_own(tensor: Any, name: str, told: Any) -> bool:
+    """Whether what a tensor tells of itself by this name is an attribute of its own, or what every tensor has."""
+    if name in vars(tensor):
+        return told is vars(tensor)[name]
+    return name in ("dtype", "device", "shape", "layout", "requires_grad") and told == getattr(tensor, name)
 
 
 def _never_changes(value: Any) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.eval_frame import skip_code
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from gawscompile.runtime import ops
@@ -104,7 +105,7 @@ def _slot(tensor: torch.Tensor) -> int:
 
 def missing(tensor: torch.Tensor) -> int:
     """How many bytes a tensor's storage lacks for what its sizes and strides reach."""
-    if tensor.layout is not torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         return 0
     reach = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (reach + 1) * tensor.itemsize if tensor.numel() else 0
@@ -156,7 +157,7 @@ class Apart:
     def __init__(self, names: list[str], others: list[str], before: Sequence[Unchanged], scope: dict[str, Any]) -> None:
         self._others = others
         self._before = [one.apart for one in before if one.apart]
-        self._held = threading.local()  # `_held.ids`: of tensors for which this thread has just found that it holds
+        self._found = threading.local()  # `_found.ids`: of the tensors of this thread's last call
         self._globals = scope["G"]
         self._made: dict[int, Any] = {}  # by how many others there were
         self._mine = self._read(names)
@@ -183,8 +184,8 @@ class Apart:
 
     def holds_beside(self, alone: frozenset[int], scope: dict[str, Any]) -> bool:
         """The same for these, of which none is given twice among them. Guards before have said the same of theirs."""
-        self._held.ids = alone
-        before = all(alone.isdisjoint(one._held.ids) for one in self._before)
+        self._found.ids = alone
+        before = all(alone.isdisjoint(one._found.ids) for one in self._before)
         return before and alone.isdisjoint(self._ids(scope))
 
 

@@ -184,15 +184,22 @@ def test_what_a_call_does_beside_its_results_is_done_in_every_call(directly):
             self.count.add_(1)
             return self.w(x) + self.count
 
-    for kind in (Turning, Counting):
+    class Buffered(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.count
+            self.register_buffer("count", torch.zeros(()))
+
+    for kind in (Turning, Counting, Buffered):
         model = kind()
-        call = compiled(model)
+        call, before = compiled(model), directly[0]
         for _ in range(6):
             version = model.count._version
             with torch.no_grad():
                 torch.testing.assert_close(call(torch.ones(2, 6)) - model.count, model.w(torch.ones(2, 6)))
                 assert torch.is_grad_enabled() is (kind is Turning)
-            assert model.count._version == version + (kind is Counting)
+            assert model.count._version == version + (kind is not Turning)
+        assert (directly[0] > before) is (kind is not Turning)
 
 
 def test_threads_that_meet_a_model_first_at_once(directly):

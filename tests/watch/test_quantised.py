@@ -109,11 +109,11 @@ class Pair(torch.Tensor):
         self.one, self.other, self.told = one, other, told
 
     def __tensor_flatten__(self):
-        return ["one", "other"], (self.told,)
+        return ["one", "other"], {"told": self.told, "dtype": self.dtype}
 
     @staticmethod
     def __tensor_unflatten__(inner, told, size, stride):
-        return Pair(*inner.values(), *told)
+        return Pair(*inner.values(), told["told"])
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -122,7 +122,7 @@ class Pair(torch.Tensor):
 
 class Telling(Pair):
     def __tensor_flatten__(self):
-        return ["one", "other"], (len(self.told),)
+        return ["one", "other"], {"told": self.told, "length": len(self.told)}
 
 
 class Giving(Pair):
@@ -134,7 +134,8 @@ def test_what_says_more_of_itself_than_its_attributes_is_left_to_dynamo():
     one, other = torch.randn(3), torch.randn(3)
     for told in (2.0, "text", None, [1, 2], (1, 2), torch.float16):
         assert is_made_of_attributes(Pair(one, other, told))
-    assert not is_made_of_attributes(Pair(one, other, {1: 2}))
+    for told in ({1: 2}, [[1, 2]], ([1, 2],)):
+        assert not is_made_of_attributes(Pair(one, other, told))
     assert not is_made_of_attributes(Telling(one, other, "text"))
     assert not is_made_of_attributes(Giving(one, other, 2.0))
     assert not is_made_of_attributes(Pair(one, Pair(one, other, 2.0), 2.0))

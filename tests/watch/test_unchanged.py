@@ -150,6 +150,7 @@ class Custom(torch.nn.Module):
         self.linear.marks = {"a"}  # on a module of torch's
         self.names, self.scales, self.negative, self.settings = ["a"], {"a": 2.0, "b": 3.0}, False, Settings()
         self.weights = [float("1.5")]  # what is put there twice lies where this did
+        self.linear.weight.level, self.linear.weight.gain = 2.0, torch.tensor(1.5)
 
     def forward(self, x):
         y = self.linear(x) * self.settings.factor
@@ -159,6 +160,9 @@ class Custom(torch.nn.Module):
             y = y + self.extra
         if self.linear.marks:
             y = y + 0.25
+        y = y * self.linear.weight.gain + self.linear.weight.level
+        if hasattr(self.linear.weight, "extra"):
+            y = y * 0.75
         if self.linear.weight.requires_grad:
             y = y * 1.5
         if hasattr(self, "asked"):
@@ -186,6 +190,12 @@ EDITS = {
     "a class's attribute that was not there": lambda one: setattr(type(one), "extra", 1.5),
     "the class": lambda one: setattr(one, "__class__", Another),
     "what a module of torch's holds": lambda one: one.linear.marks.clear(),
+    "a parameter's number": lambda one: setattr(one.linear.weight, "level", 5.0),
+    "a parameter's tensor": lambda one: (
+        OLD.append(one.linear.weight.gain),
+        setattr(one.linear.weight, "gain", torch.tensor(4.0)),
+    ),
+    "an attribute that a parameter had not": lambda one: setattr(one.linear.weight, "extra", 1),
     "requires_grad": lambda one: one.requires_grad_(False),
     "all attributes at once": lambda one: (
         OLD.append(vars(one)),
