@@ -133,8 +133,8 @@ class Zoo(nn.Module):
 
 def copied(folder: Path) -> Path:
     """What tests need of the project, in `folder`."""
-    for part in ("gawscompile", "tests", "docs"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("gawscompile", "tests", "benchmarks", "docs"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
@@ -209,7 +209,7 @@ def _become(folder: Path, environment: dict[str, str], arguments: Sequence[str])
     os.environ.update(environment)
     os.chdir(folder)
     sys.path[:] = [str(folder), *(place for place in sys.path if Path(place).resolve() != ROOT)]
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("gawscompile", "tests")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("gawscompile", "tests", "benchmarks")]:
         del sys.modules[name]
     kind, what, *rest = arguments
     sys.argv = [what, *rest]
