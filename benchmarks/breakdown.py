@@ -6,7 +6,8 @@ One compiled decode step of SmolLM2, bare and with adapters, is taken apart by l
 call it; with Dynamo's guards skipped; the compiled graph called with the arguments that it was given before, which
 leaves out the bytecode that fetches them; and our ops alone, called in turn from C++ with their own arguments. What
 lies between the last two is Inductor's wrapper with attention, norms and everything else that is not ours. Parameters
-are fetched in every step (``bind`` is off), so that guards can be told from bytecode.
+are fetched in every step there (``bind`` is off), so that guards can be told from bytecode. A step as compiled without
+any of this, which goes to a replay directly, stands beside it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gawscompile.backend import gaws
 from gawscompile.calibration import measure
 from gawscompile.demo.decoding import Decoder
 
+AS_COMPILED = "as compiled"
 PARTS = ("guards", "Dynamo's bytecode", "Inductor: wrapper, attention, norms", "our projections")
 
 
@@ -69,11 +71,8 @@ class Projections(TorchDispatchMode):
 def variants(model: Any, watch: bool) -> tuple[dict[str, Callable[[], float]], int]:
     """Timed steps by name, each with less in it than the one before; and the number of our calls."""
     spy = Spy(watch)
-    run = torch.compile(model, backend=spy, dynamic=False)
-    decoder = Decoder(model, run, 2 * PAST)
-    decoder.fill(common._ids(model, PAST)[0].tolist())
-    decoder.timed_step()
-    decoder.timed_step()
+    decoder = decoding(model, torch.compile(model, backend=spy, dynamic=False))
+    users = decoding(model, torch.compile(model, backend="gaws", dynamic=False, options={"watch": watch}))
     ours = Projections()
     with torch.no_grad(), ours:
         spy.again()
@@ -92,12 +91,22 @@ def variants(model: Any, watch: bool) -> tuple[dict[str, Callable[[], float]], i
         "without guards": unguarded,
         "graph alone": functools.partial(timed, spy.again),
         "projections alone": functools.partial(timed, common.without_python(ours.calls)),
+        AS_COMPILED: users.timed_step,
     }, len(ours.calls)
+
+
+def decoding(model: Any, run: Any) -> Decoder:
+    """What decodes by `run`, after some steps: the third may go to a replay directly."""
+    decoder = Decoder(model, run, 2 * PAST)
+    decoder.fill(common._ids(model, PAST)[0].tolist())
+    for _ in range(4):
+        decoder.timed_step()
+    return decoder
 
 
 def parts(medians: dict[str, float]) -> list[float]:
     """The differences, in the order of `PARTS`; they add up to the step."""
-    step, unguarded, graph, projections = medians.values()
+    step, unguarded, graph, projections = list(medians.values())[:4]
     return [step - unguarded, unguarded - graph, graph - projections, projections]
 
 
@@ -126,11 +135,12 @@ def main(argv: list[str] | None = None) -> None:
         for (kind, watch), (steps, calls) in found.items():
             medians = {name: measure.Timing.of(samples[f"{kind} {watch} {name}"]).median for name in steps}
             floor = next(iter(limits.work(setup, kind).values())).floor(machine)
-            numbers = [medians["step"], *parts(medians), floor]
+            users, projections = medians[AS_COMPILED], medians["projections alone"]
+            numbers = [medians["step"], *parts(medians), floor, users, users / projections]
             name = f"{dtype}, {kind}" + ", watch=False" * (not watch)
             rows.append([name, *(f"{number:.2f}" for number in numbers), str(calls)])
         torch.compiler.reset()
-    heads = ["", "step ms", *PARTS, "floor of the bytes", "our calls"]
+    heads = ["", "step ms", *PARTS, "floor of the bytes", f"{AS_COMPILED} ms", "× our projections", "our calls"]
     told = f"Limits: {machine.bandwidth / 1e9:.1f} GB/s. Medians in ms; parts are differences of them, and add up."
 
     def report(markdown: bool) -> str:
