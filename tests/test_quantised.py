@@ -42,7 +42,8 @@ CLOSE = {"nf4": 1e-2, "bnb-int8": 2e-2, "gptq": 1e-2, "awq": 1e-2}
 def quantised(kind, dtype=torch.float32, config=LORA, exact=False, layers=LAYERS):
     """A small Llama with an adapter on every quantised linear, B random. `exact`: its linears plain, with the numbers
     that the format holds, all in fp64."""
-    base = small_llama(dtype, layers, lora=None, intermediate_size=128)
+    tiles = {"num_key_value_heads": 4} if PACKED[kind] == "int4_tiles" else {}  # of 64 rows with AVX-512
+    base = small_llama(dtype, layers, lora=None, intermediate_size=128, **tiles)
     try:
         quantized.quantize(base, kind, set(linear_sizes(base)))
     except ImportError as error:
