@@ -7,7 +7,7 @@ from tests.fault import ON_GPUS, Fault
 BANKS, BANK_MODES = "codegen/triton_banks.py", "codegen/triton_bank_modes.py"
 GEMV, TILE, TEXT = "codegen/triton_gemv.py", "codegen/triton_tile.py", "codegen/triton_text.py"
 
-NUMBERS = "tests/codegen/test_triton.py::test_numbers"
+NUMBERS = "tests/codegen/test_triton_numbers.py::test_numbers"
 ORDER = "tests/codegen/test_triton_aot.py::test_all_threads_wait_before_u_is_told_and_before_it_is_read"
 
 TRITON = {

@@ -12,7 +12,7 @@ import torch
 from gawscompile import explain
 from tests.codegen.interpreted_specs import CASES
 from tests.codegen.test_cpp import REPEATS
-from tests.codegen.test_triton import takes_long
+from tests.codegen.test_triton_numbers import takes_long
 from tests.planted import FAULTS, ROOT, Zoo, judged, planted, suite
 
 

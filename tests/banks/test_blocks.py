@@ -1,5 +1,5 @@
 """A bank as it is on a GPU, on tensors of a CPU: adapters in blocks of ranks, what is active in a table. Kernels that
-read them: `tests/codegen/test_triton.py`; replays of graphs: `tests/gpu/test_banks.py`."""
+read them: `tests/codegen/test_triton_numbers.py`; replays of graphs: `tests/gpu/test_banks.py`."""
 
 from __future__ import annotations
 

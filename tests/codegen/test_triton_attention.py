@@ -1,6 +1,6 @@
 """Attention's Triton kernels compiled ahead of time: keys and values in loads of 16 bytes, nothing spilled.
 
-Their numbers in the interpreter: `test_triton.py`; on a device, or its stand-in: `tests/gpu/test_attention.py`.
+Their numbers in the interpreter: `test_triton_numbers.py`; on a device, or its stand-in: `tests/gpu/test_attention.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A bank's chains of mode products in Triton. Numbers: `test_triton.py`, cases ``bank_modes``."""
+"""A bank's chains of mode products in Triton. Numbers: `test_triton_numbers.py`, cases ``bank_modes``."""
 
 from __future__ import annotations
 

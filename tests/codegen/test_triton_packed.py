@@ -1,4 +1,4 @@
-"""Packed weights in the Triton emitter: what is refused, and what is read once. `test_triton.py` has their numbers."""
+"""Packed weights in the Triton emitter: what is refused, what is read once. Numbers: `test_triton_numbers.py`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A program, as the interpreter must be chosen before Triton is imported: ``TRITON_INTERPRET=1 python -m
 tests.codegen.triton_interpret_cases NAMES``, names of `CASES`, "seeds", "overflow", "live" or "attention".
-`test_triton.py` runs it once and judges the lines. Every tensor lies between NaNs and outputs start as NaN, so a read
-or a write beyond an end, or an element that was left out, shows.
+`test_triton_numbers.py` runs it once and judges the lines. Every tensor lies between NaNs and outputs start as NaN, so
+a read or a write beyond an end, or an element that was left out, shows.
 """
 
 from __future__ import annotations
