@@ -2,12 +2,12 @@
 
     python -m benchmarks.breakdown --markdown benchmarks/results/breakdown.md
 
-One compiled decode step of SmolLM2, bare and with adapters, is taken apart by leaving parts out: a step as users
-call it; with Dynamo's guards skipped; the compiled graph called with the arguments that it was given before, which
-leaves out the bytecode that fetches them; and our ops alone, called in turn from C++ with their own arguments. What
-lies between the last two is Inductor's wrapper with attention, norms and everything else that is not ours. Parameters
-are fetched in every step there (``bind`` is off), so that guards can be told from bytecode. A step as compiled without
-any of this, which goes to a replay directly, stands beside it.
+One compiled decode step of SmolLM2, bare and with adapters, is taken apart by leaving parts out: a whole step that
+fetches its parameters (``bind`` is off), so that guards can be told from bytecode; with Dynamo's guards skipped; the
+compiled graph called with the arguments that it was given before, which leaves out the bytecode that fetches them; and
+our ops alone, called in turn from C++ with their own arguments. What lies between the last two is Inductor's wrapper
+with attention, norms and everything else that is not ours. Beside these stands the step as users call it, which binds
+its parameters and goes to a replay directly.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Projections(TorchDispatchMode):
 
 
 def variants(model: Any, watch: bool) -> tuple[dict[str, Callable[[], float]], int]:
-    """Timed steps by name, each with less in it than the one before; and the number of our calls."""
+    """Timed steps by name, each with less in it than the one before, then the one as users call it; and the number of
+    our calls."""
     spy = Spy(watch)
     decoder = decoding(model, torch.compile(model, backend=spy, dynamic=False))
     users = decoding(model, torch.compile(model, backend="gaws", dynamic=False, options={"watch": watch}))
@@ -106,7 +107,7 @@ def decoding(model: Any, run: Any) -> Decoder:
 
 def parts(medians: dict[str, float]) -> list[float]:
     """The differences, in the order of `PARTS`; they add up to the step."""
-    step, unguarded, graph, projections = list(medians.values())[:4]
+    step, unguarded, graph, projections = medians.values()
     return [step - unguarded, unguarded - graph, graph - projections, projections]
 
 
@@ -135,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         for (kind, watch), (steps, calls) in found.items():
             medians = {name: measure.Timing.of(samples[f"{kind} {watch} {name}"]).median for name in steps}
             floor = next(iter(limits.work(setup, kind).values())).floor(machine)
-            users, projections = medians[AS_COMPILED], medians["projections alone"]
-            numbers = [medians["step"], *parts(medians), floor, users, users / projections]
+            users = medians.pop(AS_COMPILED)
+            numbers = [medians["step"], *parts(medians), floor, users, users / medians["projections alone"]]
             name = f"{dtype}, {kind}" + ", watch=False" * (not watch)
             rows.append([name, *(f"{number:.2f}" for number in numbers), str(calls)])
         torch.compiler.reset()

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._dynamo import bytecode_transformation as bytecode
+from torch._dynamo import output_graph
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import innermost_fn, skip_code
 from torch._guards import CompileContext
@@ -289,15 +290,14 @@ class BoundCall:
     @torch._dynamo.disable
     def _watched(self, state: State, graph: Any, values: list[Any], others: tuple[Any, ...]) -> Any:
         """A call that shows whether the next ones can go directly."""
-        parts = [(at, part) for at, value in enumerate(values) for part in parts_of(value)]
-        tensors, grad = [*values, *(part for _, part in parts)], torch.is_grad_enabled()
-        versions = _versions(tensors)
+        parts, grad = [parts_of(value) for value in values], torch.is_grad_enabled()
+        tensors = [[value, *some] for value, some in zip(values, parts, strict=True)]
+        versions = [_versions(some) for some in tensors]
         with noting() as calls:
             results = graph(*values)
-        where = (*range(len(values)), *(at for at, _ in parts))
-        moved = {at for at, old, new in zip(where, versions, _versions(tensors), strict=True) if old != new}
+        moved = {at for at, some in enumerate(tensors) if _versions(some) != versions[at]}
         free = {at: number for number, at in enumerate(self._free)}
-        why = self._why_not(graph, [part for _, part in parts], calls, results)
+        why = self._why_not(graph, [part for some in parts for part in some], calls, results)
         if not why and not all(type(values[at]) in (torch.Tensor, torch.nn.Parameter) for at in free):
             why = "a tensor of a subclass is no parameter"
         in_parts = any(is_traceable_wrapper_subclass(values[at]) for at in moved)
@@ -305,7 +305,7 @@ class BoundCall:
             why = "it changes whether gradients are recorded, or writes to a tensor of a subclass"
         with _binding:
             if state.direct is None:  # else another thread was first
-                known = [None if at in free else part for at, part in parts]
+                known = [None if at in free else part for at, some in enumerate(parts) for part in some]
                 if not why and not calls[0].executor.bind(state.handle, known):
                     why = "a parameter is given twice, or is not watched"
                 if why:
@@ -332,11 +332,12 @@ class BoundCall:
 
 
 def _behind(graph: Any) -> Any:
-    """What the backend made of a graph, without what Dynamo puts around it: where a parameter's class has operators of
-    its own, that is a function of this name. By any other it counts as the user's."""
+    """What the backend made of a graph, without what Dynamo puts around it. Where a parameter's class has operators of
+    its own, that is a function of Dynamo's which closes over nothing else."""
     found = innermost_fn(graph)
-    if getattr(found, "__qualname__", "").endswith("<locals>._tf_disabled_wrapper"):
-        found = inspect.getclosurevars(found).nonlocals.get("real_compiled_fn", found)
+    if getattr(found, "__globals__", None) is vars(output_graph):
+        inside = list(inspect.getclosurevars(found).nonlocals.values())
+        found = inside[0] if len(inside) == 1 else found
     return innermost_fn(found)
 
 

@@ -62,8 +62,8 @@ class Code:
     """The steps of a wrapper's `source`, whose globals are `names`, for inputs like `examples`: tensors and integers.
 
     A backward has no examples. Of its inputs those that a size is read from are integers, and all others that are read
-    are tensors, which are freed where the wrapper deletes them, as the forward has saved nothing else. A graph from
-    AOTAutograd's cache comes with examples in which tensors of a subclass are whole; its inputs are `parts_of` these.
+    are tensors. Steps free these where the wrapper deletes them. The examples of a graph from AOTAutograd's cache hold
+    tensors of a subclass whole, and the wrapper takes `parts_of` them.
     Raises `Unreadable`.
     """
 

@@ -38,11 +38,6 @@ IDENTITY = ("BUILTIN_MATCH", "CLASS_MATCH", "FUNCTION_MATCH", "ID_MATCH", "MODUL
 """Guards that ask whether a thing is still the same one."""
 
 
-def _has_own_attributes(value: Any) -> bool:
-    """Whether its class says what an attribute is that an object does not keep."""
-    return getattr(type(value), "__getattr__", None) not in (None, torch.nn.Module.__getattr__)
-
-
 MODULES, CONFIGURATIONS = "modules and their parameters", "configurations"
 GLOBALS, OTHERS = "globals", "other objects, a cache say,"
 ALL = (MODULES, CONFIGURATIONS, GLOBALS, OTHERS)
@@ -81,7 +76,7 @@ class Known:
             return []
         if kind == "HASATTR" and isinstance(self._value(source), torch.nn.Module):
             return [source, *(AttrSource(source, name) for name in ("_parameters", "_buffers", "_modules"))]
-        if kind == "HASATTR" and _has_own_attributes(self._value(source)):
+        if kind == "HASATTR" and _has_getattr(self._value(source)):  # which answers where the object keeps nothing
             return [source, AttrSource(source, guard.create_fn.keywords["attr"])]
         if kind == "DUPLICATE_INPUT":
             return [source, guard.create_fn.keywords["source_b"]]
@@ -115,9 +110,7 @@ class Known:
             return is_plain_object(value)
         if kind == "HASATTR":  # a property, cached or not, may look at anything
             name = kept_as(value, guard.create_fn.keywords["attr"])
-            usual = is_plain_object(value)
-            if _has_own_attributes(value):  # asked for what an object does not keep
-                usual = usual and self._value(AttrSource(source, guard.create_fn.keywords["attr"])) is not UNKNOWN
+            usual = is_plain_object(value) and all(self._value(one) is not UNKNOWN for one in self.looks_at(guard))
             there = in_class(value, name)
             return usual and (type(there) is FunctionType or not hasattr(type(there), "__get__"))
         if kind == "DUPLICATE_INPUT":
@@ -158,3 +151,8 @@ class Known:
             except Unwatchable:
                 return UNKNOWN
         return value
+
+
+def _has_getattr(value: Any) -> bool:
+    """Whether its class has a ``__getattr__`` that is no module's."""
+    return getattr(type(value), "__getattr__", None) not in (None, torch.nn.Module.__getattr__)

@@ -9,7 +9,7 @@ from gawscompile.calibration.measure import graphs_compiled
 from gawscompile.watch import unchanged
 from gawscompile.watch.sources import is_made_of_attributes
 from tests.runtime.test_direct import compiled, deciding, directly
-from tests.test_quantised import quantised
+from tests.test_quantised import CLOSE, quantised, swapped
 
 pytestmark = pytest.mark.skipif(not unchanged.available(), reason="no watch on this Python")
 
@@ -89,13 +89,23 @@ def test_a_decode_step_on_int8_goes_directly_and_follows_every_change(directly, 
 def test_other_formats_go_directly_too(kind, directly):
     """Parameters of other classes, some with a ``__torch_function__``; codes in buffers, scales in other objects."""
     model = quantised(kind, layers=1)
-    decoder, _ = deciding(model, compiled(model))
-    seen = []
-    for _ in range(6):
+    run = compiled(model)
+    decoder, _ = deciding(model, run)
+
+    def logits(by):
         decoder.seek()
-        seen.append(decoder.step(5).clone())
-    assert directly[0] >= 2
-    assert all(torch.equal(one, seen[0]) for one in seen)
+        decoder.run = by
+        return decoder.step(5).clone()
+
+    before = logits(run)
+    for _ in range(5):
+        assert torch.equal(logits(run), before)
+    count = directly[0]
+    assert count >= 2
+    swapped(model, -1.7)
+    after = logits(run)
+    assert directly[0] == count + 1 and (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(after, logits(model), rtol=CLOSE.get(kind, 1e-4), atol=CLOSE.get(kind, 1e-4))
 
 
 class Pair(torch.Tensor):
