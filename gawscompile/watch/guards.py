@@ -55,9 +55,9 @@ def watch_frame(watch: bool, bind: bool) -> None:
         return
     if torch.is_grad_enabled() or config.caching_precompile or not config.guard_nn_modules or not unchanged.available():
         return
-    guards = list(context.guards_context.dynamo_guards)
-    frame = Frame([guard for guard in guards if followable(guard.originating_source)])
-    copied = [frame.copy(guard) if followable(guard.originating_source) else guard for guard in guards]
+    guards = [(guard, followable(guard.originating_source)) for guard in context.guards_context.dynamo_guards]
+    frame = Frame(guard for guard, follows in guards if follows)
+    copied = [frame.copy(guard) if follows else guard for guard, follows in guards]
     context.guards_context.dynamo_guards = GuardsSet(OrderedSet(copied))
     _frames.add(context)
     bound.want(bind)
@@ -69,23 +69,27 @@ class Frame:
     def __init__(self, guards: Iterable[Guard]) -> None:
         self.guards = sorted(guards, key=Guard.sort_key)
         self.builder: weakref.ref[Any] | None = None  # who has made them
+        self.creators: dict[Any, Any] = {}  # by what they stand for
 
     def copy(self, guard: Guard) -> Guard:
         """A copy of `guard`, which may be shared with other frames, that has all guards made together."""
-        inner, partial = guard.inner_create_fn(), isinstance(guard.create_fn, functools.partial)
+        creator = self._creator(guard.inner_create_fn())
+        if isinstance(guard.create_fn, functools.partial):
+            creator = functools.partial(creator, **guard.create_fn.keywords)
+        return dataclasses.replace(guard, create_fn=creator, _hash=None)
+
+    def _creator(self, inner: Any) -> Any:
+        """What stands in the place of Dynamo's `inner`, under the same name."""
 
         @functools.wraps(inner)
-        def create(builder: Any, copy: Guard, **_: Any) -> None:
+        def create(builder: Any, copy: Guard, **keywords: Any) -> None:
             if builder.guard_filter_fn is not None:  # it has said of each guard whether it is wanted
-                guard.create(builder)
+                inner(builder, copy, **keywords)
             elif self.builder is None or self.builder() is not builder:
                 self.builder = weakref.ref(builder)
                 _make(builder, self.guards)
 
-        keywords = guard.create_fn.keywords if partial else {}  # type: ignore[attr-defined]
-        return dataclasses.replace(
-            guard, create_fn=functools.partial(create, **keywords) if partial else create, _hash=None
-        )
+        return self.creators.setdefault(inner, create)
 
 
 def _make(builder: Any, ours: Sequence[Guard]) -> None:
@@ -106,9 +110,11 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
             raise RuntimeError(
                 f"{entry.name}: its storage lacks {bytes_} bytes of what its shape needs; give it memory"
             )
+    about: dict[str, list[Guard]] = {what: [] for what in watched.ALL}
+    for entry in replaced:
+        about[known.about(entry.orig_guard)].append(entry.orig_guard)
     before: list[unchanged.Unchanged] = []
-    for what in watched.ALL:
-        some = [entry.orig_guard for entry in replaced if known.about(entry.orig_guard) == what]
+    for what, some in about.items():
         try:
             _install(builder, some, what, known, before)
             counters["gaws"]["watched"] += len(some)
@@ -131,9 +137,10 @@ def _install(
     if not replaced:
         return
     manager = builder.check_fn_manager
-    theirs, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
-    if codes := theirs.object_aliasing_guard_codes:  # which Dynamo adds once all guards are made
-        theirs.add_python_lambda_leaf_guard_to_root(*map(list, zip(*codes, strict=True)))
+    # Guards that two names are one object as guards in C++: Python's take a second to make, and no dictionary's guard
+    # is kept from skipping its parts, since these are checked only after a change.
+    with torch._dynamo.config.patch(use_lamba_guard_for_object_aliasing=False):
+        theirs, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
     apart = None
     if mine := theirs.no_tensor_aliasing_names:
         apart = unchanged.Apart(mine, builder.no_tensor_aliasing_names, before, builder.scope)

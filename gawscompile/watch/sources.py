@@ -67,13 +67,6 @@ def is_variable(source: Any) -> bool:
     return isinstance(source, (LocalSource, GlobalSource))
 
 
-def variable_of(source: Any) -> Any:
-    """The variable that a source begins with."""
-    while (base := below(source)) is not None:
-        source = base
-    return source
-
-
 PLAIN = (bool, int, float, str, bytes, type(None), CodeType, torch.dtype, torch.device)
 """Types of which no value changes."""
 

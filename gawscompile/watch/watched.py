@@ -31,7 +31,6 @@ from gawscompile.watch.sources import (
     kept_as,
     other_names,
     step,
-    variable_of,
 )
 
 IDENTITY = ("BUILTIN_MATCH", "CLASS_MATCH", "FUNCTION_MATCH", "ID_MATCH", "MODULE_MATCH")
@@ -50,6 +49,7 @@ class Known:
     def __init__(self, named: Iterable[tuple[Any, Any]], names: dict[str, Any]) -> None:
         self._names = names
         self._values: dict[Any, Any] = {}
+        self._begins: dict[Any, tuple[Any, bool]] = {}
         self._found = Found()  # to try what a watch can look at
         for source, value in named:
             while isinstance(source, NNModuleSource):
@@ -62,10 +62,10 @@ class Known:
         """Whether it looks at modules alone, at configurations that are reached from them, or at globals alone. Other
         objects may be new ones in every call."""
         sources = self.looks_at(guard)
-        variables = [variable_of(source) for source in sources]
+        variables, configured = zip(*map(self._way, sources), strict=True) if sources else ((), ())
         values = [self._value(variable) for variable in variables]
         if all(isinstance(value, torch.nn.Module) for value in values):
-            return CONFIGURATIONS if any(map(self._in_configuration, sources)) else MODULES
+            return CONFIGURATIONS if any(configured) else MODULES
         alone = all(isinstance(variable, GlobalSource) for variable in variables)
         return OTHERS if not alone or any(is_plain_object(value) for value in values) else GLOBALS
 
@@ -123,12 +123,13 @@ class Known:
             or is_made_of_attributes(value)
         )
 
-    def _in_configuration(self, source: Any) -> bool:
-        while source is not None:
-            if other_names(self._value(source)) is not None:
-                return True
-            source = below(source)
-        return False
+    def _way(self, source: Any) -> tuple[Any, bool]:
+        """The variable that a source begins with, and whether it leads through a configuration."""
+        if source not in self._begins:
+            base = below(source)
+            variable, configured = (source, False) if base is None else self._way(base)
+            self._begins[source] = variable, configured or other_names(self._value(source)) is not None
+        return self._begins[source]
 
     def _value(self, source: Any) -> Any:
         if source in self._values:
