@@ -114,7 +114,8 @@ def _make(builder: Any, ours: Sequence[Guard]) -> None:
     for entry in replaced:
         about[known.about(entry.orig_guard)].append(entry.orig_guard)
     before: list[unchanged.Unchanged] = []
-    for what, some in about.items():
+    for what in watched.ALL:
+        some = about[what]
         try:
             _install(builder, some, what, known, before)
             counters["gaws"]["watched"] += len(some)
