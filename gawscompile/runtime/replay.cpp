@@ -152,8 +152,8 @@ std::shared_ptr<Replay> take_bound(const Watch& watch, at::ArrayRef<c10::IValue>
 // `watch`, whose parameters are its other inputs.
 c10::List<Tensor> resume(const Watch& watch, at::ArrayRef<c10::IValue> rest) {
   c10::List<Tensor> results;
-  std::vector<c10::Storage> memory;
-  memory.swap(held.memory);
+  Memory memory;
+  memory.all.swap(held.memory.all);
   if (std::exchange(held.watch, nullptr) != &watch || !watch.bound || rest.size() != watch.bound->rest.size())
     return results;
   const Bound& bound = *watch.bound;
@@ -164,7 +164,7 @@ c10::List<Tensor> resume(const Watch& watch, at::ArrayRef<c10::IValue> rest) {
   size_t count = 0;
   for (const int64_t input : watch.inputs) {
     if (input < 0) continue;
-    const c10::Storage& storage = memory[count];
+    const c10::Storage& storage = memory.all[count];
     void* const start = replay->inputs[input].written ? storage.mutable_data() : const_cast<void*>(storage.data());
     replay->bases[input] = static_cast<char*>(start) + bound.offsets[count];
     ++count;

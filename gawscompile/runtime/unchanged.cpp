@@ -27,10 +27,8 @@ struct List {
 
 struct Items {
   const List* list;
-  size_t behind;  // how many words come before it
-  std::vector<uint64_t> now;
-
-  bool same() const { return list->size == now.size() && std::equal(now.begin(), now.end(), list->items); }
+  const uint64_t* place;  // where its items lay: to be asked for, not read
+  size_t behind, first, size;  // how many words come before it; which of all lists' items are its own
 };
 
 // Of a watch over parameters that a graph is to be run with (`replay.cpp`).
@@ -39,17 +37,34 @@ struct Bound;
 struct Watch {
   std::vector<std::pair<const uint64_t*, uint64_t>> words;  // versions of dictionaries; classes of objects, and which dictionary each has
   std::vector<Items> lists;
+  std::vector<uint64_t> items;  // of all lists
   std::vector<Metadata> tensors;
   size_t from;  // where the fields begin
   std::vector<int64_t> inputs;  // which input of that graph each tensor is, or -1; empty where there is no graph
   std::shared_ptr<Bound> bound;
 };
 
+constexpr size_t DISTANCE = 24;  // entries ahead of which memory is asked for: after a step nothing is in a cache
+
+// Storages that are held for a while. A reference is given back in memory that nothing has read since the step.
+struct Memory {
+  std::vector<c10::Storage> all;
+
+  ~Memory() { clear(); }
+  void clear() {
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (i + DISTANCE < all.size()) __builtin_prefetch(all[i + DISTANCE].unsafeGetStorageImpl(), 1);
+      all[i] = c10::Storage();
+    }
+    all.clear();
+  }
+};
+
 // What a call takes over from the check before it: the memory of the inputs that a watch has found unchanged, in their
 // order among its tensors. Another thread may replace a parameter meanwhile.
 struct Held {
   const Watch* watch = nullptr;
-  std::vector<c10::Storage> memory;
+  Memory memory;
 };
 
 thread_local Held held;
@@ -69,7 +84,16 @@ size_t needed(const c10::TensorImpl& t) {
   return t.numel() ? size_t(last + 1) * t.itemsize() : 0;
 }
 
-constexpr size_t DISTANCE = 24;  // entries ahead of which memory is asked for: after a step nothing is in a cache
+bool same(const Watch& watch, size_t i) {
+  constexpr size_t AHEAD = 4;  // lists are few among the words
+  if (i + AHEAD < watch.lists.size()) {
+    __builtin_prefetch(watch.lists[i + AHEAD].list);
+    __builtin_prefetch(watch.lists[i + AHEAD].place);
+  }
+  const Items& one = watch.lists[i];
+  const auto was = watch.items.begin() + one.first;
+  return one.list->size == one.size && std::equal(was, was + one.size, one.list->items);
+}
 
 }  // namespace
 
@@ -86,7 +110,8 @@ extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, 
   for (int64_t i = 0; i < n; ++i) watch->words.emplace_back(words[i], *words[i]);
   for (int64_t i = 0; i < k; ++i) {
     const auto list = static_cast<const List*>(lists[i]);
-    watch->lists.push_back({list, size_t(behind[i]), {list->items, list->items + list->size}});
+    watch->lists.push_back({list, list->items, size_t(behind[i]), watch->items.size(), list->size});
+    watch->items.insert(watch->items.end(), list->items, list->items + list->size);
   }
   for (int64_t i = 0; i < m; ++i) {
     const auto slot = static_cast<const c10::TensorImpl* const*>(slots[i]);
@@ -101,16 +126,17 @@ extern "C" void* gaws_watch(int64_t n, const uint64_t* const* words, int64_t m, 
   return watch.release();
 }
 
-static bool unchanged(const Watch& watch, std::vector<c10::Storage>& memory) {
-  auto list = watch.lists.begin();
+static bool unchanged(const Watch& watch, Memory& memory) {
+  memory.all.reserve(watch.inputs.size());
+  size_t list = 0;
   for (size_t i = 0; i < watch.words.size(); ++i) {
     if (i + DISTANCE < watch.words.size()) __builtin_prefetch(watch.words[i + DISTANCE].first);
-    for (; list != watch.lists.end() && list->behind <= i; ++list)
-      if (!list->same()) return false;
+    for (; list < watch.lists.size() && watch.lists[list].behind <= i; ++list)
+      if (!same(watch, list)) return false;
     if (*watch.words[i].first != watch.words[i].second) return false;
   }
-  for (; list != watch.lists.end(); ++list)
-    if (!list->same()) return false;
+  for (; list < watch.lists.size(); ++list)
+    if (!same(watch, list)) return false;
   for (size_t i = 0; i < watch.tensors.size(); ++i) {
     if (i + DISTANCE < watch.tensors.size()) {
       const Metadata& later = watch.tensors[i + DISTANCE];
@@ -127,7 +153,7 @@ static bool unchanged(const Watch& watch, std::vector<c10::Storage>& memory) {
     const char* now = reinterpret_cast<const char*>(t);
     if (std::memcmp(now + watch.from, one.fields.data() + watch.from, sizeof *t - watch.from) != 0) return false;
     if (t->unsafe_storage().nbytes() < one.bytes || t->requires_grad() != one.gradient) return false;
-    if (!watch.inputs.empty() && watch.inputs[i] >= 0) memory.push_back(t->unsafe_storage());
+    if (!watch.inputs.empty() && watch.inputs[i] >= 0) memory.all.push_back(t->unsafe_storage());
   }
   return true;
 }
