@@ -68,8 +68,9 @@ struct Coded {
 #if defined(CPU_CAPABILITY_AVX512)
   F at(int64_t row, int64_t g, int count) const {
     const int64_t i = row * GROUPS + g;
-    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int(i % 256)), _mm512_loadu_si512(EACH));
     const F level(_mm512_i32gather_ps(bytes(codes + i, count), levels, 4));
+    if (i % 256 <= 256 - count) return F(factor) * fmadd(level, F(outer[i / 256]), F(offset));  // gathers are slow
+    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int(i % 256)), _mm512_loadu_si512(EACH));
     const F wide(_mm512_mask_i32gather_ps(
         _mm512_setzero_ps(), some(count), _mm512_srli_epi32(places, 8), outer + i / 256, 4));
     return F(factor) * fmadd(level, wide, F(offset));

@@ -250,6 +250,69 @@ struct Tiles {
 #endif
   }
 
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  // The same for an x in bf16: vdpbf16ps sums two columns up by itself, and what codes stand for is exact.
+  template <int T>
+  void dot(int64_t row, const bf16* x, float* z, int64_t ldz) const {
+    static_assert(C == 4 && GROUP % 64 == 0);
+    constexpr int CHAINS = T == 1 ? 2 : 1;  // one multiply-add waits for the one before
+    const __m512i eight = _mm512_set1_epi32(8);
+    const __m512 numbers = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(EACH), eight));
+    const __m512i levels = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(numbers));
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    F acc[T][C], s[C], added[C];
+    for (int t = 0; t < T; ++t)
+      for (F& a : acc[t]) a = F(0.f);
+    for (int64_t g = 0; g < K / GROUP; ++g) {
+      F part[CHAINS][T][C], total[T];
+      for (auto& chain : part)
+        for (auto& of_token : chain)
+          for (F& p : of_token) p = F(0.f);
+      for (int64_t at_once = g * GROUP; at_once < (g + 1) * GROUP; at_once += 2 * CHAINS)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < CHAINS; ++chain) {
+          const int64_t k = at_once + 2 * chain;
+          const uint8_t* p = at(row, k);
+          __builtin_prefetch(p + NEARBY, 0, 2);
+          const __m256i first = _mm256_loadu_si256((const __m256i*)p), second = _mm256_loadu_si256((const __m256i*)p + 1);
+          // of both columns rows 0 to 7 and 16 to 23, then the others; of their upper halves 32 rows further down
+          const __m512i low = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(first, second));
+          const __m512i high = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(first, second));
+          const __m512i w[C] = {
+              _mm512_permutexvar_epi16(low, levels), _mm512_permutexvar_epi16(high, levels),
+              _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4), levels),
+              _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4), levels)};
+          for (int t = 0; t < T; ++t) {
+            int32_t both;
+            std::memcpy(&both, x + t * K + k, sizeof both);
+            const __m512bh xs = (__m512bh)_mm512_set1_epi32(both);
+            for (int c = 0; c < C; ++c) {
+              F& sum = part[chain][t][c];
+              sum = F(_mm512_dpbf16_ps(sum, (__m512bh)w[c], xs));
+            }
+          }
+        }
+      for (int t = 0; t < T; ++t) {
+        F all(0.f);
+        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 32)
+          all = F(_mm512_dpbf16_ps(all, (__m512bh)_mm512_loadu_si512(x + t * K + k), ones));
+        total[t] = F(sum(all));
+      }
+      scaled(row, g, s, added);
+      for (int t = 0; t < T; ++t) {
+        for (int c = 0; CHAINS == 2 && c < C; ++c) part[0][t][c] = part[0][t][c] + part[CHAINS - 1][t][c];
+        for (int c = 0; c < C; ++c) {
+          const F &lo = part[0][t][c / 2 * 2], &hi = part[0][t][c / 2 * 2 + 1];
+          const F rows(c % 2 ? _mm512_shuffle_f32x4(lo, hi, 0xee) : _mm512_shuffle_f32x4(lo, hi, 0x44));
+          acc[t][c] = fmadd(rows, s[c], fmadd(total[t], added[c], acc[t][c]));
+        }
+      }
+    }
+    for (int t = 0; t < T; ++t)
+      for (int c = 0; c < C; ++c) acc[t][c].store(z + t * ldz + c * V);
+  }
+#endif
+
   float number(int64_t row, int r, int64_t k) const {
     const uint8_t byte = at(row, k)[r % BYTES];
     const TS* p = scales + (k / GROUP * N + row + r) * 2;
@@ -266,20 +329,20 @@ auto tiles_of(const uint8_t* codes, const TS* scales, const int32_t* order) {
 template <int64_t K>
 inline int64_t feature(int32_t index) { return index < -K || index >= K ? -1 : index < 0 ? index + K : index; }
 
-// x's features in fp32, in the order of the columns of weight number I if they have one: a thread's own copy. Features
-// that there are not are NaN.
-template <int64_t K, int I, class TX>
-inline const float* gathered(const TX* x, int64_t m, const int32_t* order) {
-  if constexpr (std::is_same_v<TX, float>)
+// x's features as numbers T, in the order of the columns of weight number I if they have one: a thread's own copy.
+// Features that there are not are NaN.
+template <int64_t K, int I, class T, class TX>
+inline const T* gathered(const TX* x, int64_t m, const int32_t* order) {
+  if constexpr (std::is_same_v<TX, T>)
     if (!order) return x;
   static thread_local Buffer own;
-  float* found = own.of(m * K);
+  T* found = (T*)own.of(m * K);
   if (!order)
     for (int64_t at = 0; at < m * K; at += 2 * V) store_pair(found + at, load_pair(x + at));
   else
     for (int64_t k = 0; k < K; ++k) {
       const int64_t from = feature<K>(order[k]);
-      for (int64_t t = 0; t < m; ++t) found[t * K + k] = from < 0 ? __builtin_nanf("") : float(x[t * K + from]);
+      for (int64_t t = 0; t < m; ++t) found[t * K + k] = T(from < 0 ? __builtin_nanf("") : float(x[t * K + from]));
     }
   return found;
 }
@@ -287,7 +350,8 @@ inline const float* gathered(const TX* x, int64_t m, const int32_t* order) {
 // The same as weight w reads it.
 template <int I, class W, class TX>
 inline auto in_tiles(const W& w, const TX* x, int64_t m) {
-  const float* found = gathered<W::K, I>(x, m, w.order);
+  constexpr bool PAIRS = in_pairs<TX>(W::GROUP) && W::BYTES == 32;
+  const auto* found = gathered<W::K, I, std::conditional_t<PAIRS, bf16, float>>(x, m, w.order);
 #if defined(CPU_CAPABILITY_AVX2)
   constexpr bool WHOLE = std::is_same_v<TX, bf16> && W::BYTES == 16 && fits<TilesAsBytes>(W::GROUP);
   if constexpr (WHOLE) {
