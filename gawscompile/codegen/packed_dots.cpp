@@ -193,9 +193,21 @@ inline auto halved(const TX* x, int64_t m) {
 template <int R, int T, class W, bool FULL>
 [[gnu::always_inline]] inline void unpack_dot(F (&acc)[R][T], const W& w, int64_t row, Ordered<W::K, FULL> x) {
   constexpr int64_t K = W::K, G = W::GROUP, BYTES = 2 * V * W::Codes::BITS / 8;
+  // scales that meet the sum of a group are made many at once: one by one they take as long as the group's numbers
+  constexpr bool LINED = V == 16 && W::Codes::BITS == 4 && W::SCALES && !W::ZEROS;
+  using Scales = std::conditional_t<LINED, typename W::template Lines<R>, Nothing>;
+  [[maybe_unused]] const Scales lines = [&] {
+    if constexpr (LINED) return Scales(w, row);
+    else return Scales{};
+  }();
   for (int64_t g = 0; g < K / G; ++g) {
+    [[maybe_unused]] F sums[R][T];
+    if constexpr (LINED) clear(sums);
+    F(&to)[R][T] = LINED ? sums : acc;
     typename W::Codes groups[R];
-    for (int r = 0; r < R; ++r) groups[r] = w.group(row + r, g);
+    for (int r = 0; r < R; ++r)
+      if constexpr (LINED) groups[r] = typename W::Codes(1.f);
+      else groups[r] = w.group(row + r, g);
     for (int64_t k = g * G; k < (g + 1) * G; k += 2 * V) {
       Pair xs[T];
       for (int t = 0; t < T; ++t) xs[t] = load_pair(x.numbers + t * K + k);
@@ -203,12 +215,12 @@ template <int R, int T, class W, bool FULL>
       for (int at = 0; at < R * BYTES; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
       for (int r = 0; r < R; ++r) {
         const Pair v = w.get(groups[r], row + r, k);
-        for (int t = 0; t < T; ++t) {
-          acc[r][t] = fmadd(v.lo, xs[t].lo, acc[r][t]);
-          acc[r][t] = fmadd(v.hi, xs[t].hi, acc[r][t]);
-        }
+        for (int t = 0; t < T; ++t) to[r][t] = fmadd(v.hi, xs[t].hi, fmadd(v.lo, xs[t].lo, to[r][t]));
       }
     }
+    if constexpr (LINED)
+      for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) acc[r][t] = fmadd(sums[r][t], F(lines.scale[r][g]), acc[r][t]);
   }
   if constexpr (W::LATE)
     for (int r = 0; r < R; ++r)
