@@ -245,11 +245,19 @@ KERNELS = {
     ),
     "codes that are looked up are one less than they stand for": Fault(
         "codegen/packed_tiles.cpp",
-        "_mm512_set1_epi32(8))));",
-        "_mm512_set1_epi32(9))));",
-        f"{PACKED}_kernels_against_fp64",
+        "_mm512_set1_epi32(8)))); }",
+        "_mm512_set1_epi32(9)))); }",
+        f"{PACKED}_kernels_against_fp64[int4_tiles64-f32-gemv]",
         unproven="the zoo has no tiles",
         needs="avx512",
+    ),
+    "rows of tiles lie in another order where columns are paired": Fault(
+        "codegen/packed_tiles.cpp",
+        "_mm512_shuffle_f32x4(lo, hi, 0xee) : _mm512_shuffle_f32x4(lo, hi, 0x44)",
+        "hi : lo",
+        f"{PACKED}_kernels_against_fp64[int4_tiles64-bf16-steps-gemv]",
+        unproven="the zoo has no tiles",
+        needs="avx512_bf16",
     ),
     "codes of tiles are eight more than they stand for": Fault(
         "codegen/packed_tiles.cpp",

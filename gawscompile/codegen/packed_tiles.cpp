@@ -31,15 +31,20 @@ struct Tiles {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   static constexpr int NEARBY = 4 << 10, C = HIGH_ / V;  // vectors of rows
 
+#if defined(CPU_CAPABILITY_AVX512)
+  // What the sixteen codes stand for.
+  static F levels() { return F(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(EACH), _mm512_set1_epi32(8)))); }
+#endif
+
   // A column's bytes and their lower halves; if FULL, what the codes of both halves stand for.
   static void column(const uint8_t* p, F (&w)[C]) {
 #if defined(CPU_CAPABILITY_AVX512)
     if constexpr (FULL) {  // a look-up takes the lowest four bits by itself, and is one step where arithmetic takes three
-      const F levels(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(EACH), _mm512_set1_epi32(8))));
+      const F all = levels();
       for (int c = 0; c < C / 2; ++c) {
         const __m512i some = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + c * V)));
-        w[c] = F(_mm512_permutexvar_ps(some, levels));
-        w[C / 2 + c] = F(_mm512_permutexvar_ps(_mm512_srli_epi32(some, 4), levels));
+        w[c] = F(_mm512_permutexvar_ps(some, all));
+        w[C / 2 + c] = F(_mm512_permutexvar_ps(_mm512_srli_epi32(some, 4), all));
       }
       return;
     }
@@ -256,9 +261,7 @@ struct Tiles {
   void dot(int64_t row, const bf16* x, float* z, int64_t ldz) const {
     static_assert(C == 4 && GROUP % 64 == 0);
     constexpr int CHAINS = T == 1 ? 2 : 1;  // one multiply-add waits for the one before
-    const __m512i eight = _mm512_set1_epi32(8);
-    const __m512 numbers = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(EACH), eight));
-    const __m512i levels = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(numbers));
+    const __m512i all = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(levels()));
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     F acc[T][C], s[C], added[C];
     for (int t = 0; t < T; ++t)
@@ -279,9 +282,9 @@ struct Tiles {
           const __m512i low = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(first, second));
           const __m512i high = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(first, second));
           const __m512i w[C] = {
-              _mm512_permutexvar_epi16(low, levels), _mm512_permutexvar_epi16(high, levels),
-              _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4), levels),
-              _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4), levels)};
+              _mm512_permutexvar_epi16(low, all), _mm512_permutexvar_epi16(high, all),
+              _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4), all),
+              _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4), all)};
           for (int t = 0; t < T; ++t) {
             int32_t both;
             std::memcpy(&both, x + t * K + k, sizeof both);
@@ -293,10 +296,10 @@ struct Tiles {
           }
         }
       for (int t = 0; t < T; ++t) {
-        F all(0.f);
+        F lanes(0.f);
         for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 32)
-          all = F(_mm512_dpbf16_ps(all, (__m512bh)_mm512_loadu_si512(x + t * K + k), ones));
-        total[t] = F(sum(all));
+          lanes = F(_mm512_dpbf16_ps(lanes, (__m512bh)_mm512_loadu_si512(x + t * K + k), ones));
+        total[t] = F(sum(lanes));
       }
       scaled(row, g, s, added);
       for (int t = 0; t < T; ++t) {

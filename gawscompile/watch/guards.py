@@ -80,6 +80,8 @@ class Frame:
 
     def _creator(self, inner: Any) -> Any:
         """What stands in the place of Dynamo's `inner`, under the same name."""
+        if inner in self.creators:
+            return self.creators[inner]
 
         @functools.wraps(inner)
         def create(builder: Any, copy: Guard, **keywords: Any) -> None:
@@ -89,7 +91,8 @@ class Frame:
                 self.builder = weakref.ref(builder)
                 _make(builder, self.guards)
 
-        return self.creators.setdefault(inner, create)
+        self.creators[inner] = create
+        return create
 
 
 def _make(builder: Any, ours: Sequence[Guard]) -> None:
@@ -138,8 +141,8 @@ def _install(
     if not replaced:
         return
     manager = builder.check_fn_manager
-    # Guards that two names are one object as guards in C++: Python's take a second to make, and no dictionary's guard
-    # is kept from skipping its parts, since these are checked only after a change.
+    # Dynamo can check in C++ or in Python that two names are one object. Its default, Python, keeps C++ free to skip
+    # whole dictionaries in every call. These guards are checked only after a change, and C++ is quicker to make.
     with torch._dynamo.config.patch(use_lamba_guard_for_object_aliasing=False):
         theirs, guards = manager.build_guards(replaced, OrderedSet(), builder.f_code, manager.output_graph, False)
     apart = None

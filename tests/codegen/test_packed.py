@@ -78,7 +78,8 @@ BESIDE = {
     f"{base('int4_tiles32', 96, 's=bf16', n=32, out='bf16')} {LORA}",
     "ordered-groups": f"k=128 x=bf16; {base('int4_tiles32', 64, 's=bf16 ordered', out='bf16')} {LORA}; "
     f"{base('int4_tiles32', 64, 's=bf16 ordered', out='bf16')}; {base('int4_tiles32', 64, 's=bf16', out='bf16')}; "
-    f"{base('int4_tiles32', 128, 's=bf16', out='bf16')}",
+    f"{base('int4_tiles32', 128, 's=bf16', out='bf16')}; "
+    f"{base('int4_tiles64', 64, 's=bf16 ordered', out='bf16')} {LORA}",
     "groups": f"k=576 x=bf16; {base('nf4', 64, 's=u8', n=64, out='bf16')} {LORA}; "
     f"{base('nf4', 64, 's=f16 z=i8', out='bf16')}; {base('uint4_halves', 64, 's=bf16 z=bf16', out='bf16')}; "
     f"{base('uint4_halves', 64, 's=f16 z=i8', out='bf16')}; {base('uint4_halves', 192, 's=f32 f=0.0625', out='bf16')}; "
@@ -108,7 +109,7 @@ GRID |= {f"{coding}-bf16-steps": every_kind(coding, "bf16", k=192) for coding in
 SPECS = {**BESIDE, **GRID}
 QUICK = (
     "int8-f32", "uint4_halves-f32", "table4_blocks-f32", "int4_tiles32-f32", "int4_tiles64-f32", "int8-bf16",
-    "uint4_halves-bf16-steps",
+    "uint4_halves-bf16-steps", "int4_tiles64-bf16-steps",
 )  # fmt: skip
 """The fast ones of the grid. "all codings" has each coding with one kind of scale; f16 and other kinds are slow."""
 SLOW = GRID.keys() - set(QUICK) | {"swiglu-halves-bf16", "swiglu-bank", "swiglu-bytes", "swiglu-tiles-bytes"}
