@@ -2,6 +2,7 @@
 
     python -m benchmarks.projections --dtype float32 bfloat16 --tokens 1 2 4 16 128 512
     python -m benchmarks.projections --dtype bfloat16 --tokens 1 --weights plain int8 nf4 nf4-blocks hqq4
+    python -m benchmarks.projections --model llama-3.2-1b --layers 16 --plans gemv_cpp --tokens 1 --weights int4 nf4
 
 Each layer has weights of its own, on huge pages, so no call finds them in a cache, as in a model. Columns: ms
 for all projections of a forward pass, called one after the other from C++, without and with a LoRA of rank 16 in fp32,
@@ -66,14 +67,15 @@ def operands(spec: KernelSpec, m: int) -> list[torch.Tensor]:
     return [drawn([m if s == "m" else int(s) for s in o.shape], o.dtype) for o in spec.operands()]
 
 
-def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
+def run(options: argparse.Namespace, dtype: str, weights: str, m: int) -> list[str]:
     """A row of the table: dtype, weights, tokens, for each plan base and LoRA in ms, and reading alone."""
     name = NAMES[dtype]
     variants: dict[tuple[str, str], Callable[[], None]] = {}
-    for plan in PLANS:
+    for plan in options.plans:
         for lora in LORA:
             calls = []
-            layers, features = GROUPS[model]
+            layers, features = GROUPS[options.model]
+            layers = options.layers or layers
             for k, groups in features.items():
                 for widths in groups:
                     kept = WEIGHTS[weights].format(x=name, k=k)
@@ -88,12 +90,12 @@ def run(model: str, dtype: str, weights: str, m: int, rounds: int) -> list[str]:
             tensors = [tensor for _, given, _ in calls for tensor in given]
             pages.enlarge(tensors)
             variants[plan, lora] = common.without_python(calls)
-            if (plan, lora) == (PLANS[0], ""):
+            if (plan, lora) == (options.plans[0], ""):
                 reads = limits.reading(tensors)
     variants["reading", "alone"] = reads
     steps = {" ".join(key): functools.partial(measure.timed, call) for key, call in variants.items()}
-    samples, _ = measure.interleave(steps, rounds, 1)
-    columns = [" ".join((plan, lora)) for plan in PLANS for lora in LORA] + ["reading alone"]
+    samples, _ = measure.interleave(steps, options.rounds, 1)
+    columns = [" ".join((plan, lora)) for plan in options.plans for lora in LORA] + ["reading alone"]
     return [dtype, weights, str(m), *(f"{statistics.median(samples[c]):.2f}" if c in samples else "" for c in columns)]
 
 
@@ -104,14 +106,16 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--weights", nargs="+", default=["plain"], choices=list(WEIGHTS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 16, 128, 512])
+    parser.add_argument("--layers", type=int, help="how many, where it is not the model's own number")
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     ops.ensure_loaded()
-    plans = (f"{plan}, {kind}" for plan in PLANS for kind in ("base", "LoRA"))
+    plans = (f"{plan}, {kind}" for plan in options.plans for kind in ("base", "LoRA"))
     headers = ["dtype", "weights", "tokens", *plans, "reading alone"]
     cells = [(dtype, kept, m) for dtype in options.dtype for kept in options.weights for m in options.tokens]
-    rows = [run(options.model, *cell, options.rounds) for cell in cells]
+    rows = [run(options, *cell) for cell in cells]
     print(measure.describe(measure.machine()) + "\n\n" + measure.table(headers, rows))
     command = " ".join(["python -m benchmarks.projections", *sys.argv[1:]])
     text = f"# Projections\n\n`{command}`\n\n{measure.describe(measure.machine())}\n\n"
