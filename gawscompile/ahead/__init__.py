@@ -24,6 +24,7 @@ from gawscompile.ir.types import SpecError
 from gawscompile.planning import devices
 from gawscompile.planning.devices import GPUS, Gpu
 from gawscompile.planning.table import Program
+from gawscompile.runtime import first_calls
 
 
 @dataclass
@@ -91,7 +92,8 @@ def trace(model: torch.nn.Module, gpu: Gpu, *args: Any, training: bool = False, 
         stored = stored_inputs(gm, inputs_)
         return through(gm, inputs_)
 
-    call_once(model, backend, args, inputs, training=training)
+    with first_calls.put_off(model):
+        call_once(model, backend, args, inputs, training=training)
     return found
 
 

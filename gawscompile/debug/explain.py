@@ -42,9 +42,11 @@ def explain(
     """
     from gawscompile.backend import gaws
     from gawscompile.observe.store import RECORDS
-    from gawscompile.runtime import pages
+    from gawscompile.runtime import first_calls, pages
 
     whole, model = hasattr(model, "_orig_mod") or serving, getattr(model, "_orig_mod", model)
+    if isinstance(model, torch.nn.Module):
+        first_calls.lay_out(model)
     mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
     watched = counters["gaws"]["watched"]
     backend = functools.partial(gaws, options=dict(options or {}))

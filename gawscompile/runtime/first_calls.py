@@ -1,0 +1,49 @@
+"""What a layer does in its first call alone, and Dynamo cannot trace.
+
+Where a CPU multiplies bf16 (avx512_bf16), bitsandbytes' linear on 4 bits lays its codes out anew in its first call that
+wants no gradient, and puts them in the place of the old ones. Traced, that is a `set_` on an input, which AOTAutograd
+refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+CAN = "support_avx512bf16_for_cpu"
+"""What bitsandbytes' linear says of the CPU, from version 0.49 on."""
+
+
+def lay_out(model: torch.nn.Module) -> None:
+    """Do what first calls would do to `model`, on a CPU and outside of training. Nothing else of a layer changes."""
+    for layer in _waiting(model):
+        if layer.training or layer.weight.device.type != "cpu":
+            continue
+        compute = layer.compute_dtype, layer.compute_type_is_set  # an input's dtype decides them, if nobody has
+        with torch.no_grad(), suppress(Exception):  # its own call will say what is wrong, if there is one
+            layer.forward(torch.zeros(1, layer.in_features))
+        layer.compute_dtype, layer.compute_type_is_set = compute
+
+
+@contextmanager
+def put_off(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile no layer is laid out for this CPU: calls are traced for another device."""
+    waiting = list(_waiting(model))
+    for layer in waiting:
+        setattr(layer, CAN, False)
+    try:
+        yield
+    finally:
+        for layer in waiting:
+            setattr(layer, CAN, True)
+
+
+def _waiting(model: torch.nn.Module) -> Iterator[Any]:
+    """Its layers that are not laid out yet."""
+    for layer in model.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and getattr(layer, CAN, False) and not getattr(state, "packing_format_for_cpu", False):
+            yield layer
