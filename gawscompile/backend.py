@@ -38,6 +38,7 @@ from gawscompile.runtime import (
     bound,
     eager_generate,
     executor,
+    first_calls,
     forks,
     gpu,
     lost_records,
@@ -80,6 +81,7 @@ def gaws(
 
     polyfills.install()
     LIMITS.compiling()
+    first_calls.say(gm, example_inputs)
     ours, inductor = Options.split(options)
     ours = _checked(ours)
     if mode and mode != "default":

@@ -7,11 +7,14 @@ refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+
+log = logging.getLogger("gawscompile")
 
 CAN = "support_avx512bf16_for_cpu"
 """What bitsandbytes' linear says of the CPU, from version 0.49 on."""
@@ -39,6 +42,21 @@ def put_off(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in waiting:
             setattr(layer, CAN, True)
+
+
+def say(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Warn where Dynamo's graph lays a weight of bitsandbytes out: no compiler takes such a graph, and torch's error
+    does not say why."""
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
+    for node in gm.graph.find_nodes(op="call_function", target=torch.Tensor.set_):
+        if type(given.get(node.args[0])).__module__.startswith("bitsandbytes"):
+            log.warning(
+                "gaws: this is the first call of a model on bitsandbytes' 4 bits, which lays its weights out for the "
+                "CPU (%s). That cannot be compiled: call the model once before you compile it, or use "
+                "gawscompile.compile.",
+                node.args[0],
+            )
+            return
 
 
 def _waiting(model: torch.nn.Module) -> Iterator[Any]:

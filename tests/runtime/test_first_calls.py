@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -46,6 +48,16 @@ def test_a_model_that_was_never_called_is_compiled():
         torch.testing.assert_close(gawscompile.compile(model)(x), expected, rtol=1e-2, atol=1e-2)
     report = gawscompile.explain(layers(), x)
     assert [entry.status for entry in report.linears] == ["fused"] * 2
+
+
+@AWAITS
+def test_torch_compile_is_told_to_call_it_first(caplog):
+    torch._dynamo.reset()
+    compiled, x = torch.compile(layers(), backend="gaws"), torch.randn(1, 64)
+    with torch.no_grad(), suppress(Exception):  # torch fails in a way of its own
+        compiled(x)
+    (said,) = [record.getMessage() for record in caplog.records if "bitsandbytes" in record.getMessage()]
+    assert "call the model once before you compile it" in said
 
 
 def test_tracing_for_a_gpu_lays_nothing_out():
