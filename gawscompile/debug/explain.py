@@ -45,8 +45,8 @@ def explain(
     from gawscompile.runtime import first_calls, pages
 
     whole, model = hasattr(model, "_orig_mod") or serving, getattr(model, "_orig_mod", model)
-    if isinstance(model, torch.nn.Module):
-        first_calls.lay_out(model)
+    if isinstance(model, torch.nn.Module) and not training:
+        first_calls.lay_out(model)  # which this call would do, if it ran in eager mode
     mark, before, began, paged = len(RECORDS), frames.breaks(), time.time(), len(pages.OUTCOMES)
     watched = counters["gaws"]["watched"]
     backend = functools.partial(gaws, options=dict(options or {}))

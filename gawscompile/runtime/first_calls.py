@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,13 +21,17 @@ CAN = "support_avx512bf16_for_cpu"
 
 
 def lay_out(model: torch.nn.Module) -> None:
-    """Do what first calls would do to `model`, on a CPU and outside of training. Nothing else of a layer changes."""
+    """Do what first calls without gradients would do to `model`, on a CPU and outside of training. Nothing else of a
+    layer changes. Not for a model that may be trained next: bitsandbytes gives no gradient through this layout."""
     for layer in _waiting(model):
         if layer.training or layer.weight.device.type != "cpu":
             continue
         compute = layer.compute_dtype, layer.compute_type_is_set  # an input's dtype decides them, if nobody has
-        with torch.no_grad(), suppress(Exception):  # its own call will say what is wrong, if there is one
-            layer.forward(torch.zeros(1, layer.in_features))
+        try:
+            with torch.no_grad():
+                layer.forward(torch.zeros(1, layer.in_features))
+        except Exception as error:  # its own call raises it, if there is one
+            log.warning("gaws: bitsandbytes cannot lay a weight out for the CPU: %s", error)
         layer.compute_dtype, layer.compute_type_is_set = compute
 
 
@@ -49,11 +53,10 @@ def say(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
     does not say why."""
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
     for node in gm.graph.find_nodes(op="call_function", target=torch.Tensor.set_):
-        if type(given.get(node.args[0])).__module__.startswith("bitsandbytes"):
+        if hasattr(given.get(node.args[0]), "quant_state"):
             log.warning(
                 "gaws: this is the first call of a model on bitsandbytes' 4 bits, which lays its weights out for the "
-                "CPU (%s). That cannot be compiled: call the model once before you compile it, or use "
-                "gawscompile.compile.",
+                "CPU (%s). That cannot be compiled: call the model once, without gradients, before you compile it.",
                 node.args[0],
             )
             return

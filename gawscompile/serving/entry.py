@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gawscompile.backend import register
-from gawscompile.runtime import first_calls, polyfills
+from gawscompile.runtime import polyfills
 from gawscompile.serving import generation
 
 
@@ -26,8 +26,6 @@ def compile(model: Any, *, options: Mapping[str, Any] | None = None, **settings:
         raise ValueError(f"gawscompile.compile takes no {' and no '.join(taken)}; pass what the mode means as options")
     register()
     polyfills.install()  # the backend may have loaded before PEFT was imported
-    if isinstance(model, torch.nn.Module):
-        first_calls.lay_out(model)
     compiling = functools.partial(_compiled, dict(options or {}), settings)
     compiled = compiling(model)
     if isinstance(model, torch.nn.Module) and generation.generating(model) is not None:

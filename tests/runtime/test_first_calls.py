@@ -32,21 +32,21 @@ def laid_out(model):
 
 @AWAITS
 @pytest.mark.parametrize("training", [False, True])
-def test_codes_are_laid_out_before_a_compile(training):
+def test_codes_are_laid_out_outside_of_training(training):
     model = layers().train(training)
-    gawscompile.compile(model)
-    assert laid_out(model) == [not training] * 2  # in training nothing is laid out, nor would a call do it
+    first_calls.lay_out(model)
+    assert laid_out(model) == [not training] * 2
     assert not any(layer.compute_type_is_set for layer in model)
 
 
-@AWAITS
-def test_a_model_that_was_never_called_is_compiled():
-    torch._dynamo.reset()
-    model, x = layers(), torch.randn(1, 64)
-    with torch.no_grad():
-        expected = layers()(x)
-        torch.testing.assert_close(gawscompile.compile(model)(x), expected, rtol=1e-2, atol=1e-2)
-    report = gawscompile.explain(layers(), x)
+def test_a_compile_lays_nothing_out():
+    model = layers()  # bitsandbytes gives no gradient through the layout for CPUs, and it may be trained next
+    gawscompile.compile(model)
+    assert laid_out(model) == [False] * 2
+
+
+def test_a_model_that_was_never_called_is_explained():
+    report = gawscompile.explain(layers(), torch.randn(1, 64))
     assert [entry.status for entry in report.linears] == ["fused"] * 2
 
 
@@ -57,7 +57,7 @@ def test_torch_compile_is_told_to_call_it_first(caplog):
     with torch.no_grad(), suppress(Exception):  # torch fails in a way of its own
         compiled(x)
     (said,) = [record.getMessage() for record in caplog.records if "bitsandbytes" in record.getMessage()]
-    assert "call the model once before you compile it" in said
+    assert "call the model once, without gradients" in said
 
 
 def test_tracing_for_a_gpu_lays_nothing_out():
@@ -65,7 +65,7 @@ def test_tracing_for_a_gpu_lays_nothing_out():
     for layer in model:
         layer.support_avx512bf16_for_cpu = True
     (traced,) = ahead.trace(model, GPUS["H100"], torch.randn(1, 64))
-    assert all("nf4 g=64" in group.program for group in traced.record.groups)
+    assert len(traced.record.groups) == 2 and all("nf4 g=64" in group.program for group in traced.record.groups)
     assert laid_out(model) == [False] * 2
     assert all(layer.support_avx512bf16_for_cpu for layer in model)
     with pytest.raises(RuntimeError), first_calls.put_off(model):
@@ -74,7 +74,9 @@ def test_tracing_for_a_gpu_lays_nothing_out():
     assert all(layer.support_avx512bf16_for_cpu for layer in model)
 
 
-def test_a_layer_that_cannot_be_laid_out_says_so_in_its_own_call():
+@AWAITS
+def test_a_layer_that_cannot_be_laid_out_is_told_in_a_warning(caplog):
     model = torch.nn.Sequential(bitsandbytes.nn.LinearNF4(64, 48, bias=False)).to("cpu").eval()  # not whole 32 rows
     first_calls.lay_out(model)
     assert laid_out(model) == [False]
+    assert "N must be divisible by block_n" in caplog.text
